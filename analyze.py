@@ -1,0 +1,83 @@
+"""Analyse the attention of a trained Vision Transformer. `python analyze.py --help` shows what can be set."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from attention_visualizer import command_line, storage
+from attention_visualizer.analysis import CHAPTERS, check_chapters, comprehensive, preparation
+from attention_visualizer.errors import UserError
+
+# What each field of conf/analyze.yaml may be; null is allowed where it is the default.
+TYPES = {
+    "num_samples": int,
+    "samples": list,
+    "class": int,
+    "wrong": bool,
+    "chapters": list,
+    **dict.fromkeys(
+        ("ckpt", "run", "runs_dir", "image", "head_layers", "format", "output_dir", "data_dir", "device"), str
+    ),
+}
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
+def main(config: DictConfig) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    options: Any = OmegaConf.to_container(config, resolve=True)
+    check_types(options)
+    options["chapters"] = list(CHAPTERS) if options["chapters"] is None else options["chapters"]
+    check_chapters(options["chapters"])
+    weights = preparation.find_weights(options["ckpt"], options["run"], options["runs_dir"])
+    print(f"Checkpoint: {weights.text}")
+    output = preparation.check_output(output_folder(options["output_dir"], weights))
+    data = preparation.load_data(weights.loaded, options["data_dir"])
+    subjects = preparation.Subjects(
+        options["num_samples"], options["samples"], options["class"], options["wrong"], options["image"]
+    )
+    study = preparation.prepare(
+        weights,
+        data,
+        output,
+        subjects,
+        options["query"],
+        options["device"],
+        options["format"],
+        options["head_layers"],
+    )
+    command = shlex.join(["python", "analyze.py", *HydraConfig.get().overrides.task])
+    report = comprehensive.write_analysis(study, command, options["chapters"])
+    print(f"Report:     {storage.short_path(report)}")
+
+
+def check_types(options: dict[str, Any]) -> None:
+    """Raises UserError for a value of the wrong type."""
+    for name, kind in TYPES.items():
+        value = options[name]
+        optional = name in ("run", "samples", "class", "image", "chapters", "output_dir", "data_dir")
+        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not (right or (value is None and optional)):
+            wanted = {int: "a whole number", list: "a list such as [1,2]", bool: "true or false", str: "a text"}[kind]
+            raise UserError(f"{name}={value}: give {wanted}")
+    if any(not isinstance(index, int) or isinstance(index, bool) for index in options["samples"] or []):
+        raise UserError(f"samples={options['samples']}: give whole numbers, such as samples=[12,57]")
+
+
+def output_folder(output_dir: str | None, weights: preparation.Weights) -> Path:
+    if output_dir is not None:
+        if not output_dir:
+            raise UserError("output_dir= is empty: name a folder")
+        return Path(output_dir)
+    name = "attention_analysis_random" if weights.random else "attention_analysis"
+    return weights.run.path / name if weights.run is not None else Path(name)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

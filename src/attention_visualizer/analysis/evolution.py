@@ -1,0 +1,68 @@
+"""How attention came to be while the model trained: from the history that the run kept."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from attention_visualizer import attention_figures as figures
+from attention_visualizer import charts, measures, storage
+from attention_visualizer.analysis.study import Study
+from attention_visualizer.chapter import Chapter, FigureFile
+from attention_visualizer.history import AttentionHistory
+
+FRAME_MILLISECONDS = 600
+
+
+def write(study: Study) -> Chapter:
+    if study.run is None or not study.run.history_path.exists():
+        return Chapter("Evolution over training", "This checkpoint comes without the history of a training run.")
+    history = AttentionHistory.load(study.run.history_path)
+    written = [
+        FigureFile(
+            study.save(figure(history, study), "attention_evolution"),
+            "Entropy and mean attention distance by layer and head over training.",
+        ),
+        FigureFile(animate(history, study), "The probe images' attention over training (animated)."),
+    ]
+    return Chapter("Evolution over training", TEXT.format(frames=len(history.frames)), written)
+
+
+def figure(history: AttentionHistory, study: Study) -> Figure:
+    """Entropy above, distance below: the probe images at every frame, the validation set at every epoch."""
+    drawn = Figure(figsize=(12, 8.5), layout="constrained")
+    axes = drawn.subplots(2, 1)
+    geometry = study.geometry
+    part = "validations" if history.validations else "frames"
+    steps = history.column(part, "step")
+    probe_steps = history.column("frames", "step")
+    uniform = measures.uniform_entropy(geometry.num_tokens)
+    for axis, name, label, reference in (
+        (axes[0], "entropy", "attention entropy (nats)", uniform),
+        (axes[1], "distance", "mean attention distance (pixels)", None),
+    ):
+        values, probe_values = history.column(part, name), history.column("frames", name)
+        if name == "distance" and geometry.num_prefix_tokens and values.shape[1] > 1:
+            # The last layer's patch queries cannot affect the logits.
+            values, probe_values = values[:, :-1], probe_values[:, :-1]
+        charts.lines_over_training(steps, values, label, axis, reference, probe_steps, probe_values)
+    charts.finish(drawn, "Attention while the model trained", study.face_note)
+    return drawn
+
+
+def animate(history: AttentionHistory, study: Study) -> str:
+    """Writes attention_evolution.webp, one frame for each look at the probe images; returns its name."""
+    frames = []
+    for frame in history.frames:
+        moment = f"epoch {float(frame['epoch']):6.3f}, step {int(frame['step']):6,}"
+        frames.append(Image.fromarray(figures.probe_sheet(history.probe, frame, moment, study.face_note).to_rgb()))
+    path = study.output / "attention_evolution.webp"
+    durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [4 * FRAME_MILLISECONDS]  # rest on the result
+    with storage.atomic_path(path) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0, lossless=True)
+    return path.name
+
+
+TEXT = """{frames} looks at the same probe images, the first before training, most within the first epoch, where most
+of the change is. Thin lines are the probe images, thick lines the whole validation set; in the animation, each row is
+a probe image and each column a layer."""

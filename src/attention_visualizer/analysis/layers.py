@@ -1,0 +1,23 @@
+"""From shallow to deep on each sample: the map, the rollout up to there, and what each layer changes."""
+
+from __future__ import annotations
+
+from attention_visualizer import attention_figures as figures
+from attention_visualizer.analysis.study import Sample, Study
+from attention_visualizer.attention_figures import Subject
+from attention_visualizer.chapter import Chapter
+from attention_visualizer.panels import Picture
+
+
+def picture(study: Study, subject: Subject, sample: Sample) -> Picture:
+    headline = f"From shallow to deep: {figures.query_name(subject.query)}, mean over heads"
+    return figures.layer_comparison(subject, headline, f"{sample.source}: {subject.verdict}", study.face_note)
+
+
+def write(study: Study) -> Chapter:
+    return Chapter("From shallow to deep", TEXT, study.save_for_samples(picture, "layer_comparison"))
+
+
+TEXT = """Top: the map of each layer. Middle: attention rollout (Abnar and Zuidema, 2020), which follows attention
+through the residual stream from the input up to that layer, renormalised over the patches. Bottom: the change of the
+map since the layer before, in doublings."""

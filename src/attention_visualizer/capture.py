@@ -1,0 +1,200 @@
+"""The attention of a model, layer by layer, while its own forward runs, with proof that it is the real one.
+
+    with capture(model) as attention:
+        logits = model(images)
+    attention["blocks.3"].weights  # [batch, head, query, key]
+
+Fused attention hides its weights and bypasses hooks. A `TorchFunctionMode` sees the call itself: it lets the model
+have its own fused output, rebuilds the weights from the same arguments, and measures how far `weights @ values`
+is from that output. Nothing in the model is touched, so nothing can be left behind.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attention_visualizer.geometry import Geometry, find_geometry
+
+# Largest accepted |weights @ values - fused output|, relative to the largest |value|, by dtype of the model's
+# attention: some hundred times its rounding.
+ERROR_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class CaptureError(RuntimeError):
+    """The attention could not be seen, or what was seen does not reproduce the model's own output."""
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention call: where it came from, its weights, and the measured error of the reconstruction.
+
+    weights: [batch, head, query, key], float32, after softmax and before dropout; values: [batch, head, key,
+    head_dim]; error: max |weights @ values - the model's own output|.
+    """
+
+    name: str
+    index: int
+    weights: Tensor
+    values: Tensor
+    geometry: Geometry | None
+    error: float
+
+
+class CapturedAttention:
+    """The layers of the last forward pass, in the order they were computed. Indexed by number or by name.
+
+    reconstruction_error: the largest over all layers and passes; seconds: time that watching took.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[AttentionLayer] = []
+        self.reconstruction_error = 0.0
+        self.seconds = 0.0
+
+    def __getitem__(self, key: str | int) -> AttentionLayer:
+        if isinstance(key, int):
+            return self.layers[key]
+        found = [layer for layer in self.layers if layer.name == key or layer.name.startswith(f"{key}.")]
+        if len(found) != 1:
+            names = ", ".join(layer.name for layer in self.layers)
+            raise KeyError(f"{key!r} names {len(found)} attention layers; there are: {names}")
+        return found[0]
+
+    def __iter__(self) -> Iterator[AttentionLayer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+@contextmanager
+def capture(
+    model: nn.Module, consume: Callable[[AttentionLayer], None] | None = None, geometry: Geometry | None = None
+) -> Iterator[CapturedAttention]:
+    """Records every attention call that `model` makes inside the block.
+
+    With `consume`, each layer is handed over as it is computed and none is kept, so memory is one layer's.
+    Raises CaptureError when weights do not reproduce the model's output, or when a block that ended normally
+    saw no attention at all.
+    """
+    attention = CapturedAttention()
+    mode = _ObserveAttention(model, attention, consume, geometry or find_geometry(model))
+    with mode:
+        yield attention
+    if mode.num_calls == 0:
+        raise CaptureError(
+            f"no attention of {type(model).__name__} was seen: the model was not run inside the block, or it does not "
+            "call torch.nn.functional.scaled_dot_product_attention"
+        )
+
+
+class _ObserveAttention(TorchFunctionMode):
+    def __init__(
+        self,
+        model: nn.Module,
+        attention: CapturedAttention,
+        consume: Callable[[AttentionLayer], None] | None,
+        geometry: Geometry | None,
+    ) -> None:
+        super().__init__()
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.attention = attention
+        self.consume = consume
+        self.geometry = geometry
+        self.num_calls = 0
+        self.index_of_name: dict[str, int] = {}
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            name = self._calling_module()
+            if name is not None:
+                self._record(name, output, *args, **kwargs)
+        return output
+
+    def _calling_module(self) -> str | None:
+        """Name of the innermost module of the model on the call stack; None for anybody else's attention."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            name = self.names.get(id(frame.f_locals.get("self")))
+            if name is not None:
+                return name
+            frame = frame.f_back  # type: ignore[assignment]
+        return None
+
+    @torch.no_grad()
+    def _record(
+        self, name: str, output: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        began = time.perf_counter()
+        weights, values = attention_weights(query, key, value, *args, **kwargs)
+        dropout = args[1] if len(args) > 1 else kwargs.get("dropout_p", 0.0)
+        if dropout:  # the model's own output without its random part, to compare with
+            args = (*args[:1], 0.0, *args[2:]) if len(args) > 1 else args
+            kwargs = kwargs if len(args) > 1 else {**kwargs, "dropout_p": 0.0}
+            output = F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+        error = float((weights @ values - output).abs().max()) if output.numel() else 0.0
+        bound = ERROR_BOUND[output.dtype] * max(1.0, float(values.abs().max()))
+        if not error <= bound:  # NaN is refused too
+            raise CaptureError(
+                f"the weights rebuilt for {name} do not reproduce its output: they differ by {error:.2e}, "
+                f"above the bound of {bound:.2e} for {output.dtype}"
+            )
+        index = self.index_of_name.setdefault(name, len(self.index_of_name))
+        if index == 0 and self.attention.layers:
+            self.attention.layers.clear()  # another forward pass begins
+        layer = AttentionLayer(name, index, weights, values, self.geometry, error)
+        self.num_calls += 1
+        self.attention.reconstruction_error = max(self.attention.reconstruction_error, error)
+        if self.consume is None:
+            self.attention.layers.append(layer)
+        else:
+            self.consume(layer)
+        self.attention.seconds += time.perf_counter() - began
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `scaled_dot_product_attention` multiplies, for its arguments: (weights before dropout, values).
+
+    Both at least float32; with grouped queries, values are repeated for each query head.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        scores = (query * scale) @ key.transpose(-2, -1)
+        if is_causal:
+            causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~causal, -math.inf)
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attn_mask, -math.inf)
+            else:
+                scores = scores + attn_mask
+        return scores.softmax(dim=-1), value

@@ -1,0 +1,198 @@
+"""Charts of numbers by layer, head and time: arrays in, matplotlib Axes out. They save nothing and set no global style."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+BOX, MEDIAN, REFERENCE, NOTE = "#9ecae1", "#b2182b", "#555555", "#be141e"
+MOST_ANNOTATED = 160  # cells of a heat map that still have room for their number
+
+
+def new_axes() -> Axes:
+    return Figure(figsize=(6, 4), layout="constrained").subplots()
+
+
+def box_by_layer(
+    quantiles: Array, label: str, ax: Axes | None = None, reference: float | None = None, reference_label: str = ""
+) -> Axes:
+    """A box for each layer from quantiles [layer, 5] at 5, 25, 50, 75 and 95 %: the whiskers are the 5 and 95 %."""
+    ax = ax or new_axes()
+    boxes = [
+        {"whislo": low, "q1": first, "med": middle, "q3": third, "whishi": high, "label": str(layer + 1)}
+        for layer, (low, first, middle, third, high) in enumerate(quantiles)
+    ]
+    ax.bxp(
+        boxes,
+        showfliers=False,
+        patch_artist=True,
+        widths=0.6,
+        boxprops={"facecolor": BOX, "edgecolor": REFERENCE},
+        medianprops={"color": MEDIAN, "linewidth": 2},
+        whiskerprops={"color": REFERENCE},
+        capprops={"color": REFERENCE},
+    )
+    if reference is not None:
+        ax.axhline(
+            reference, color=REFERENCE, linestyle="--", linewidth=1, label=f"{reference_label} ({reference:.3g})"
+        )
+        ax.legend(frameon=False, fontsize=9)
+    ax.set_xlabel("layer (box: middle 50 %, whiskers: 5 to 95 %)")
+    ax.set_ylabel(label)
+    return _clean(ax)
+
+
+def distribution_by_layer(counts: Array, edges: Array, label: str, ax: Axes | None = None) -> Axes:
+    """Densities from histogram counts [layer, bin] over edges [bin + 1], one ridge a layer, all on one scale."""
+    ax = ax or new_axes()
+    num_layers = len(counts)
+    # Fine bins serve quantiles; for the eye they are summed to about sixty over the range that holds something.
+    filled = np.flatnonzero(counts.sum(axis=0))
+    first, last = int(filled[0]), int(filled[-1]) + 1
+    group = max(1, -(-(last - first) // 60))
+    starts = np.arange(first, last, group)
+    coarse = np.add.reduceat(counts[:, :last], starts, axis=1)
+    bounds = np.append(edges[starts], edges[last])
+    density = coarse / coarse.sum(axis=1, keepdims=True) / np.diff(bounds)
+    height = 0.9 / max(density.max(), 1e-12)
+    for layer, color in enumerate(layer_colors(num_layers)):
+        base = num_layers - layer  # the first layer on top
+        top = base + density[layer] * height
+        ax.stairs(top, bounds, baseline=base, fill=True, color=color, alpha=0.85, zorder=2)
+        ax.stairs(top, bounds, baseline=base, color="white", linewidth=0.6, zorder=3)
+        middle = np.interp(0.5, np.cumsum(coarse[layer]) / coarse[layer].sum(), bounds[1:])
+        ax.plot([middle, middle], [base, base + 0.45], color=MEDIAN, linewidth=2, zorder=4)
+    ax.set_yticks(range(1, num_layers + 1), [str(layer) for layer in range(num_layers, 0, -1)])
+    ax.set_ylim(0.9, num_layers + 1.05)
+    ax.set_ylabel("layer (density; red: median)")
+    ax.set_xlabel(label)
+    return _clean(ax)
+
+
+def heat_map(
+    values: Array, label: str, ax: Axes | None = None, low: float | None = None, high: float | None = None
+) -> Axes:
+    """Layers down, heads across; each cell with its number where there is room."""
+    ax = ax or new_axes()
+    seaborn.heatmap(
+        values,
+        ax=ax,
+        vmin=low,
+        vmax=high,
+        cmap="viridis",
+        annot=values.size <= MOST_ANNOTATED,
+        fmt=".2f",
+        annot_kws={"fontsize": 9},
+        linewidths=0.5,
+        cbar_kws={"label": label},
+        xticklabels=[str(head + 1) for head in range(values.shape[1])],
+        yticklabels=[str(layer + 1) for layer in range(values.shape[0])],
+    )
+    ax.set_xlabel("head")
+    ax.set_ylabel("layer")
+    ax.tick_params(axis="y", rotation=0)
+    return ax
+
+
+def lines_over_training(
+    steps: Array,
+    values: Array,
+    label: str,
+    ax: Axes | None = None,
+    reference: float | None = None,
+    early_steps: Array | None = None,
+    early_values: Array | None = None,
+) -> Axes:
+    """A thick line a layer (mean over heads) and thin ones for its heads, from values [time, layer, head] at `steps`.
+
+    early_values [time, layer, head] at `early_steps` come from fewer images: dotted, layers only. The axis of steps is
+    logarithmic, as the looks are; 0 stands at its left end. reference: the value of uniform attention.
+    """
+    ax = ax or new_axes()
+    colors = layer_colors(values.shape[1])
+    for layer, color in enumerate(colors):
+        for head in range(values.shape[2]):
+            ax.plot(steps + 1, values[:, layer, head], color=color, linewidth=0.7, alpha=0.45)
+        ax.plot(steps + 1, values[:, layer].mean(axis=1), color=color, linewidth=2.4, marker="o", markersize=4)
+        if early_steps is not None and early_values is not None:
+            early = early_values[:, layer].mean(axis=1)
+            ax.plot(early_steps + 1, early, color=color, linewidth=1.2, linestyle=":", marker=".", markersize=4)
+    handles = [
+        Line2D([], [], color=color, linewidth=2.4, label=f"layer {layer + 1}") for layer, color in enumerate(colors)
+    ]
+    handles.append(Line2D([], [], color=REFERENCE, linewidth=0.7, label="single heads"))
+    if early_steps is not None:
+        handles.append(Line2D([], [], color=REFERENCE, linestyle=":", marker=".", label="probe images only"))
+    if reference is not None:
+        ax.axhline(reference, color=REFERENCE, linestyle="--", linewidth=1)
+        handles.append(Line2D([], [], color=REFERENCE, linestyle="--", linewidth=1, label=f"uniform ({reference:.2f})"))
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_minor_locator(NullLocator())
+    last = int(max(steps[-1], early_steps[-1] if early_steps is not None else 0))
+    ticks = [0, *(2**power for power in range(0, 30, 1 if last < 64 else 2) if 2**power < 0.7 * last), last]
+    ax.set_xticks([tick + 1 for tick in ticks])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: f"{round(position) - 1:,}"))
+    ax.set_xlabel("training step (logarithmic)")
+    ax.set_ylabel(label)
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    return _clean(ax)
+
+
+def confusion_matrix(counts: Array, class_names: list[str], ax: Axes | None = None) -> Axes:
+    """Images by true (down) and predicted class; colour is the share of the true class, errors in tenths of a percent
+    still visible because the diagonal is left out of the colour."""
+    ax = ax or new_axes()
+    errors = counts.astype(float) / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    np.fill_diagonal(errors, np.nan)
+    labels = np.where(counts > 0, counts.astype(str), "")
+    seaborn.heatmap(
+        errors * 100,
+        ax=ax,
+        annot=labels,
+        fmt="",
+        annot_kws={"fontsize": 9},
+        cmap="Reds",
+        vmin=0,
+        linewidths=0.5,
+        cbar_kws={"label": "errors (% of the true class)"},
+        xticklabels=class_names,
+        yticklabels=class_names,
+        square=True,
+    )
+    for number, count in enumerate(np.diag(counts)):  # seaborn leaves masked cells without a number
+        ax.text(number + 0.5, number + 0.5, str(count), ha="center", va="center", fontsize=9, color="#888888")
+    ax.set_xlabel("predicted class")
+    ax.set_ylabel("true class")
+    ax.tick_params(axis="y", rotation=0)
+    ax.set_title(f"accuracy {np.trace(counts) / counts.sum():.2%}, n = {counts.sum():,}")
+    return ax
+
+
+def finish(figure: Figure, headline: str, face_note: str = "") -> Figure:
+    """The headline, and in red what the reader must know of the data or the weights."""
+    figure.suptitle(headline, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    if face_note:
+        figure.text(0.99, 0.985, face_note, color=NOTE, fontweight="bold", fontsize=11, ha="right", va="top")
+    return figure
+
+
+def layer_colors(num_layers: int) -> list[Any]:
+    """From light (shallow) to dark (deep)."""
+    return [matplotlib.colormaps["viridis_r"](share) for share in np.linspace(0.08, 0.95, num_layers)]
+
+
+def _clean(ax: Axes) -> Axes:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    ax.set_axisbelow(True)
+    return ax

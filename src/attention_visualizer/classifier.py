@@ -1,0 +1,130 @@
+"""The LightningModule: loss, optimiser, schedule, metrics. It knows nothing of attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from attention_visualizer.errors import UserError
+
+
+class Classifier(LightningModule):
+    """Trains `model`, which maps images to logits, with AdamW, a linear warm-up and a cosine decay to zero.
+
+    warmup_share: part of all steps in which the learning rate rises from zero. Weight decay leaves biases, norms,
+    positions and the class token alone. `seed` makes the random state of each batch a function of integers, so a
+    resumed run repeats an uninterrupted one. `checkpoint_block`, where set, is stored in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        warmup_share: float = 0.1,
+        label_smoothing: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        validate_recipe(learning_rate, weight_decay, beta1, beta2, warmup_share, label_smoothing)
+        self.model = model
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = (beta1, beta2)
+        self.warmup_share = warmup_share
+        self.label_smoothing = label_smoothing
+        self.seed = seed
+        self.checkpoint_block: dict[str, Any] | None = None
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_confusion = MulticlassConfusionMatrix(num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        batches_done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        torch.manual_seed(self.seed * 1_000_003 + batches_done)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.train_accuracy(logits, labels)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.validation_accuracy(logits, labels)
+        self.log("validation/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        self.log("validation/accuracy", self.validation_accuracy, prog_bar=True)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.test_accuracy(logits, labels)
+        self.test_confusion.update(logits, labels)
+        self.log("test/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        self.log("test/accuracy", self.test_accuracy)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, self.weight_decay), lr=self.learning_rate, betas=self.betas, fused=True
+        )
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        warmup_steps = max(1, round(self.warmup_share * num_steps))
+
+        def share_of_learning_rate(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_learning_rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.checkpoint_block is None:
+            return
+        accuracy = self.trainer.callback_metrics.get("validation/accuracy")
+        checkpoint["attention_visualizer"] = {
+            **self.checkpoint_block,
+            "validation_accuracy": None if accuracy is None else float(accuracy),
+        }
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups: matrices decay; vectors (biases, norms), positions and the class token do not."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    still = {name for name, parameter in named if parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token"))}
+    return [
+        {"params": [parameter for name, parameter in named if name not in still], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in named if name in still], "weight_decay": 0.0},
+    ]
+
+
+def validate_recipe(
+    learning_rate: float, weight_decay: float, beta1: float, beta2: float, warmup_share: float, label_smoothing: float
+) -> None:
+    """Raises UserError for a value that cannot train. NaN fails every comparison."""
+    if not 0 < learning_rate < math.inf:
+        raise UserError(f"optimizer.learning_rate={learning_rate}: give a number above 0, such as 0.001")
+    if not 0 <= weight_decay < math.inf:
+        raise UserError(f"optimizer.weight_decay={weight_decay}: give 0 or a positive number")
+    shares = {"beta1": beta1, "beta2": beta2, "warmup_share": warmup_share, "label_smoothing": label_smoothing}
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise UserError(f"optimizer.{name}={value}: give a share from 0 up to, but not, 1")

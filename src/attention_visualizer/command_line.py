@@ -1,0 +1,108 @@
+"""What the two entry points share: one-line errors, and the table that ends a sweep. The only module that knows Hydra."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from attention_visualizer import storage
+from attention_visualizer.errors import UserError
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a Hydra entry point; a user's mistake ends as one line on stderr and exit code 2.
+
+    With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR"):
+        main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand errors through instead of printing them
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong in one line; Hydra's and OmegaConf's messages spread it over several."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:  # the inner message says what, the outer one where
+        for line in str(cause).splitlines():
+            line = line.strip()
+            if line and not re.match(r"(object_type|reference_type|full_key|set )", line) and line not in lines:
+                lines.append(line)
+        cause = cause.__cause__
+    return "; ".join(lines) + " (see --help for the groups and fields)"
+
+
+def job_folder(number: int, overrides: str) -> str:
+    """Folder name of a sweep's job: its number and what was overridden, in characters that need no quoting."""
+    return re.sub(r"[^\w.\-]+", "-", f"{number}_{overrides}")[:100].rstrip("._-")
+
+
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+class SweepTable(Callback):
+    """Ends a sweep with a table of its runs, printed and written as sweep.csv."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        rows = sweep_rows(folder)
+        if not rows:
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        storage.write_text(folder / "sweep.csv", text.getvalue())
+        table = Table(title=f"Sweep {folder}")
+        for column in rows[0]:
+            table.add_column(column.replace("_", " "), justify="left" if column in ("run", "status") else "right")
+        for row in rows:
+            table.add_row(*("" if value is None else str(value) for value in row.values()))
+        Console().print(table)
+        print(f"Table:    {folder / 'sweep.csv'}\nAnalyse:  python analyze.py run={folder}")
+        if any(row["status"] != "completed" for row in rows):
+            raise SystemExit(1)
+
+
+def sweep_rows(folder: Path) -> list[dict[str, Any]]:
+    """One row for each job of a sweep, in the order of their numbers."""
+    rows = []
+    paths = [path for path in folder.iterdir() if path.is_dir()]
+    for path in sorted(paths, key=lambda path: int(path.name.split("_")[0]) if path.name[0].isdigit() else -1):
+        manifest = storage.RunFolder(path).read_manifest()
+        metrics = manifest.get("metrics", {})
+        rows.append(
+            {
+                "run": path.name,
+                "status": manifest.get("status", "not started"),
+                "validation_accuracy": _rounded(metrics.get("validation_accuracy"), 4),
+                "parameters": manifest.get("parameters"),
+                "seconds": _rounded(metrics.get("seconds"), 1),
+            }
+        )
+    return rows
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)

@@ -1,0 +1,68 @@
+"""How attention evolved while a model trained: numbers and probe maps, kept in one .npz beside the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention_visualizer import storage
+from attention_visualizer.errors import UserError
+
+
+@dataclass
+class AttentionHistory:
+    """A growing record. `probe` is written once; `frames` and `validations` gain one entry a call.
+
+    probe: images [probe, height, width, channel] uint8, labels [probe], class_names [class], grid [2],
+        num_keys [], query []
+    frames, one for each look at the probe images: step, epoch, maps [probe, layer, grid height, grid width] (the
+        readout query's attention, mean over heads), rollout [probe, grid height, grid width], entropy and distance
+        [layer, head], predicted and probability [probe]
+    validations, one for each pass over the validation set: step, epoch, images, and each measure [layer, head]
+    """
+
+    probe: dict[str, NDArray[Any]] = field(default_factory=dict)
+    frames: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    validations: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+
+    def discard_after(self, step: int) -> None:
+        """Forgets what a resumed run is about to repeat."""
+        self.frames = [frame for frame in self.frames if frame["step"] <= step]
+        self.validations = [entry for entry in self.validations if entry["step"] <= step]
+
+    def column(self, part: str, name: str) -> NDArray[Any]:
+        """All entries of one name in "frames" or "validations", stacked: [time, ...]."""
+        return np.stack([entry[name] for entry in getattr(self, part)])
+
+    def save(self, path: Path) -> None:
+        arrays = {f"probe/{name}": value for name, value in self.probe.items()}
+        for part in ("frames", "validations"):
+            for name in getattr(self, part)[0] if getattr(self, part) else ():
+                arrays[f"{part}/{name}"] = self.column(part, name)
+        with storage.atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> AttentionHistory:
+        """Raises UserError when the file is not a whole history."""
+        history = cls()
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                for key in arrays.files:
+                    part, name = key.split("/")
+                    if part == "probe":
+                        history.probe[name] = arrays[key]
+                        continue
+                    entries = getattr(history, part)
+                    column = arrays[key]
+                    if not entries:
+                        entries.extend({} for _ in column)
+                    for entry, value in zip(entries, column, strict=True):
+                        entry[name] = value
+        except Exception as error:  # numpy and zipfile raise many kinds for a broken file
+            raise UserError(f"{path} is not a readable attention history ({error})") from error
+        return history

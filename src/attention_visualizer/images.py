@@ -1,0 +1,180 @@
+"""What a model must know of its images, and how pixels are brought to the form that it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from attention_visualizer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+DatasetName = Literal["mnist", "digits"]
+TITLES: dict[str, str] = {"mnist": "MNIST", "digits": "scikit-learn digits (not MNIST)"}
+
+
+@dataclass(frozen=True)
+class DatasetDescription:
+    """What a model must know of the images it was trained on.
+
+    image_size: pixels of a square. mean, std: of the training split's pixels, in 0..1 units. sizes: images in
+    "train", "validation" and "test".
+    """
+
+    name: str
+    image_size: int
+    channels: int
+    class_names: tuple[str, ...]
+    mean: float
+    std: float
+    sizes: dict[str, int]
+
+    @property
+    def title(self) -> str:
+        """The name for headings and figures."""
+        return TITLES[self.name]
+
+    @property
+    def face_note(self) -> str:
+        """What every figure of these images must say on its face; nothing for the real data set."""
+        return "" if self.name == "mnist" else f"data: {self.title}"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain scalars, lists and dicts, fit for a checkpoint that is loaded with `weights_only=True`."""
+        return {**dataclasses.asdict(self), "class_names": list(self.class_names)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DatasetDescription:
+        """The inverse of `to_dict`. Raises UserError for anything but what it writes."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise UserError(f"data set description: its fields must be exactly {', '.join(sorted(names))}")
+
+        def require(name: str, holds: bool, wanted: str) -> None:
+            if not holds:
+                raise UserError(f"data set description: {name}={values[name]!r:.80} must be {wanted}")
+
+        class_names, sizes = values["class_names"], values["sizes"]
+        require("name", isinstance(values["name"], str) and values["name"] in TITLES, " or ".join(TITLES))
+        for name in ("image_size", "channels"):
+            require(name, is_whole(values[name], 1), "a whole number of at least 1")
+        require(
+            "class_names",
+            isinstance(class_names, list) and class_names != [] and all(isinstance(item, str) for item in class_names),
+            "a list of names",
+        )
+        require("mean", is_number(values["mean"], 0.0, 1.0), "a number from 0 to 1")
+        require("std", is_number(values["std"], 0.0, 1.0) and values["std"] > 0, "a number above 0 and up to 1")
+        require(
+            "sizes",
+            isinstance(sizes, dict)
+            and set(sizes) == {"train", "validation", "test"}
+            and all(is_whole(size, 0) for size in sizes.values()),
+            "the number of images in train, validation and test",
+        )
+        return cls(**{**values, "class_names": tuple(class_names), "sizes": dict(sizes)})
+
+
+def is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most  # not NaN
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 to float32 in 0..1; floats, which are there already, pass."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def normalise(images: Tensor, description: DatasetDescription) -> Tensor:
+    """uint8, or floats in 0..1, to the float32 that the model is trained on, of the same shape."""
+    return (to_unit(images) - description.mean) / description.std
+
+
+def augment_batch(
+    images: Tensor, generator: torch.Generator, rotation: float, translation: float, scaling: float, shear: float
+) -> Tensor:
+    """Moves each image [batch, channel, height, width] by an affine map of its own; float32 in 0..1, zeros outside.
+
+    Each amount is the bound of a uniform draw to either side: rotation in degrees, translation in pixels along each
+    axis, scaling as a share of the size, shear as pixels sideways for each pixel down. The draws come from
+    `generator` alone, so they do not depend on the device of the images.
+    """
+    batch, _, height, width = images.shape
+    draws = 2 * torch.rand(5, batch, generator=generator, device=generator.device) - 1
+    draws = draws.to(images.device)
+    angle = draws[0] * math.radians(rotation)
+    size = 1 + draws[1] * scaling
+    slant = draws[2] * shear
+    cosine, sine = angle.cos() / size, angle.sin() / size
+    # Maps a pixel of the result to where it is read: rotation times shear, divided by the size. The grid runs from
+    # -1 to 1 along both axes, hence the aspect ratios and the division by half the sides.
+    across = torch.stack([cosine, (cosine * slant - sine) * height / width, draws[3] * translation * 2 / width])
+    down = torch.stack([sine * width / height, sine * slant + cosine, draws[4] * translation * 2 / height])
+    maps = torch.stack([across, down]).permute(2, 0, 1)  # (B, 2, 3)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return F.grid_sample(to_unit(images), grid, align_corners=False)
+
+
+def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
+    """A picture of any size and mode as uint8 [channel, size, size], light ink on dark as in the data set.
+
+    It is made grey, transparency over white; inverted where its border is light; scaled to fit, and centred on the
+    border's colour. Raises UserError for a file that is not a picture.
+    """
+    try:
+        with Image.open(path) as file:
+            grey = _grey(ImageOps.exif_transpose(file))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file: give the path of a picture") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder: give the path of a picture") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a picture that can be read: give a PNG or JPEG file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
+
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    if np.median(border) > 127:
+        log.info("%s: its border is light, so it is inverted to light ink on dark", path)
+        grey, border = 255 - grey, 255 - border
+    height, width = grey.shape
+    size = description.image_size
+    share = size / max(height, width)
+    height, width = max(1, round(height * share)), max(1, round(width * share))
+    if grey.shape != (height, width):
+        grey = cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA if share < 1 else cv2.INTER_LINEAR)
+    canvas = np.full((size, size), np.median(border), np.uint8)
+    top, left = (size - height) // 2, (size - width) // 2
+    canvas[top : top + height, left : left + width] = grey
+    return torch.from_numpy(canvas).repeat(description.channels, 1, 1)
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    """uint8 [height, width] of a picture of any mode."""
+    if image.mode.startswith(("I", "F")):  # 16 bits a pixel, or 32, of which files use 16
+        values = np.nan_to_num(np.asarray(image, np.float64))
+        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
+        return (values.clip(0, top) * (255 / top)).round().astype(np.uint8)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("L"))

@@ -1,0 +1,216 @@
+"""The Vision Transformer (Dosovitskiy et al., 2021), pre-norm, in one file.
+
+Parameter names are timm's, so weights move between the two without renaming.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention_visualizer.errors import UserError
+
+PositionalEmbedding = Literal["learned", "sincos", "none"]
+Pooling = Literal["cls", "mean"]
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts the image into patches and projects each: [batch, channel, height, width] -> [batch, patch, embed]."""
+
+    def __init__(self, in_channels: int, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = (patch_size, patch_size)
+        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        batch, channels, height, width = images.shape
+        patch_height, patch_width = self.patch_size
+        # A convolution whose stride is its kernel is one matrix product, and that is faster.
+        grid = (height // patch_height, width // patch_width)
+        patches = images.reshape(batch, channels, grid[0], patch_height, grid[1], patch_width)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, patches, C * ph * pw)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on the fused `scaled_dot_product_attention`."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        batch, length, embed_dim = tokens.shape
+        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, embed_dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, head_dim)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))  # (B, T, embed)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between, applied to each token."""
+
+    def __init__(self, embed_dim: int, mlp_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, embed_dim)
+        self.drop1 = nn.Dropout(dropout)
+        self.drop2 = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(F.gelu(self.fc1(tokens)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.attn = Attention(embed_dim, num_heads, dropout, attention_dropout)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.mlp = Mlp(embed_dim, mlp_dim, dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class VisionTransformer(nn.Module):
+    """Images [batch, channel, height, width] -> logits [batch, class].
+
+    img_size and patch_size are pixels of a square; `pooling="cls"` prepends a class token and classifies from
+    it, "mean" has none and classifies from the mean patch. `dropout` sits after the embedding, after the
+    attention projection and in the MLP; `attention_dropout` drops attention weights.
+    Raises UserError for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 28,
+        patch_size: int = 7,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        embed_dim: int = 128,
+        num_heads: int = 4,
+        num_layers: int = 6,
+        mlp_dim: int = 256,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        positional_embedding: PositionalEmbedding = "learned",
+        pooling: Pooling = "cls",
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "embed_dim": embed_dim,
+            "num_heads": num_heads,
+            "num_layers": num_layers,
+            "mlp_dim": mlp_dim,
+            "dropout": dropout,
+            "attention_dropout": attention_dropout,
+            "positional_embedding": positional_embedding,
+            "pooling": pooling,
+        }
+        validate_model_config(self.config)
+        self.pooling = pooling
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_prefix_tokens = 1 if pooling == "cls" else 0
+        num_tokens = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
+
+        self.patch_embed = PatchEmbedding(in_channels, embed_dim, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pooling == "cls" else None
+        self.pos_embed: Tensor | None = None
+        if positional_embedding == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim))
+        elif positional_embedding == "sincos":
+            table = sincos_positions(self.grid_size, embed_dim)
+            prefix = torch.zeros(self.num_prefix_tokens, embed_dim)
+            del self.pos_embed
+            self.register_buffer("pos_embed", torch.cat([prefix, table])[None], persistent=False)
+        self.pos_drop = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(
+            *(Block(embed_dim, num_heads, mlp_dim, dropout, attention_dropout) for _ in range(num_layers))
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.apply(initialise)
+        for parameter in (self.cls_token, self.pos_embed):
+            if isinstance(parameter, nn.Parameter):
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images to tokens with positions: [batch, channel, height, width] -> [batch, token, embed]."""
+        tokens = self.patch_embed(images)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        if self.pos_embed is not None:
+            tokens = tokens + self.pos_embed
+        return self.pos_drop(tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.norm(self.blocks(self.embed(images)))
+        pooled = tokens[:, 0] if self.pooling == "cls" else tokens.mean(dim=1)
+        return self.head(pooled)
+
+
+def validate_model_config(config: dict[str, Any]) -> None:
+    """Raises UserError, naming the field, for a value or a combination that makes no model."""
+    sizes = "img_size patch_size in_channels num_classes embed_dim num_heads num_layers mlp_dim".split()
+    for name in sizes:
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"model.{name}={value!r}: give a whole number of at least 1")
+    for name in ("dropout", "attention_dropout"):
+        value = config[name]
+        if not (isinstance(value, int | float) and 0.0 <= value < 1.0):  # NaN fails both comparisons
+            raise UserError(f"model.{name}={value!r}: give a share from 0 up to, but not, 1")
+    for name, choices in (("positional_embedding", PositionalEmbedding), ("pooling", Pooling)):
+        if config[name] not in get_args(choices):
+            raise UserError(f"model.{name}={config[name]!r}: choose one of {', '.join(get_args(choices))}")
+    if config["img_size"] % config["patch_size"]:
+        raise UserError(
+            f"model.patch_size={config['patch_size']} does not divide img_size={config['img_size']}: "
+            f"choose a divisor ({', '.join(str(d) for d in divisors(config['img_size']))})"
+        )
+    if config["embed_dim"] % config["num_heads"]:
+        raise UserError(
+            f"model.embed_dim={config['embed_dim']} is not divisible by num_heads={config['num_heads']}: "
+            f"choose num_heads from {', '.join(str(d) for d in divisors(config['embed_dim']))}"
+        )
+    if config["positional_embedding"] == "sincos" and config["embed_dim"] % 4:
+        raise UserError(
+            f"model.positional_embedding=sincos needs an embed_dim divisible by 4, not {config['embed_dim']}"
+        )
+
+
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def sincos_positions(grid: tuple[int, int], embed_dim: int) -> Tensor:
+    """Fixed two-dimensional sine-cosine positions (He et al., 2022, "MAE"): [patch, embed]."""
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(embed_dim // 4) / (embed_dim / 4))
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [coordinate.flatten()[:, None] * frequencies for coordinate in (columns, rows)]
+    return torch.cat([function(angle) for angle in angles for function in (torch.sin, torch.cos)], dim=1)
+
+
+def initialise(module: nn.Module) -> None:
+    """Truncated normal weights of deviation 0.02 and zero biases, as in the ViT and DeiT papers' code."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,328 @@
+"""The one renderer of attention maps: arrays in, a Picture out, for TensorBoard and for files alike.
+
+A Picture is a list of placed images and texts. `to_rgb` draws it with NumPy, OpenCV and Pillow, in milliseconds;
+`to_figure` hands the same layout to matplotlib, for notebooks and for PDF and SVG with text as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Array = NDArray[Any]
+Rgb = NDArray[np.uint8]
+
+INK, GREY, RED = (17, 17, 17), (96, 96, 96), (190, 20, 30)
+DOUBLINGS = 3.0  # the attention scale runs from 1/8 to 8 times uniform
+INK_STRENGTH = 0.8  # how dark the image's ink is drawn over the colours
+
+
+@dataclass(frozen=True)
+class PlacedImage:
+    x: int
+    y: int
+    width: int
+    height: int
+    rgb: Rgb
+    smooth: bool = False
+
+
+@dataclass(frozen=True)
+class PlacedText:
+    """`anchor` is Pillow's: l, m or r of the text, then a (top), m (middle) or s (baseline)."""
+
+    x: int
+    y: int
+    text: str
+    size: int
+    anchor: str = "la"
+    color: tuple[int, int, int] = INK
+    bold: bool = False
+
+
+@dataclass
+class Picture:
+    """width, height: pixels; the background is white."""
+
+    width: int
+    height: int
+    images: list[PlacedImage] = field(default_factory=list)
+    texts: list[PlacedText] = field(default_factory=list)
+
+    def to_rgb(self) -> Rgb:
+        """uint8 [height, width, 3]."""
+        canvas = np.full((self.height, self.width, 3), 255, np.uint8)
+        for image in self.images:
+            rows, columns = slice(image.y, image.y + image.height), slice(image.x, image.x + image.width)
+            canvas[rows, columns] = resize(image.rgb, image.width, image.height, image.smooth)
+        drawn = Image.fromarray(canvas)
+        pen = ImageDraw.Draw(drawn)
+        for text in self.texts:
+            pen.text((text.x, text.y), text.text, text.color, font(text.size, text.bold), anchor=text.anchor)
+        return np.asarray(drawn)
+
+    def to_figure(self, dpi: int = 100) -> Figure:
+        """The same as a matplotlib figure of the same size."""
+        figure = Figure(figsize=(self.width / dpi, self.height / dpi), dpi=dpi, facecolor="white")
+        for image in self.images:
+            box = (
+                image.x / self.width,
+                1 - (image.y + image.height) / self.height,
+                image.width / self.width,
+                image.height / self.height,
+            )
+            axes = figure.add_axes(box)
+            axes.imshow(image.rgb, aspect="auto", interpolation="bicubic" if image.smooth else "nearest")
+            axes.set_axis_off()
+        horizontal = {"l": "left", "m": "center", "r": "right"}
+        vertical = {"a": "top", "m": "center", "s": "baseline"}
+        for text in self.texts:
+            figure.text(
+                text.x / self.width,
+                1 - text.y / self.height,
+                text.text,
+                fontsize=text.size * 72 / dpi,
+                color=tuple(channel / 255 for channel in text.color),
+                weight="bold" if text.bold else "normal",
+                ha=horizontal[text.anchor[0]],
+                va=vertical[text.anchor[1]],
+                parse_math=False,
+            )
+        return figure
+
+
+@cache
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def text_width(text: str, size: int, bold: bool = False) -> int:
+    return int(np.ceil(font(size, bold).getlength(text)))
+
+
+def fitting_size(texts: Sequence[str], size: int, width: int, least: int = 9) -> int:
+    """The largest font size up to `size` at which every text is at most `width` pixels wide, but no less than `least`."""
+    while size > least and any(text_width(text, size) > width for text in texts):
+        size -= 1
+    return size
+
+
+def shortened(text: str, size: int, width: int) -> str:
+    """`text`, cut with an ellipsis where it would be wider than `width` pixels."""
+    if text_width(text, size) <= width:
+        return text
+    while text and text_width(text + "…", size) > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def resize(rgb: Rgb, width: int, height: int, smooth: bool = False) -> Rgb:
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    return np.asarray(
+        cv2.resize(rgb, (width, height), interpolation=cv2.INTER_CUBIC if smooth else cv2.INTER_NEAREST_EXACT), np.uint8
+    )
+
+
+# --- colour ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ColorScale:
+    """From values to colours. ticks: (value, label); logarithm: values are shown by their base-2 logarithm times
+    `factor`, and low, high and ticks are in that unit."""
+
+    title: str
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    table: Rgb  # [256, 3]
+    factor: float | None = None
+
+    def to_rgb(self, values: Array) -> Rgb:
+        """[...] -> uint8 [..., 3]; clipped to the scale, NaN is grey."""
+        if self.factor is not None:
+            with np.errstate(divide="ignore"):
+                values = np.log2(np.asarray(values, np.float64) * self.factor)
+        share = (np.clip(values, self.low, self.high) - self.low) / (self.high - self.low)
+        missing = np.isnan(share)
+        index = np.where(missing, 0, share * 255).round().astype(np.intp)
+        colors = self.table[index]
+        colors[missing] = 128
+        return colors
+
+
+@cache
+def color_table(name: str, low: float = 0.0, high: float = 1.0) -> Rgb:
+    colors = matplotlib.colormaps[name](np.linspace(low, high, 256))[:, :3]
+    table = (colors * 255).round().astype(np.uint8)
+    table.flags.writeable = False
+    return table
+
+
+def attention_scale(num_keys: int) -> ColorScale:
+    """log2(N A), so that white is a query that prefers nothing and each step a doubling; red high, blue low."""
+    labels = ("1/8", "1/4", "1/2", "1", "2", "4", "8")
+    ticks = tuple((float(value), f"{label}×") for value, label in zip(range(-3, 4), labels, strict=True))
+    # The ends of the map are nearly black, which is the colour of the ink.
+    return ColorScale("attention / uniform", -DOUBLINGS, DOUBLINGS, ticks, color_table("RdBu_r", 0.08, 0.92), num_keys)
+
+
+def difference_scale(limit: float, title: str) -> ColorScale:
+    """A difference of base-2 logarithms, from -limit to limit doublings; red is more, blue less."""
+    values = np.linspace(-limit, limit, 7)
+    ticks = tuple((float(value), f"{'1/' if value < 0 else ''}{2 ** abs(value):.3g}×") for value in values)
+    return ColorScale(title, -limit, limit, ticks, color_table("PuOr_r", 0.08, 0.92))
+
+
+def sequential_scale(low: float, high: float, title: str) -> ColorScale:
+    ticks = tuple((float(value), f"{value:.2f}") for value in np.linspace(low, high, 5))
+    return ColorScale(title, low, high, ticks, color_table("viridis"))
+
+
+def overlay(image: Rgb, attention: Array, num_keys: int) -> Rgb:
+    """Attention in colour by patch, [grid height, grid width], with the image's ink drawn dark over it.
+
+    Ink is what is light in the image, [height, width, 1 or 3] uint8: white strokes on black become dark strokes on
+    colour, so that the colours stay those of the scale wherever there is no ink.
+    """
+    height, width = image.shape[:2]
+    colors = resize(attention_scale(num_keys).to_rgb(attention), width, height).astype(np.float32)
+    ink = image.reshape(height, width, -1).mean(axis=2, keepdims=True, dtype=np.float32) / 255
+    return (colors * (1 - INK_STRENGTH * ink)).round().astype(np.uint8)
+
+
+# --- layout ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """One panel: a picture uint8 [height, width, 1 or 3] under a title, with a caption beneath."""
+
+    rgb: Rgb
+    title: str = ""
+    caption: str = ""
+
+
+MARGIN, GAP = 14, 6
+HEADLINE, SUBTITLE, LABEL, CAPTION = 17, 13, 13, 11
+
+
+def tile_grid(
+    tiles: list[list[Tile | None]],
+    headline: str,
+    subtitle: str = "",
+    column_titles: list[str] | None = None,
+    row_titles: list[str] | None = None,
+    face_note: str = "",
+    tile_size: int = 112,
+    scale: ColorScale | None = None,
+    second_scale: ColorScale | None = None,
+) -> Picture:
+    """Rows of tiles with their titles, a headline, and a colour bar for each scale. face_note stands out in red."""
+    num_columns = max(len(row) for row in tiles)
+    first = next(tile for row in tiles for tile in row if tile is not None)
+    aspect = first.rgb.shape[0] / first.rgb.shape[1]
+    tile_height = max(1, round(tile_size * aspect))
+    scales = [one for one in (scale, second_scale) if one is not None]
+
+    titles = [tile.title for row in tiles for tile in row if tile and tile.title] + (column_titles or [])
+    captions = [tile.caption for row in tiles for tile in row if tile and tile.caption]
+    title_size = fitting_size(titles, LABEL, tile_size)
+    caption_size = fitting_size(captions, CAPTION, tile_size + GAP)
+    left = MARGIN + (max(text_width(title, LABEL) for title in row_titles) + 10 if row_titles else 0)
+    grid_width = num_columns * (tile_size + GAP) - GAP
+    bars = [bar_width(one) for one in scales]
+    lines = [(headline, HEADLINE, True, INK)]
+    lines += [(subtitle, SUBTITLE, False, GREY)] if subtitle else []
+    lines += [(face_note, SUBTITLE, True, RED)] if face_note else []
+    text_needs = max(text_width(text, size, bold) for text, size, bold, _ in lines) + 2 * MARGIN
+    picture = Picture(max(left + grid_width + sum(bars) + MARGIN, text_needs), 0)
+
+    y = MARGIN - 2
+    for text, size, bold, color in lines:
+        picture.texts.append(PlacedText(MARGIN, y, text, size, "la", color, bold))
+        y += size + 7
+    y += 4
+    if column_titles:
+        for column, title in enumerate(column_titles):
+            x = left + column * (tile_size + GAP) + tile_size // 2
+            picture.texts.append(PlacedText(x, y, shortened(title, title_size, tile_size), title_size, "ma"))
+        y += title_size + 6
+    top = y
+    for number, row in enumerate(tiles):
+        if any(tile and tile.title for tile in row):
+            for column, tile in enumerate(row):
+                if tile and tile.title:
+                    x = left + column * (tile_size + GAP) + tile_size // 2
+                    text = shortened(tile.title, title_size, tile_size)
+                    picture.texts.append(PlacedText(x, y, text, title_size, "ma"))
+            y += title_size + 5
+        if row_titles:
+            picture.texts.append(PlacedText(left - 10, y + tile_height // 2, row_titles[number], LABEL, "rm"))
+        for column, tile in enumerate(row):
+            if tile is not None:
+                x = left + column * (tile_size + GAP)
+                picture.images.append(PlacedImage(x, y, tile_size, tile_height, as_rgb(tile.rgb)))
+        y += tile_height + 3
+        if any(tile and tile.caption for tile in row):
+            for column, tile in enumerate(row):
+                if tile and tile.caption:
+                    x = left + column * (tile_size + GAP) + tile_size // 2
+                    text = shortened(tile.caption, caption_size, tile_size + GAP)
+                    picture.texts.append(PlacedText(x, y, text, caption_size, "ma", GREY))
+            y += caption_size + 5
+        y += 3
+    bottom = max(y - 6, top + 7 * 14)
+    x = left + grid_width
+    for one, width in zip(scales, bars, strict=True):
+        draw_bar(picture, one, x, top, min(bottom, top + 260) - top)
+        x += width
+    picture.height = bottom + MARGIN
+    return picture
+
+
+def as_rgb(image: Rgb) -> Rgb:
+    image = image[..., None] if image.ndim == 2 else image
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+
+BAR_WIDTH, BAR_GAP = 14, 18
+
+
+def bar_width(scale: ColorScale) -> int:
+    """What a colour bar takes beside the grid."""
+    labels = max(text_width(label, CAPTION) for _, label in scale.ticks)
+    return BAR_GAP + CAPTION + 8 + BAR_WIDTH + 6 + labels
+
+
+def draw_bar(picture: Picture, scale: ColorScale, x: int, y: int, height: int) -> None:
+    """A vertical colour bar with its ticks; its title stands upright beside it."""
+    x += BAR_GAP
+    title = upright(scale.title, fitting_size([scale.title], CAPTION, height, least=7))
+    picture.images.append(PlacedImage(x, y + (height - title.shape[0]) // 2, title.shape[1], title.shape[0], title))
+    x += CAPTION + 8
+    picture.images.append(PlacedImage(x, y, BAR_WIDTH, height, np.ascontiguousarray(scale.table[::-1, None])))
+    for value, label in scale.ticks:
+        share = (value - scale.low) / (scale.high - scale.low)
+        picture.texts.append(PlacedText(x + BAR_WIDTH + 5, round(y + (1 - share) * (height - 1)), label, CAPTION, "lm"))
+
+
+@cache
+def upright(text: str, size: int) -> Rgb:
+    """Text that reads from bottom to top, as an image: colour bars' titles are the only ones."""
+    image = Image.new("RGB", (text_width(text, size), size + 5), "white")
+    ImageDraw.Draw(image).text((0, 0), text, INK, font(size))
+    return np.asarray(image.transpose(Image.Transpose.ROTATE_90))

@@ -1,0 +1,253 @@
+"""Where things are kept: files written whole or not at all, run folders and their manifest."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from attention_visualizer.errors import UserError
+
+TIME_FORMAT = "%Y-%m-%d_%H-%M-%S-%f"  # no "=" and no ":", which command lines and file systems dislike
+TIME_PATTERN = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{1,6}")
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, with its suffix; what was written there becomes `path` at the end.
+
+    Readers see the old file or the new one, never a part, whatever kills the writer. An exception removes the
+    temporary file and leaves `path` as it was. An OSError (disk full, read-only folder) becomes a UserError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+    with suppress(OSError):  # the file is in place; not every file system can flush a folder
+        flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until the file or folder at `path` would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` atomically as UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Writes `data` atomically as JSON; NaN and infinity, which JSON lacks, become null."""
+    write_text(path, json.dumps(json_ready(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Raises UserError for a file that is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def short_path(path: Path) -> Path:
+    """Relative to the current folder where it lies inside."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def json_ready(value: Any) -> Any:
+    """`value` in JSON's own types: paths become strings, arrays and tensors lists, NaN and infinity None."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy arrays and scalars, tensors
+        return json_ready(value.tolist())
+    return value
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one training run; `path` need not exist yet."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: str | Path) -> RunFolder:
+        """Makes a folder under `root`, named after the time, that no other run has. Raises UserError if it cannot."""
+        try:
+            Path(root).mkdir(parents=True, exist_ok=True)
+            while True:
+                path = Path(root) / datetime.now().strftime(TIME_FORMAT)
+                with suppress(FileExistsError):  # another run took this microsecond: take the next
+                    path.mkdir()
+                    return cls(path)
+        except OSError as error:
+            reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror or error
+            raise UserError(f"cannot make a run folder in {root}: {reason}") from error
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def history_path(self) -> Path:
+        return self.path / "attention_history.npz"
+
+    @property
+    def analysis(self) -> Path:
+        return self.path / "attention_analysis"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has left its marks here."""
+        return self.manifest_path.is_file() or self.checkpoints.is_dir()
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What run.json says; empty if there is none. Raises UserError if it is no JSON object."""
+        try:
+            manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: broken JSON or UTF-8
+            raise UserError(f"{self.manifest_path} cannot be read ({error}): mend or delete it") from error
+        if not isinstance(manifest, dict):
+            raise UserError(f"{self.manifest_path} holds no JSON object: mend or delete it")
+        return manifest
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Adds `fields` to run.json or replaces them there."""
+        write_json(self.manifest_path, self.read_manifest() | fields)
+
+
+def start_manifest(folder: RunFolder, **fields: Any) -> None:
+    """Writes a starting run's run.json: status "running", when, by which versions, and `fields`.
+
+    A resumed run keeps the time at which it was created; all else is written anew.
+    """
+    packages = ("torch", "lightning", "attention-visualizer")
+    manifest = {
+        "status": "running",  # later "completed", "interrupted" or "failed"
+        "created": folder.read_manifest().get("created", datetime.now().astimezone().isoformat()),
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in packages}},
+        "commit": git_commit(Path(__file__).parent),
+    }
+    write_json(folder.manifest_path, manifest | fields)
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # used from a folder on the path, not installed
+        return None
+
+
+def git_commit(folder: Path) -> str | None:
+    """Commit of the checkout that `folder` lies in, with "-dirty" after it if files differ; else None."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """What one command trained: a single run, whose folder is the group's, or the jobs of a sweep in job order."""
+
+    path: Path
+    runs: tuple[RunFolder, ...]
+
+    @property
+    def is_sweep(self) -> bool:
+        return self.runs[0].path != self.path
+
+
+def group_at(path: Path) -> RunGroup | None:
+    """The run or sweep whose folder is `path`; None if it is neither."""
+    run = RunFolder(path)
+    if run.exists:
+        return RunGroup(path, (run,))
+    if (path / "multirun.yaml").is_file():
+        jobs = sorted((RunFolder(job) for job in path.iterdir()), key=lambda job: (job_number(job), job.name))
+        jobs = [job for job in jobs if job.exists]
+        return RunGroup(path, tuple(jobs)) if jobs else None
+    return None
+
+
+def job_number(job: RunFolder) -> float:
+    """The number that a sweep job's folder name starts with, so that 10_... comes after 9_..."""
+    digits = re.match(r"\d+", job.name)
+    return int(digits.group()) if digits else math.inf
+
+
+def find_runs(root: str | Path) -> list[RunGroup]:
+    """The runs and sweeps directly under `root`, newest first; none if there is no such folder."""
+    root = Path(root)
+    if not root.is_dir():
+        return []
+    try:
+        groups = [group for path in root.iterdir() if (group := group_at(path))]
+    except OSError as error:
+        raise UserError(f"cannot look for runs in {root}: {error.strerror or error}") from error
+    return sorted(groups, key=lambda group: (created_at(group), group.path.name), reverse=True)
+
+
+def created_at(group: RunGroup) -> float:
+    """Seconds since 1970, from the folder's name; else, if it was renamed, from a manifest; else its own time."""
+    with suppress(ValueError):
+        if stamp := TIME_PATTERN.match(group.path.name):
+            return datetime.strptime(stamp.group(), TIME_FORMAT).timestamp()
+    with suppress(KeyError, TypeError, ValueError):  # UserError is a ValueError
+        return datetime.fromisoformat(group.runs[0].read_manifest()["created"]).timestamp()
+    return group.path.stat().st_mtime

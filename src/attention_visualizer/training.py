@@ -1,0 +1,102 @@
+"""One training run: fit, keep the manifest true whatever happens, test the best checkpoint once, say where things are."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+
+from attention_visualizer import storage
+from attention_visualizer.classifier import Classifier
+from attention_visualizer.data import DatasetDescription, ImageDataModule
+from attention_visualizer.storage import RunFolder
+
+
+def checkpoint_callback(folder: RunFolder) -> ModelCheckpoint:
+    """Keeps best.ckpt by validation accuracy, and last.ckpt."""
+    return ModelCheckpoint(
+        dirpath=str(folder.checkpoints),
+        filename="best",
+        monitor="validation/accuracy",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+
+
+def fit(
+    trainer: Trainer, classifier: Classifier, data: ImageDataModule, folder: RunFolder, ckpt_path: str | None
+) -> dict[str, Any]:
+    """Trains and returns the metrics; an interrupted or failed run leaves a manifest that says so."""
+    began = time.perf_counter()
+    try:
+        trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        folder.update_manifest(
+            status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}".rstrip(": ")
+        )
+        if folder.last.exists():
+            print(f"\nStopped early. Resume:  python train.py ckpt_path={shlex.quote(str(folder.last))}")
+        raise
+    saver = trainer.checkpoint_callback
+    assert isinstance(saver, ModelCheckpoint) and saver.best_model_score is not None
+    return {
+        "validation_accuracy": float(saver.best_model_score),
+        "epochs": trainer.current_epoch,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, Any]:
+    """Tests best.ckpt, once: accuracy over all images and by class, and the confusion matrix [true][predicted]."""
+    scores = trainer.test(classifier, data, ckpt_path=folder.best, weights_only=True, verbose=False)[0]
+    confusion = classifier.test_confusion.compute().cpu()
+    by_class = confusion.diag() / confusion.sum(dim=1).clamp_min(1)
+    return {
+        "test_accuracy": scores["test/accuracy"],
+        "test_loss": scores["test/loss"],
+        "test_accuracy_by_class": [round(float(share), 4) for share in by_class],
+        "test_confusion": confusion.tolist(),
+    }
+
+
+def log_hyperparameters(trainer: Trainer, parameters: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Writes the run's settings to every logger, for TensorBoard together with how well they did."""
+    scores = {f"hparams/{name}": value for name, value in metrics.items() if name.endswith("_accuracy")}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(parameters, scores)
+        else:
+            logger.log_hyperparams(parameters)
+        logger.save()
+        logger.finalize("success")
+
+
+def print_report(folder: RunFolder, description: DatasetDescription, metrics: dict[str, Any]) -> None:
+    """The end of a run on the terminal: how good, where, and what to do next, each command ready to paste."""
+    table = Table(title=f"{folder.path.name} on {description.title}", title_justify="left")
+    table.add_column("")
+    table.add_column("accuracy", justify="right")
+    table.add_column("images", justify="right")
+    table.add_row(
+        "validation (best epoch)", f"{metrics['validation_accuracy']:.2%}", str(description.sizes["validation"])
+    )
+    if "test_accuracy" in metrics:
+        table.add_row("test (best.ckpt, once)", f"{metrics['test_accuracy']:.2%}", str(description.sizes["test"]))
+        for name, share, row in zip(
+            description.class_names, metrics["test_accuracy_by_class"], metrics["test_confusion"], strict=True
+        ):
+            table.add_row(f"  class {name}", f"{share:.2%}", str(sum(row)))
+    Console().print(table)
+    run = shlex.quote(str(storage.short_path(folder.path)))
+    # Plain lines, never wrapped, so that they can be pasted.
+    print(f"Run folder:   {run}")
+    print(f"TensorBoard:  tensorboard --logdir {run} --samples_per_plugin images=200")
+    print(f"Analyse:      python analyze.py run={run} ckpt=best")

@@ -1,0 +1,170 @@
+"""AttentionVisualizer: the analysis as a class, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from attention_visualizer import storage
+from attention_visualizer.analysis import CHAPTERS, heads, layers, patterns, preparation, statistics
+from attention_visualizer.analysis.comprehensive import write_analysis
+from attention_visualizer.analysis.study import Sample, Study
+from attention_visualizer.data import ImageDataModule
+from attention_visualizer.errors import UserError
+from attention_visualizer.model import VisionTransformer
+
+log = logging.getLogger(__name__)
+
+OUTPUT = "attention_analysis"
+OWNER = "model.json"  # inside an output folder: whose analysis it holds
+
+
+class AttentionVisualizer:
+    """Shows what the Vision Transformer in `model_path` attends to.
+
+    model_path: a .ckpt, .pth or .safetensors file. Where it does not exist, a warning is given and random weights
+    are shown, and every figure says so; a file that is not a usable checkpoint raises UserError.
+    device: "auto", "cpu" or "cuda". output_dir: None is attention_analysis/ in the current folder, or, if that holds
+    the analysis of another model, attention_analysis_<model>/.
+    data_dir: where MNIST is; None is where the model was trained, or the environment variable MNIST_DIR.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        device: str = "auto",
+        output_dir: str | Path | None = None,
+        data_dir: str | None = None,
+    ) -> None:
+        self.model_path = Path(model_path)
+        self.device = preparation.choose_device(device)
+        self.data_dir = data_dir
+        self._asked_output = None if output_dir is None else Path(output_dir)
+        self._weights: preparation.Weights | None = None
+        self._data: ImageDataModule | None = None
+        self._study: Study | None = None
+
+    def load_optimal_model(self) -> VisionTransformer:
+        """The model, in eval mode on the device; read once."""
+        return self.study.model
+
+    @property
+    def study(self) -> Study:
+        """Model, data and output folder together; made when first needed."""
+        if self._study is None:
+            self._weights = self._read_weights()
+            self._data = preparation.load_data(self._weights.loaded, self.data_dir)
+            self._study = preparation.prepare(
+                self._weights, self._data, self._output_folder(), preparation.Subjects(), device=str(self.device)
+            )
+            log.debug("%s on %s, figures go to %s", self._weights.text, self.device, self._study.output)
+        return self._study
+
+    def get_test_samples(self, num_samples: int = 8) -> list[tuple[Tensor, int]]:
+        """Test images, float32 [channel, height, width] in 0..1, with their classes, by the fixed rule of the report."""
+        study = self.study
+        chosen = preparation.find_samples(study, preparation.Subjects(num_samples))
+        return [(sample.image.float() / 255, int(sample.label or 0)) for sample in chosen]
+
+    def visualize_attention_patterns(self, image: Any, label: int | None, i: int = 0) -> Figure:
+        """Attention by layer, alone and over the image; saved as attention_pattern_sample_<i>.png."""
+        return self._draw(patterns, "attention_pattern", image, label, i)
+
+    def analyze_attention_heads(self, image: Any, label: int | None, i: int = 0) -> Figure:
+        """Layers x heads; saved as attention_heads_sample_<i>.png."""
+        return self._draw(heads, "attention_heads", image, label, i)
+
+    def create_layer_comparison(self, image: Any, label: int | None, i: int = 0) -> Figure:
+        """From shallow to deep; saved as layer_comparison_sample_<i>.png."""
+        return self._draw(layers, "layer_comparison", image, label, i)
+
+    def create_attention_statistics(self, samples: list[tuple[Any, int]]) -> tuple[Figure, pd.DataFrame]:
+        """Statistics over `samples`; saved as attention_statistics.png. The numbers: a row a measure, layer and head."""
+        images = torch.stack([as_bytes(image) for image, _ in samples])
+        labels = torch.tensor([label for _, label in samples])
+        summaries, _ = statistics.measure(self.study, images, labels)
+        figure = statistics.figure(summaries, self.study.geometry, len(labels), self.study.face_note)
+        self._claim_output()
+        self.study.save(figure, "attention_statistics")
+        return figure, pd.DataFrame(statistics.records(summaries))
+
+    def run_comprehensive_analysis(self, model_path: str | Path | None = None) -> Path:
+        """Every figure, the statistics over the whole test set and the report; returns the report's path.
+
+        Another `model_path` than before switches to that model.
+        """
+        if model_path is not None and Path(model_path) != self.model_path:
+            self.model_path, self._study = Path(model_path), None
+        self._claim_output()
+        command = f"AttentionVisualizer({str(self.model_path)!r}).run_comprehensive_analysis()"
+        report = write_analysis(self.study, command, tuple(CHAPTERS))
+        log.info("report written to %s", report)
+        print(f"Report: {report}")
+        return report
+
+    def _draw(self, chapter: Any, stem: str, image: Any, label: int | None, i: int) -> Figure:
+        sample = Sample(as_bytes(image), None if label is None else int(label), f"sample {i}")
+        (subject,) = self.study.look_at([sample])
+        picture = chapter.picture(self.study, subject, sample)
+        self._claim_output()
+        name = self.study.save(picture, f"{stem}_sample_{i}")
+        log.debug("wrote %s", self.study.output / name)
+        return picture.to_figure()
+
+    def _read_weights(self) -> preparation.Weights:
+        if not self.model_path.exists():
+            message = f"{self.model_path} does not exist: RANDOM WEIGHTS are shown, which have learnt nothing"
+            warnings.warn(message, UserWarning, stacklevel=4)
+            log.warning(message)
+            return preparation.Weights(
+                preparation.random_model(),
+                f"random weights ({self.model_path} does not exist)",
+                None,
+                None,
+                random=True,
+            )
+        return preparation.find_weights(str(self.model_path), None, "runs")
+
+    def _output_folder(self) -> Path:
+        if self._asked_output is not None:
+            return self._asked_output
+        parts = [OUTPUT, self.model_path.stem, self.model_path.absolute().parent.name]
+        # attention_analysis, attention_analysis_<model>, attention_analysis_<model>_<folder>: the first that is ours.
+        candidates = [Path("_".join(parts[: length + 1])) for length in range(len(parts))]
+        return next((path for path in candidates if self._owner(path) in (None, self._identity())), candidates[-1])
+
+    def _identity(self) -> str:
+        return str(self.model_path.absolute())
+
+    @staticmethod
+    def _owner(folder: Path) -> str | None:
+        path = folder / OWNER
+        return storage.read_json(path).get("model") if path.exists() else None
+
+    def _claim_output(self) -> None:
+        self.study.output.mkdir(parents=True, exist_ok=True)
+        storage.write_json(self.study.output / OWNER, {"model": self._identity()})
+
+
+def as_bytes(image: Any) -> Tensor:
+    """A picture as uint8 [channel, height, width], from uint8 0..255 or floats in 0..1, with or without a batch or
+    channel axis. Raises UserError for other values."""
+    tensor = torch.as_tensor(np.asarray(image) if not isinstance(image, Tensor) else image).detach().cpu()
+    while tensor.ndim > 3 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    tensor = tensor[None] if tensor.ndim == 2 else tensor
+    if tensor.ndim != 3:
+        raise UserError(f"an image has shape [channel, height, width], not {list(tensor.shape)}")
+    if tensor.dtype == torch.uint8:
+        return tensor
+    if not bool(((tensor >= 0) & (tensor <= 1)).all()):
+        raise UserError("give image values from 0 to 1 (as get_test_samples returns them) or uint8 from 0 to 255")
+    return (tensor.float() * 255).round().to(torch.uint8)
