@@ -30,6 +30,13 @@ TYPES = {
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
 def main(config: DictConfig) -> None:
+    try:
+        analyze(config)
+    except UserError as error:
+        command_line.fail(error)
+
+
+def analyze(config: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     options: Any = OmegaConf.to_container(config, resolve=True)
     check_types(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import warnings
@@ -70,6 +71,8 @@ def main(config: DictConfig) -> float:
         return train(config, sweeping)
     except Exception as error:
         if not sweeping:
+            if isinstance(error, UserError):
+                command_line.fail(error)
             raise
         # The sweep's other jobs go on; its table names this one.
         folder = storage.RunFolder(Path(HydraConfig.get().runtime.output_dir))
@@ -91,13 +94,19 @@ def train(config: DictConfig, sweeping: bool) -> float:
     # Whatever can be wrong is found out here, before a folder is made.
     check_options(config)
     seed_everything(config.seed, verbose=False)
-    data = ImageDataModule(**arguments(config.data), seed=config.seed)
-    model = VisionTransformer(**arguments(config.model))
-    classifier = Classifier(model, model.config["num_classes"], **arguments(config.optimizer), seed=config.seed)
+    data = ImageDataModule(**arguments(config, "data", ImageDataModule), seed=config.seed)
+    model = VisionTransformer(**arguments(config, "model", VisionTransformer))
+    classifier = Classifier(
+        model, model.config["num_classes"], **arguments(config, "optimizer", Classifier), seed=config.seed
+    )
     data.load()
     check_model_fits_data(model, data)
     classifier.checkpoint_block = checkpoint.block_for(
-        model.config, data.description.to_dict(), data_dir=str(data.data_dir.absolute()), split_seed=data.split_seed, seed=config.seed
+        model.config,
+        data.description.to_dict(),
+        data_dir=str(data.data_dir.absolute()),
+        split_seed=data.split_seed,
+        seed=config.seed,
     )
     if resumed is not None:
         checkpoint.refuse_other_settings(resumed, model.config, data.description.to_dict())
@@ -131,8 +140,8 @@ def train(config: DictConfig, sweeping: bool) -> float:
     folder.update_manifest(status="completed", metrics=metrics)
     settings = OmegaConf.to_container(config, resolve=True)
     assert isinstance(settings, dict)
-    settings = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
-    training.log_hyperparameters(trainer, settings | {"parameters": num_parameters}, metrics)
+    recorded: dict[str, Any] = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
+    training.log_hyperparameters(trainer, recorded | {"parameters": num_parameters}, metrics)
     training.print_report(folder, data.description, metrics)
     return float(metrics["validation_accuracy"])
 
@@ -144,11 +153,14 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def arguments(node: DictConfig) -> dict[str, Any]:
-    """A typed group as constructor arguments. `_target_` is left out: the code says which class, not the config."""
-    container = OmegaConf.to_container(node, resolve=True)
+def arguments(config: DictConfig, group: str, target: Any) -> dict[str, Any]:
+    """A typed group as arguments of `target`. `_target_` is left out: the code says which class, not the config."""
+    container = OmegaConf.to_container(config[group], resolve=True)
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items() if key != "_target_"}
+    chosen = {str(key): value for key, value in container.items() if key != "_target_"}
+    for name in chosen.keys() - inspect.signature(target).parameters.keys():  # added with "+"
+        raise UserError(f"{group}.{name}: there is no such field; see --help for those there are")
+    return chosen
 
 
 def check_options(config: DictConfig) -> None:
@@ -218,7 +230,7 @@ def build_trainer(config: DictConfig, folder: storage.RunFolder, resumed_step: i
         OmegaConf.update(config, "logger.tensorboard.purge_step", resumed_step + 1, force_add=True)
     try:
         return Trainer(
-            **arguments(config.trainer),
+            **arguments(config, "trainer", Trainer),
             plugins=checkpoint.AtomicCheckpointIO(),
             logger=[hydra.utils.instantiate(logger) for logger in loggers.values()],
             callbacks=[
@@ -239,9 +251,7 @@ def save_config(config: DictConfig, folder: storage.RunFolder) -> None:
     if not composed.exists():  # a resumed run keeps its first
         composed.mkdir()
         storage.write_text(composed / "config.yaml", OmegaConf.to_yaml(config))
-        storage.write_text(
-            composed / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.masked_copy(HydraConfig.instance().cfg, "hydra"))
-        )
+        storage.write_text(composed / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.create({"hydra": HydraConfig.get()})))
         storage.write_text(composed / "overrides.yaml", OmegaConf.to_yaml(HydraConfig.get().overrides.task))
 
 

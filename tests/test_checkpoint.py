@@ -562,9 +562,7 @@ def test_a_sweep_stands_for_its_best_job(tmp_path: Path, make_run: Callable[...,
     assert job.reason == "best.ckpt of run 0_model.embed_dim-8 (validation accuracy 0.7000)"
 
 
-def test_run_all_compares_only_runs_of_the_newest_data_set(
-    tmp_path: Path, make_run: Callable[..., RunFolder]
-) -> None:
+def test_run_all_compares_only_runs_of_the_newest_data_set(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
     make_run("2025-01-01_00-00-00-000000", 0.999, data="digits")
     best = make_run("2025-01-02_00-00-00-000000", 0.98)
     make_run("2025-01-03_00-00-00-000000", 0.97)

@@ -81,9 +81,7 @@ def test_files_are_found_in_either_place(tmp_path: Path, small_files: dict[str, 
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "swapped", "folder"])
-def test_a_damaged_file_is_an_error_that_names_it(
-    tmp_path: Path, small_files: dict[str, bytes], damage: str
-) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, small_files: dict[str, bytes], damage: str) -> None:
     for name, content in small_files.items():
         (tmp_path / name).write_bytes(content)
     path = tmp_path / "train-labels-idx1-ubyte"
@@ -182,9 +180,7 @@ def test_a_download_is_extracted_and_leaves_nothing_else(tmp_path: Path, mirror:
 
 
 @pytest.mark.parametrize("behaviour", ["truncated", "altered", "stalled", "trickle"])
-def test_a_bad_download_gives_a_reason_soon_and_leaves_no_file(
-    tmp_path: Path, mirror: Mirror, behaviour: str
-) -> None:
+def test_a_bad_download_gives_a_reason_soon_and_leaves_no_file(tmp_path: Path, mirror: Mirror, behaviour: str) -> None:
     mirror.behaviour = behaviour
     began = time.monotonic()
     with pytest.raises(MnistUnavailable, match=r"numbers\.gz"):
@@ -400,9 +396,7 @@ def test_augmentation_stays_within_its_bounds_and_uses_them(movement: dict[str, 
 def test_shear_moves_sideways_what_lies_below() -> None:
     rows, columns = torch.meshgrid(torch.arange(41) - 20.0, torch.arange(53) - 26.0, indexing="ij")
     dot = torch.exp(-((rows - 10) ** 2 + columns**2) / 4)
-    moved = augment_batch(
-        dot.expand(199, 1, 41, 53), torch.Generator().manual_seed(2), **{**STILL, "shear": 0.3}
-    )[:, 0]
+    moved = augment_batch(dot.expand(199, 1, 41, 53), torch.Generator().manual_seed(2), **{**STILL, "shear": 0.3})[:, 0]
     mass = moved.sum(dim=(1, 2))
     y, x = (moved * rows).sum(dim=(1, 2)) / mass, (moved * columns).sum(dim=(1, 2)) / mass
     torch.testing.assert_close(y, torch.full_like(y, 10), atol=0.05, rtol=0)
@@ -555,9 +549,7 @@ def test_a_batch_that_was_interrupted_is_repeated(tmp_path: Path, uninterrupted:
     assert fit(resume=tmp_path / "exception.ckpt").seen == uninterrupted[0].seen[8:]
 
 
-def test_limited_epochs_begin_each_order_anew_and_resume(
-    tmp_path: Path, uninterrupted: tuple[Recorder, Path]
-) -> None:
+def test_limited_epochs_begin_each_order_anew_and_resume(tmp_path: Path, uninterrupted: tuple[Recorder, Path]) -> None:
     limited = fit(save_to=tmp_path, limit=4)
     assert limited.seen == [seen for seen in uninterrupted[0].seen if seen[0] < 4]
     assert fit(resume=tmp_path / "batch6.ckpt", limit=4).seen == limited.seen[6:]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
-import scipy.spatial.distance
-import scipy.stats
+import scipy.spatial.distance  # type: ignore[import-untyped]
+import scipy.stats  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -94,8 +95,9 @@ def test_attention_of_a_query() -> None:
     np.testing.assert_allclose(
         measures.query_attention(weights, OBLONG, "patches"), expected[:, :, 2:].mean(axis=2), atol=1e-6
     )
-    for query in ("cls", "patches", (1, 2)):
-        row = measures.query_attention(weights, OBLONG, query)  # type: ignore[arg-type]
+    queries: list[measures.Query] = ["cls", "patches", (1, 2)]
+    for query in queries:
+        row = measures.query_attention(weights, OBLONG, query)
         assert row.shape == (2, 3, 17)
         np.testing.assert_allclose(row.sum(dim=-1), 1.0, atol=1e-5)
 
@@ -167,7 +169,10 @@ def test_distance_equals_the_definition(geometry: Geometry) -> None:
     weights = random_weights(geometry)
     expected = np.zeros((2, 3))
     prefix, (height, width) = geometry.num_prefix_tokens, geometry.grid
-    places = [(row * geometry.patch_size[0], column * geometry.patch_size[1]) for row in range(height) for column in range(width)]
+    places = [
+        (row * geometry.patch_size[0], column * geometry.patch_size[1])
+        for row, column in product(range(height), range(width))
+    ]
     for image, head in product(range(2), range(3)):
         for i, here in enumerate(places):
             shares = [float(weights[image, head, prefix + i, prefix + j]) for j in range(len(places))]
@@ -269,7 +274,9 @@ def test_divergence_lies_between_zero_and_ln_two() -> None:
     ],
 )
 @GEOMETRIES
-def test_each_image_and_head_is_measured_by_itself(measure, geometry: Geometry) -> None:  # type: ignore[no-untyped-def]
+def test_each_image_and_head_is_measured_by_itself(
+    measure: Callable[[Tensor, Geometry], Tensor], geometry: Geometry
+) -> None:
     weights = random_weights(geometry)
     before = weights.clone()
     together = measure(weights, geometry)

@@ -219,6 +219,7 @@ def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str, f
     probe and frame: as in AttentionHistory.
     """
     names, num_keys = [str(name) for name in probe["class_names"]], int(probe["num_keys"])
+    query: Query = "cls" if probe["query"] == "cls" else "patches"
     tiles: list[list[Tile | None]] = []
     titles = []
     for number, image in enumerate(probe["images"]):
@@ -236,7 +237,7 @@ def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str, f
     num_layers = frame["maps"].shape[1]
     return tile_grid(
         tiles,
-        f"{query_name(str(probe['query']))}, mean over heads".capitalize(),
+        f"By layer: {query_name(query)}, mean over heads",
         f"{moment}; rows: true → predicted class",
         column_titles=["input", *(f"layer {layer + 1}" for layer in range(num_layers)), "rollout"],
         row_titles=titles,

@@ -22,6 +22,7 @@ from attention_visualizer.errors import UserError
 from attention_visualizer.history import AttentionHistory
 from attention_visualizer.observation import Observation, observe
 from attention_visualizer.panels import Picture
+from attention_visualizer.progress import batches_done
 from attention_visualizer.statistics import MEASURES, AttentionStatistics, Summary
 
 MOST_PROBES = 10
@@ -252,7 +253,7 @@ def history_path(trainer: Trainer) -> Path:
 
 def progress_in_epochs(trainer: Trainer) -> float:
     """How far training has come, in epochs: 0.25 a quarter through the first."""
-    return trainer.fit_loop.epoch_loop.batch_progress.total.processed / max(1, trainer.num_training_batches)
+    return batches_done(trainer) / max(1, trainer.num_training_batches)
 
 
 def first_of_each_class(loaders: Any) -> tuple[Tensor, Tensor]:

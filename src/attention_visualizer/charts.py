@@ -1,4 +1,4 @@
-"""Charts of numbers by layer, head and time: arrays in, matplotlib Axes out. They save nothing and set no global style."""
+"""Charts of numbers by layer, head and time: arrays in, matplotlib Axes out. No files, no global style."""
 
 from __future__ import annotations
 
@@ -128,7 +128,9 @@ def lines_over_training(
             early = early_values[:, layer].mean(axis=1)
             ax.plot(early_steps + 1, early, color=color, linewidth=1.2, linestyle=":", marker=".", markersize=4)
     handles = [
-        Line2D([], [], color=color, linewidth=2.4, label=f"layer {layer + 1}") for layer, color in enumerate(colors)
+        Line2D([], [], color=color, linewidth=2.4, label=f"layer {layer + 1}")
+        for layer, color in enumerate(colors)
+        if not np.isnan(values[:, layer]).all()
     ]
     handles.append(Line2D([], [], color=REFERENCE, linewidth=0.7, label="single heads"))
     if early_steps is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from attention_visualizer.errors import UserError
+from attention_visualizer.progress import batches_done
 
 
 class Classifier(LightningModule):
@@ -53,8 +54,7 @@ class Classifier(LightningModule):
         return self.model(images)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        batches_done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        torch.manual_seed(self.seed * 1_000_003 + batches_done)
+        torch.manual_seed(self.seed * 1_000_003 + batches_done(self.trainer))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch

@@ -1,4 +1,4 @@
-"""What the two entry points share: one-line errors, and the table that ends a sweep. The only module that knows Hydra."""
+"""What the entry points share: one-line errors, a sweep's table. The only module that knows Hydra."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -34,8 +34,13 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Ends the program with one line; inside the job, before Hydra adds a line of its own."""
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def one_line(error: BaseException) -> str:
@@ -47,10 +52,14 @@ def one_line(error: BaseException) -> str:
     while cause is not None:  # the inner message says what, the outer one where
         for line in str(cause).splitlines():
             line = line.strip()
-            if line and not re.match(r"(object_type|reference_type|full_key|set )", line) and line not in lines:
+            if line.startswith("Config search path"):
+                break
+            noise = re.match(r"(object_type|reference_type|full_key|set |To append to your config)", line)
+            if line and not noise and line not in lines:
                 lines.append(line)
         cause = cause.__cause__
-    return "; ".join(lines) + " (see --help for the groups and fields)"
+    text = "; ".join(lines).replace("Builds_", "")
+    return re.sub(r"[.:;]+;", ":", text) + " (see --help for the groups and fields)"
 
 
 def job_folder(number: int, overrides: str) -> str:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.panel import Panel
 from torch import Tensor
 
+from attention_visualizer import progress
 from attention_visualizer.errors import UserError
 from attention_visualizer.images import (
     DatasetDescription,
@@ -281,8 +282,7 @@ class ImageDataModule(LightningDataModule):
             return 0
         # A count of our own would be one ahead after an interruption in mid-batch. This one counts a batch when its
         # step is done, before the hooks that save checkpoints.
-        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return total.processed
+        return progress.batches_done(self.trainer)
 
     def training_batches(self, batches_done: int) -> Iterator[Batch]:
         """The batches that remain of an epoch, `batches_done` after the start of training.

@@ -113,7 +113,7 @@ def text_width(text: str, size: int, bold: bool = False) -> int:
 
 
 def fitting_size(texts: Sequence[str], size: int, width: int, least: int = 9) -> int:
-    """The largest font size up to `size` at which every text is at most `width` pixels wide, but no less than `least`."""
+    """The largest font size from `least` to `size` at which no text is wider than `width` pixels, or `least`."""
     while size > least and any(text_width(text, size) > width for text in texts):
         size -= 1
     return size

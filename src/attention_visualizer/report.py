@@ -65,4 +65,4 @@ def markdown(summary: Summary, chapters: dict[str, Chapter]) -> str:
 def escape_markdown(text: str) -> str:
     """Foreign text (names, paths) as itself: no markup, no HTML, no table cell of its own."""
     text = text.replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""One training run: fit, keep the manifest true whatever happens, test the best checkpoint once, say where things are."""
+"""One training run: fit, keep the manifest true whatever happens, test once, say where things are."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class AttentionVisualizer:
         return self._study
 
     def get_test_samples(self, num_samples: int = 8) -> list[tuple[Tensor, int]]:
-        """Test images, float32 [channel, height, width] in 0..1, with their classes, by the fixed rule of the report."""
+        """Test images float32 [channel, height, width] in 0..1 with their classes, by the report's fixed rule."""
         study = self.study
         chosen = preparation.find_samples(study, preparation.Subjects(num_samples))
         return [(sample.image.float() / 255, int(sample.label or 0)) for sample in chosen]
@@ -87,7 +87,7 @@ class AttentionVisualizer:
         return self._draw(layers, "layer_comparison", image, label, i)
 
     def create_attention_statistics(self, samples: list[tuple[Any, int]]) -> tuple[Figure, pd.DataFrame]:
-        """Statistics over `samples`; saved as attention_statistics.png. The numbers: a row a measure, layer and head."""
+        """Statistics over `samples`, saved as attention_statistics.png; and a row for each measure, layer, head."""
         images = torch.stack([as_bytes(image) for image, _ in samples])
         labels = torch.tensor([label for _, label in samples])
         summaries, _ = statistics.measure(self.study, images, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -44,7 +45,7 @@ def figure(history: AttentionHistory, study: Study) -> Figure:
         values, probe_values = history.column(part, name), history.column("frames", name)
         if name == "distance" and geometry.num_prefix_tokens and values.shape[1] > 1:
             # The last layer's patch queries cannot affect the logits.
-            values, probe_values = values[:, :-1], probe_values[:, :-1]
+            values[:, -1], probe_values[:, -1] = np.nan, np.nan
         charts.lines_over_training(steps, values, label, axis, reference, probe_steps, probe_values)
     charts.finish(drawn, "Attention while the model trained", study.face_note)
     return drawn
@@ -65,4 +66,5 @@ def animate(history: AttentionHistory, study: Study) -> str:
 
 TEXT = """{frames} looks at the same probe images, the first before training, most within the first epoch, where most
 of the change is. Thin lines are the probe images, thick lines the whole validation set; in the animation, each row is
-a probe image and each column a layer."""
+a probe image and each column a layer. Where a class token is read out, the last layer's distance is left out: its patch
+queries cannot affect the logits."""

@@ -58,14 +58,13 @@ def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> We
         choice = choose_checkpoint(ckpt, run, runs_dir)
         loaded = load_checkpoint(choice.path)
         return Weights(loaded.build_model(), choice.reason, loaded, choice.run, random=False)
-    loaded, folder = None, None
     try:
         choice = choose_checkpoint("best", run, runs_dir)
-        loaded, folder = load_checkpoint(choice.path), choice.run
     except UserError:
-        log.info("no run to take the architecture from: random weights in the default one")
-    model = random_model(seed) if loaded is None else random_model(seed, **loaded.model_config)
-    return Weights(model, "random weights, no training", loaded, folder, random=True)
+        return Weights(random_model(seed), "random weights, no training, default model", None, None, random=True)
+    loaded = load_checkpoint(choice.path)
+    model = random_model(seed, **loaded.model_config)
+    return Weights(model, f"random weights, no training, the model of {choice.path}", loaded, choice.run, random=True)
 
 
 def random_model(seed: int = 0, **config: Any) -> VisionTransformer:

@@ -1,0 +1,184 @@
+"""An observation holds, image by image, what the model predicts and attends to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats  # type: ignore[import-untyped]
+import timm.models.vision_transformer as timm_vit
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from attention_visualizer.capture import CaptureError, capture
+from attention_visualizer.errors import UserError
+from attention_visualizer.geometry import Geometry
+from attention_visualizer.measures import Query
+from attention_visualizer.model import VisionTransformer
+from attention_visualizer.observation import observe
+
+# 2 images, 7 layers, 3 heads, a 5 x 11 grid: no two alike. timm's model takes oblong images, ours square ones.
+IMAGES, LAYERS, HEADS, GRID = 2, 7, 3, (5, 11)
+QUERIES: list[Query] = ["cls", "patches", (3, 7)]
+
+
+def oblong_model(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm_vit.VisionTransformer(
+        img_size=(15, 33),
+        patch_size=3,
+        in_chans=1,
+        embed_dim=21,
+        depth=LAYERS,
+        num_heads=HEADS,
+        num_classes=13,
+        **options,
+    )
+    return sharpen(model)
+
+
+def sharpen(model: nn.Module) -> nn.Module:
+    """Attention far from uniform, and predictions far from even."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+    return model.eval()
+
+
+def oblong_images() -> Tensor:
+    return torch.randn(IMAGES, 1, 15, 33, generator=torch.Generator().manual_seed(1))
+
+
+def captured_weights(model: nn.Module, images: Tensor) -> NDArray[np.float64]:
+    """[image, layer, head, query, key]."""
+    with torch.no_grad(), capture(model) as attention:
+        model(images)
+    return np.stack([layer.weights.double().numpy() for layer in attention], axis=1)
+
+
+def rows_of(weights: NDArray[np.float64], query: Query, prefix: int) -> NDArray[np.float64]:
+    """Rows of the query, before their mean: [..., query, key] -> [..., row, key]."""
+    if query == "cls":
+        return weights[..., :1, :]
+    if query == "patches":
+        return weights[..., prefix:, :]
+    token = prefix + query[0] * GRID[1] + query[1]
+    return weights[..., token : token + 1, :]
+
+
+def loop_rollouts(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Up to and including each layer: [image, layer, query, key]."""
+    found = []
+    for image in weights:
+        rollout, steps = np.eye(weights.shape[-1]), []
+        for layer in image:
+            rollout = (layer.mean(axis=0) + np.eye(len(rollout))) / 2 @ rollout
+            steps.append(rollout)
+        found.append(np.stack(steps))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=str)
+def test_arrays_are_those_of_the_models_attention(query: Query) -> None:
+    model, images, prefix = oblong_model(reg_tokens=1), oblong_images(), 2
+    seen = observe(model, images, query)
+    weights = captured_weights(model, images)
+    rows = rows_of(weights, query, prefix)
+
+    assert seen.query == query and seen.geometry == Geometry(GRID, prefix, (3, 3))
+    assert seen.head_maps.shape == (IMAGES, LAYERS, HEADS, *GRID)
+    expected_maps = rows.mean(axis=-2)[..., prefix:].reshape(seen.head_maps.shape)
+    np.testing.assert_allclose(seen.head_maps, expected_maps, atol=1e-6)
+    assert (seen.head_maps.sum(axis=(-2, -1)) < 1.0).all()  # shares, not renormalised
+
+    assert seen.entropy.shape == (IMAGES, LAYERS, HEADS)
+    np.testing.assert_allclose(seen.entropy, scipy.stats.entropy(rows, axis=-1).mean(axis=-1), atol=1e-5)
+
+    assert seen.rollouts.shape == (IMAGES, LAYERS, *GRID)
+    rollout_rows = rows_of(loop_rollouts(weights), query, prefix).mean(axis=-2)
+    np.testing.assert_allclose(seen.rollouts, rollout_rows[..., prefix:].reshape(seen.rollouts.shape), atol=1e-6)
+
+    places = np.array([(row * 3, column * 3) for row in range(GRID[0]) for column in range(GRID[1])])
+    lengths = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    patches = weights[..., prefix:, prefix:]
+    distance = ((patches * lengths).sum(-1) / patches.sum(-1)).mean(-1)
+    assert seen.distance.shape == (IMAGES, LAYERS, HEADS)
+    np.testing.assert_allclose(seen.distance, distance, rtol=1e-4)
+
+    if query == "cls":
+        assert seen.self_attention is not None
+        np.testing.assert_allclose(seen.self_attention, weights[..., 0, 0], atol=1e-6)
+    else:
+        assert seen.self_attention is None
+
+
+def test_predictions_are_the_models() -> None:
+    model, images = oblong_model(), oblong_images()
+    seen = observe(model, images)
+    with torch.no_grad():
+        shares = model(images).softmax(dim=-1).numpy()
+    assert seen.predicted.shape == seen.probability.shape == (IMAGES,)
+    np.testing.assert_array_equal(seen.predicted, shares.argmax(axis=1))
+    np.testing.assert_allclose(seen.probability, shares.max(axis=1), rtol=1e-6)
+    with torch.no_grad(), capture(model) as attention:
+        model(images)
+    assert seen.reconstruction_error == attention.reconstruction_error < 1e-4
+
+
+@pytest.mark.parametrize(("pooling", "query"), [("cls", "cls"), ("mean", "patches")])
+def test_by_default_the_query_is_the_one_that_the_model_reads_out(pooling: Any, query: Query) -> None:
+    sizes: dict[str, Any] = {"img_size": 15, "patch_size": 3, "embed_dim": 21, "num_heads": 3, "num_layers": 2}
+    model = sharpen(VisionTransformer(**sizes, pooling=pooling))
+    images = torch.randn(7, 1, 15, 15)
+    seen, asked = observe(model, images), observe(model, images, query)
+    assert seen.query == asked.query == query
+    assert seen.head_maps.shape == (7, 2, 3, 5, 5)
+    np.testing.assert_array_equal(seen.head_maps, asked.head_maps)
+    assert (seen.self_attention is None) == (pooling == "mean")
+
+
+def test_images_are_seen_one_by_one() -> None:
+    """A figure of one image does not depend on which others were looked at with it."""
+    model, images = oblong_model(), oblong_images()
+    together, alone = observe(model, images), observe(model, images[1:])
+    for name in ("head_maps", "rollouts", "entropy", "self_attention", "distance", "probability"):
+        np.testing.assert_allclose(getattr(together, name)[1:], getattr(alone, name), atol=1e-5, err_msg=name)
+
+
+def test_everything_is_a_float32_array_without_a_graph() -> None:
+    seen = observe(oblong_model(), oblong_images())
+    for name in ("head_maps", "rollouts", "entropy", "self_attention", "distance", "probability"):
+        value = getattr(seen, name)
+        assert isinstance(value, np.ndarray) and value.dtype == np.float32, name
+    assert np.issubdtype(seen.predicted.dtype, np.integer)
+
+
+def test_looking_changes_nothing() -> None:
+    model, images = oblong_model(), oblong_images()
+    with torch.no_grad():
+        before = model(images)
+    state = torch.get_rng_state()
+    observe(model, images)
+    assert torch.equal(state, torch.get_rng_state()) and torch.is_grad_enabled()
+    with torch.no_grad():
+        assert torch.equal(model(images), before)
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_cannot_be_asked() -> None:
+    model, images = oblong_model(), oblong_images()
+    with pytest.raises(UserError, match="outside the 5 x 11 patch grid"):
+        observe(model, images, (5, 0))
+    without = oblong_model(class_token=False, global_pool="avg")
+    with pytest.raises(ValueError, match="no class token"):
+        observe(without, images, "cls")
+    with pytest.raises(CaptureError, match="no attention"):
+        observe(nn.Sequential(nn.Flatten(), nn.Linear(15 * 33, 13)), images)
+
+
+def test_a_model_whose_grid_is_not_known_is_refused() -> None:
+    blocks: Any = oblong_model().blocks
+    with pytest.raises(ValueError, match=r"patch grid of 0\.attn is not known"):
+        observe(blocks, torch.randn(IMAGES, 56, 21))
