@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention_visualizer.errors import UserError
-from attention_visualizer.model import VisionTransformer, sincos_positions
+from attention_visualizer.model import Dropout, VisionTransformer, sincos_positions
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -109,18 +109,61 @@ def test_logits_equal_timms_with_the_sincos_table_as_its_positions() -> None:
         torch.testing.assert_close(ours(images_for()), theirs(images_for()), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dropout", "attention_dropout"), [(0.3, 0.0), (0.0, 0.3), (0.2, 0.4)])
-def test_dropout_sits_where_timm_has_it(dropout: float, attention_dropout: float) -> None:
-    """From one seed, masks of the same shapes drawn in the same order give the same logits."""
-    ours = randomise(VisionTransformer(dropout=dropout, attention_dropout=attention_dropout)).train()
-    theirs = timm_model(pos_drop_rate=dropout, proj_drop_rate=dropout, attn_drop_rate=attention_dropout).train()
+def test_dropout_sits_where_timm_has_it() -> None:
+    """With masks from timm's own modules, drawn in the same order, the logits are the same while training."""
+    ours = randomise(VisionTransformer(dropout=0.3, attention_dropout=0.2, pooling="mean")).train()
+    theirs = timm_model(
+        class_token=False, global_pool="avg", fc_norm=False, pos_drop_rate=0.3, proj_drop_rate=0.3, attn_drop_rate=0.2
+    ).train()
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    torch.manual_seed(7)
+    for name, module in list(ours.named_modules()):
+        if isinstance(module, Dropout):
+            parent = ours.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], nn.Dropout(module.share))
     with torch.no_grad():
+        torch.manual_seed(7)
         logits = ours(images_for())
         torch.manual_seed(7)
         torch.testing.assert_close(logits, theirs(images_for()), rtol=0, atol=1e-5)
         assert not torch.allclose(logits, ours.eval()(images_for()), atol=1e-2)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_mean_and_drops_each_element_independently(share: float) -> None:
+    torch.manual_seed(0)
+    values = torch.ones(1009, 1013)
+    dropped = Dropout(share).train()(values)
+    count, deviation = values.numel(), math.sqrt(share * (1 - share))
+    zero = (dropped == 0).double()
+    assert abs(zero.mean() - share) < 4 * deviation / math.sqrt(count) + 2**-16
+    torch.testing.assert_close(dropped[dropped != 0].unique(), torch.tensor([1 / (1 - share)]), rtol=1e-3, atol=0)
+    # Masks of neighbours, which may share one random integer, are uncorrelated.
+    for lag in (1, 2, 3, 4):
+        first, second = zero.flatten()[:-lag], zero.flatten()[lag:]
+        correlation = ((first - share) * (second - share)).mean() / deviation**2
+        assert abs(correlation) < 4.5 / math.sqrt(count)
+
+
+def test_dropout_is_the_identity_in_eval_mode_and_passes_the_masked_gradient() -> None:
+    values = torch.randn(7, 11, requires_grad=True)
+    assert Dropout(0.5).eval()(values) is values
+    dropped = Dropout(0.5).train()(values)
+    dropped.sum().backward()
+    assert values.grad is not None
+    torch.testing.assert_close(values.grad * values, dropped)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_training_computes_only_the_class_token_in_the_last_block_and_nothing_changes(num_layers: int) -> None:
+    model = randomise(VisionTransformer(**(SMALL | {"dropout": 0.0, "num_layers": num_layers})))
+    images, labels = images_for(5, channels=2, size=15), torch.tensor([0, 1, 2, 4, 6])
+    gradients = []
+    for training in (True, False):
+        model.train(training).zero_grad()
+        logits = model(images)
+        F.cross_entropy(logits, labels).backward()
+        gradients.append([logits, *(parameter.grad.clone() for parameter in model.parameters())])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
 # --- its parts ---
@@ -190,7 +233,12 @@ def test_weights_start_small_and_biases_at_zero() -> None:
         elif "norm" in name:
             assert (parameter == 1).all(), name
         else:
-            assert 0.015 < parameter.std() < 0.025 and parameter.abs().max() < 0.2, name
+            if name in ("cls_token", "pos_embed"):
+                assert parameter.std() < 0.025, name
+                continue
+            matrix = parameter.flatten(1)
+            bound = math.sqrt(6 / sum(matrix.shape))  # Glorot and Bengio, 2010
+            assert 0.8 * bound < parameter.abs().max() <= bound, name
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -229,7 +277,7 @@ def test_attention_dropout_is_separate_from_dropout(
     model = VisionTransformer(**(SMALL | {"dropout": 0.5}), attention_dropout=0.25).train(training)
     model(images_for(2, channels=2, size=15))
     assert seen == [passed] * 3
-    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates = [module.share for module in model.modules() if isinstance(module, Dropout)]
     assert rates == [0.5] * (1 + 3 * 3)  # after the embedding; three in each block
 
 

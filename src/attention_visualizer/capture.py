@@ -5,19 +5,21 @@
     attention["blocks.3"].weights  # [batch, head, query, key]
 
 Fused attention hides its weights and bypasses hooks. A `TorchFunctionMode` sees the call itself: it lets the model
-have its own fused output, rebuilds the weights from the same arguments, and measures how far `weights @ values`
-is from that output. Nothing in the model is touched, so nothing can be left behind.
+have its own fused output, rebuilds the weights from the same arguments, and measures how far what they give is from
+that output. Nothing in the model is touched, so nothing can be left behind.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +41,16 @@ class CaptureError(RuntimeError):
 class AttentionLayer:
     """One attention call: where it came from, its weights, and the measured error of the reconstruction.
 
-    weights: [batch, head, query, key], float32, after softmax and before dropout; values: [batch, head, key,
-    head_dim]; error: max |weights @ values - the model's own output|.
+    name: of the module that called, "#2" and so on where it is applied again in one pass; index: in the order of calls.
+    weights: [batch, head, query, key], float32 (float64 for such a model), after softmax and before dropout.
+    values: [batch, head, key, head_dim]; None where only the weights can be had. error: the largest difference
+    between what the weights give and the model's own output.
     """
 
     name: str
     index: int
     weights: Tensor
-    values: Tensor
+    values: Tensor | None
     geometry: Geometry | None
     error: float
 
@@ -92,10 +96,11 @@ def capture(
     mode = _ObserveAttention(model, attention, consume, geometry or find_geometry(model))
     with mode:
         yield attention
+    mode.forget_frames()
     if mode.num_calls == 0:
         raise CaptureError(
-            f"no attention of {type(model).__name__} was seen: the model was not run inside the block, or it does not "
-            "call torch.nn.functional.scaled_dot_product_attention"
+            f"no attention of {type(model).__name__} was seen: the model was not run inside the block, or it calls "
+            "neither scaled_dot_product_attention nor multi_head_attention_forward of torch.nn.functional"
         )
 
 
@@ -108,56 +113,69 @@ class _ObserveAttention(TorchFunctionMode):
         geometry: Geometry | None,
     ) -> None:
         super().__init__()
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
         self.attention = attention
         self.consume = consume
         self.geometry = geometry
         self.num_calls = 0
-        self.index_of_name: dict[str, int] = {}
+        self.names_of_pass: list[str] = []
+        self.frame_of_pass: FrameType | None = None
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
-        if function is F.scaled_dot_product_attention:
-            name = self._calling_module()
-            if name is not None:
-                self._record(name, output, *args, **kwargs)
+        if function in REBUILD:
+            name, outermost = self._calling_modules()
+            if name is not None:  # else it is somebody else's attention
+                self._record(name, outermost, REBUILD[function], output, args, kwargs)
         return output
 
-    def _calling_module(self) -> str | None:
-        """Name of the innermost module of the model on the call stack; None for anybody else's attention."""
-        frame = sys._getframe(2)
+    def _calling_modules(self) -> tuple[str | None, FrameType | None]:
+        """From the call stack: the name of the model's innermost module, and the frame of its outermost one."""
+        innermost, outermost = None, None
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             name = self.names.get(id(frame.f_locals.get("self")))
             if name is not None:
-                return name
-            frame = frame.f_back  # type: ignore[assignment]
-        return None
+                innermost, outermost = innermost or name, frame
+            frame = frame.f_back
+        return innermost, outermost
+
+    def forget_frames(self) -> None:
+        """A frame keeps its arguments alive."""
+        self.frame_of_pass = None
 
     @torch.no_grad()
     def _record(
-        self, name: str, output: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        self,
+        name: str,
+        outermost: FrameType | None,
+        rebuild: Callable[..., Rebuilt],
+        output: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         began = time.perf_counter()
-        weights, values = attention_weights(query, key, value, *args, **kwargs)
-        dropout = args[1] if len(args) > 1 else kwargs.get("dropout_p", 0.0)
-        if dropout:  # the model's own output without its random part, to compare with
-            args = (*args[:1], 0.0, *args[2:]) if len(args) > 1 else args
-            kwargs = kwargs if len(args) > 1 else {**kwargs, "dropout_p": 0.0}
-            output = F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
-        error = float((weights @ values - output).abs().max()) if output.numel() else 0.0
-        bound = ERROR_BOUND[output.dtype] * max(1.0, float(values.abs().max()))
+        if outermost is not self.frame_of_pass:  # another forward pass begins
+            self.frame_of_pass = outermost
+            self.names_of_pass.clear()
+            self.attention.layers.clear()
+        self.names_of_pass.append(name)
+        repeats = self.names_of_pass.count(name)
+        name = name if repeats == 1 else f"{name}#{repeats}"  # a module that is applied again
+        with torch._C.DisableTorchFunction():  # these are no calls of the model: an enclosing capture must not see them
+            rebuilt = rebuild(output, *args, **kwargs)
+        difference = rebuilt.output - rebuilt.expected
+        error = float(difference.abs().max()) if difference.numel() else 0.0
+        bound = ERROR_BOUND[rebuilt.expected.dtype] * rebuilt.magnitude
         if not error <= bound:  # NaN is refused too
             raise CaptureError(
                 f"the weights rebuilt for {name} do not reproduce its output: they differ by {error:.2e}, "
-                f"above the bound of {bound:.2e} for {output.dtype}"
+                f"above the bound of {bound:.2e} for {rebuilt.expected.dtype}"
             )
-        index = self.index_of_name.setdefault(name, len(self.index_of_name))
-        if index == 0 and self.attention.layers:
-            self.attention.layers.clear()  # another forward pass begins
-        layer = AttentionLayer(name, index, weights, values, self.geometry, error)
+        layer = AttentionLayer(name, len(self.names_of_pass) - 1, rebuilt.weights, rebuilt.values, self.geometry, error)
         self.num_calls += 1
         self.attention.reconstruction_error = max(self.attention.reconstruction_error, error)
         if self.consume is None:
@@ -165,6 +183,58 @@ class _ObserveAttention(TorchFunctionMode):
         else:
             self.consume(layer)
         self.attention.seconds += time.perf_counter() - began
+
+
+class Rebuilt(NamedTuple):
+    """weights and values as in AttentionLayer; `output` is what they give and `expected` what the model computed.
+
+    magnitude: of the numbers that are summed, to judge the difference by.
+    """
+
+    weights: Tensor
+    values: Tensor | None
+    output: Tensor
+    expected: Tensor
+    magnitude: float
+
+
+def rebuild_fused(output: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Rebuilt:
+    """From the arguments of `scaled_dot_product_attention` and its output."""
+    weights, values = attention_weights(query, key, value, *args, **kwargs)
+    dropout = args[1] if len(args) > 1 else kwargs.get("dropout_p", 0.0)
+    if dropout:  # the model's own output without its random part, to compare with
+        args = (*args[:1], 0.0, *args[2:]) if len(args) > 1 else args
+        kwargs = kwargs if len(args) > 1 else {**kwargs, "dropout_p": 0.0}
+        output = F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+    magnitude = float(values.abs().max()) if values.numel() else 0.0
+    return Rebuilt(weights, values, weights @ values, output, magnitude)
+
+
+def rebuild_multi_head(output: tuple[Tensor, Tensor | None], *args: Any, **kwargs: Any) -> Rebuilt:
+    """From the arguments of `multi_head_attention_forward` and its output: asks it for the weights of each head.
+
+    They are what that function multiplies; its output projection has been applied on both sides.
+    """
+    given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    given.apply_defaults()
+    arguments = given.arguments
+    dropout = arguments["training"] and arguments["dropout_p"] > 0
+    arguments |= {"training": False}
+    expected = output[0]
+    if dropout:  # the model's own output without its random part
+        expected = F.multi_head_attention_forward(**arguments | {"need_weights": False})[0]
+    arguments |= {"need_weights": True, "average_attn_weights": False}
+    again, weights = F.multi_head_attention_forward(**arguments)
+    assert weights is not None
+    weights = weights if weights.ndim == 4 else weights[None]  # a single image without its batch axis
+    magnitude = float(expected.abs().max()) if expected.numel() else 0.0
+    return Rebuilt(weights.to(torch.promote_types(weights.dtype, torch.float32)), None, again, expected, magnitude)
+
+
+REBUILD: dict[Callable[..., Any], Callable[..., Rebuilt]] = {
+    F.scaled_dot_product_attention: rebuild_fused,
+    F.multi_head_attention_forward: rebuild_multi_head,
+}
 
 
 def attention_weights(
@@ -197,4 +267,5 @@ def attention_weights(
                 scores = scores.masked_fill(~attn_mask, -math.inf)
             else:
                 scores = scores + attn_mask
-        return scores.softmax(dim=-1), value
+        # A query that may look at no key attends to nothing, as in the fused attention.
+        return scores.softmax(dim=-1).masked_fill((scores == -math.inf).all(dim=-1, keepdim=True), 0.0), value

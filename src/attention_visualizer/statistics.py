@@ -75,7 +75,7 @@ def histogram_quantiles(
     """Quantiles of a histogram, linear within a bin: counts [bin], edges [bin + 1] -> [share]."""
     cumulative = np.concatenate([[0.0], np.cumsum(counts)])
     targets = np.asarray(shares) * cumulative[-1]
-    bins = np.clip(np.searchsorted(cumulative, targets, side="left") - 1, 0, len(counts) - 1)
+    bins = np.clip(np.searchsorted(cumulative, targets, side="left") - 1, np.flatnonzero(counts)[0], len(counts) - 1)
     # A target at a run of empty bins' edge belongs to the next bin that holds something.
     inside = (targets - cumulative[bins]) / np.maximum(counts[bins], 1e-300)
     return edges[bins] + np.clip(inside, 0.0, 1.0) * (edges[bins + 1] - edges[bins])
@@ -146,7 +146,7 @@ class AttentionStatistics:
             )
 
     def merge(self, other: AttentionStatistics) -> None:
-        if other.layer_names != self.layer_names:
+        if other.layer_names != self.layer_names or other.geometry != self.geometry:
             raise ValueError("statistics of different layers cannot be merged")
         self.num_images += other.num_images
         for name, distributions in self.distributions.items():
