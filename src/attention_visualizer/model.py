@@ -249,8 +249,11 @@ def sincos_positions(grid: tuple[int, int], embed_dim: int) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal weights of deviation 0.02 and zero biases, as in the ViT and DeiT papers' code."""
+    """Xavier uniform weights and zero biases, as in the ViT paper's code: they follow the width.
+
+    The deviation of 0.02 that is common for widths of 768 learns far slower at 128.
+    """
     if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
