@@ -20,6 +20,7 @@ from attention_visualizer.panels import (
     Tile,
     attention_scale,
     difference_scale,
+    mark_patch,
     overlay,
     sequential_scale,
     tile_grid,
@@ -77,6 +78,24 @@ class Subject:
         predicted = f"predicted {self.predicted_class} ({self.probability:.1%})"
         return predicted if self.true_class is None else f"true {self.true_class}, {predicted}"
 
+    def input(self) -> Tile:
+        return Tile(self.marked(self.image), "input")
+
+    def over(self, attention: Array) -> Array:
+        """A map of this query over the image."""
+        return self.marked(overlay(self.image, attention, self.num_keys))
+
+    def rollout_over(self, layer: int) -> Array:
+        """The rollout up to a layer over the image, renormalised over the patches."""
+        rollout = patch_share(self.rollouts[layer])
+        return self.marked(overlay(self.image, rollout, rollout.size))
+
+    def marked(self, picture: Array) -> Array:
+        """With a box around the patch that asks, if it is one patch."""
+        if isinstance(self.query, str):
+            return picture
+        return mark_patch(picture, self.head_maps.shape[-2:], *self.query)
+
     def layer_caption(self, layer: int) -> str:
         return _caption(
             self.entropy[layer].mean(), None if self.self_attention is None else self.self_attention[layer].mean()
@@ -103,16 +122,10 @@ def query_name(query: Query) -> str:
 
 def overlay_strip(subject: Subject, headline: str, subtitle: str = "", face_note: str = "") -> Picture:
     """The input, each layer's map over it (mean over heads), then the rollout of all layers."""
-    tiles: list[Tile | None] = [Tile(subject.image, "input")]
+    tiles: list[Tile | None] = [subject.input()]
     for layer, attention in enumerate(subject.maps):
-        tiles.append(
-            Tile(
-                overlay(subject.image, attention, subject.num_keys), f"layer {layer + 1}", subject.layer_caption(layer)
-            )
-        )
-    tiles.append(
-        Tile(overlay(subject.image, patch_share(subject.rollouts[-1]), patches(subject)), "rollout", "of all layers")
-    )
+        tiles.append(Tile(subject.over(attention), f"layer {layer + 1}", subject.layer_caption(layer)))
+    tiles.append(Tile(subject.rollout_over(-1), "rollout", "of all layers"))
     return tile_grid([tiles], headline, subtitle, face_note=face_note, scale=attention_scale(subject.num_keys))
 
 
@@ -120,12 +133,12 @@ def attention_pattern(subject: Subject, headline: str, subtitle: str = "", face_
     """Top row the attention by layer, bottom row the same over the image."""
     scale = attention_scale(subject.num_keys)
     layers = range(len(subject.maps))
-    top: list[Tile | None] = [Tile(subject.image, "input")]
+    top: list[Tile | None] = [subject.input()]
     top += [
         Tile(scale.to_rgb(subject.maps[layer]), f"layer {layer + 1}", subject.layer_caption(layer)) for layer in layers
     ]
     bottom: list[Tile | None] = [None]
-    bottom += [Tile(overlay(subject.image, subject.maps[layer], subject.num_keys)) for layer in layers]
+    bottom += [Tile(subject.over(subject.maps[layer])) for layer in layers]
     return tile_grid([top, bottom], headline, subtitle, row_titles=["map", "overlay"], face_note=face_note, scale=scale)
 
 
@@ -138,7 +151,7 @@ def head_grid(
     tiles: list[list[Tile | None]] = [
         [
             Tile(
-                overlay(subject.image, subject.head_maps[layer, head], subject.num_keys),
+                subject.over(subject.head_maps[layer, head]),
                 "",
                 subject.head_caption(layer, head),
             )
@@ -167,13 +180,13 @@ def layer_comparison(subject: Subject, headline: str, subtitle: str = "", face_n
     tiles: list[list[Tile | None]] = [
         [
             Tile(
-                overlay(subject.image, subject.maps[layer], subject.num_keys),
+                subject.over(subject.maps[layer]),
                 f"layer {layer + 1}",
                 subject.layer_caption(layer),
             )
             for layer in layers
         ],
-        [Tile(overlay(subject.image, patch_share(subject.rollouts[layer]), patches(subject))) for layer in layers],
+        [Tile(subject.rollout_over(layer)) for layer in layers],
         [None if layer == 0 else Tile(change_scale.to_rgb(logs[layer] - logs[layer - 1])) for layer in layers],
     ]
     return tile_grid(
@@ -190,10 +203,6 @@ def layer_comparison(subject: Subject, headline: str, subtitle: str = "", face_n
 def patch_share(maps: Array) -> Array:
     """Renormalised over the patches: rollout keeps most of its mass on the query itself, at every depth."""
     return maps / np.maximum(maps.sum(axis=(-2, -1), keepdims=True), np.finfo(np.float32).tiny)
-
-
-def patches(subject: Subject) -> int:
-    return int(np.prod(subject.head_maps.shape[-2:]))
 
 
 def entropy_heat_map(entropy: Array, highest: float, headline: str, face_note: str = "") -> Picture:

@@ -63,15 +63,17 @@ def distribution_by_layer(counts: Array, edges: Array, label: str, ax: Axes | No
     starts = np.arange(first, last, group)
     coarse = np.add.reduceat(counts[:, :last], starts, axis=1)
     bounds = np.append(edges[starts], edges[last])
-    density = coarse / coarse.sum(axis=1, keepdims=True) / np.diff(bounds)
+    totals = np.maximum(coarse.sum(axis=1, keepdims=True), 1)  # a layer without a count stays flat
+    density = coarse / totals / np.diff(bounds)
     height = 0.9 / max(density.max(), 1e-12)
     for layer, color in enumerate(layer_colors(num_layers)):
         base = num_layers - layer  # the first layer on top
         top = base + density[layer] * height
         ax.stairs(top, bounds, baseline=base, fill=True, color=color, alpha=0.85, zorder=2)
         ax.stairs(top, bounds, baseline=base, color="white", linewidth=0.6, zorder=3)
-        middle = np.interp(0.5, np.cumsum(coarse[layer]) / coarse[layer].sum(), bounds[1:])
-        ax.plot([middle, middle], [base, base + 0.45], color=MEDIAN, linewidth=2, zorder=4)
+        if coarse[layer].any():
+            middle = np.interp(0.5, np.append(0, np.cumsum(coarse[layer])) / totals[layer], bounds)
+            ax.plot([middle, middle], [base, base + 0.45], color=MEDIAN, linewidth=2, zorder=4)
     ax.set_yticks(range(1, num_layers + 1), [str(layer) for layer in range(num_layers, 0, -1)])
     ax.set_ylim(0.9, num_layers + 1.05)
     ax.set_ylabel("layer (density; red: median)")
@@ -141,7 +143,8 @@ def lines_over_training(
     ax.set_xscale("log", base=2)
     ax.xaxis.set_minor_locator(NullLocator())
     last = int(max(steps[-1], early_steps[-1] if early_steps is not None else 0))
-    ticks = [0, *(2**power for power in range(0, 30, 1 if last < 64 else 2) if 2**power < 0.7 * last), last]
+    powers = (2**power for power in range(0, 30, 1 if last < 64 else 2))
+    ticks = sorted({0, *(power for power in powers if power < 0.7 * last), last})
     ax.set_xticks([tick + 1 for tick in ticks])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: f"{round(position) - 1:,}"))
     ax.set_xlabel("training step (logarithmic)")
@@ -165,6 +168,7 @@ def confusion_matrix(counts: Array, class_names: list[str], ax: Axes | None = No
         annot_kws={"fontsize": 9},
         cmap="Reds",
         vmin=0,
+        vmax=max(np.nanmax(errors * 100, initial=0), 0.1),  # without an error the scale still starts at 0
         linewidths=0.5,
         cbar_kws={"label": "errors (% of the true class)"},
         xticklabels=class_names,

@@ -24,7 +24,7 @@ Rgb = NDArray[np.uint8]
 
 INK, GREY, RED = (17, 17, 17), (96, 96, 96), (190, 20, 30)
 DOUBLINGS = 3.0  # the attention scale runs from 1/8 to 8 times uniform
-INK_STRENGTH = 0.8  # how dark the image's ink is drawn over the colours
+LIGHTEST_INK = 0.2  # what is left of a colour under full ink
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Picture:
                 weight="bold" if text.bold else "normal",
                 ha=horizontal[text.anchor[0]],
                 va=vertical[text.anchor[1]],
+                fontfamily="DejaVu Sans",
                 parse_math=False,
             )
         return figure
@@ -131,9 +132,9 @@ def shortened(text: str, size: int, width: int) -> str:
 def resize(rgb: Rgb, width: int, height: int, smooth: bool = False) -> Rgb:
     if rgb.shape[:2] == (height, width):
         return rgb
-    return np.asarray(
-        cv2.resize(rgb, (width, height), interpolation=cv2.INTER_CUBIC if smooth else cv2.INTER_NEAREST_EXACT), np.uint8
-    )
+    shrinks = rgb.shape[0] > height or rgb.shape[1] > width  # a photograph in a small tile: average, or it flickers
+    sharp = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST_EXACT
+    return np.asarray(cv2.resize(rgb, (width, height), interpolation=cv2.INTER_CUBIC if smooth else sharp), np.uint8)
 
 
 # --- colour ----------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ class ColorScale:
     def to_rgb(self, values: Array) -> Rgb:
         """[...] -> uint8 [..., 3]; clipped to the scale, NaN is grey."""
         if self.factor is not None:
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore"):
                 values = np.log2(np.asarray(values, np.float64) * self.factor)
         share = (np.clip(values, self.low, self.high) - self.low) / (self.high - self.low)
         missing = np.isnan(share)
@@ -174,10 +175,12 @@ def color_table(name: str, low: float = 0.0, high: float = 1.0) -> Rgb:
 
 def attention_scale(num_keys: int) -> ColorScale:
     """log2(N A), so that white is a query that prefers nothing and each step a doubling; red high, blue low."""
-    labels = ("1/8", "1/4", "1/2", "1", "2", "4", "8")
+    labels = ("≤1/8", "1/4", "1/2", "1", "2", "4", "≥8")
     ticks = tuple((float(value), f"{label}×") for value, label in zip(range(-3, 4), labels, strict=True))
     # The ends of the map are nearly black, which is the colour of the ink.
-    return ColorScale("attention / uniform", -DOUBLINGS, DOUBLINGS, ticks, color_table("RdBu_r", 0.08, 0.92), num_keys)
+    return ColorScale(
+        f"attention / uniform (1/{num_keys})", -DOUBLINGS, DOUBLINGS, ticks, color_table("RdBu_r", 0.08, 0.92), num_keys
+    )
 
 
 def difference_scale(limit: float, title: str) -> ColorScale:
@@ -195,13 +198,36 @@ def sequential_scale(low: float, high: float, title: str) -> ColorScale:
 def overlay(image: Rgb, attention: Array, num_keys: int) -> Rgb:
     """Attention in colour by patch, [grid height, grid width], with the image's ink drawn dark over it.
 
-    Ink is what is light in the image, [height, width, 1 or 3] uint8: white strokes on black become dark strokes on
-    colour, so that the colours stay those of the scale wherever there is no ink.
+    image: uint8 [height, width, 1 or 3]. It only darkens, and only where it has strokes or edges, so that the colours
+    are those of the scale everywhere else.
     """
     height, width = image.shape[:2]
-    colors = resize(attention_scale(num_keys).to_rgb(attention), width, height).astype(np.float32)
-    ink = image.reshape(height, width, -1).mean(axis=2, keepdims=True, dtype=np.float32) / 255
-    return (colors * (1 - INK_STRENGTH * ink)).round().astype(np.uint8)
+    colors = resize(attention_scale(num_keys).to_rgb(attention), width, height)
+    return (colors * np.clip(strokes(image), LIGHTEST_INK, 1)[..., None]).round().astype(np.uint8)
+
+
+def strokes(image: Rgb) -> NDArray[np.float32]:
+    """[height, width, 1 or 3] -> [height, width]: 1 where there is no ink, less where there is."""
+    luminance = image.mean(axis=2, dtype=np.float32) / 255
+    ground = np.median(np.concatenate([luminance[0], luminance[-1], luminance[:, 0], luminance[:, -1]]))
+    if (image == image[..., :1]).all() and not 0.25 < ground < 0.75:  # grey on a plain ground: a drawing
+        ink = luminance if ground <= 0.25 else 1 - luminance
+        return 1 - (1 - LIGHTEST_INK) * ink
+    # A photograph becomes a pencil drawing: dark where it is darker than its surroundings.
+    surroundings = cv2.GaussianBlur(luminance, (0, 0), max(luminance.shape) / 28)
+    return 0.3 + 0.7 * (luminance + 0.05) / (surroundings + 0.05)
+
+
+def mark_patch(image: Rgb, grid: tuple[int, int], row: int, column: int) -> Rgb:
+    """A copy, enlarged by a whole factor, with a box around one patch of the grid (rows, columns)."""
+    factor = -(-224 // max(image.shape[:2]))
+    marked = np.ascontiguousarray(as_rgb(image).repeat(factor, axis=0).repeat(factor, axis=1))
+    top, bottom = (round(edge * marked.shape[0] / grid[0]) for edge in (row, row + 1))
+    left, right = (round(edge * marked.shape[1] / grid[1]) for edge in (column, column + 1))
+    # Two lines, so that the box shows on any colour.
+    cv2.rectangle(marked, (left, top), (right - 1, bottom - 1), (0, 0, 0), 8)
+    cv2.rectangle(marked, (left, top), (right - 1, bottom - 1), (255, 221, 0), 4)
+    return marked
 
 
 # --- layout ----------------------------------------------------------------------------------------------------

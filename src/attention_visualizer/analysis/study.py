@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -107,7 +108,8 @@ class Study:
     def save(self, figure: Picture | Figure, stem: str) -> str:
         """Writes a figure whole or not at all; returns its file name."""
         path = self.output / f"{stem}.{self.file_format}"
-        with storage.atomic_path(path) as temporary:
+        # Text stays text in SVG files.
+        with storage.atomic_path(path) as temporary, matplotlib.rc_context({"svg.fonttype": "none"}):
             if isinstance(figure, Figure):
                 figure.savefig(temporary, dpi=150)
             elif self.file_format == "png":
