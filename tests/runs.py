@@ -105,11 +105,15 @@ def only_run(folder: Path) -> Path:
 
 
 @functools.cache
-def trained_run() -> TrainedRun:
-    """The run that many tests look at and none may change: real process, both loggers, attention logged."""
+def trained_once() -> tuple[Path, Outcome]:
     folder = Path(tempfile.mkdtemp(prefix="trained_run_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    outcome = run_process(*TINY, f"trainer.max_epochs={EPOCHS}", "logger=[tensorboard,csv]", folder=folder)
+    return folder, run_process(*TINY, f"trainer.max_epochs={EPOCHS}", "logger=[tensorboard,csv]", folder=folder)
+
+
+def trained_run() -> TrainedRun:
+    """The run that many tests look at and none may change: real process, both loggers, attention logged."""
+    folder, outcome = trained_once()
     assert outcome.exit_code == 0, outcome.err
     return TrainedRun(only_run(folder), outcome)
 

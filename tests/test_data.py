@@ -237,7 +237,7 @@ def test_the_real_mnist() -> None:
     data.load()
     assert data.description.sizes == {"train": 55_000, "validation": 5_000, "test": 10_000}
     assert (data.description.mean, data.description.std) == pytest.approx((0.1307, 0.3081), abs=2e-3)
-    assert data.batch_size == 256 and data.default_epochs == 10
+    assert data.batch_size == 128 and data.default_epochs == 10
     assert data.splits["test"][1][:5].tolist() == [7, 2, 1, 0, 4]  # known to begin so
 
 

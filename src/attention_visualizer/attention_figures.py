@@ -64,7 +64,7 @@ class Subject:
             observation.geometry.num_tokens,
             observation.query,
             true_class,
-            class_names[int(observation.predicted[number])],
+            class_name(class_names, int(observation.predicted[number])),
             float(observation.probability[number]),
         )
 
@@ -104,6 +104,11 @@ class Subject:
     def head_caption(self, layer: int, head: int) -> str:
         own = None if self.self_attention is None else self.self_attention[layer, head]
         return _caption(self.entropy[layer, head], own)
+
+
+def class_name(names: Sequence[str], label: int) -> str:
+    """The number itself where there is no name for it."""
+    return names[label] if 0 <= label < len(names) else str(label)
 
 
 def _caption(entropy: float, self_attention: float | None) -> str:
@@ -242,7 +247,7 @@ def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str, f
         )
         label = int(probe["labels"][number])
         true_class = names[label] if label >= 0 else "?"
-        titles.append(f"{true_class} → {names[int(frame['predicted'][number])]}")
+        titles.append(f"{true_class} → {class_name(names, int(frame['predicted'][number]))}")
     num_layers = frame["maps"].shape[1]
     return tile_grid(
         tiles,

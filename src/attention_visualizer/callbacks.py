@@ -133,7 +133,8 @@ class AttentionLogger(Callback):
             self._seconds, self._epoch_began = 0.0, now
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._watching.close()
+        # Handed through, so that it, and not an incomplete capture, is what is reported.
+        self._watching.__exit__(type(exception), exception, exception.__traceback__)
 
     # --- what ---
 
@@ -157,6 +158,8 @@ class AttentionLogger(Callback):
     def _log_frame(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the probe images and writes what is seen: to the history, to the loggers as pictures."""
         assert self.probe_images is not None
+        if self.history.frames and self.history.frames[-1]["step"] == trainer.global_step:
+            return  # a validation right after an early frame, or a batch of accumulated gradients
         training = [module for module in pl_module.modules() if module.training]
         pl_module.eval()
         try:
@@ -259,6 +262,8 @@ def progress_in_epochs(trainer: Trainer) -> float:
 def first_of_each_class(loaders: Any) -> tuple[Tensor, Tensor]:
     """The probe rule: the first image of each class in the validation set's own order, by class, at most ten."""
     found: dict[int, Tensor] = {}
+    if not loaders:
+        raise UserError("AttentionLogger: there is no validation data to choose images from: pass probe_images=")
     loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
     for batch in loader:
         if not (isinstance(batch, list | tuple) and len(batch) >= 2):

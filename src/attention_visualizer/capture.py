@@ -170,7 +170,12 @@ class _ObserveAttention(TorchFunctionMode):
         difference = rebuilt.output - rebuilt.expected
         error = float(difference.abs().max()) if difference.numel() else 0.0
         bound = ERROR_BOUND[rebuilt.expected.dtype] * rebuilt.magnitude
-        if not error <= bound:  # NaN is refused too
+        if math.isnan(error):
+            raise CaptureError(
+                f"the attention of {name} is not finite: its weights or its input are NaN or infinite; "
+                "if the model was training, it has diverged: lower its learning_rate"
+            )
+        if not error <= bound:
             raise CaptureError(
                 f"the weights rebuilt for {name} do not reproduce its output: they differ by {error:.2e}, "
                 f"above the bound of {bound:.2e} for {rebuilt.expected.dtype}"

@@ -27,11 +27,11 @@ class Classifier(LightningModule):
         self,
         model: nn.Module,
         num_classes: int,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 1.5e-3,
         weight_decay: float = 0.05,
         beta1: float = 0.9,
         beta2: float = 0.99,
-        warmup_share: float = 0.1,
+        warmup_share: float = 0.05,
         label_smoothing: float = 0.05,
         seed: int = 0,
     ) -> None:
@@ -45,6 +45,7 @@ class Classifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.seed = seed
         self.checkpoint_block: dict[str, Any] | None = None
+        self.last_loss = torch.zeros(())
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -62,9 +63,19 @@ class Classifier(LightningModule):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.train_accuracy(logits, labels)
         self.log("train/loss", loss, prog_bar=True)
+        self.last_loss = loss.detach()
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Raises UserError when training has diverged, before such weights are measured or ranked."""
+        finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+        if not (finite and bool(self.last_loss.isfinite())):
+            raise UserError(
+                f"training diverged: the loss or a weight is NaN or infinite at step {self.global_step}; "
+                "lower optimizer.learning_rate"
+            )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -82,8 +93,12 @@ class Classifier(LightningModule):
         self.log("test/accuracy", self.test_accuracy)
 
     def configure_optimizers(self) -> Any:
+        # Lightning does not clip gradients of a fused optimiser in mixed precision.
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.weight_decay), lr=self.learning_rate, betas=self.betas, fused=True
+            parameter_groups(self.model, self.weight_decay),
+            lr=self.learning_rate,
+            betas=self.betas,
+            fused="mixed" not in str(self.trainer.precision),
         )
         num_steps = int(self.trainer.estimated_stepping_batches)
         warmup_steps = max(1, round(self.warmup_share * num_steps))

@@ -6,10 +6,11 @@ import csv
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -33,7 +34,8 @@ def run(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand errors through instead of printing them
     try:
         main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+        SweepTable.discard_unbegun()
         fail(error)
 
 
@@ -45,7 +47,9 @@ def fail(error: Exception) -> NoReturn:
 
 def one_line(error: BaseException) -> str:
     """What went wrong in one line; Hydra's and OmegaConf's messages spread it over several."""
-    if isinstance(error, UserError):
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        if isinstance(error, OSError):
+            return f"cannot use {error.filename}: {error.strerror}"
         return " ".join(str(error).split())
     lines: list[str] = []
     cause: BaseException | None = error
@@ -64,7 +68,7 @@ def one_line(error: BaseException) -> str:
 
 def job_folder(number: int, overrides: str) -> str:
     """Folder name of a sweep's job: its number and what was overridden, in characters that need no quoting."""
-    return re.sub(r"[^\w.\-]+", "-", f"{number}_{overrides}")[:100].rstrip("._-")
+    return re.sub(r"[^\w.\-]+", "-", f"{number}_{overrides}")[:240].rstrip("._-")
 
 
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
@@ -72,6 +76,18 @@ OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 class SweepTable(Callback):
     """Ends a sweep with a table of its runs, printed and written as sweep.csv."""
+
+    folder: ClassVar[Path | None] = None  # of the sweep that is under way
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepTable.folder = Path(config.hydra.sweep.dir)
+
+    @classmethod
+    def discard_unbegun(cls) -> None:
+        """Removes the folder of a sweep that could not be composed: Hydra makes it first."""
+        if cls.folder is not None and cls.folder.is_dir():
+            if {path.name for path in cls.folder.iterdir()} <= {"multirun.yaml"}:
+                shutil.rmtree(cls.folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)

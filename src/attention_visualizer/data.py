@@ -54,7 +54,7 @@ class DatasetDefaults(NamedTuple):
     epochs: int
 
 
-DEFAULTS = {"mnist": DatasetDefaults(batch_size=256, epochs=10), "digits": DatasetDefaults(batch_size=32, epochs=60)}
+DEFAULTS = {"mnist": DatasetDefaults(batch_size=128, epochs=10), "digits": DatasetDefaults(batch_size=32, epochs=60)}
 
 
 # --- data sets -------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class BatchLoader:
         return self.length
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.batches()
+        yield from self.batches()  # lazily: Lightning makes the iterator before it restores where it stood
 
     # These two tell Lightning that training can resume within an epoch; there is no state to keep, since the
     # position is the trainer's own count of batches.
@@ -271,8 +271,13 @@ class ImageDataModule(LightningDataModule):
     @property
     def batches_per_epoch(self) -> int:
         """Training batches an epoch and process, within the trainer's limit; the last, partial batch is dropped."""
+        return self.batches_in(None if self.trainer is None else self.trainer.limit_train_batches)
+
+    def batches_in(self, limit: int | float | None) -> int:
+        """Training batches an epoch under Lightning's `limit_train_batches`: a number, or a share."""
         batches = len(self.train_dataloader())
-        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        if limit is None:
+            return batches
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
     @property

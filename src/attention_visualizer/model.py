@@ -180,9 +180,12 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
         self.apply(initialise)
-        for parameter in (self.cls_token, self.pos_embed):
-            if isinstance(parameter, nn.Parameter):
-                nn.init.trunc_normal_(parameter, std=0.02)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if isinstance(self.pos_embed, nn.Parameter):
+            # About as large as the projected patches: at the usual 0.02 the model is blind to positions, and the
+            # first epoch goes into growing them.
+            nn.init.trunc_normal_(self.pos_embed, std=0.5)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images to tokens with positions: [batch, channel, height, width] -> [batch, token, embed]."""

@@ -243,6 +243,7 @@ class Tile:
 
 
 MARGIN, GAP = 14, 6
+LEAST_WIDTH = 640  # usual headlines fit, so the frames of an evolving one are of one size
 HEADLINE, SUBTITLE, LABEL, CAPTION = 17, 13, 13, 11
 
 
@@ -275,7 +276,7 @@ def tile_grid(
     lines += [(subtitle, SUBTITLE, False, GREY)] if subtitle else []
     lines += [(face_note, SUBTITLE, True, RED)] if face_note else []
     text_needs = max(text_width(text, size, bold) for text, size, bold, _ in lines) + 2 * MARGIN
-    picture = Picture(max(left + grid_width + sum(bars) + MARGIN, text_needs), 0)
+    picture = Picture(max(left + grid_width + sum(bars) + MARGIN, text_needs, LEAST_WIDTH), 0)
 
     y = MARGIN - 2
     for text, size, bold, color in lines:

@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
+import csv
 import shlex
 import time
+import warnings
+from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from attention_visualizer import storage
+from attention_visualizer import charts, storage
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.data import DatasetDescription, ImageDataModule
+from attention_visualizer.errors import UserError
 from attention_visualizer.storage import RunFolder
 
 
-def checkpoint_callback(folder: RunFolder) -> ModelCheckpoint:
-    """Keeps best.ckpt by validation accuracy, and last.ckpt."""
-    return ModelCheckpoint(
-        dirpath=str(folder.checkpoints),
-        filename="best",
-        monitor="validation/accuracy",
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
+class RunCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that still knows its best after the run's folder was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        moved = {
+            **state_dict,
+            "dirpath": self.dirpath,
+            "best_model_path": here(state_dict["best_model_path"]),
+            "kth_best_model_path": here(state_dict["kth_best_model_path"]),
+            "best_k_models": {here(path): score for path, score in state_dict["best_k_models"].items()},
+        }
+        super().load_state_dict(moved)
+
+
+def checkpoint_callbacks(folder: RunFolder) -> list[ModelCheckpoint]:
+    """best.ckpt by validation accuracy, and last.ckpt after every validation. The best comes first: it is `fit`'s."""
+    where = str(folder.checkpoints)
+    best = RunCheckpoint(
+        where, filename="best", monitor="validation/accuracy", mode="max", enable_version_counter=False
     )
+    return [best, RunCheckpoint(where, filename="last", enable_version_counter=False)]
+
+
+def keep_csv_rows(loggers: list[Any], step: int) -> None:
+    """Lightning's CSVLogger deletes the file it finds; a resumed run goes on with the rows up to `step`."""
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            path = Path(logger.log_dir) / "metrics.csv"
+            rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+            with warnings.catch_warnings(action="ignore"):
+                writer = logger.experiment
+            for row in rows:
+                if int(row["step"]) <= step:
+                    writer.metrics.append({name: value for name, value in row.items() if value})
+            writer.save()
 
 
 def fit(
@@ -46,7 +79,11 @@ def fit(
             print(f"\nStopped early. Resume:  python train.py ckpt_path={shlex.quote(str(folder.last))}")
         raise
     saver = trainer.checkpoint_callback
-    assert isinstance(saver, ModelCheckpoint) and saver.best_model_score is not None
+    assert isinstance(saver, ModelCheckpoint)
+    if saver.best_model_score is None:
+        message = "training ended before its first validation: nothing was saved; give it more steps or time"
+        folder.update_manifest(status="failed", error=message)
+        raise UserError(message)
     return {
         "validation_accuracy": float(saver.best_model_score),
         "epochs": trainer.current_epoch,
@@ -59,6 +96,14 @@ def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, f
     scores = trainer.test(classifier, data, ckpt_path=folder.best, weights_only=True, verbose=False)[0]
     confusion = classifier.test_confusion.compute().cpu()
     by_class = confusion.diag() / confusion.sum(dim=1).clamp_min(1)
+    drawn = Figure(figsize=(7.5, 6.5), layout="constrained")
+    charts.confusion_matrix(confusion.numpy(), list(data.description.class_names), drawn.subplots())
+    charts.finish(drawn, "Test set", data.description.face_note)
+    with storage.atomic_path(folder.path / "test_confusion.png") as temporary:
+        drawn.savefig(temporary, dpi=120)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure("test/confusion", drawn, trainer.global_step)
     return {
         "test_accuracy": scores["test/accuracy"],
         "test_loss": scores["test/loss"],

@@ -24,6 +24,7 @@ def write(study: Study) -> Chapter:
     n = len(study.labels)
     summaries, accuracy = measure(study, study.images, study.labels)
     name = study.save(figure(summaries, study.geometry, n, study.face_note), "attention_statistics")
+    by_head = study.save(head_figure(summaries, n, study.face_note), "attention_statistics_by_head")
     query = measures.readout_query(study.geometry)
     who = "the CLS token" if query == "cls" else "the patch queries (mean over them)"
     return Chapter(
@@ -31,7 +32,10 @@ def write(study: Study) -> Chapter:
         TEXT.format(
             n=n, who=who, accuracy=accuracy, maximum_entropy=measures.uniform_entropy(study.geometry.num_tokens)
         ),
-        [FigureFile(name, f"Maximum attention, mean attention and entropy by layer, n = {n:,} images x heads.")],
+        [
+            FigureFile(name, f"Maximum attention, mean attention and entropy by layer, n = {n:,} images x heads."),
+            FigureFile(by_head, f"Entropy and mean attention distance by layer and head, means over {n:,} images."),
+        ],
         [layer_table(summaries)],
         {"images": n, "accuracy": accuracy, "query": query, "layers": layer_numbers(summaries)},
         records(summaries),
@@ -67,6 +71,17 @@ def figure(summaries: dict[str, Summary], geometry: Geometry, n: int, face_note:
         )
         charts.distribution_by_layer(summary.counts.sum(axis=1), summary.edges, labels[name], axes[1, column])
     charts.finish(drawn, f"Attention over {n:,} test images, all heads", face_note)
+    return drawn
+
+
+def head_figure(summaries: dict[str, Summary], n: int, face_note: str) -> Figure:
+    """Entropy and distance, layers down, heads across."""
+    num_layers, num_heads = summaries["entropy"].mean.shape
+    drawn = Figure(figsize=(max(10.0, 1.6 * num_heads + 3), max(4.0, 0.55 * num_layers + 1.5)), layout="constrained")
+    axes = drawn.subplots(1, 2)
+    charts.heat_map(summaries["entropy"].mean, "attention entropy (nats)", axes[0])
+    charts.heat_map(summaries["distance"].mean, "mean attention distance (pixels)", axes[1])
+    charts.finish(drawn, f"By layer and head, means over {n:,} test images", face_note)
     return drawn
 
 
