@@ -59,13 +59,15 @@ def analyze(config: DictConfig) -> None:
         options["format"],
         options["head_layers"],
     )
-    command = shlex.join(["python", "analyze.py", *HydraConfig.get().overrides.task])
+    command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
     report = comprehensive.write_analysis(study, command, options["chapters"])
     print(f"Report:     {storage.short_path(report)}")
 
 
 def check_types(options: dict[str, Any]) -> None:
     """Raises UserError for a value of the wrong type."""
+    for name in options.keys() - {*TYPES, "query"}:  # added with "+"
+        raise UserError(f"{name}: there is no such field; see --help for those there are")
     for name, kind in TYPES.items():
         value = options[name]
         optional = name in ("run", "samples", "class", "image", "chapters", "output_dir", "data_dir")
@@ -75,6 +77,15 @@ def check_types(options: dict[str, Any]) -> None:
             raise UserError(f"{name}={value}: give {wanted}")
     if any(not isinstance(index, int) or isinstance(index, bool) for index in options["samples"] or []):
         raise UserError(f"samples={options['samples']}: give whole numbers, such as samples=[12,57]")
+
+
+def reproducing_overrides(weights: preparation.Weights) -> list[str]:
+    """This command's overrides with the checkpoint by its path: "best" may mean another one tomorrow."""
+    overrides = [str(override) for override in HydraConfig.get().overrides.task]
+    if weights.random or weights.loaded is None:
+        return overrides
+    others = [override for override in overrides if override.split("=")[0] not in ("ckpt", "run", "runs_dir")]
+    return [f"ckpt={storage.short_path(weights.loaded.path)}", *others]
 
 
 def output_folder(output_dir: str | None, weights: preparation.Weights) -> Path:

@@ -135,7 +135,7 @@ def test_the_comparison_shows_maps_rollouts_and_doublings() -> None:
     assert change.x == drawn[1].x  # under the layer that brought it
     scale = panels.difference_scale(3.0, "")
     np.testing.assert_array_equal(change.rgb[0], scale.to_rgb(np.array([1.0, -1.0])))
-    assert {"attention", "rollout", "change"} <= set(texts(picture))
+    assert {"attention", "rollout over patches", "change"} <= set(texts(picture))
 
 
 def test_a_layer_that_changes_nothing_is_white_even_where_attention_is_zero() -> None:
@@ -207,14 +207,14 @@ def test_the_probe_sheet_has_a_row_for_each_probe_image() -> None:
         for layer, tile in enumerate(layers):
             assert_tile(tile, overlay(fixed["images"][number], frame["maps"][number, layer], NUM_KEYS))
         assert_tile(rollout, overlay(fixed["images"][number], frame["rollout"][number], NUM_KEYS - 1))
-    assert {"zero → one", "one → zero", NOTE} <= set(texts(picture))
+    assert {"true zero", "predicted one", "true one", "predicted zero", NOTE} <= set(texts(picture))
     assert any("epoch 0.5, step 7" in text for text in texts(picture))
     assert any("averaged over patch queries" in text for text in texts(picture))
 
 
 def test_a_probe_image_of_unknown_class_says_so() -> None:
     fixed, frame = probe(["zero", "one"], label=-1)
-    assert "? → zero" in texts(figures.probe_sheet(fixed, frame, "step 0"))
+    assert "true ?" in texts(figures.probe_sheet(fixed, frame, "step 0"))
 
 
 def test_frames_of_one_animation_have_one_size() -> None:

@@ -338,7 +338,8 @@ def test_mathematics_is_not_read_into_names() -> None:
 def test_an_svg_holds_its_texts_as_text(rich_picture: Picture) -> None:
     """As `panels` says of PDF and SVG: text can be searched and edited."""
     file = io.BytesIO()
-    rich_picture.to_figure().savefig(file, format="svg")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        rich_picture.to_figure().savefig(file, format="svg")
     found = "".join(ElementTree.fromstring(file.getvalue()).itertext())
     assert "A headline" in found and "random weights" in found
 

@@ -122,7 +122,7 @@ def query_name(query: Query) -> str:
         return "CLS attention"
     if query == "patches":
         return "attention averaged over patch queries"
-    return f"attention of the patch in row {query[0]}, column {query[1]}"
+    return f"attention of the patch in row {query[0]}, column {query[1]} (from 0)"
 
 
 def overlay_strip(subject: Subject, headline: str, subtitle: str = "", face_note: str = "") -> Picture:
@@ -130,7 +130,7 @@ def overlay_strip(subject: Subject, headline: str, subtitle: str = "", face_note
     tiles: list[Tile | None] = [subject.input()]
     for layer, attention in enumerate(subject.maps):
         tiles.append(Tile(subject.over(attention), f"layer {layer + 1}", subject.layer_caption(layer)))
-    tiles.append(Tile(subject.rollout_over(-1), "rollout", "of all layers"))
+    tiles.append(Tile(subject.rollout_over(-1), "rollout", "over patches"))
     return tile_grid([tiles], headline, subtitle, face_note=face_note, scale=attention_scale(subject.num_keys))
 
 
@@ -198,7 +198,7 @@ def layer_comparison(subject: Subject, headline: str, subtitle: str = "", face_n
         tiles,
         headline,
         subtitle,
-        row_titles=["attention", "rollout", "change"],
+        row_titles=["attention", "rollout over patches", "change"],
         face_note=face_note,
         scale=scale,
         second_scale=change_scale,
@@ -206,12 +206,12 @@ def layer_comparison(subject: Subject, headline: str, subtitle: str = "", face_n
 
 
 def patch_share(maps: Array) -> Array:
-    """Renormalised over the patches: rollout keeps most of its mass on the query itself, at every depth."""
+    """Renormalised over the patches: after few layers, rollout keeps much of its mass on the query itself."""
     return maps / np.maximum(maps.sum(axis=(-2, -1), keepdims=True), np.finfo(np.float32).tiny)
 
 
 def entropy_heat_map(entropy: Array, highest: float, headline: str, face_note: str = "") -> Picture:
-    """Layers down, heads across: entropy in nats [layer, head], blue (one key) to white or yellow (uniform)."""
+    """Layers down, heads across: entropy in nats [layer, head], dark (one key) to yellow (uniform)."""
     scale = sequential_scale(0.0, highest, "entropy (nats)")
     tiles: list[list[Tile | None]] = [
         [Tile(scale.to_rgb(np.full((1, 1), value)), "", f"{value:.2f}") for value in heads] for heads in entropy
@@ -238,21 +238,22 @@ def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str, f
     titles = []
     for number, image in enumerate(probe["images"]):
         rollout = patch_share(frame["rollout"][number])
+        predicted = class_name(names, int(frame["predicted"][number]))
         tiles.append(
             [
-                Tile(image),
+                Tile(image, caption=f"predicted {predicted}"),
                 *(Tile(overlay(image, attention, num_keys)) for attention in frame["maps"][number]),
                 Tile(overlay(image, rollout, rollout.size)),
             ]
         )
         label = int(probe["labels"][number])
         true_class = names[label] if label >= 0 else "?"
-        titles.append(f"{true_class} → {class_name(names, int(frame['predicted'][number]))}")
+        titles.append(f"true {true_class}")
     num_layers = frame["maps"].shape[1]
     return tile_grid(
         tiles,
         f"By layer: {query_name(query)}, mean over heads",
-        f"{moment}; rows: true → predicted class",
+        moment,
         column_titles=["input", *(f"layer {layer + 1}" for layer in range(num_layers)), "rollout"],
         row_titles=titles,
         face_note=face_note,

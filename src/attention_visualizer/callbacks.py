@@ -240,6 +240,8 @@ class AttentionLogger(Callback):
                 for distribution in distributions:
                     for sums in distribution.state():
                         sums.copy_(trainer.strategy.reduce(sums, reduce_op="sum"))
+                    distribution.largest = trainer.strategy.reduce(distribution.largest, reduce_op="max")
+                    distribution.smallest = -trainer.strategy.reduce(-distribution.smallest, reduce_op="max")
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """The one renderer of attention maps: arrays in, a Picture out, for TensorBoard and for files alike.
 
 A Picture is a list of placed images and texts. `to_rgb` draws it with NumPy, OpenCV and Pillow, in milliseconds;
-`to_figure` hands the same layout to matplotlib, for notebooks and for PDF and SVG with text as text.
+`to_figure` hands the same layout to matplotlib, for notebooks and for PDF and SVG (text stays text where
+matplotlib's svg.fonttype is none).
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def attention_scale(num_keys: int) -> ColorScale:
 
 
 def difference_scale(limit: float, title: str) -> ColorScale:
-    """A difference of base-2 logarithms, from -limit to limit doublings; red is more, blue less."""
+    """A difference of base-2 logarithms, from -limit to limit doublings; orange is more, purple less."""
     values = np.linspace(-limit, limit, 7)
     ticks = tuple((float(value), f"{'1/' if value < 0 else ''}{2 ** abs(value):.3g}×") for value in values)
     return ColorScale(title, -limit, limit, ticks, color_table("PuOr_r", 0.08, 0.92))

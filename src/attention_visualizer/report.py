@@ -21,12 +21,13 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Summary:
-    """The head of the report: what was analysed. facts: label -> text; command: what makes it again."""
+    """The head of the report: what was analysed. facts: label -> text; command: what makes it again, in `language`."""
 
     title: str
     facts: dict[str, str]
     warnings: list[str]
     command: str
+    language: str = "bash"
 
 
 def write(output: Path, summary: Summary, chapters: dict[str, Chapter]) -> Path:
@@ -59,7 +60,9 @@ def markdown(summary: Summary, chapters: dict[str, Chapter]) -> str:
         autoescape=False,  # Markdown, not HTML; `escape` makes foreign text inert
     )
     environment.filters["escape_markdown"] = escape_markdown
-    return environment.get_template("report.md").render(summary=summary, chapters=chapters)
+    return environment.get_template("report.md").render(
+        summary=summary, chapters=chapters, has_records=any(chapter.records for chapter in chapters.values())
+    )
 
 
 def escape_markdown(text: str) -> str:

@@ -5,6 +5,7 @@ Each is `update` / `merge` / `compute`; sums are kept in float64 and counts exac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ class Distribution:
         self.counts = torch.zeros(num_heads, NUM_BINS, dtype=torch.float64, device=device)
         self.sums = torch.zeros(num_heads, dtype=torch.float64, device=device)
         self.sums_of_squares = torch.zeros(num_heads, dtype=torch.float64, device=device)
+        self.smallest = torch.full((num_heads,), math.inf, dtype=torch.float64, device=device)
+        self.largest = torch.full((num_heads,), -math.inf, dtype=torch.float64, device=device)
 
     def update(self, values: Tensor) -> None:
         """values: [batch, head]."""
@@ -41,6 +44,9 @@ class Distribution:
         values = values.double()
         self.sums += values.sum(dim=0)
         self.sums_of_squares += values.square().sum(dim=0)
+        if len(values):
+            self.smallest = torch.minimum(self.smallest, values.amin(dim=0))
+            self.largest = torch.maximum(self.largest, values.amax(dim=0))
 
     def state(self) -> list[Tensor]:
         """The sums that `merge` and a reduction over processes add up."""
@@ -49,24 +55,30 @@ class Distribution:
     def merge(self, other: Distribution) -> None:
         for mine, theirs in zip(self.state(), other.state(), strict=True):
             mine += theirs
+        self.smallest = torch.minimum(self.smallest, other.smallest)
+        self.largest = torch.maximum(self.largest, other.largest)
 
 
 @dataclass(frozen=True)
 class Summary:
     """One measure over images, by layer and head.
 
-    mean, deviation: [layer, head]; counts: [layer, head, bin] over edges: [bin + 1]; n: images.
+    mean, deviation: [layer, head]; counts: [layer, head, bin] over edges: [bin + 1]; extremes: [layer, 2], the
+    smallest and largest value; n: images.
     """
 
     mean: NDArray[np.float64]
     deviation: NDArray[np.float64]
     counts: NDArray[np.float64]
     edges: NDArray[np.float64]
+    extremes: NDArray[np.float64]
     n: int
 
     def quantiles(self, shares: tuple[float, ...]) -> NDArray[np.float64]:
         """Over images and heads together: [layer, share]."""
-        return np.stack([histogram_quantiles(layer.sum(axis=0), self.edges, shares) for layer in self.counts])
+        binned = np.stack([histogram_quantiles(layer.sum(axis=0), self.edges, shares) for layer in self.counts])
+        # Where all values lie within one bin, its edges would say more than they do.
+        return np.clip(binned, self.extremes[:, :1], self.extremes[:, 1:])
 
 
 def histogram_quantiles(
@@ -166,4 +178,5 @@ def _summary(distributions: list[Distribution]) -> Summary:
     mean = sums / n
     deviation = np.sqrt(np.maximum(squares / n - mean**2, 0.0))
     edges = np.linspace(distributions[0].low, distributions[0].high, NUM_BINS + 1)
-    return Summary(mean, deviation, counts, edges, int(n))
+    extremes = [[float(each.smallest.min()), float(each.largest.max())] for each in distributions]
+    return Summary(mean, deviation, counts, edges, np.array(extremes), int(n))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from attention_visualizer import storage
 from attention_visualizer.analysis import CHAPTERS, heads, layers, patterns, preparation, statistics
 from attention_visualizer.analysis.comprehensive import write_analysis
-from attention_visualizer.analysis.study import Sample, Study
+from attention_visualizer.analysis.study import Sample, Study, check_sample
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
 from attention_visualizer.model import VisionTransformer
@@ -63,7 +64,11 @@ class AttentionVisualizer:
             self._weights = self._read_weights()
             self._data = preparation.load_data(self._weights.loaded, self.data_dir)
             self._study = preparation.prepare(
-                self._weights, self._data, self._output_folder(), preparation.Subjects(), device=str(self.device)
+                self._weights,
+                self._data,
+                preparation.check_output(self._output_folder()),
+                preparation.Subjects(),
+                device=str(self.device),
             )
             log.debug("%s on %s, figures go to %s", self._weights.text, self.device, self._study.output)
         return self._study
@@ -88,8 +93,13 @@ class AttentionVisualizer:
 
     def create_attention_statistics(self, samples: list[tuple[Any, int]]) -> tuple[Figure, pd.DataFrame]:
         """Statistics over `samples`, saved as attention_statistics.png; and a row for each measure, layer, head."""
-        images = torch.stack([as_bytes(image) for image, _ in samples])
-        labels = torch.tensor([label for _, label in samples])
+        if not samples:
+            raise UserError("there are no samples to make statistics of: give a list of (image, label)")
+        taken = [Sample(as_bytes(image), int(label), f"sample {i}") for i, (image, label) in enumerate(samples)]
+        for sample in taken:
+            check_sample(sample, self.study.description)
+        images = torch.stack([sample.image for sample in taken])
+        labels = torch.tensor([sample.label for sample in taken])
         summaries, _ = statistics.measure(self.study, images, labels)
         figure = statistics.figure(summaries, self.study.geometry, len(labels), self.study.face_note)
         self._claim_output()
@@ -104,8 +114,11 @@ class AttentionVisualizer:
         if model_path is not None and Path(model_path) != self.model_path:
             self.model_path, self._study = Path(model_path), None
         self._claim_output()
-        command = f"AttentionVisualizer({str(self.model_path)!r}).run_comprehensive_analysis()"
-        report = write_analysis(self.study, command, tuple(CHAPTERS))
+        command = (
+            "from attention_visualizer import AttentionVisualizer\n\n"
+            f"AttentionVisualizer({str(self.model_path)!r}).run_comprehensive_analysis()"
+        )
+        report = write_analysis(self.study, command, tuple(CHAPTERS), language="python")
         log.info("report written to %s", report)
         print(f"Report: {report}")
         return report
@@ -137,9 +150,10 @@ class AttentionVisualizer:
         if self._asked_output is not None:
             return self._asked_output
         parts = [OUTPUT, self.model_path.stem, self.model_path.absolute().parent.name]
-        # attention_analysis, attention_analysis_<model>, attention_analysis_<model>_<folder>: the first that is ours.
-        candidates = [Path("_".join(parts[: length + 1])) for length in range(len(parts))]
-        return next((path for path in candidates if self._owner(path) in (None, self._identity())), candidates[-1])
+        # attention_analysis, attention_analysis_<model>, ..._<folder>, then numbered: the first that is nobody else's.
+        named = (Path("_".join(parts[: length + 1])) for length in range(len(parts)))
+        numbered = (Path("_".join([*parts, str(number)])) for number in itertools.count(2))
+        return next(path for path in itertools.chain(named, numbered) if self._owner(path) in (None, self._identity()))
 
     def _identity(self) -> str:
         return str(self.model_path.absolute())

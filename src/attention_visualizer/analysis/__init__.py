@@ -22,9 +22,8 @@ CHAPTERS: dict[str, Callable[[Study], Chapter]] = {
 
 def check_chapters(names: Sequence[str]) -> None:
     """Raises UserError for a chapter that does not exist."""
-    unknown = [name for name in names if name not in CHAPTERS]
-    if unknown or not names:
-        raise UserError(f"chapters=[{','.join(names)}]: choose from {', '.join(CHAPTERS)}")
+    if not names or any(name not in CHAPTERS for name in names):
+        raise UserError(f"chapters=[{','.join(map(str, names))}]: choose from {', '.join(CHAPTERS)}")
 
 
 def write_chapters(study: Study, names: Sequence[str]) -> dict[str, Chapter]:

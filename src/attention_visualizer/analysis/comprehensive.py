@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,15 +10,30 @@ from attention_visualizer import report
 from attention_visualizer.analysis import CHAPTERS, write_chapters
 from attention_visualizer.analysis.study import Study
 
+# What an analysis writes; of an earlier one into the same folder, only what the new report names stays.
+OURS = re.compile(
+    r"(attention_(pattern|heads)|layer_comparison)_sample_\d+\.(png|pdf|svg)"
+    r"|attention_(statistics(_by_head)?|evolution)\.(png|pdf|svg|webp|csv|json)"
+)
 
-def write_analysis(study: Study, command: str, chapters: Sequence[str] = tuple(CHAPTERS)) -> Path:
+
+def write_analysis(
+    study: Study, command: str, chapters: Sequence[str] = tuple(CHAPTERS), language: str = "bash"
+) -> Path:
     """Writes figures, numbers and the report into the study's output folder; returns the report's path."""
     study.output.mkdir(parents=True, exist_ok=True)
     written = write_chapters(study, chapters)
-    return report.write(study.output, summarise(study, command), written)
+    path = report.write(study.output, summarise(study, command, language), written)
+    kept = {figure.name for chapter in written.values() for figure in chapter.figures}
+    kept |= {f"{report.STATISTICS}.json"}
+    kept |= {f"{report.STATISTICS}.csv"} if any(chapter.records for chapter in written.values()) else set()
+    for old in study.output.iterdir():
+        if OURS.fullmatch(old.name) and old.name not in kept:
+            old.unlink()
+    return path
 
 
-def summarise(study: Study, command: str) -> report.Summary:
+def summarise(study: Study, command: str, language: str) -> report.Summary:
     geometry, description = study.geometry, study.description
     config = study.model.config
     parameters = sum(parameter.numel() for parameter in study.model.parameters())
@@ -36,4 +52,4 @@ def summarise(study: Study, command: str) -> report.Summary:
             "the maps are the model's own: weights times values differ from its fused output by at most "
             f"{study.reconstruction_error:.1e}"
         )
-    return report.Summary("Attention analysis", facts, [study.face_note] if study.face_note else [], command)
+    return report.Summary("Attention analysis", facts, [study.face_note] if study.face_note else [], command, language)

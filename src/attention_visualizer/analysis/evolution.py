@@ -16,9 +16,9 @@ FRAME_MILLISECONDS = 600
 
 
 def write(study: Study) -> Chapter:
-    if study.run is None or not study.run.history_path.exists():
+    history = study.history
+    if history is None or not history.frames:
         return Chapter("Evolution over training", "This checkpoint comes without the history of a training run.")
-    history = AttentionHistory.load(study.run.history_path)
     written = [
         FigureFile(
             study.save(figure(history, study), "attention_evolution"),
@@ -56,7 +56,9 @@ def animate(history: AttentionHistory, study: Study) -> str:
     frames = []
     for frame in history.frames:
         moment = f"epoch {float(frame['epoch']):6.3f}, step {int(frame['step']):6,}"
-        frames.append(Image.fromarray(figures.probe_sheet(history.probe, frame, moment, study.face_note).to_rgb()))
+        untrained = "random weights: training has not begun" if frame["step"] == 0 else ""
+        note = "; ".join(filter(None, [untrained, study.face_note]))
+        frames.append(Image.fromarray(figures.probe_sheet(history.probe, frame, moment, note).to_rgb()))
     path = study.output / "attention_evolution.webp"
     durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [4 * FRAME_MILLISECONDS]  # rest on the result
     with storage.atomic_path(path) as temporary:
@@ -65,6 +67,6 @@ def animate(history: AttentionHistory, study: Study) -> str:
 
 
 TEXT = """{frames} looks at the same probe images, the first before training, most within the first epoch, where most
-of the change is. Thin lines are the probe images, thick lines the whole validation set; in the animation, each row is
-a probe image and each column a layer. Where a class token is read out, the last layer's distance is left out: its patch
-queries cannot affect the logits."""
+of the change is. Solid lines are means over the whole validation set (thin ones single heads), dotted lines the probe
+images only; in the animation, each row is a probe image and each column a layer. Where a class token is read out, the
+last layer's distance is left out: its patch queries cannot affect the logits."""

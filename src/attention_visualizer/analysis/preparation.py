@@ -4,8 +4,9 @@ before anything is written."""
 from __future__ import annotations
 
 import logging
-import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,10 +21,12 @@ from attention_visualizer.checkpoint_choice import choose_checkpoint
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import find_geometry
+from attention_visualizer.history import AttentionHistory
 from attention_visualizer.images import DatasetDescription, read_image
 from attention_visualizer.measures import Query
+from attention_visualizer.mnist_files import MnistUnavailable
 from attention_visualizer.model import VisionTransformer
-from attention_visualizer.storage import RunFolder
+from attention_visualizer.storage import RunFolder, short_path
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +60,14 @@ def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> We
     if ckpt != "random":
         choice = choose_checkpoint(ckpt, run, runs_dir)
         loaded = load_checkpoint(choice.path)
-        return Weights(loaded.build_model(), choice.reason, loaded, choice.run, random=False)
+        origin = f"{choice.reason}; {short_path(choice.path)}, sha256 {loaded.sha256}"
+        trained = "" if loaded.epoch is None else f", epoch {loaded.epoch + 1}, step {loaded.step}"
+        return Weights(loaded.build_model(), origin + trained, loaded, choice.run, random=False)
     try:
         choice = choose_checkpoint("best", run, runs_dir)
     except UserError:
+        if run is not None:
+            raise
         return Weights(random_model(seed), "random weights, no training, default model", None, None, random=True)
     loaded = load_checkpoint(choice.path)
     model = random_model(seed, **loaded.model_config)
@@ -87,7 +94,15 @@ def load_data(loaded: LoadedCheckpoint | None, data_dir: str | None = None) -> I
     recorded = loaded.data_dir if loaded.data_dir and Path(loaded.data_dir).is_dir() else None
     name: Any = described.name
     data = ImageDataModule(name=name, data_dir=data_dir or recorded, fallback=None, split_seed=loaded.split_seed or 0)
-    data.load()
+    try:
+        data.load()
+    except UserError as error:
+        if not isinstance(error.__cause__, MnistUnavailable):
+            raise
+        raise UserError(
+            f"data_dir={data.data_dir}: {described.title}, on which {loaded.path} was trained, is not there, and "
+            f"{error.__cause__}: name the folder of its files, here or in the environment variable MNIST_DIR"
+        ) from error
     return data
 
 
@@ -121,7 +136,7 @@ def prepare(
         output,
         weights.text,
         "; ".join(notes),
-        None if weights.random else weights.run,
+        find_history(None if weights.random else weights.run),
         query=check_query(weights.model, query),
         file_format=file_format,
         head_layers=head_layers,
@@ -129,6 +144,16 @@ def prepare(
     )
     study.samples = find_samples(study, subjects)
     return study
+
+
+def find_history(run: RunFolder | None) -> AttentionHistory | None:
+    """The history of the run's training. Raises UserError for one that is broken."""
+    if run is None or not run.history_path.is_file():
+        return None
+    try:
+        return AttentionHistory.load(run.history_path)
+    except UserError as error:
+        raise UserError(f"{error}: delete it to analyse without the evolution over training") from error
 
 
 def check_fit(model: VisionTransformer, description: DatasetDescription) -> None:
@@ -153,13 +178,18 @@ def check_query(model: VisionTransformer, query: Any) -> Query | None:
                 "query=cls: this model pools the mean of its patches and has no CLS token; use query=patches"
             )
         return "cls"
-    if isinstance(query, str) or len(query) != 2 or not all(isinstance(number, int) for number in query):
+    pair = isinstance(query, list | tuple) and len(query) == 2
+    if not (pair and all(isinstance(number, int) and not isinstance(number, bool) for number in query)):
         raise UserError(f"query={query}: give cls, patches or a patch such as query=[1,2] (row and column from 0)")
     geometry.token_of_patch(*query)
     return (query[0], query[1])
 
 
 def find_samples(study: Study, subjects: Subjects) -> list[Sample]:
+    named = [name for name in ("image", "samples") if getattr(subjects, name) is not None]
+    rules = [name for name, on in (("class", subjects.class_ is not None), ("wrong", subjects.wrong)) if on]
+    if len(named) + bool(rules) > 1:
+        raise UserError(f"{named[0]}= says which pictures: leave out {', '.join([*named[1:], *rules])}=")
     if subjects.image is not None:
         return [Sample(read_image(subjects.image, study.description), None, Path(subjects.image).name)]
     if subjects.num_samples < 1:
@@ -217,7 +247,7 @@ def choose_device(device: str) -> torch.device:
         raise UserError(f"device={device}: choose auto, cpu or cuda") from None
     if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
         raise UserError(f"device={device}: no such GPU is available; use device=cpu")
-    if chosen.type not in ("cpu", "cuda", "mps"):
+    if chosen.type not in ("cpu", "cuda", "mps") or (chosen.type == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"device={device}: choose auto, cpu or cuda")
     return chosen
 
@@ -229,12 +259,23 @@ def check_choice(name: str, value: str, choices: object) -> None:
 
 
 def check_output(output: Path) -> Path:
-    """Raises UserError for a folder that cannot be written; makes none."""
-    existing = output
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"output_dir={output}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir={output} cannot be written: choose another folder")
+    """Raises UserError for a folder that cannot be made or written; leaves none behind."""
+    missing = []
+    try:
+        path = output
+        while not path.exists():
+            missing.append(path)
+            path = path.parent
+        if not path.is_dir():
+            raise UserError(f"output_dir={output}: {path} is a file, not a folder")
+        for folder in reversed(missing):
+            folder.mkdir()
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir={str(output):.200} cannot be written: {error.strerror}") from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
     return output

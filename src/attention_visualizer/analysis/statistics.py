@@ -24,7 +24,7 @@ def write(study: Study) -> Chapter:
     n = len(study.labels)
     summaries, accuracy = measure(study, study.images, study.labels)
     name = study.save(figure(summaries, study.geometry, n, study.face_note), "attention_statistics")
-    by_head = study.save(head_figure(summaries, n, study.face_note), "attention_statistics_by_head")
+    by_head = study.save(head_figure(summaries, study.geometry, n, study.face_note), "attention_statistics_by_head")
     query = measures.readout_query(study.geometry)
     who = "the CLS token" if query == "cls" else "the patch queries (mean over them)"
     return Chapter(
@@ -74,13 +74,17 @@ def figure(summaries: dict[str, Summary], geometry: Geometry, n: int, face_note:
     return drawn
 
 
-def head_figure(summaries: dict[str, Summary], n: int, face_note: str) -> Figure:
-    """Entropy and distance, layers down, heads across."""
+def head_figure(summaries: dict[str, Summary], geometry: Geometry, n: int, face_note: str) -> Figure:
+    """Entropy and distance, layers down, heads across; no distance where patch queries cannot affect the logits."""
+    last_is_unread = geometry.num_prefix_tokens > 0
     num_layers, num_heads = summaries["entropy"].mean.shape
     drawn = Figure(figsize=(max(10.0, 1.6 * num_heads + 3), max(4.0, 0.55 * num_layers + 1.5)), layout="constrained")
     axes = drawn.subplots(1, 2)
     charts.heat_map(summaries["entropy"].mean, "attention entropy (nats)", axes[0])
-    charts.heat_map(summaries["distance"].mean, "mean attention distance (pixels)", axes[1])
+    distance = summaries["distance"].mean.copy()
+    if last_is_unread and num_layers > 1:
+        distance[-1] = np.nan
+    charts.heat_map(distance, "mean attention distance (pixels)", axes[1])
     charts.finish(drawn, f"By layer and head, means over {n:,} test images", face_note)
     return drawn
 

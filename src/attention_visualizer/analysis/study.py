@@ -18,13 +18,14 @@ from torch import Tensor
 from attention_visualizer import storage
 from attention_visualizer.attention_figures import Subject
 from attention_visualizer.chapter import FigureFile
+from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry, find_geometry
+from attention_visualizer.history import AttentionHistory
 from attention_visualizer.images import DatasetDescription, normalise
 from attention_visualizer.measures import Query
 from attention_visualizer.model import VisionTransformer
 from attention_visualizer.observation import observe
 from attention_visualizer.panels import Picture
-from attention_visualizer.storage import RunFolder
 
 FileFormat = Literal["png", "pdf", "svg"]
 HeadLayers = Literal["all", "last"]
@@ -44,8 +45,8 @@ class Sample:
 class Study:
     """images: the test set, uint8 [image, channel, height, width]; labels: [image]. face_note stands on every figure.
 
-    weights: what the weights are, in words; query: None for the one that the model reads out; run: where the
-    checkpoint came from, if from a run.
+    weights: what the weights are, in words; query: None for the one that the model reads out; history: of the
+    training, where the checkpoint comes from a run.
     """
 
     model: VisionTransformer
@@ -55,7 +56,7 @@ class Study:
     output: Path
     weights: str
     face_note: str = ""
-    run: RunFolder | None = None
+    history: AttentionHistory | None = None
     samples: Sequence[Sample] = ()
     query: Query | None = None
     file_format: FileFormat = "png"
@@ -85,6 +86,8 @@ class Study:
         return self.look_at(self.samples)
 
     def look_at(self, samples: Sequence[Sample]) -> list[Subject]:
+        for sample in samples:
+            check_sample(sample, self.description)
         seen = observe(self.model, self.model_input(torch.stack([sample.image for sample in samples])), self.query)
         self.reconstruction_error = max(self.reconstruction_error, seen.reconstruction_error)
         names = self.description.class_names
@@ -117,6 +120,15 @@ class Study:
             else:
                 figure.to_figure().savefig(temporary)
         return path.name
+
+
+def check_sample(sample: Sample, description: DatasetDescription) -> None:
+    """Raises UserError for a picture or a label that the model cannot take."""
+    wanted = (description.channels, description.image_size, description.image_size)
+    if tuple(sample.image.shape) != wanted:
+        raise UserError(f"{sample.source} has shape {list(sample.image.shape)}, but the model takes {list(wanted)}")
+    if sample.label is not None and not 0 <= sample.label < description.num_classes:
+        raise UserError(f"{sample.source} has label {sample.label}: give 0 to {description.num_classes - 1}, or None")
 
 
 def picture_of(image: Tensor) -> np.ndarray:
