@@ -207,7 +207,7 @@ def test_the_probe_sheet_has_a_row_for_each_probe_image() -> None:
         for layer, tile in enumerate(layers):
             assert_tile(tile, overlay(fixed["images"][number], frame["maps"][number, layer], NUM_KEYS))
         assert_tile(rollout, overlay(fixed["images"][number], frame["rollout"][number], NUM_KEYS - 1))
-    assert {"true zero", "predicted one", "true one", "predicted zero", NOTE} <= set(texts(picture))
+    assert {"true zero", "→ one", "true one", "→ zero", NOTE} <= set(texts(picture))
     assert any("epoch 0.5, step 7" in text for text in texts(picture))
     assert any("averaged over patch queries" in text for text in texts(picture))
 

@@ -81,14 +81,14 @@ class Subject:
     def input(self) -> Tile:
         return Tile(self.marked(self.image), "input")
 
-    def over(self, attention: Array) -> Array:
-        """A map of this query over the image."""
-        return self.marked(overlay(self.image, attention, self.num_keys))
+    def over(self, attention: Array) -> list[Array]:
+        """Maps [map, grid height, grid width] of this query, each over the image."""
+        return [self.marked(picture) for picture in overlay(self.image, attention, self.num_keys)]
 
-    def rollout_over(self, layer: int) -> Array:
-        """The rollout up to a layer over the image, renormalised over the patches."""
-        rollout = patch_share(self.rollouts[layer])
-        return self.marked(overlay(self.image, rollout, rollout.size))
+    def rollouts_over(self) -> list[Array]:
+        """The rollout up to each layer over the image, renormalised over the patches."""
+        rollouts = patch_share(self.rollouts)
+        return [self.marked(picture) for picture in overlay(self.image, rollouts, rollouts[0].size)]
 
     def marked(self, picture: Array) -> Array:
         """With a box around the patch that asks, if it is one patch."""
@@ -128,9 +128,9 @@ def query_name(query: Query) -> str:
 def overlay_strip(subject: Subject, headline: str, subtitle: str = "", face_note: str = "") -> Picture:
     """The input, each layer's map over it (mean over heads), then the rollout of all layers."""
     tiles: list[Tile | None] = [subject.input()]
-    for layer, attention in enumerate(subject.maps):
-        tiles.append(Tile(subject.over(attention), f"layer {layer + 1}", subject.layer_caption(layer)))
-    tiles.append(Tile(subject.rollout_over(-1), "rollout", "over patches"))
+    for layer, picture in enumerate(subject.over(subject.maps)):
+        tiles.append(Tile(picture, f"layer {layer + 1}", subject.layer_caption(layer)))
+    tiles.append(Tile(subject.rollouts_over()[-1], "rollout", "over patches"))
     return tile_grid([tiles], headline, subtitle, face_note=face_note, scale=attention_scale(subject.num_keys))
 
 
@@ -143,7 +143,7 @@ def attention_pattern(subject: Subject, headline: str, subtitle: str = "", face_
         Tile(scale.to_rgb(subject.maps[layer]), f"layer {layer + 1}", subject.layer_caption(layer)) for layer in layers
     ]
     bottom: list[Tile | None] = [None]
-    bottom += [Tile(subject.over(subject.maps[layer])) for layer in layers]
+    bottom += [Tile(picture) for picture in subject.over(subject.maps)]
     return tile_grid([top, bottom], headline, subtitle, row_titles=["map", "overlay"], face_note=face_note, scale=scale)
 
 
@@ -155,12 +155,8 @@ def head_grid(
     num_heads = subject.head_maps.shape[1]
     tiles: list[list[Tile | None]] = [
         [
-            Tile(
-                subject.over(subject.head_maps[layer, head]),
-                "",
-                subject.head_caption(layer, head),
-            )
-            for head in range(num_heads)
+            Tile(picture, "", subject.head_caption(layer, head))
+            for head, picture in enumerate(subject.over(subject.head_maps[layer]))
         ]
         for layer in shown
     ]
@@ -184,14 +180,10 @@ def layer_comparison(subject: Subject, headline: str, subtitle: str = "", face_n
     change_scale = difference_scale(3.0, "change since the layer before")
     tiles: list[list[Tile | None]] = [
         [
-            Tile(
-                subject.over(subject.maps[layer]),
-                f"layer {layer + 1}",
-                subject.layer_caption(layer),
-            )
-            for layer in layers
+            Tile(picture, f"layer {layer + 1}", subject.layer_caption(layer))
+            for layer, picture in enumerate(subject.over(subject.maps))
         ],
-        [Tile(subject.rollout_over(layer)) for layer in layers],
+        [Tile(picture) for picture in subject.rollouts_over()],
         [None if layer == 0 else Tile(change_scale.to_rgb(logs[layer] - logs[layer - 1])) for layer in layers],
     ]
     return tile_grid(
@@ -241,8 +233,8 @@ def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str, f
         predicted = class_name(names, int(frame["predicted"][number]))
         tiles.append(
             [
-                Tile(image, caption=f"predicted {predicted}"),
-                *(Tile(overlay(image, attention, num_keys)) for attention in frame["maps"][number]),
+                Tile(image, caption=f"→ {predicted}"),
+                *(Tile(picture) for picture in overlay(image, frame["maps"][number], num_keys)),
                 Tile(overlay(image, rollout, rollout.size)),
             ]
         )

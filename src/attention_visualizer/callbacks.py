@@ -34,10 +34,10 @@ class AttentionLogger(Callback):
 
     Statistics cover the whole validation set and are measured in the validation pass's own forward. Overlays and
     head grids show a fixed probe batch: the first validation image of each class (`probe_images`
-    [probe, channel, height, width], as the model takes them, replaces it). `early_frames` adds the probe images
-    before training and after 1, 2, 4, 8 ... batches of the first epoch. `head_grids` is the number of probe images
-    with a layers x heads grid. Numbers go to every logger, images to those that take images, and both to
-    attention_history.npz in the trainer's root folder. Weights train the same to the bit with it and without.
+    [probe, channel, height, width], as the model takes them, replaces it). `early_frames` adds overlays before training
+    and after 1, 2, 4, 8 ... batches of the first epoch. `head_grids` is the number of probe images with a layers x
+    heads grid, before training and at validations. Numbers go to every logger, images to those that take images, and
+    both to attention_history.npz in the trainer's root folder. Weights train the same to the bit with it and without.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class AttentionLogger(Callback):
             return
         if done < trainer.num_training_batches:  # the last batch's frame is the validation's
             with self._timed():
-                self._log_frame(trainer, pl_module)
+                self._log_frame(trainer, pl_module, early=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -155,8 +155,11 @@ class AttentionLogger(Callback):
             "data": np.array(getattr(description, "face_note", "")),
         }
 
-    def _log_frame(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the probe images and writes what is seen: to the history, to the loggers as pictures."""
+    def _log_frame(self, trainer: Trainer, pl_module: LightningModule, early: bool = False) -> None:
+        """Looks at the probe images and writes what is seen: to the history, to the loggers as pictures.
+
+        An early frame has no head grids, which cost the most.
+        """
         assert self.probe_images is not None
         if self.history.frames and self.history.frames[-1]["step"] == trainer.global_step:
             return  # a validation right after an early frame, or a batch of accumulated gradients
@@ -186,9 +189,9 @@ class AttentionLogger(Callback):
         )
         self.history.save(history_path(trainer))
         if any(takes_images(logger) for logger in trainer.loggers):
-            self._log_pictures(trainer, seen)
+            self._log_pictures(trainer, seen, early)
 
-    def _log_pictures(self, trainer: Trainer, seen: Observation) -> None:
+    def _log_pictures(self, trainer: Trainer, seen: Observation, early: bool) -> None:
         probe = self.history.probe
         names, note = [str(name) for name in probe["class_names"]], str(probe["data"])
         moment = f"epoch {progress_in_epochs(trainer):.3g}, step {trainer.global_step}"
@@ -202,7 +205,7 @@ class AttentionLogger(Callback):
             _log_picture(
                 trainer, f"attention_overlay/{tag}", figures.overlay_strip(subject, subject.verdict, subtitle, note)
             )
-            if number < self.head_grids:
+            if number < self.head_grids and not early:
                 _log_picture(
                     trainer, f"attention_heads/{tag}", figures.head_grid(subject, subject.verdict, subtitle, note)
                 )

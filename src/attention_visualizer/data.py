@@ -171,7 +171,7 @@ class ImageDataModule(LightningDataModule):
         data_dir: str | None = None,
         fallback: str | None = "digits",
         batch_size: int | None = None,
-        eval_batch_size: int = 1000,
+        eval_batch_size: int = 500,
         split_seed: int = 0,
         seed: int = 0,
         augment: bool = True,

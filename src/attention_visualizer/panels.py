@@ -197,14 +197,17 @@ def sequential_scale(low: float, high: float, title: str) -> ColorScale:
 
 
 def overlay(image: Rgb, attention: Array, num_keys: int) -> Rgb:
-    """Attention in colour by patch, [grid height, grid width], with the image's ink drawn dark over it.
+    """Attention in colour by patch, [..., grid height, grid width], with the image's ink drawn dark over it.
 
     image: uint8 [height, width, 1 or 3]. It only darkens, and only where it has strokes or edges, so that the colours
-    are those of the scale everywhere else.
+    are those of the scale everywhere else. Returns uint8 [..., height, width, 3].
     """
     height, width = image.shape[:2]
-    colors = resize(attention_scale(num_keys).to_rgb(attention), width, height)
-    return (colors * np.clip(strokes(image), LIGHTEST_INK, 1)[..., None]).round().astype(np.uint8)
+    ink = np.clip(strokes(image), LIGHTEST_INK, 1)[..., None]
+    colors = attention_scale(num_keys).to_rgb(attention)
+    grids = colors.reshape(-1, *colors.shape[-3:])
+    drawn = np.stack([(resize(grid, width, height) * ink + 0.5).astype(np.uint8) for grid in grids])
+    return drawn.reshape(*colors.shape[:-3], height, width, 3)
 
 
 def strokes(image: Rgb) -> NDArray[np.float32]:
