@@ -106,6 +106,12 @@ class Subject:
         return _caption(self.entropy[layer, head], own)
 
 
+def moment(epoch: float, step: int) -> str:
+    """A point in training, for subtitles: frames of one picture keep one size, so it is no note of its own."""
+    text = f"epoch {epoch:.3g}, step {step:,}"
+    return text if step else f"{text}: RANDOM WEIGHTS, training has not begun"
+
+
 def class_name(names: Sequence[str], label: int) -> str:
     """The number itself where there is no name for it."""
     return names[label] if 0 <= label < len(names) else str(label)
@@ -131,7 +137,9 @@ def overlay_strip(subject: Subject, headline: str, subtitle: str = "", face_note
     for layer, picture in enumerate(subject.over(subject.maps)):
         tiles.append(Tile(picture, f"layer {layer + 1}", subject.layer_caption(layer)))
     tiles.append(Tile(subject.rollouts_over()[-1], "rollout", "over patches"))
-    return tile_grid([tiles], headline, subtitle, face_note=face_note, scale=attention_scale(subject.num_keys))
+    scale = attention_scale(subject.num_keys)
+    # A little smaller than elsewhere: eight of them fit a TensorBoard card.
+    return tile_grid([tiles], headline, subtitle, face_note=face_note, tile_size=100, scale=scale)
 
 
 def attention_pattern(subject: Subject, headline: str, subtitle: str = "", face_note: str = "") -> Picture:

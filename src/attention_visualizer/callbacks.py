@@ -194,9 +194,7 @@ class AttentionLogger(Callback):
     def _log_pictures(self, trainer: Trainer, seen: Observation, early: bool) -> None:
         probe = self.history.probe
         names, note = [str(name) for name in probe["class_names"]], str(probe["data"])
-        moment = f"epoch {progress_in_epochs(trainer):.3g}, step {trainer.global_step}"
-        if trainer.global_step == 0:
-            note = "; ".join(["random weights: training has not begun", note]).rstrip("; ")
+        moment = figures.moment(progress_in_epochs(trainer), trainer.global_step)
         for number, label in enumerate(probe["labels"]):
             true_class = names[label] if label >= 0 else None
             subject = figures.Subject.of(seen, number, probe["images"][number], true_class, names)

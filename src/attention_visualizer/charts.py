@@ -10,7 +10,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -46,40 +46,44 @@ def box_by_layer(
         ax.axhline(
             reference, color=REFERENCE, linestyle="--", linewidth=1, label=f"{reference_label} ({reference:.3g})"
         )
-        ax.legend(frameon=False, fontsize=9)
+        ax.legend(fontsize=9, facecolor="white", edgecolor="none", framealpha=1)
     ax.set_xlabel("layer (box: middle 50 %, whiskers: 5 to 95 %)")
     ax.set_ylabel(label)
     return _clean(ax)
 
 
 def distribution_by_layer(counts: Array, edges: Array, label: str, ax: Axes | None = None) -> Axes:
-    """Densities from histogram counts [layer, bin] over edges [bin + 1], one ridge a layer, all on one scale."""
+    """One ridge a layer, all on one scale, from histogram counts [layer, bin] over equal bins edges [bin + 1].
+
+    The height is the square root of the share in a bin, so that a peak leaves the rest visible.
+    """
     ax = ax or new_axes()
     num_layers = len(counts)
-    # Fine bins serve quantiles; for the eye they are summed to about sixty over the range that holds something.
+    # Fine bins serve quantiles; for the eye some are summed, to about sixty over the range that holds something.
     # One value in a thousand at either end may lie outside, or a single image would stretch the axis.
-    shares = np.cumsum(counts, axis=1) / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    first = int(np.argmax((shares > 0.001).any(axis=0)))
-    last = counts.shape[1] - int(np.argmax((shares[:, ::-1] < 0.999).any(axis=0)))
-    last = max(first + 1, min(last + 1, counts.shape[1]))
-    group = max(1, -(-(last - first) // 60))
-    starts = np.arange(first, last, group)
-    coarse = np.add.reduceat(counts[:, :last], starts, axis=1)
-    bounds = np.append(edges[starts], edges[last])
-    totals = np.maximum(coarse.sum(axis=1, keepdims=True), 1)  # a layer without a count stays flat
-    density = coarse / totals / np.diff(bounds)
-    height = 0.9 / max(density.max(), 1e-12)
+    totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)  # a layer without a count stays flat
+    cumulative = np.cumsum(counts, axis=1) / totals
+    first = int(np.argmax((cumulative > 0.001).any(axis=0)))
+    last = max(first + 1, int(np.argmax((cumulative >= 0.999).all(axis=0))) + 1)
+    group = -(-(last - first) // 60)
+    num_bars = -(-(last - first) // group)
+    held = np.zeros((num_layers, num_bars * group))
+    held[:, : last - first] = counts[:, first:last]
+    shares = held.reshape(num_layers, num_bars, group).sum(axis=2) / totals
+    bounds = edges[first] + np.arange(num_bars + 1) * group * (edges[1] - edges[0])
+    heights = np.sqrt(shares) * 0.9 / max(float(np.sqrt(shares).max()), 1e-12)
     for layer, color in enumerate(layer_colors(num_layers)):
         base = num_layers - layer  # the first layer on top
-        top = base + density[layer] * height
+        top = base + heights[layer]
         ax.stairs(top, bounds, baseline=base, fill=True, color=color, alpha=0.85, zorder=2)
         ax.stairs(top, bounds, baseline=base, color="white", linewidth=0.6, zorder=3)
-        if coarse[layer].any():
-            middle = np.interp(0.5, np.append(0, np.cumsum(coarse[layer])) / totals[layer], bounds)
+        if counts[layer].any():
+            middle = np.interp(0.5, np.append(0, cumulative[layer]), edges)
             ax.plot([middle, middle], [base, base + 0.45], color=MEDIAN, linewidth=2, zorder=4)
     ax.set_yticks(range(1, num_layers + 1), [str(layer) for layer in range(num_layers, 0, -1)])
     ax.set_ylim(0.9, num_layers + 1.05)
-    ax.set_ylabel("layer (density; red: median)")
+    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.set_ylabel("layer (height: √share; red: median)")
     ax.set_xlabel(label)
     return _clean(ax)
 

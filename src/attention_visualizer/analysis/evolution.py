@@ -55,10 +55,8 @@ def animate(history: AttentionHistory, study: Study) -> str:
     """Writes attention_evolution.webp, one frame for each look at the probe images; returns its name."""
     frames = []
     for frame in history.frames:
-        moment = f"epoch {float(frame['epoch']):6.3f}, step {int(frame['step']):6,}"
-        untrained = "random weights: training has not begun" if frame["step"] == 0 else ""
-        note = "; ".join(filter(None, [untrained, study.face_note]))
-        frames.append(Image.fromarray(figures.probe_sheet(history.probe, frame, moment, note).to_rgb()))
+        moment = figures.moment(float(frame["epoch"]), int(frame["step"]))
+        frames.append(Image.fromarray(figures.probe_sheet(history.probe, frame, moment, study.face_note).to_rgb()))
     path = study.output / "attention_evolution.webp"
     durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [4 * FRAME_MILLISECONDS]  # rest on the result
     with storage.atomic_path(path) as temporary:

@@ -26,6 +26,7 @@ def write(study: Study) -> Chapter:
     name = study.save(figure(summaries, study.geometry, n, study.face_note), "attention_statistics")
     by_head = study.save(head_figure(summaries, study.geometry, n, study.face_note), "attention_statistics_by_head")
     query = measures.readout_query(study.geometry)
+    unread = " (no distance for the last layer, whose patch queries cannot affect the logits)" if query == "cls" else ""
     who = "the CLS token" if query == "cls" else "the patch queries (mean over them)"
     return Chapter(
         "Statistics over the test set",
@@ -34,7 +35,9 @@ def write(study: Study) -> Chapter:
         ),
         [
             FigureFile(name, f"Maximum attention, mean attention and entropy by layer, n = {n:,} images x heads."),
-            FigureFile(by_head, f"Entropy and mean attention distance by layer and head, means over {n:,} images."),
+            FigureFile(
+                by_head, f"Entropy and mean attention distance by layer and head, means over {n:,} images{unread}."
+            ),
         ],
         [layer_table(summaries)],
         {"images": n, "accuracy": accuracy, "query": query, "layers": layer_numbers(summaries)},
