@@ -128,19 +128,20 @@ def test_a_reference_is_drawn_and_named() -> None:
 # --- distributions ---
 
 
-def test_ridges_are_densities_on_one_scale() -> None:
-    """The area of each ridge is the same: a layer's share of images in a bin, divided by the bin's width."""
+def test_ridges_are_root_shares_on_one_scale() -> None:
+    """The squared heights of each ridge add up to the same: all of a layer's images, cut ends apart."""
     random = np.random.default_rng(0)
     counts, edges = histogram(random.uniform(0, 2, 9001), random.uniform(0.5, 1.0, 701), random.normal(1, 0.1, 4001))
     ax = charts.distribution_by_layer(counts, edges, "entropy")
     filled = [patch for patch in ax.patches if isinstance(patch, StepPatch) and patch.get_fill()]
-    areas, tops = [], []
+    sums, tops = [], []
     for patch in filled:
         values, bounds, baseline = patch.get_data()
-        areas.append(((values - baseline) * np.diff(bounds)).sum())
+        np.testing.assert_allclose(np.diff(bounds), bounds[1] - bounds[0])  # or heights would not compare
+        sums.append(((values - baseline) ** 2).sum())
         tops.append((values - baseline).max())
-    assert len(filled) == LAYERS and areas == pytest.approx([areas[0]] * LAYERS)
-    assert tops[1] / tops[0] == pytest.approx(4, rel=0.25)  # four times as narrow
+    assert len(filled) == LAYERS and sums == pytest.approx([sums[0]] * LAYERS, rel=0.01)
+    assert tops[1] / tops[0] == pytest.approx(2, rel=0.25)  # four times as narrow
     assert max(tops) < 1  # into the layer above
     assert [patch.get_data()[2] for patch in filled] == [3, 2, 1]  # the first layer on top
     assert [label.get_text() for label in ax.get_yticklabels()] == ["3", "2", "1"]
