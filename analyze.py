@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from attention_visualizer import command_line, storage
 from attention_visualizer.analysis import CHAPTERS, check_chapters, comprehensive, preparation
+from attention_visualizer.capture import CaptureError
 from attention_visualizer.errors import UserError
 
 # What each field of conf/analyze.yaml may be; null is allowed where it is the default.
@@ -32,7 +33,7 @@ TYPES = {
 def main(config: DictConfig) -> None:
     try:
         analyze(config)
-    except UserError as error:
+    except (UserError, CaptureError) as error:
         command_line.fail(error)
 
 

@@ -80,7 +80,8 @@ def train(config: DictConfig, sweeping: bool) -> float:
     # Defaults that depend on the data set are known now.
     config.data.batch_size = data.batch_size
     config.trainer.max_epochs = config.trainer.max_epochs or data.default_epochs
-    configuration.check_schedule(config, data.batches_in(config.trainer.limit_train_batches))
+    evaluation_batches = {"validation": len(data.val_dataloader()), "test": len(data.test_dataloader())}
+    configuration.check_schedule(config, data.batches_in(config.trainer.limit_train_batches), evaluation_batches)
 
     if resumed is not None:
         folder = storage.RunFolder(Path(config.run_folder))
@@ -144,19 +145,25 @@ def build_trainer(config: DictConfig, folder: storage.RunFolder, resumed_step: i
         # Events after the checkpoint, which this run writes again, disappear from the charts.
         OmegaConf.update(config, "logger.tensorboard.purge_step", resumed_step + 1, force_add=True)
     try:
-        loggers = [hydra.utils.instantiate(logger) for logger in (config.logger or {}).values()]
+        chosen = [logger for logger in (config.logger or {}).values() if logger is not None]
+        loggers = [hydra.utils.instantiate(logger) for logger in chosen]
         if resumed_step is not None:
             training.keep_csv_rows(loggers, resumed_step)
         for logger in loggers:
             logger.experiment  # noqa: B018 (opens it now, so that a wrong argument shows before any work)
         callbacks = [hydra.utils.instantiate(callback) for callback in (config.callbacks or {}).values()]
-        return Trainer(
+        trainer = Trainer(
             **arguments(config, "trainer", Trainer),
             plugins=checkpoint.AtomicCheckpointIO(),
             logger=loggers,
             callbacks=[*callbacks, *training.checkpoint_callbacks(folder)],
             default_root_dir=folder.path,
         )
+        if trainer.world_size > 1:
+            raise UserError("trainer.devices: this program trains on one device; use trainer.devices=1")
+        return trainer
+    except UserError:
+        raise
     except InstantiationException as error:
         raise UserError(str(error.__cause__ or error)) from error
     except (MisconfigurationException, ValueError, TypeError) as error:

@@ -140,7 +140,7 @@ def test_ridges_are_root_shares_on_one_scale() -> None:
         np.testing.assert_allclose(np.diff(bounds), bounds[1] - bounds[0])  # or heights would not compare
         sums.append(((values - baseline) ** 2).sum())
         tops.append((values - baseline).max())
-    assert len(filled) == LAYERS and sums == pytest.approx([sums[0]] * LAYERS, rel=0.01)
+    assert len(filled) == LAYERS and sums == pytest.approx([sums[0]] * LAYERS, rel=0.02)
     assert tops[1] / tops[0] == pytest.approx(2, rel=0.25)  # four times as narrow
     assert max(tops) < 1  # into the layer above
     assert [patch.get_data()[2] for patch in filled] == [3, 2, 1]  # the first layer on top

@@ -85,8 +85,8 @@ def test_the_same_share_is_paler_among_fewer_keys() -> None:
     ("scale", "labels"),
     [
         (attention_scale(NUM_KEYS), ["≤1/8×", "1/4×", "1/2×", "1×", "2×", "4×", "≥8×"]),
-        (difference_scale(3.0, "change"), ["1/8×", "1/4×", "1/2×", "1×", "2×", "4×", "8×"]),
-        (difference_scale(1.5, "change"), ["1/2.83×", "1/2×", "1/1.41×", "1×", "1.41×", "2×", "2.83×"]),
+        (difference_scale(3.0, "change"), ["≤1/8×", "1/4×", "1/2×", "1×", "2×", "4×", "≥8×"]),
+        (difference_scale(1.5, "change"), ["≤1/2.83×", "1/2×", "1/1.41×", "1×", "1.41×", "2×", "≥2.83×"]),
         (sequential_scale(0.0, 2.0, "entropy"), ["0.00", "0.50", "1.00", "1.50", "2.00"]),
     ],
     ids=["attention", "difference", "odd difference", "sequential"],

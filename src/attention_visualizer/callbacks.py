@@ -30,7 +30,7 @@ HISTORY_NAME = "attention_history.npz"
 
 
 class AttentionLogger(Callback):
-    """Logs a Vision Transformer's attention while it trains, at every `every_n_epochs`-th validation.
+    """Logs a Vision Transformer's attention while it trains, at the validations of every `every_n_epochs`-th epoch.
 
     Statistics cover the whole validation set and are measured in the validation pass's own forward. Overlays and
     head grids show a fixed probe batch: the first validation image of each class (`probe_images`
@@ -124,6 +124,7 @@ class AttentionLogger(Callback):
             if trainer.is_global_zero:
                 self._log_statistics(trainer, self._statistics.compute())
                 self._log_frame(trainer, pl_module)
+                self.history.save(history_path(trainer))
             self._statistics = None
         if trainer.is_global_zero:
             now = time.perf_counter()
@@ -132,7 +133,13 @@ class AttentionLogger(Callback):
             _log_numbers(trainer, cost)
             self._seconds, self._epoch_began = 0.0, now
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.history.frames and trainer.is_global_zero:
+            self.history.save(history_path(trainer))
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.history.frames and trainer.is_global_zero:
+            self.history.save(history_path(trainer))
         # Handed through, so that it, and not an incomplete capture, is what is reported.
         self._watching.__exit__(type(exception), exception, exception.__traceback__)
 
@@ -187,7 +194,6 @@ class AttentionLogger(Callback):
                 "probability": seen.probability,
             }
         )
-        self.history.save(history_path(trainer))
         if any(takes_images(logger) for logger in trainer.loggers):
             self._log_pictures(trainer, seen, early)
 
@@ -332,7 +338,7 @@ def _log_histograms(logger: TensorBoardLogger, summaries: dict[str, Summary], st
 def _add_chart_layout(trainer: Trainer, num_layers: int) -> None:
     """TensorBoard's Custom Scalars: all layers, or a layer's heads, in one chart."""
     layout = {
-        f"attention {measure.name}: {measure.label} ({measure.unit})": {
+        f"{measure.label} ({measure.unit})": {
             "all layers, mean over heads": ["Multiline", [rf"attention_{measure.name}/layer_\d+_mean"]],
             **{
                 f"layer {layer}, each head": ["Multiline", [rf"attention_{measure.name}/layer_{layer}_head_\d+"]]

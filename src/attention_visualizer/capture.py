@@ -210,7 +210,9 @@ def rebuild_fused(output: Tensor, query: Tensor, key: Tensor, value: Tensor, *ar
         args = (*args[:1], 0.0, *args[2:]) if len(args) > 1 else args
         kwargs = kwargs if len(args) > 1 else {**kwargs, "dropout_p": 0.0}
         output = F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
-    return Rebuilt(weights, values, weights @ values, output, largest(values))
+    with torch.autocast(values.device.type, enabled=False):  # which would round the product
+        product = weights @ values
+    return Rebuilt(weights, values, product, output, largest(values))
 
 
 def rebuild_multi_head(output: tuple[Tensor, Tensor | None], *args: Any, **kwargs: Any) -> Rebuilt:

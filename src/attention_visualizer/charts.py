@@ -66,9 +66,9 @@ def distribution_by_layer(counts: Array, edges: Array, label: str, ax: Axes | No
     first = int(np.argmax((cumulative > 0.001).any(axis=0)))
     last = max(first + 1, int(np.argmax((cumulative >= 0.999).all(axis=0))) + 1)
     group = -(-(last - first) // 60)
-    num_bars = -(-(last - first) // group)
-    held = np.zeros((num_layers, num_bars * group))
-    held[:, : last - first] = counts[:, first:last]
+    num_bars = min(-(-(last - first) // group), counts.shape[1] // group)
+    first = max(0, last - num_bars * group)  # whole groups, none beyond the measure's range
+    held = counts[:, first : first + num_bars * group]
     shares = held.reshape(num_layers, num_bars, group).sum(axis=2) / totals
     bounds = edges[first] + np.arange(num_bars + 1) * group * (edges[1] - edges[0])
     heights = np.sqrt(shares) * 0.9 / max(float(np.sqrt(shares).max()), 1e-12)

@@ -18,7 +18,7 @@ from attention_visualizer.progress import batches_done
 class Classifier(LightningModule):
     """Trains `model`, which maps images to logits, with AdamW, a linear warm-up and a cosine decay to zero.
 
-    warmup_share: part of all steps in which the learning rate rises from zero. Weight decay leaves biases, norms,
+    warmup_share: part of all steps in which the learning rate rises linearly. Weight decay leaves biases, norms,
     positions and the class token alone. `seed` makes the random state of each batch a function of integers, so a
     resumed run repeats an uninterrupted one. `checkpoint_block`, where set, is stored in every checkpoint.
     """

@@ -1,4 +1,4 @@
-"""What the entry points share: one-line errors, a sweep's table. The only module that knows Hydra."""
+"""What the entry points share: one-line errors, a sweep's table. It and configuration.py know Hydra."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def one_line(error: BaseException) -> str:
     """What went wrong in one line; Hydra's and OmegaConf's messages spread it over several."""
     if not isinstance(error, HydraException | OmegaConfBaseException):
         if isinstance(error, OSError):
-            return f"cannot use {error.filename}: {error.strerror}"
+            return f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
         return " ".join(str(error).split())
     lines: list[str] = []
     cause: BaseException | None = error
@@ -101,7 +101,11 @@ class SweepTable(Callback):
         storage.write_text(folder / "sweep.csv", text.getvalue())
         table = Table(title=f"Sweep {folder}")
         for column in rows[0]:
-            table.add_column(column.replace("_", " "), justify="left" if column in ("run", "status") else "right")
+            table.add_column(
+                column.replace("_", " "),
+                justify="left" if column in ("run", "status", "error") else "right",
+                overflow="fold",
+            )
         for row in rows:
             table.add_row(*("" if value is None else str(value) for value in row.values()))
         Console().print(table)
@@ -124,6 +128,7 @@ def sweep_rows(folder: Path) -> list[dict[str, Any]]:
                 "validation_accuracy": _rounded(metrics.get("validation_accuracy"), 4),
                 "parameters": manifest.get("parameters"),
                 "seconds": _rounded(metrics.get("seconds"), 1),
+                "error": manifest.get("error"),
             }
         )
     return rows

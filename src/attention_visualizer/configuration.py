@@ -85,18 +85,34 @@ def check_options(config: DictConfig) -> None:
             raise UserError(f"trainer.{name}={trainer[name]}: give a whole number of at least 1")
     if trainer.max_steps != -1 and trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps={trainer.max_steps}: give a whole number of at least 1, or -1 for no limit")
+    interval = trainer.val_check_interval
+    if isinstance(interval, int | float) and not interval > 0:
+        raise UserError(f"trainer.val_check_interval={interval}: give a number of batches, or a share of an epoch")
+    if str(trainer.precision) in ("16-true", "16"):
+        raise UserError(f"trainer.precision={trainer.precision} cannot train this model: use trainer=bf16")
+    decay = (config.callbacks or {}).get("ema", {}).get("decay", 0.0)
+    if not (isinstance(decay, int | float) and 0 <= decay < 1):
+        raise UserError(f"callbacks.ema.decay={decay}: give a share from 0 up to, but not, 1")
+    if not config.runs_dir:
+        raise UserError("runs_dir= is empty: name a folder")
     clip = trainer.gradient_clip_val
     if clip is not None and not (isinstance(clip, int | float) and 0 <= clip < math.inf):
         raise UserError(f"trainer.gradient_clip_val={clip}: give 0 or a positive number, or null for no clipping")
     for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
         limit = trainer[name]
-        if limit is not None and not (isinstance(limit, int | float) and limit > 0):
+        if limit is not None and not (isinstance(limit, int | float) and 0 < limit < math.inf):
             raise UserError(f"trainer.{name}={limit}: give a number of batches of at least 1, or a share above 0")
 
 
-def check_schedule(config: DictConfig, batches: int) -> None:
-    """Raises UserError for a run of `batches` training batches an epoch that would never train or never validate."""
+def check_schedule(config: DictConfig, batches: int, evaluation_batches: dict[str, int]) -> None:
+    """Raises UserError for a run of `batches` training batches an epoch that would never train, validate or test.
+
+    evaluation_batches: of the whole validation and test split.
+    """
     trainer = config.trainer
+    for name, split in (("limit_val_batches", "validation"), ("limit_test_batches", "test")):
+        if isinstance(trainer[name], float) and int(trainer[name] * evaluation_batches[split]) < 1:
+            raise UserError(f"trainer.{name}={trainer[name]} leaves no {split} batch: give a larger share")
     if batches < 1:
         raise UserError(f"trainer.limit_train_batches={trainer.limit_train_batches} leaves no batch to train on")
     every = trainer.check_val_every_n_epoch

@@ -53,7 +53,7 @@ class Dropout(nn.Module):
             return F.dropout(values, self.share)
         count = values.numel()
         bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
-        dropped = round(self.share * 2**16)
+        dropped = min(round(self.share * 2**16), 2**16 - 1)
         kept = (bits >= dropped - 2**15).view(values.shape)
         return values * kept.to(values.dtype).mul_(2**16 / (2**16 - dropped))
 

@@ -187,7 +187,11 @@ def attention_scale(num_keys: int) -> ColorScale:
 def difference_scale(limit: float, title: str) -> ColorScale:
     """A difference of base-2 logarithms, from -limit to limit doublings; orange is more, purple less."""
     values = np.linspace(-limit, limit, 7)
-    ticks = tuple((float(value), f"{'1/' if value < 0 else ''}{2 ** abs(value):.3g}×") for value in values)
+    ends = {-limit: "≤", limit: "≥"}
+    ticks = tuple(
+        (float(value), f"{ends.get(float(value), '')}{'1/' if value < 0 else ''}{2 ** abs(value):.3g}×")
+        for value in values
+    )
     return ColorScale(title, -limit, limit, ticks, color_table("PuOr_r", 0.08, 0.92))
 
 

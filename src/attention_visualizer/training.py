@@ -134,7 +134,8 @@ def print_report(folder: RunFolder, description: DatasetDescription, metrics: di
         "validation (best epoch)", f"{metrics['validation_accuracy']:.2%}", str(description.sizes["validation"])
     )
     if "test_accuracy" in metrics:
-        table.add_row("test (best.ckpt, once)", f"{metrics['test_accuracy']:.2%}", str(description.sizes["test"]))
+        tested = sum(map(sum, metrics["test_confusion"]))
+        table.add_row("test (best.ckpt, once)", f"{metrics['test_accuracy']:.2%}", str(tested))
         for name, share, row in zip(
             description.class_names, metrics["test_accuracy_by_class"], metrics["test_confusion"], strict=True
         ):

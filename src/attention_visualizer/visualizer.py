@@ -101,7 +101,7 @@ class AttentionVisualizer:
         images = torch.stack([sample.image for sample in taken])
         labels = torch.tensor([sample.label for sample in taken])
         summaries, _ = statistics.measure(self.study, images, labels)
-        figure = statistics.figure(summaries, self.study.geometry, len(labels), self.study.face_note)
+        figure = statistics.figure(summaries, self.study.geometry, len(labels), self.study.face_note, "given images")
         self._claim_output()
         self.study.save(figure, "attention_statistics")
         return figure, pd.DataFrame(statistics.records(summaries))

@@ -57,7 +57,9 @@ def measure(study: Study, images: Tensor, labels: Tensor) -> tuple[dict[str, Sum
     return streamed.compute(), num_correct / len(labels)
 
 
-def figure(summaries: dict[str, Summary], geometry: Geometry, n: int, face_note: str) -> Figure:
+def figure(
+    summaries: dict[str, Summary], geometry: Geometry, n: int, face_note: str, images: str = "test images"
+) -> Figure:
     """Box plots above, distributions below, for each measure."""
     drawn = Figure(figsize=(14, 8.5), layout="constrained")
     axes = drawn.subplots(2, len(SHOWN))
@@ -73,7 +75,7 @@ def figure(summaries: dict[str, Summary], geometry: Geometry, n: int, face_note:
             summary.quantiles(QUANTILES), labels[name], axes[0, column], uniform[name], "uniform attention"
         )
         charts.distribution_by_layer(summary.counts.sum(axis=1), summary.edges, labels[name], axes[1, column])
-    charts.finish(drawn, f"Attention over {n:,} test images, all heads", face_note)
+    charts.finish(drawn, f"Attention over {n:,} {images}, all heads", face_note)
     return drawn
 
 

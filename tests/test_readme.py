@@ -1,0 +1,68 @@
+"""What the README shows works as it is written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import HydraException
+
+from attention_visualizer import VisionTransformer
+from tests.runs import compose_train
+
+PROJECT = Path(__file__).resolve().parents[1]
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MNIST_DIR", str(tmp_path / "none"))
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [])  # the embedded digits will do
+    torch.save(VisionTransformer().state_dict(), "best_model.pth")
+    namespace: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(block, namespace)  # noqa: S102
+    assert (tmp_path / "attention_analysis" / "attention_analysis_report.md").is_file()
+    assert (tmp_path / "attention_analysis" / "attention_pattern_sample_4.png").is_file()
+
+
+def test_the_training_commands_compose() -> None:
+    commands = [
+        line.split("#")[0].split() for block in blocks("bash") for line in block.splitlines() if "train.py" in line
+    ]
+    composed = 0
+    for words in commands:
+        if "&&" in words:
+            continue
+        overrides = [word.strip("'") for word in words[2:] if word != "-m" and "ckpt_path" not in word]
+        compose_train(
+            *(override.split(",")[0] if "," in override and "[" not in override else override for override in overrides)
+        )
+        composed += 1
+    assert composed >= 3
+    with pytest.raises(HydraException):
+        compose_train("model.no_such_field=1")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            path = page.parent / target
+            assert path.exists(), target
+            assert path.suffix not in (".png", ".webp") or path.stat().st_size < 300_000, target
+    assert not re.search(r"\b(TODO|PROOF|DIGITS|RESULTS|XXX)\b", text)
+
+
+def test_the_map_names_every_module() -> None:
+    shown = README[README.index("## Map") :]
+    for module in (PROJECT / "src" / "attention_visualizer").glob("*.py"):
+        assert module.name in shown or module.stem == "__init__", module.name
