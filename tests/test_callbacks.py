@@ -459,7 +459,7 @@ def test_pictures_say_whose_attention_it_is(
     for number, (headline, _, _) in enumerate(seen):
         assert re.match(rf"true {number % CLASSES}, predicted \d \(\d+\.\d%\)", headline)
     assert "epoch 0, step 0" in seen[0][1] and "epoch 1, step 5" in seen[-1][1]
-    assert ["random weights" in note for _, _, note in seen] == [True] * CLASSES + [False] * 4 * CLASSES
+    assert ["RANDOM WEIGHTS" in line for _, line, _ in seen] == [True] * CLASSES + [False] * 4 * CLASSES
     query = str(AttentionHistory.load(tmp_path / "attention_history.npz").probe["query"])
     assert query == ("patches" if pooling == "mean" else "cls")
 

@@ -23,10 +23,10 @@ from attention_visualizer.checkpoint import (
     AtomicCheckpointIO,
     LoadedCheckpoint,
     block_for,
-    choose_checkpoint,
     load_checkpoint,
     refuse_other_settings,
 )
+from attention_visualizer.checkpoint_choice import choose_checkpoint
 from attention_visualizer.errors import UserError
 from attention_visualizer.model import VisionTransformer
 from attention_visualizer.storage import RunFolder

@@ -226,5 +226,6 @@ def test_sweep_rows_are_in_the_order_of_the_jobs(tmp_path: Path) -> None:
         "validation_accuracy": 0.1235,
         "parameters": 13,
         "seconds": 7.9,
+        "error": None,
     }
     assert rows[3]["status"] == "not started" and rows[3]["validation_accuracy"] is None

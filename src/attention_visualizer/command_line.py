@@ -100,15 +100,15 @@ class SweepTable(Callback):
         writer.writerows(rows)
         storage.write_text(folder / "sweep.csv", text.getvalue())
         table = Table(title=f"Sweep {folder}")
-        for column in rows[0]:
-            table.add_column(
-                column.replace("_", " "),
-                justify="left" if column in ("run", "status", "error") else "right",
-                overflow="fold",
-            )
+        columns = [column for column in rows[0] if column != "error"]
+        for column in columns:
+            table.add_column(column.replace("_", " "), justify="left" if column in ("run", "status") else "right")
         for row in rows:
-            table.add_row(*("" if value is None else str(value) for value in row.values()))
+            table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
         Console().print(table)
+        for row in rows:
+            if row["error"]:
+                print(f"{row['run']}: {row['error']}")
         print(f"Table:    {folder / 'sweep.csv'}\nAnalyse:  python analyze.py run={folder}")
         if any(row["status"] != "completed" for row in rows):
             raise SystemExit(1)
