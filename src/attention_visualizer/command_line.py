@@ -102,7 +102,8 @@ class SweepTable(Callback):
         table = Table(title=f"Sweep {folder}")
         columns = [column for column in rows[0] if column != "error"]
         for column in columns:
-            table.add_column(column.replace("_", " "), justify="left" if column in ("run", "status") else "right")
+            justify: Any = "left" if column in ("run", "status") else "right"
+            table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
         Console().print(table)
