@@ -6,6 +6,7 @@ import csv
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -236,6 +237,9 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resumed]:
         interrupted = run_train(*TINY, f"trainer.max_epochs={EPOCHS}", loggers, folder=folder)
     path = only_run(folder)
     manifest = TrainedRun(path, interrupted).manifest
+    # TensorBoard reads event files by name: the second they began in, then the process and a count, as text. A process
+    # takes seconds to start; the test's own would write both files in one and leave their order to chance.
+    time.sleep(1.1)
     outcome = run_train(f"ckpt_path={path}/checkpoints/last.ckpt", folder=folder)
     assert outcome.exit_code == 0, outcome.err
     assert run_folders(folder) == [path]
