@@ -6,7 +6,6 @@ import csv
 import re
 import shlex
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +18,7 @@ import torch
 import yaml
 from lightning import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from attention_visualizer.checkpoint import load_checkpoint
@@ -231,15 +231,15 @@ class Resumed:
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resumed]:
     """The command of `trained_run`, interrupted within its third epoch and resumed."""
     folder = tmp_path_factory.mktemp("interrupted")
+    # TensorBoard reads event files in the order of their names: the second they began in, the process, and its count
+    # of files, as text. A run's own process counts from 0; the tests' would put its 100th before its 99th.
+    pytest.MonkeyPatch().setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_after(2 * BATCHES + 5, monkeypatch)
         loggers = "logger=[tensorboard,csv]"
         interrupted = run_train(*TINY, f"trainer.max_epochs={EPOCHS}", loggers, folder=folder)
     path = only_run(folder)
     manifest = TrainedRun(path, interrupted).manifest
-    # TensorBoard reads event files by name: the second they began in, then the process and a count, as text. A process
-    # takes seconds to start; the test's own would write both files in one and leave their order to chance.
-    time.sleep(1.1)
     outcome = run_train(f"ckpt_path={path}/checkpoints/last.ckpt", folder=folder)
     assert outcome.exit_code == 0, outcome.err
     assert run_folders(folder) == [path]
