@@ -25,6 +25,7 @@ from attention_visualizer.model import VisionTransformer
 
 # The package also has a function of this name, so the module is asked for by its path.
 capture_module = importlib.import_module("attention_visualizer.capture")
+calls_module = importlib.import_module("attention_visualizer.attention_calls")
 
 BATCH, LAYERS, HEADS, TOKENS, HEAD_DIM = 2, 5, 3, 26, 7  # 5 x 5 patches and the class token
 
@@ -341,7 +342,7 @@ def test_weights_that_do_not_reproduce_the_output_are_refused(
     monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], Tensor], magnitude: float
 ) -> None:
     """The bound is relative to the values, so small values are no excuse."""
-    rebuild = capture_module.attention_weights
+    rebuild = calls_module.attention_weights
 
     def rebuild_wrongly(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         weights, values = rebuild(*args, **kwargs)
@@ -350,13 +351,13 @@ def test_weights_that_do_not_reproduce_the_output_are_refused(
     generator = torch.Generator().manual_seed(3)
     query, key, value = (torch.randn(2, 3, 5, 7, generator=generator) for _ in range(3))
     assert run(Recording(), query, key, value * magnitude)[0].error < 1e-5 * magnitude  # the right ones pass
-    monkeypatch.setattr(capture_module, "attention_weights", rebuild_wrongly)
+    monkeypatch.setattr(calls_module, "attention_weights", rebuild_wrongly)
     with pytest.raises(CaptureError, match="do not reproduce|is not finite"):
         run(Recording(), query, key, value * magnitude)
 
 
 def test_a_refusal_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    rebuild = capture_module.attention_weights
+    rebuild = calls_module.attention_weights
     calls = []
 
     def third_is_wrong(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -364,7 +365,7 @@ def test_a_refusal_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         weights, values = rebuild(*args, **kwargs)
         return (weights.flip(-1) if len(calls) == 3 else weights), values
 
-    monkeypatch.setattr(capture_module, "attention_weights", third_is_wrong)
+    monkeypatch.setattr(calls_module, "attention_weights", third_is_wrong)
     with pytest.raises(CaptureError, match=r"blocks\.2\.attn"):
         run(small_model())
 

@@ -5,32 +5,44 @@
     attention["blocks.3"].weights  # [batch, head, query, key]
 
 Fused attention hides its weights and bypasses hooks. A `TorchFunctionMode` sees the call itself: it lets the model
-have its own fused output, rebuilds the weights from the same arguments, and measures how far what they give is from
+have its own output, takes or rebuilds the weights from the same arguments, and measures how far what they give is from
 that output. Nothing in the model is touched, so nothing can be left behind.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attention_visualizer.geometry import Geometry, find_geometry
+from attention_visualizer.attention_calls import (
+    AttentionCall,
+    HandWrittenAttention,
+    Source,
+    fused_call,
+    largest,
+    multi_head_body,
+    tensors_of,
+)
+from attention_visualizer.geometry import Geometry, GeometryFinder
 
-# Largest accepted |weights @ values - fused output|, relative to the largest |value|, by dtype of the model's
+# Largest accepted |weights @ values - the model's output|, relative to the largest |value|, by dtype of the model's
 # attention: some hundred times its rounding.
 ERROR_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+MODULE_CALL = nn.Module._call_impl.__code__
+Edit = Callable[["AttentionLayer", Tensor], Tensor]
 
 
 class CaptureError(RuntimeError):
@@ -42,17 +54,25 @@ class AttentionLayer:
     """One attention call: where it came from, its weights, and the measured error of the reconstruction.
 
     name: of the module that called, "#2" and so on where it is applied again in one pass; index: in the order of calls.
-    weights: [batch, head, query, key], float32 (float64 for such a model), after softmax and before dropout.
-    values: [batch, head, key, head_dim]; None where only the weights can be had. error: the largest difference
-    between what the weights give and the model's own output.
+    weights: [batch, head, query, key], float32 (float64 for such a model), after softmax and before dropout; windows
+    count as batch. values: [batch, head, key, head_dim]. error: the largest difference between what weights and values
+    give and the model's own output.
+    geometry: where the keys lie on the image; None where that is not known.
+    source: "multiplied", the very tensor that the model multiplies, or "rebuilt" from its queries and keys.
+    same_output: watching left the model's output as it is, to the bit; False where it made the model leave a fast path
+    (nn.TransformerEncoderLayer in eval mode, torch.compile), which moves its output by rounding.
+    projection: weight of the module's output projection [embed, head * head_dim], None where it was not found.
     """
 
     name: str
     index: int
     weights: Tensor
-    values: Tensor | None
+    values: Tensor
     geometry: Geometry | None
     error: float
+    source: Source = "rebuilt"
+    same_output: bool = True
+    projection: Tensor | None = None
 
 
 class CapturedAttention:
@@ -69,7 +89,7 @@ class CapturedAttention:
     def __getitem__(self, key: str | int) -> AttentionLayer:
         if isinstance(key, int):
             return self.layers[key]
-        found = [layer for layer in self.layers if layer.name == key or layer.name.startswith(f"{key}.")]
+        found = [layer for layer in self.layers if is_named(layer, key)]
         if len(found) != 1:
             names = ", ".join(layer.name for layer in self.layers)
             raise KeyError(f"{key!r} names {len(found)} attention layers; there are: {names}")
@@ -82,41 +102,109 @@ class CapturedAttention:
         return len(self.layers)
 
 
+def is_named(layer: AttentionLayer, name: str) -> bool:
+    """`name` is the layer's own or that of a module around it: "blocks.3" is blocks.3.attn."""
+    return layer.name == name or layer.name.startswith(f"{name}.")
+
+
 @contextmanager
 def capture(
-    model: nn.Module, consume: Callable[[AttentionLayer], None] | None = None, geometry: Geometry | None = None
+    model: nn.Module,
+    consume: Callable[[AttentionLayer], None] | None = None,
+    geometry: Geometry | None = None,
+    gradients: bool = False,
 ) -> Iterator[CapturedAttention]:
     """Records every attention call that `model` makes inside the block.
 
     With `consume`, each layer is handed over as it is computed and none is kept, so memory is one layer's.
-    Raises CaptureError when weights do not reproduce the model's output, or when a block that ended normally
-    saw no attention at all.
+    `geometry` says where tokens lie, for models that do not state it themselves.
+    With `gradients`, the weights are part of the computation: `torch.autograd.grad(score, layer.weights)` works on
+    them, also in a model whose parameters are frozen. The model's output is the same to the bit all the same.
+
+    Raises CaptureError when weights do not reproduce the model's output, when `geometry` fits no layer, or when a
+    block that ended normally saw no attention at all.
     """
     attention = CapturedAttention()
-    mode = _ObserveAttention(model, attention, consume, geometry or find_geometry(model))
-    with mode:
+    with _watching(_Watch(model, attention, consume, geometry, gradients)):
         yield attention
-    mode.forget_frames()
-    if mode.num_calls == 0:
-        raise CaptureError(
-            f"no attention of {type(model).__name__} was seen: the model was not run inside the block, or it calls "
-            "neither scaled_dot_product_attention nor multi_head_attention_forward of torch.nn.functional"
-        )
 
 
-class _ObserveAttention(TorchFunctionMode):
+@contextmanager
+def intervene(model: nn.Module, edit: Edit) -> Iterator[CapturedAttention]:
+    """Inside the block, `model` goes on with the weights that `edit(layer, weights)` returns: what it then computes is
+    what it would have computed with them.
+
+    weights and what is returned: [batch, head, query, key], before dropout; returning `weights` itself changes nothing.
+    Ready-made edits are in `attention_visualizer.interventions`. Raises CaptureError as `capture` does.
+    """
+    attention = CapturedAttention()
+    with _watching(_Watch(model, attention, lambda layer: None, None, False, edit)):
+        yield attention
+
+
+@contextmanager
+def _watching(watch: _Watch) -> Iterator[None]:
+    with _eager(), watch:
+        yield
+    watch.finish()
+
+
+_COMPILED = threading.Lock()
+_eager_blocks = [0, ExitStack()]
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled modules run their original code inside: what torch.compile has fused cannot be seen.
+
+    The setting belongs to the whole process, so the first block that needs it makes it, and the last one ends it.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+        yield
+        return
+    with _COMPILED:
+        if _eager_blocks[0] == 0:
+            _eager_blocks[1].enter_context(torch.compiler.set_stance("force_eager"))
+        _eager_blocks[0] += 1
+    try:
+        yield
+    finally:
+        with _COMPILED:
+            _eager_blocks[0] -= 1
+            if _eager_blocks[0] == 0:
+                _eager_blocks[1].close()
+
+
+class _Watch(TorchFunctionMode):
     def __init__(
         self,
         model: nn.Module,
         attention: CapturedAttention,
         consume: Callable[[AttentionLayer], None] | None,
         geometry: Geometry | None,
+        gradients: bool,
+        edit: Edit | None = None,
     ) -> None:
         super().__init__()
-        self.names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise CaptureError(
+                f"{type(model).__name__} is or contains a TorchScript module, whose calls cannot be seen: "
+                "capture the module that it was made from"
+            )
+        self.model = model
+        self.modules = {
+            id(module): (name.replace("_orig_mod.", "").removesuffix("_orig_mod") or type(model).__name__, module)
+            for name, module in model.named_modules()
+        }
+        convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+        self.channels = {1, 3, 4, *(first.in_channels for first in (next(convolutions, None),) if first is not None)}
+        self.compiled = any(is_compiled(module) for module in model.modules())
         self.attention = attention
         self.consume = consume
-        self.geometry = geometry
+        self.edit = edit
+        self.gradients = gradients
+        self.geometries = GeometryFinder(model, geometry)
+        self.by_hand = HandWrittenAttention()
         self.num_calls = 0
         self.names_of_pass: list[str] = []
         self.frame_of_pass: FrameType | None = None
@@ -125,39 +213,43 @@ class _ObserveAttention(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = function(*args, **kwargs)
-        if function in REBUILD:
-            name, outermost = self._calling_modules()
-            if name is not None:  # else it is somebody else's attention
-                self._record(name, outermost, REBUILD[function], output, args, kwargs)
-        return output
+        if torch._C._current_graph_task_id() != -1:  # a forward repeated for the backward pass (checkpointing)
+            return function(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            output = function(*args, **kwargs)
+            return self._seen(output, lambda heads: fused_call(heads, output, args, kwargs))
+        if function is F.multi_head_attention_forward:
+            return self._multi_head(args, kwargs)
+        product = self.by_hand.product(function, args, kwargs)
+        if product is not None:
+            output = function(*args, **kwargs)
+            return self._seen(output, lambda heads: product.call(heads, function, output, args, kwargs))
+        return self.by_hand.run(function, args, kwargs)
 
-    def _calling_modules(self) -> tuple[str | None, FrameType | None]:
-        """From the call stack: the name of the model's innermost module, and the frame of its outermost one."""
-        innermost, outermost = None, None
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
-            name = self.names.get(id(frame.f_locals.get("self")))
-            if name is not None:
-                innermost, outermost = innermost or name, frame
+    def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The attention inside is seen like any other; what comes back is what the model gets when not watched."""
+        frame = sys._getframe(2)
+        while frame.f_back is not None and frame.f_code is not nn.MultiheadAttention.forward.__code__:
             frame = frame.f_back
-        return innermost, outermost
+        watched_only = not self.gradients and self.edit is None
+        own = _fast_path(frame, self.modules) if watched_only else None
+        with self:
+            output = multi_head_body(*args, **kwargs)
+        if own is None:
+            return output
+        difference = largest(output[0] - own[0])
+        self._check("nn.MultiheadAttention", difference, largest(own[0]), own[0].dtype)
+        return own
 
-    def forget_frames(self) -> None:
-        """A frame keeps its arguments alive."""
-        self.frame_of_pass = None
-
-    @torch.no_grad()
-    def _record(
-        self,
-        name: str,
-        outermost: FrameType | None,
-        rebuild: Callable[..., Rebuilt],
-        output: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
+    def _seen(self, output: Tensor, describe: Callable[[int | None], AttentionCall]) -> Tensor:
+        """Records the call and returns what the model goes on with."""
         began = time.perf_counter()
+        callers, outermost, images = self._callers()
+        if not callers:
+            return output  # somebody else's attention
+        if self.gradients and not torch.is_grad_enabled():
+            raise CaptureError("capture(gradients=True) needs gradients: leave out torch.no_grad()")
+        name, module = callers[0]
         if outermost is not self.frame_of_pass:  # another forward pass begins
             self.frame_of_pass = outermost
             self.names_of_pass.clear()
@@ -165,10 +257,54 @@ class _ObserveAttention(TorchFunctionMode):
         self.names_of_pass.append(name)
         repeats = self.names_of_pass.count(name)
         name = name if repeats == 1 else f"{name}#{repeats}"  # a module that is applied again
-        with torch._C.DisableTorchFunction():  # these are no calls of the model: an enclosing capture must not see them
-            rebuilt = rebuild(output, *args, **kwargs)
-        error = largest(rebuilt.output - rebuilt.expected)
-        bound = ERROR_BOUND[rebuilt.expected.dtype] * rebuilt.magnitude
+        keeps_graph = torch.enable_grad() if self.gradients else torch.no_grad()
+        with torch._C.DisableTorchFunction(), keeps_graph:  # no calls of the model: an enclosing capture skips them
+            call = describe(num_heads_of(module))
+            error = largest(call.product - call.expected)
+            self._check(name, error, call.magnitude, call.expected.dtype)
+            weights = call.weights
+            if self.gradients and not weights.requires_grad:
+                weights = weights.requires_grad_() if weights.is_leaf else weights.detach().requires_grad_()
+            layer = AttentionLayer(
+                name,
+                len(self.names_of_pass) - 1,
+                weights,
+                call.values,
+                self.geometries.of_layer(weights.shape, [module for _, module in callers], images),
+                error,
+                call.source,
+                not self.compiled and not any(_leaves_fast_path(module) for _, module in callers),
+                output_projection(module, call.values),
+            )
+        self.num_calls += 1
+        if self.consume is None:
+            self.attention.layers.append(layer)
+        else:
+            self.consume(layer)
+        if self.edit is not None:
+            output = self._edited(layer, call, output)
+        elif self.gradients:
+            with torch._C.DisableTorchFunction():
+                through = call.replay(weights)
+                output = output.detach() + (through - through.detach())  # the value is the model's, to the bit
+        self.attention.seconds += time.perf_counter() - began
+        return output
+
+    def _edited(self, layer: AttentionLayer, call: AttentionCall, output: Tensor) -> Tensor:
+        assert self.edit is not None
+        with torch._C.DisableTorchFunction():
+            weights = self.edit(layer, call.weights)
+            if weights is call.weights:
+                return output
+            if not isinstance(weights, Tensor) or weights.shape != call.weights.shape:
+                found = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+                raise CaptureError(
+                    f"the edit of {layer.name} returned {found}: return weights of shape {list(call.weights.shape)}"
+                )
+            return call.replay(weights.to(call.weights.dtype))
+
+    def _check(self, name: str, error: float, magnitude: float, dtype: torch.dtype) -> None:
+        bound = ERROR_BOUND[dtype] * magnitude
         if math.isnan(error):
             raise CaptureError(
                 f"the attention of {name} is not finite: its weights or its input are NaN or infinite; "
@@ -176,110 +312,96 @@ class _ObserveAttention(TorchFunctionMode):
             )
         if not error <= bound:
             raise CaptureError(
-                f"the weights rebuilt for {name} do not reproduce its output: they differ by {error:.2e}, "
-                f"above the bound of {bound:.2e} for {rebuilt.expected.dtype}"
+                f"the weights found for {name} do not reproduce its output: they differ by {error:.2e}, "
+                f"above the bound of {bound:.2e} for {dtype}"
             )
-        layer = AttentionLayer(name, len(self.names_of_pass) - 1, rebuilt.weights, rebuilt.values, self.geometry, error)
-        self.num_calls += 1
         self.attention.reconstruction_error = max(self.attention.reconstruction_error, error)
-        if self.consume is None:
-            self.attention.layers.append(layer)
-        else:
-            self.consume(layer)
-        self.attention.seconds += time.perf_counter() - began
+
+    def _callers(self) -> tuple[list[tuple[str, nn.Module]], FrameType | None, torch.Size | None]:
+        """From the call stack: the model's modules that are running, innermost first, the outermost one's frame, and
+        the shape of the images that the model was called with."""
+        callers: list[tuple[str, nn.Module]] = []
+        outermost, images = None, None
+        frame: FrameType | None = sys._getframe(3)
+        while frame is not None:
+            found = self.modules.get(id(frame.f_locals.get("self")))
+            if found is not None:
+                outermost = frame
+                if not callers or callers[-1][1] is not found[1]:
+                    callers.append(found)
+                if frame.f_code is MODULE_CALL:
+                    given = tensors_of((*frame.f_locals["args"], *frame.f_locals["kwargs"].values()))
+                    images = next((tensor.shape for tensor in given if self._are_images(tensor)), images)
+            frame = frame.f_back
+        return callers, outermost, images
+
+    def _are_images(self, tensor: Tensor) -> bool:
+        return tensor.ndim == 4 and tensor.is_floating_point() and tensor.shape[1] in self.channels
+
+    def finish(self) -> None:
+        self.frame_of_pass = None  # a frame keeps its arguments alive
+        if self.num_calls == 0:
+            raise CaptureError(
+                f"no attention of {type(self.model).__name__} was seen: the model was not run inside the block, or "
+                "its attention is none of scaled_dot_product_attention, multi_head_attention_forward (torch.nn."
+                "functional), and softmax(query @ key) @ value with matmul, bmm or einsum"
+            )
+        self.geometries.finish()
 
 
-class Rebuilt(NamedTuple):
-    """weights and values as in AttentionLayer; `output` is what they give and `expected` what the model computed.
+def is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
-    magnitude: of the numbers that are summed, to judge the difference by.
+
+def num_heads_of(module: nn.Module) -> int | None:
+    """As the module states it, under the names in use."""
+    for name in ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead"):
+        number = getattr(module, name, None)
+        if isinstance(number, int) and number > 0:
+            return number
+    return None
+
+
+def output_projection(module: nn.Module, values: Tensor) -> Tensor | None:
+    """The weight of the linear map that `module` applies to its heads' outputs, where its name and its size say so."""
+    for name in ("proj", "out_proj", "o_proj", "to_out", "c_proj"):
+        found = getattr(module, name, None)
+        found = found[0] if isinstance(found, nn.Sequential) and len(found) else found
+        weight = getattr(found, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == values.shape[1] * values.shape[3]:
+            return weight
+    return None
+
+
+def _fast_path(frame: FrameType, modules: dict[int, Any]) -> Any:
+    """What nn.MultiheadAttention computes where it takes its fast path, which it leaves while a function mode is on.
+
+    frame: of its forward. None where it would not have taken it.
     """
-
-    weights: Tensor
-    values: Tensor | None
-    output: Tensor
-    expected: Tensor
-    magnitude: float
-
-
-def rebuild_fused(output: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Rebuilt:
-    """From the arguments of `scaled_dot_product_attention` and its output."""
-    weights, values = attention_weights(query, key, value, *args, **kwargs)
-    dropout = args[1] if len(args) > 1 else kwargs.get("dropout_p", 0.0)
-    if dropout:  # the model's own output without its random part, to compare with
-        args = (*args[:1], 0.0, *args[2:]) if len(args) > 1 else args
-        kwargs = kwargs if len(args) > 1 else {**kwargs, "dropout_p": 0.0}
-        output = F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
-    with torch.autocast(values.device.type, enabled=False):  # which would round the product
-        product = weights @ values
-    return Rebuilt(weights, values, product, output, largest(values))
-
-
-def rebuild_multi_head(output: tuple[Tensor, Tensor | None], *args: Any, **kwargs: Any) -> Rebuilt:
-    """From the arguments of `multi_head_attention_forward` and its output: asks it for the weights of each head.
-
-    They are what that function multiplies; its output projection has been applied on both sides.
-    """
-    given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
-    given.apply_defaults()
-    arguments = given.arguments
-    dropout = arguments["training"] and arguments["dropout_p"] > 0
-    arguments |= {"training": False}
-    expected = output[0]
-    if dropout:  # the model's own output without its random part
-        expected = F.multi_head_attention_forward(**arguments | {"need_weights": False})[0]
-    arguments |= {"need_weights": True, "average_attn_weights": False}
-    again, weights = F.multi_head_attention_forward(**arguments)
-    assert weights is not None
-    weights = weights if weights.ndim == 4 else weights[None]  # a single image without its batch axis
-    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    return Rebuilt(weights, None, again, expected, largest(expected))
+    module, query = frame.f_locals.get("self"), frame.f_locals.get("query")
+    if not isinstance(module, nn.MultiheadAttention) or id(module) not in modules or query is None:
+        return None
+    given = frame.f_locals
+    if module.training or given["attn_mask"] is not None or given["key_padding_mask"] is not None:
+        return None
+    if not (query is given["key"] is given["value"]) or query.ndim != 3 or not module.batch_first:
+        return None
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    own_input = query.transpose(0, 1)  # its forward has turned it already
+    with torch._C.DisableTorchFunction():
+        output, weights = module.forward(
+            own_input,
+            own_input,
+            own_input,
+            need_weights=given["need_weights"],
+            average_attn_weights=given["average_attn_weights"],
+        )
+    return output.transpose(0, 1), weights
 
 
-def largest(values: Tensor) -> float:
-    """The largest magnitude; NaN if there is one, 0 of nothing."""
-    if not values.numel():
-        return 0.0
-    low, high = torch.aminmax(values)  # one pass and no copy, unlike abs().max()
-    return float(torch.maximum(-low, high))
-
-
-REBUILD: dict[Callable[..., Any], Callable[..., Rebuilt]] = {
-    F.scaled_dot_product_attention: rebuild_fused,
-    F.multi_head_attention_forward: rebuild_multi_head,
-}
-
-
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """What `scaled_dot_product_attention` multiplies, for its arguments: (weights before dropout, values).
-
-    Both at least float32; with grouped queries, values are repeated for each query head.
-    """
-    with torch.autocast(query.device.type, enabled=False):
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if enable_gqa:
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
-        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        # Contiguous heads multiply in less than half the time, copies included.
-        scores = (query.contiguous() @ key.contiguous().transpose(-2, -1)).mul_(scale)
-        if is_causal:
-            causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~causal, -math.inf)
-        if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attn_mask, -math.inf)
-            else:
-                scores = scores + attn_mask
-        # A query that may look at no key attends to nothing, as in the fused attention.
-        return scores.softmax(dim=-1).masked_fill((scores == -math.inf).all(dim=-1, keepdim=True), 0.0), value
+def _leaves_fast_path(module: nn.Module) -> bool:
+    """Whether watching makes `module` compute its attention in another way than it does unwatched."""
+    if not isinstance(module, nn.TransformerEncoderLayer) or module.training:
+        return False
+    return not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()))

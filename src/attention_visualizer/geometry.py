@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention_visualizer.errors import UserError
+
+Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Token layout of one attention layer: `num_prefix_tokens` (class token, registers), then a row-major grid.
+    """Token layout of one attention layer's keys: `num_prefix_tokens` (class token, registers), then a row-major grid.
 
     grid: patches as (height, width); patch_size: pixels as (height, width).
+    window: patches as (height, width) where attention stays inside windows; the windows of an image then follow each
+    other in the batch, row by row, over a grid that was rolled by `shift` towards its start.
     """
 
-    grid: tuple[int, int]
+    grid: Size
     num_prefix_tokens: int
-    patch_size: tuple[int, int]
+    patch_size: Size
+    window: Size | None = None
+    shift: Size = (0, 0)
 
     @property
     def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
+        """In a row of weights: of the window, if there are windows."""
+        return math.prod(self.window or self.grid)
 
     @property
     def num_tokens(self) -> int:
         return self.num_prefix_tokens + self.num_patches
 
+    @property
+    def windows(self) -> Size:
+        """How many windows cover the grid, the last ones beyond its edge; 1 x 1 without windows."""
+        height, width = self.window or self.grid
+        return -(-self.grid[0] // height), -(-self.grid[1] // width)
+
     def patch_centers(self, device: torch.device | str | None = None) -> Tensor:
-        """Centres of the patches in pixels, [patch, 2] as (y, x)."""
-        rows = (torch.arange(self.grid[0], device=device) + 0.5) * self.patch_size[0]
-        columns = (torch.arange(self.grid[1], device=device) + 0.5) * self.patch_size[1]
+        """Centres of a row's patches in pixels, [patch, 2] as (y, x)."""
+        height, width = self.window or self.grid
+        rows = (torch.arange(height, device=device) + 0.5) * self.patch_size[0]
+        columns = (torch.arange(width, device=device) + 0.5) * self.patch_size[1]
         return torch.cartesian_prod(rows, columns)
 
     def token_of_patch(self, row: int, column: int) -> int:
@@ -43,20 +60,199 @@ class Geometry:
                 f"query=[{row},{column}] is outside the {height} x {width} patch grid: "
                 f"rows are 0 to {height - 1}, columns 0 to {width - 1}"
             )
+        if self.window is not None:
+            raise UserError(f"query=[{row},{column}]: this model attends inside windows: use query=patches")
         return self.num_prefix_tokens + row * width + column
 
+    def per_image(self, values: Tensor) -> Tensor:
+        """[batch, ...] -> [image, ...]: the mean over an image's windows."""
+        return values if self.window is None else values.unflatten(0, (-1, math.prod(self.windows))).mean(dim=1)
+
     def to_map(self, patch_values: Tensor) -> Tensor:
-        """[..., patch] -> [..., grid height, grid width]."""
-        return patch_values.unflatten(-1, self.grid)
+        """[batch, ..., patch] -> [image, ..., grid height, grid width]."""
+        if self.window is None:
+            return patch_values.unflatten(-1, self.grid)
+        down, across = self.windows
+        tiles = patch_values.unflatten(-1, self.window).unflatten(0, (-1, down, across))
+        tiles = tiles.movedim(1, -3).movedim(1, -2)  # image, ..., down, window height, across, window width
+        whole = tiles.flatten(-2).flatten(-3, -2)
+        whole = whole.roll(self.shift, dims=(-2, -1))
+        return whole[..., : self.grid[0], : self.grid[1]]
 
 
-def find_geometry(model: torch.nn.Module) -> Geometry | None:
-    """The geometry that `model`, or the first module inside it, states in timm's attribute names; else None."""
+@dataclass(frozen=True)
+class StatedLayout:
+    """What a model says of its tokens in its attributes. None: it does not say."""
+
+    patch_size: Size | None
+    num_prefix_tokens: int
+    grid: Size | None
+
+
+def find_geometry(model: nn.Module) -> Geometry | None:
+    """The geometry that `model`, or the first Vision Transformer inside it, states for its images; else None."""
+    layout = stated_layout(model)
+    if layout.grid is None or layout.patch_size is None:
+        return None
+    return Geometry(layout.grid, layout.num_prefix_tokens, layout.patch_size)
+
+
+def stated_layout(model: nn.Module) -> StatedLayout:
+    """In the attribute names of timm, torchvision, Hugging Face, vit-pytorch and this project."""
     for module in model.modules():
-        patch_embed = getattr(module, "patch_embed", None)
-        patch_size = getattr(patch_embed, "patch_size", None)
-        grid = getattr(patch_embed, "grid_size", None) or getattr(module, "grid_size", None)
-        if grid is not None and patch_size is not None:
-            prefix = int(getattr(module, "num_prefix_tokens", 0))
-            return Geometry((grid[0], grid[1]), prefix, (patch_size[0], patch_size[1]))
+        embedding = patch_embedding(module)
+        if embedding is None:
+            continue
+        patch_size = size_of_patch(embedding) or size_of_patch(module)
+        grid = as_size(getattr(embedding, "grid_size", None)) or as_size(getattr(module, "grid_size", None))
+        image_size = as_size(getattr(embedding, "image_size", None)) or as_size(getattr(module, "image_size", None))
+        if grid is None and image_size is not None and patch_size is not None:
+            grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+        if patch_size is not None:
+            return StatedLayout(patch_size, num_prefix_tokens(model, module), grid)
+    return StatedLayout(None, num_prefix_tokens(model, model), None)
+
+
+def patch_embedding(module: nn.Module) -> nn.Module | None:
+    """The child of `module` that cuts images into patches, by its name."""
+    for name in ("patch_embed", "conv_proj", "patch_embeddings", "patch_embedding", "to_patch_embedding"):
+        found = getattr(module, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    return None
+
+
+def size_of_patch(module: nn.Module) -> Size | None:
+    """As stated, or the stride of a convolution that cuts without overlap, or the lengths of einops' Rearrange."""
+    stated = as_size(getattr(module, "patch_size", None))
+    if stated is not None:
+        return stated
+    for inside in module.modules():
+        if isinstance(inside, nn.Conv2d) and inside.kernel_size == inside.stride != (1, 1):
+            return as_size(inside.stride)
+        lengths = getattr(inside, "axes_lengths", None)
+        if type(inside).__name__ == "Rearrange" and isinstance(lengths, dict) and {"p1", "p2"} <= lengths.keys():
+            return lengths["p1"], lengths["p2"]
+    return None
+
+
+def num_prefix_tokens(model: nn.Module, owner: nn.Module) -> int:
+    """Class, distillation and register tokens, which all of the supported libraries put before the patches."""
+    stated = getattr(owner, "num_prefix_tokens", None)
+    if isinstance(stated, int):
+        return stated
+    names = {
+        "cls_token",
+        "class_token",
+        "class_embedding",
+        "cls_embedding",
+        "dist_token",
+        "distillation_token",
+        "register_tokens",
+        "reg_token",
+    }
+    found = {}
+    for module in (owner, model, *model.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in names and id(parameter) not in found:
+                found[id(parameter)] = parameter.shape[-2] if parameter.ndim > 1 else 1
+        if found:  # of one embedding module; others inside (a decoder's) are not this one's
+            break
+    return sum(found.values())
+
+
+def as_size(value: Any) -> Size | None:
+    """A number or a pair of them as (height, width)."""
+    if isinstance(value, int) and value > 0:
+        return value, value
+    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(side, int) for side in value):
+        return (value[0], value[1]) if min(value) > 0 else None
+    return None
+
+
+class GeometryFinder:
+    """The geometry of each layer of a forward pass, from what the model states, the images and the layer's sizes.
+
+    given: by the user, for models that state nothing; it goes to every layer of as many keys.
+    """
+
+    def __init__(self, model: nn.Module, given: Geometry | None) -> None:
+        self.given = given
+        self.stated = stated_layout(model)
+        self.refused: int | None = None  # the number of keys that the given geometry did not fit
+        self.used = False
+
+    def of_layer(
+        self, shape: torch.Size, callers: Sequence[nn.Module], images: torch.Size | None
+    ) -> Geometry | None:
+        """shape: [batch, head, query, key] of the weights; callers: innermost first; images: [batch, _, height, width].
+
+        None where maps of this layer cannot be put on the image.
+        """
+        keys = shape[-1]
+        if self.given is not None:
+            if self.given.num_tokens != keys:
+                self.refused = keys
+                return None
+            self.used = True
+            return self.given
+        if images is None:
+            static = self.stated.grid, self.stated.patch_size
+            if static[0] is None or static[1] is None:
+                return None
+            plain = Geometry(static[0], self.stated.num_prefix_tokens, static[1])
+            return plain if plain.num_tokens == keys else None
+        grids = list(self._grids((images[-2], images[-1])))
+        if shape[0] == images[0]:
+            for prefix in dict.fromkeys((self.stated.num_prefix_tokens, 0)):
+                for grid, patch_size in grids:
+                    if prefix + math.prod(grid) == keys:
+                        return Geometry(grid, prefix, patch_size)
+            return None
+        return window_geometry(shape, callers, grids, images[0])
+
+    def _grids(self, image: Size) -> Iterator[tuple[Size, Size]]:
+        """Patch grids that the layers of a model can have on such an image, with the pixels of their patches."""
+        if self.stated.patch_size is not None:
+            height, width = self.stated.patch_size
+            yield (image[0] // height, image[1] // width), (height, width)
+            if self.stated.grid is not None and math.prod(self.stated.grid) > 1:
+                grid = self.stated.grid  # where patches overlap, their number is not the quotient
+                yield grid, (image[0] // grid[0], image[1] // grid[1])
+            strides = [(height * factor, width * factor) for factor in (2, 4, 8, 16)]
+        else:
+            strides = [(2**power, 2**power) for power in range(1, 7)]
+        for height, width in strides:  # deeper stages of a hierarchical model
+            grid = -(-image[0] // height), -(-image[1] // width)
+            if math.prod(grid) > 1:
+                yield grid, (height, width)
+
+    def finish(self) -> None:
+        """Raises UserError if the given geometry fitted none of the layers."""
+        if self.given is not None and not self.used:
+            given = self.given
+            raise UserError(
+                f"the given geometry has {given.num_tokens} tokens ({given.num_prefix_tokens} before a grid of "
+                f"{given.grid[0]} x {given.grid[1]}), but the model's layers have {self.refused}: give another one"
+            )
+
+
+def window_geometry(
+    shape: torch.Size, callers: Sequence[nn.Module], grids: Sequence[tuple[Size, Size]], num_images: int
+) -> Geometry | None:
+    """Of a layer whose batch holds windows, from the window size and shift that the modules around it state."""
+    sizes = (as_size(getattr(module, "window_size", None)) for module in callers)
+    window = next((size for size in sizes if size is not None), None)
+    if window is None or math.prod(window) != shape[-1] or num_images == 0 or shape[0] % num_images:
+        return None
+    stated = next((getattr(module, "shift_size") for module in callers if hasattr(module, "shift_size")), 0)
+    shift = (stated, stated) if isinstance(stated, int) else (stated[0], stated[1])
+    for grid, patch_size in grids:
+        geometry = Geometry(grid, 0, patch_size, window)
+        if math.prod(geometry.windows) * num_images == shape[0]:
+            whole = grid[0] % window[0] == 0 and grid[1] % window[1] == 0
+            if any(shift) and not whole:
+                return None  # libraries differ in whether they pad before or after the shift
+            moved = [0 if side <= edge else by for side, edge, by in zip(grid, window, shift, strict=True)]
+            return replace(geometry, shift=(moved[0], moved[1]))
     return None

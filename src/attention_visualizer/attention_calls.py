@@ -1,0 +1,469 @@
+"""How PyTorch models compute attention, each way as one AttentionCall: its weights, and what other weights would give.
+
+There are three: the fused `scaled_dot_product_attention`, from whose arguments the weights are rebuilt; attention
+written by hand, a softmax of scores that is later multiplied with values, found by following tensors from one to the
+other; and `multi_head_attention_forward`, whose body is made of the first two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+Source = Literal["rebuilt", "multiplied"]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One computation of attention inside a model.
+
+    weights: [batch, head, query, key], at least float32, after softmax and before dropout, differentiable.
+    values: [batch, head, key, head_dim].
+    source: "rebuilt" from queries and keys, or "multiplied": the very tensor that the model multiplies.
+    product: of weights and values; expected: the same as the model computed it. Dropout is left out of both, or in
+    both. magnitude: of the numbers that are summed, to judge a difference by.
+    replay: other weights of the same shape -> what the model then goes on with, its dropout included.
+    """
+
+    weights: Tensor
+    values: Tensor
+    source: Source
+    product: Tensor
+    expected: Tensor
+    magnitude: float
+    replay: Callable[[Tensor], Tensor]
+
+
+def largest(values: Tensor) -> float:
+    """The largest magnitude; NaN if there is one, 0 of nothing."""
+    if not values.numel():
+        return 0.0
+    low, high = torch.aminmax(values.detach())  # one pass and no copy, unlike abs().max()
+    return float(torch.maximum(-low, high))
+
+
+class HeadLayout:
+    """Brings [..., row, column] into [batch, head, row, column] and back.
+
+    One leading axis is the batch, or batch times heads where `num_heads` (None: not known) divides it; of more than
+    two, as in attention inside windows, the one of that size is the heads and the others count as the batch.
+    """
+
+    def __init__(self, leading: Sequence[int], num_heads: int | None) -> None:
+        self.leading = tuple(leading)
+        count = len(self.leading)
+        if count == 1 and num_heads and num_heads > 1 and self.leading[0] % num_heads == 0:
+            self.leading_split, count = (self.leading[0] // num_heads, num_heads), 2
+        else:
+            self.leading_split = self.leading
+        fitting = [axis for axis, size in enumerate(self.leading_split) if axis > 0 and size == num_heads]
+        self.head_axis = None if count < 2 else 1 if count == 2 else fitting[-1] if fitting else count - 1
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        tail = tensor.shape[-2:]
+        tensor = tensor.expand(*self.leading, *tail)
+        if self.head_axis is None:
+            return tensor.reshape(-1 if tensor.numel() else math.prod(self.leading), 1, *tail)
+        split = tensor.reshape(*self.leading_split, *tail).movedim(self.head_axis, -3)
+        others = math.prod(split.shape[:-3])
+        return split.reshape(others, *split.shape[-3:])
+
+    def restore(self, tensor: Tensor) -> Tensor:
+        """The inverse of `apply`."""
+        tail = tensor.shape[-2:]
+        if self.head_axis is None:
+            return tensor.reshape(*self.leading, *tail)
+        others = [size for axis, size in enumerate(self.leading_split) if axis != self.head_axis]
+        split = tensor.reshape(*others, self.leading_split[self.head_axis], *tail)
+        return split.movedim(-3, self.head_axis).reshape(*self.leading, *tail)
+
+
+# --- fused -----------------------------------------------------------------------------------------------------
+
+
+def fused_call(num_heads: int | None, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
+    """From the arguments of `scaled_dot_product_attention` and its output."""
+    weights, values = attention_weights(*args, **kwargs)
+    layout = HeadLayout(weights.shape[:-2], num_heads)
+    values = values.expand(*weights.shape[:-2], *values.shape[-2:])
+    dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    expected = output
+    if dropout:  # the model's own output without its random part, to compare with
+        args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        kwargs = kwargs if len(args) > 4 else {**kwargs, "dropout_p": 0.0}
+        expected = F.scaled_dot_product_attention(*args, **kwargs)
+
+    def multiply(weights: Tensor) -> Tensor:
+        with torch.autocast(values.device.type, enabled=False):  # which would round the product
+            return weights @ values
+
+    def replay(other: Tensor) -> Tensor:
+        return multiply(F.dropout(layout.restore(other), dropout)).to(output.dtype)
+
+    return AttentionCall(
+        layout.apply(weights), layout.apply(values), "rebuilt", multiply(weights), expected, largest(values), replay
+    )
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `scaled_dot_product_attention` multiplies, for its arguments: (weights before dropout, values).
+
+    Both at least float32; with grouped queries, values are repeated for each query head.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if enable_gqa:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        # Contiguous heads multiply in less than half the time, copies included.
+        scores = (query.contiguous() @ key.contiguous().transpose(-2, -1)).mul_(scale)
+        if is_causal:
+            causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~causal, -math.inf)
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attn_mask, -math.inf)
+            else:
+                scores = scores + attn_mask
+        if not is_causal and attn_mask is None:
+            return scores.softmax(dim=-1), value
+        # A query that may look at no key attends to nothing, as in the fused attention.
+        return scores.softmax(dim=-1).masked_fill((scores == -math.inf).all(dim=-1, keepdim=True), 0.0), value
+
+
+# --- multi-head ------------------------------------------------------------------------------------------------
+
+# The body of multi_head_attention_forward, entered although a function mode is active: its own first lines would hand
+# the call back to the mode. What it calls is seen by the mode like any model's calls.
+multi_head_body = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    F.multi_head_attention_forward.__globals__ | {"has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------
+
+SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+REVERSED_PRODUCTS = {Tensor.__rmatmul__}
+SCORES = PRODUCTS | REVERSED_PRODUCTS | {torch.einsum, torch.baddbmm, Tensor.baddbmm, torch.cdist}
+DROPOUT = {F.dropout, torch.dropout}
+NORMS = {F.layer_norm, F.group_norm, F.batch_norm, F.rms_norm, F.instance_norm}
+REORDERINGS = {
+    getattr(namespace, name)
+    for namespace in (torch, Tensor)
+    for name in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t")
+}
+REORDERINGS |= {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What is known of a tensor on its way: "scores" come from a product, "weights" from their softmax.
+
+    key_axis: counted from 0. Where there was dropout, `before` are the weights without it and `mask` what it multiplied
+    them with.
+    """
+
+    kind: Literal["scores", "weights"]
+    key_axis: int
+    before: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class HandWrittenAttention:
+    """Follows tensors through a model's calls: scores -> softmax -> ... -> product with values.
+
+    Of the tensors themselves nothing is held: they may die as they would unwatched.
+    """
+
+    def __init__(self) -> None:
+        self.known: Any = WeakIdKeyDictionary()
+
+    def followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Followed] | None:
+        """The first argument that is being followed; weights come before scores."""
+        found = None
+        if not self.known:
+            return None
+        for argument in tensors_of((*args, *kwargs.values())):
+            known = self.known.get(argument)
+            if known is not None and (found is None or known.kind == "weights"):
+                found = argument, known
+                if known.kind == "weights":
+                    break
+        return found
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls `function` and follows what comes out of it."""
+        found = self.followed(args, kwargs)
+        if found is not None and function in DROPOUT and found[1].kind == "weights":
+            output, known = self._dropout(function, found[0], found[1], args, kwargs)
+            self.known[output] = known
+            return output
+        output = function(*args, **kwargs)
+        if function in SOFTMAX:
+            if found is not None and found[1].kind == "scores":
+                self.known[output] = Followed("weights", softmax_axis(output, args, kwargs))
+        elif function in SCORES and (found is None or found[1].kind == "scores"):
+            if isinstance(output, Tensor) and output.ndim >= 2 and output.is_floating_point():
+                self.known[output] = Followed("scores", output.ndim - 1)
+        elif found is not None and not (found[1].kind == "scores" and function in NORMS):
+            self._follow(function, *found, output, args, kwargs)
+        return output
+
+    def _follow(
+        self,
+        function: Callable[..., Any],
+        tensor: Tensor,
+        known: Followed,
+        output: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        results = list(tensors_of(output if isinstance(output, tuple | list) else (output,)))
+        parts = [(known.before, known.mask)] * len(results)
+        if known.mask is not None and not (results and results[0] is tensor):  # the same step without dropout
+            with torch._C.DisableTorchFunction():
+                steps = [
+                    function(*exchanged(args, tensor, part), **exchanged(kwargs, tensor, part))
+                    for part in (known.before, known.mask)
+                ]
+            parts = list(zip(*(tensors_of(step if isinstance(step, tuple | list) else (step,)) for step in steps)))
+        for result, (before, mask) in zip(results, parts, strict=False):
+            axis = self._key_axis_after(function, tensor, known, result, args, kwargs)
+            if axis is not None and result.is_floating_point():
+                self.known[result] = Followed(known.kind, axis, before, mask)
+
+    def _dropout(
+        self,
+        function: Callable[..., Any],
+        tensor: Tensor,
+        known: Followed,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Followed]:
+        share = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+        training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
+        if not (training and share > 0):
+            return function(*args, **kwargs), known
+        in_place = args[3] if len(args) > 3 else kwargs.get("inplace", False)
+        before = tensor.clone() if in_place else tensor
+        devices = [tensor.device.index] if tensor.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch._C.DisableTorchFunction():  # the same random numbers twice
+            mask = F.dropout(torch.ones_like(tensor, requires_grad=False), share)
+        return function(*args, **kwargs), Followed("weights", known.key_axis, before, mask)
+
+    def _key_axis_after(
+        self,
+        function: Callable[..., Any],
+        tensor: Tensor,
+        known: Followed,
+        result: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> int | None:
+        """Where the keys are in `result`; None where they have been mixed or lost."""
+        if function in REORDERINGS:
+            # Sizes that are all different tell where an axis goes.
+            marker = torch.empty(tuple(range(2, 2 + tensor.ndim)), device="meta")
+            with torch._C.DisableTorchFunction():
+                moved = function(*exchanged(args, tensor, marker), **exchanged(kwargs, tensor, marker))
+            return list(moved.shape).index(2 + known.key_axis)
+        if function is torch.einsum:
+            parsed = einsum_labels(args)
+            if parsed is None:
+                return None
+            for labels, operand in zip(parsed.inputs, parsed.operands, strict=True):
+                if operand is tensor:
+                    label = labels[known.key_axis]
+                    return parsed.output.index(label) if label in parsed.output else None
+            return None
+        if function in PRODUCTS or function in REVERSED_PRODUCTS:
+            return None
+        size, from_end = tensor.shape[known.key_axis], known.key_axis - tensor.ndim
+        if result.ndim == tensor.ndim:
+            axis: int | None = known.key_axis
+        else:  # a reshaping or an index: of what is at the end, the keys stay there
+            axis = result.ndim + from_end if from_end >= -2 and result.ndim + from_end >= 0 else None
+        if axis is None or (result.shape[axis] != size and result.ndim != tensor.ndim):
+            return None
+        return None if result.shape[axis] == 1 and size > 1 else axis
+
+    def product(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> HandWrittenProduct | None:
+        """The product of followed weights with values, over the keys, if `function` is going to compute one."""
+        if function not in SCORES:
+            return None
+        found = self.followed(args, kwargs)
+        if found is None or found[1].kind != "weights":
+            return None
+        tensor, known = found
+        if function is torch.einsum:
+            return einsum_product(tensor, known, args)
+        operands = list(tensors_of((*args, *kwargs.values())))
+        if len(operands) != 2 or function not in PRODUCTS | REVERSED_PRODUCTS or min(o.ndim for o in operands) < 2:
+            return None
+        left, right = operands if function in PRODUCTS else reversed(operands)
+        if left is tensor and known.key_axis == tensor.ndim - 1:
+            return HandWrittenProduct(tensor, known, _same, right, _same, _same, _same)
+        if right is tensor and known.key_axis == tensor.ndim - 2:  # values' @ weights'
+            return HandWrittenProduct(tensor, known, _turned, left, _turned, _turned, _turned)
+        return None
+
+
+@dataclass(frozen=True)
+class HandWrittenProduct:
+    """The operands of a product, and how each is brought into the form [..., query, key] @ [..., key, column].
+
+    to_output brings the model's own output into the form of that product; from_weights is to_weights' inverse.
+    """
+
+    tensor: Tensor
+    known: Followed
+    to_weights: Callable[[Tensor], Tensor]
+    other: Tensor
+    to_values: Callable[[Tensor], Tensor]
+    to_output: Callable[[Tensor], Tensor]
+    from_weights: Callable[[Tensor], Tensor]
+
+    def call(
+        self,
+        num_heads: int | None,
+        function: Callable[..., Any],
+        output: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> AttentionCall:
+        multiplied, before, mask = self.tensor, self.known.before, self.known.mask
+        dropped = multiplied if before is None or mask is None else before * mask
+        form = self.to_weights(dropped)
+        layout = HeadLayout(form.shape[:-2], num_heads)
+        dtype = torch.promote_types(multiplied.dtype, torch.float32)
+        weights = layout.apply(form if before is None else self.to_weights(before)).to(dtype)
+        values = self.to_values(self.other).to(dtype)
+        values = values.expand(*form.shape[:-2], *values.shape[-2:])
+        with torch.autocast(values.device.type, enabled=False):
+            product = form.to(dtype) @ values
+
+        def replay(other: Tensor) -> Tensor:
+            tensor = self.from_weights(layout.restore(other)).to(multiplied.dtype)
+            tensor = tensor if mask is None else tensor * mask
+            return function(*exchanged(args, multiplied, tensor), **exchanged(kwargs, multiplied, tensor))
+
+        # Weights that were mixed between heads need not be shares: their rows can sum to more than one.
+        magnitude = largest(values) * max(1.0, largest(form.detach().abs().sum(dim=-1)))
+        return AttentionCall(
+            weights, layout.apply(values), "multiplied", product, self.to_output(output), magnitude, replay
+        )
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    return tensor.transpose(-2, -1)
+
+
+@dataclass(frozen=True)
+class EinsumLabels:
+    inputs: list[str]
+    output: str
+    operands: list[Tensor]
+
+
+def einsum_labels(args: tuple[Any, ...]) -> EinsumLabels | None:
+    """The letters of an einsum of tensors; None for the forms with "..." or lists of numbers, which are not followed."""
+    if not isinstance(args[0], str) or "." in args[0]:
+        return None
+    operands = list(args[1]) if isinstance(args[1], tuple | list) else list(args[1:])
+    left, arrow, output = args[0].replace(" ", "").partition("->")
+    inputs = left.split(",")
+    if not arrow:  # what occurs once, in alphabetical order
+        letters = "".join(inputs)
+        output = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+    if len(inputs) != len(operands) or any(o.ndim != len(i) for i, o in zip(inputs, operands, strict=True)):
+        return None
+    return EinsumLabels(inputs, output, operands)
+
+
+def einsum_product(tensor: Tensor, known: Followed, args: tuple[Any, ...]) -> HandWrittenProduct | None:
+    labels = einsum_labels(args)
+    if labels is None or len(labels.operands) != 2:
+        return None
+    own, other = (0, 1) if labels.operands[0] is tensor else (1, 0)
+    mine, theirs, output = labels.inputs[own], labels.inputs[other], labels.output
+    key = mine[known.key_axis]
+    if key in output or key not in theirs or any(len(set(one)) < len(one) for one in (mine, theirs)):
+        return None
+    rest = [letter for letter in mine if letter != key]
+    queries = [letter for letter in rest if letter not in theirs] or rest[-1:]
+    columns = [letter for letter in theirs if letter not in mine]
+    if any(letter not in output for letter in rest + columns) or not rest:
+        return None
+    leading = [letter for letter in rest if letter != queries[0]]
+    shared = [letter for letter in leading if letter in theirs]
+    gaps = [slice(None) if letter in shared else None for letter in leading]
+    weights_order = "".join([*leading, queries[0], key])
+
+    def to_values(values: Tensor) -> Tensor:
+        moved = torch.einsum(f"{theirs}->{''.join(shared)}{key}{''.join(columns)}", values)
+        return moved.flatten(len(shared) + 1)[tuple(gaps)] if columns else moved[(*gaps, ..., None)]
+
+    def to_output(result: Tensor) -> Tensor:
+        moved = torch.einsum(f"{output}->{''.join(leading)}{queries[0]}{''.join(columns)}", result)
+        return moved.flatten(len(leading) + 1) if columns else moved[..., None]
+
+    return HandWrittenProduct(
+        tensor,
+        known,
+        lambda weights: torch.einsum(f"{mine}->{weights_order}", weights),
+        labels.operands[other],
+        to_values,
+        to_output,
+        lambda weights: torch.einsum(f"{weights_order}->{mine}", weights),
+    )
+
+
+def softmax_axis(output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    axis = args[1] if len(args) > 1 else kwargs.get("dim")
+    return output.ndim - 1 if axis is None else axis % output.ndim
+
+
+def exchanged(arguments: Any, old: Tensor, new: Any) -> Any:
+    """Arguments with `new` in place of `old`, also inside lists, tuples and dictionaries."""
+    if isinstance(arguments, dict):
+        return {name: exchanged(value, old, new) for name, value in arguments.items()}
+    if isinstance(arguments, tuple | list):
+        return type(arguments)(exchanged(value, old, new) for value in arguments)
+    return new if arguments is old else arguments
+
+
+def tensors_of(arguments: Any) -> Iterator[Tensor]:
+    """The tensors among arguments, and in lists and tuples among them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple | list):
+            yield from tensors_of(argument)
