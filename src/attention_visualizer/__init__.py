@@ -3,15 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from attention_visualizer.capture import capture
+from attention_visualizer.capture import capture, intervene
 from attention_visualizer.errors import UserError
+from attention_visualizer.geometry import Geometry
 from attention_visualizer.model import VisionTransformer
 
 if TYPE_CHECKING:
     from attention_visualizer.callbacks import AttentionLogger
     from attention_visualizer.visualizer import AttentionVisualizer
 
-__all__ = ["AttentionLogger", "AttentionVisualizer", "UserError", "VisionTransformer", "capture"]
+__all__ = ["AttentionLogger", "AttentionVisualizer", "Geometry", "UserError", "VisionTransformer", "capture", "intervene"]
 
 # Imported when first used: capturing needs neither Lightning nor matplotlib, which take seconds.
 _LATER = {"AttentionLogger": "callbacks", "AttentionVisualizer": "visualizer"}

@@ -8,6 +8,7 @@ other; and `multi_head_attention_forward`, whose body is made of the first two.
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -61,7 +62,8 @@ class HeadLayout:
         self.leading = tuple(leading)
         count = len(self.leading)
         if count == 1 and num_heads and num_heads > 1 and self.leading[0] % num_heads == 0:
-            self.leading_split, count = (self.leading[0] // num_heads, num_heads), 2
+            self.leading_split: tuple[int, ...] = (self.leading[0] // num_heads, num_heads)
+            count = 2
         else:
             self.leading_split = self.leading
         fitting = [axis for axis, size in enumerate(self.leading_split) if axis > 0 and size == num_heads]
@@ -248,7 +250,9 @@ class HandWrittenAttention:
                     function(*exchanged(args, tensor, part), **exchanged(kwargs, tensor, part))
                     for part in (known.before, known.mask)
                 ]
-            parts = list(zip(*(tensors_of(step if isinstance(step, tuple | list) else (step,)) for step in steps)))
+            parts = list(
+                zip(*(tensors_of(step if isinstance(step, tuple | list) else (step,)) for step in steps), strict=True)
+            )
         for result, (before, mask) in zip(results, parts, strict=False):
             axis = self._key_axis_after(function, tensor, known, result, args, kwargs)
             if axis is not None and result.is_floating_point():
@@ -394,16 +398,28 @@ class EinsumLabels:
 
 
 def einsum_labels(args: tuple[Any, ...]) -> EinsumLabels | None:
-    """The letters of an einsum of tensors; None for the forms with "..." or lists of numbers, which are not followed."""
-    if not isinstance(args[0], str) or "." in args[0]:
+    """The letters of an einsum of tensors, "..." written out; None for the form with lists of numbers."""
+    if not isinstance(args[0], str):
         return None
     operands = list(args[1]) if isinstance(args[1], tuple | list) else list(args[1:])
     left, arrow, output = args[0].replace(" ", "").partition("->")
     inputs = left.split(",")
+    if len(inputs) != len(operands):
+        return None
+    unused = [letter for letter in string.ascii_letters if letter not in args[0]]
+    dots = [operand.ndim - len(labels) + 3 for labels, operand in zip(inputs, operands, strict=True)]
+    most = max((count for labels, count in zip(inputs, dots, strict=True) if "..." in labels), default=0)
+    spelled = "".join(unused[:most])
+    inputs = [
+        labels.replace("...", spelled[most - count :] if count else "")
+        for labels, count in zip(inputs, dots, strict=True)
+    ]
     if not arrow:  # what occurs once, in alphabetical order
         letters = "".join(inputs)
-        output = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
-    if len(inputs) != len(operands) or any(o.ndim != len(i) for i, o in zip(inputs, operands, strict=True)):
+        once = sorted(letter for letter in set(letters) if letters.count(letter) == 1 and letter not in spelled)
+        output = spelled + "".join(once)
+    output = output.replace("...", spelled)
+    if any(o.ndim != len(i) for i, o in zip(inputs, operands, strict=True)):
         return None
     return EinsumLabels(inputs, output, operands)
 

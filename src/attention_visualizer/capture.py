@@ -15,7 +15,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -149,30 +149,47 @@ def _watching(watch: _Watch) -> Iterator[None]:
     watch.finish()
 
 
-_COMPILED = threading.Lock()
-_eager_blocks = [0, ExitStack()]
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
+class _Eager:
     """Compiled modules run their original code inside: what torch.compile has fused cannot be seen.
 
-    The setting belongs to the whole process, so the first block that needs it makes it, and the last one ends it.
+    The setting belongs to the whole process, so the first of several blocks makes it, and the last one ends it.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
-        yield
-        return
-    with _COMPILED:
-        if _eager_blocks[0] == 0:
-            _eager_blocks[1].enter_context(torch.compiler.set_stance("force_eager"))
-        _eager_blocks[0] += 1
-    try:
-        yield
-    finally:
-        with _COMPILED:
-            _eager_blocks[0] -= 1
-            if _eager_blocks[0] == 0:
-                _eager_blocks[1].close()
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.blocks = 0
+        self.setting = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if "torch._dynamo" not in sys.modules:  # nothing can have been compiled
+            yield
+            return
+        with self.lock:
+            if self.blocks == 0:
+                self.setting.enter_context(torch.compiler.set_stance("force_eager"))
+            self.blocks += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.blocks -= 1
+                if self.blocks == 0:
+                    self.setting.close()
+
+
+_eager = _Eager()
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Who is calling: the model's modules that are running, innermost first, the outermost one's frame, the shape of
+    the images that the model was called with, and whether a compiled module is among the callers."""
+
+    modules: list[nn.Module]
+    outermost: FrameType | None
+    images: torch.Size | None
+    compiled: bool
 
 
 class _Watch(TorchFunctionMode):
@@ -192,13 +209,12 @@ class _Watch(TorchFunctionMode):
                 "capture the module that it was made from"
             )
         self.model = model
-        self.modules = {
-            id(module): (name.replace("_orig_mod.", "").removesuffix("_orig_mod") or type(model).__name__, module)
+        self.names = {
+            id(module): name.replace("_orig_mod.", "").removesuffix("_orig_mod") or type(model).__name__
             for name, module in model.named_modules()
         }
         convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
         self.channels = {1, 3, 4, *(first.in_channels for first in (next(convolutions, None),) if first is not None)}
-        self.compiled = any(is_compiled(module) for module in model.modules())
         self.attention = attention
         self.consume = consume
         self.edit = edit
@@ -232,7 +248,7 @@ class _Watch(TorchFunctionMode):
         while frame.f_back is not None and frame.f_code is not nn.MultiheadAttention.forward.__code__:
             frame = frame.f_back
         watched_only = not self.gradients and self.edit is None
-        own = _fast_path(frame, self.modules) if watched_only else None
+        own = _fast_path(frame, self.names) if watched_only else None
         with self:
             output = multi_head_body(*args, **kwargs)
         if own is None:
@@ -244,14 +260,14 @@ class _Watch(TorchFunctionMode):
     def _seen(self, output: Tensor, describe: Callable[[int | None], AttentionCall]) -> Tensor:
         """Records the call and returns what the model goes on with."""
         began = time.perf_counter()
-        callers, outermost, images = self._callers()
-        if not callers:
+        stack = self._stack()
+        if not stack.modules:
             return output  # somebody else's attention
         if self.gradients and not torch.is_grad_enabled():
             raise CaptureError("capture(gradients=True) needs gradients: leave out torch.no_grad()")
-        name, module = callers[0]
-        if outermost is not self.frame_of_pass:  # another forward pass begins
-            self.frame_of_pass = outermost
+        name = self.names[id(stack.modules[0])]
+        if stack.outermost is not self.frame_of_pass:  # another forward pass begins
+            self.frame_of_pass = stack.outermost
             self.names_of_pass.clear()
             self.attention.layers.clear()
         self.names_of_pass.append(name)
@@ -259,7 +275,7 @@ class _Watch(TorchFunctionMode):
         name = name if repeats == 1 else f"{name}#{repeats}"  # a module that is applied again
         keeps_graph = torch.enable_grad() if self.gradients else torch.no_grad()
         with torch._C.DisableTorchFunction(), keeps_graph:  # no calls of the model: an enclosing capture skips them
-            call = describe(num_heads_of(module))
+            call = describe(num_heads_of(stack.modules[0]))
             error = largest(call.product - call.expected)
             self._check(name, error, call.magnitude, call.expected.dtype)
             weights = call.weights
@@ -270,11 +286,11 @@ class _Watch(TorchFunctionMode):
                 len(self.names_of_pass) - 1,
                 weights,
                 call.values,
-                self.geometries.of_layer(weights.shape, [module for _, module in callers], images),
+                self.geometries.of_layer(len(self.names_of_pass) - 1, weights.shape, stack.modules, stack.images),
                 error,
                 call.source,
-                not self.compiled and not any(_leaves_fast_path(module) for _, module in callers),
-                output_projection(module, call.values),
+                not stack.compiled and not any(_leaves_fast_path(module) for module in stack.modules),
+                output_projection(stack.modules, call.values),
             )
         self.num_calls += 1
         if self.consume is None:
@@ -317,23 +333,23 @@ class _Watch(TorchFunctionMode):
             )
         self.attention.reconstruction_error = max(self.attention.reconstruction_error, error)
 
-    def _callers(self) -> tuple[list[tuple[str, nn.Module]], FrameType | None, torch.Size | None]:
-        """From the call stack: the model's modules that are running, innermost first, the outermost one's frame, and
-        the shape of the images that the model was called with."""
-        callers: list[tuple[str, nn.Module]] = []
-        outermost, images = None, None
+    def _stack(self) -> Stack:
+        modules: list[nn.Module] = []
+        outermost, images, compiled = None, None, False
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
-            found = self.modules.get(id(frame.f_locals.get("self")))
-            if found is not None:
-                outermost = frame
-                if not callers or callers[-1][1] is not found[1]:
-                    callers.append(found)
-                if frame.f_code is MODULE_CALL:
-                    given = tensors_of((*frame.f_locals["args"], *frame.f_locals["kwargs"].values()))
-                    images = next((tensor.shape for tensor in given if self._are_images(tensor)), images)
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module):
+                compiled = compiled or is_compiled(owner)
+                if id(owner) in self.names:
+                    outermost = frame
+                    if not modules or modules[-1] is not owner:
+                        modules.append(owner)
+                    if frame.f_code is MODULE_CALL:
+                        given = tensors_of((*frame.f_locals["args"], *frame.f_locals["kwargs"].values()))
+                        images = next((tensor.shape for tensor in given if self._are_images(tensor)), images)
             frame = frame.f_back
-        return callers, outermost, images
+        return Stack(modules, outermost, images, compiled)
 
     def _are_images(self, tensor: Tensor) -> bool:
         return tensor.ndim == 4 and tensor.is_floating_point() and tensor.shape[1] in self.channels
@@ -362,10 +378,16 @@ def num_heads_of(module: nn.Module) -> int | None:
     return None
 
 
-def output_projection(module: nn.Module, values: Tensor) -> Tensor | None:
-    """The weight of the linear map that `module` applies to its heads' outputs, where its name and its size say so."""
-    for name in ("proj", "out_proj", "o_proj", "to_out", "c_proj"):
-        found = getattr(module, name, None)
+def output_projection(callers: Sequence[nn.Module], values: Tensor) -> Tensor | None:
+    """The weight of the linear map that is applied to the heads' outputs, where its name and its size say so.
+
+    callers: the modules that compute the attention, innermost first; in some models of Hugging Face the map belongs to
+    the second.
+    """
+    module = callers[0]
+    candidates = [getattr(module, name, None) for name in ("proj", "out_proj", "o_proj", "to_out", "c_proj")]
+    candidates += [getattr(getattr(parent, "output", None), "dense", None) for parent in callers[:2]]
+    for found in candidates:
         found = found[0] if isinstance(found, nn.Sequential) and len(found) else found
         weight = getattr(found, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == values.shape[1] * values.shape[3]:
@@ -373,13 +395,13 @@ def output_projection(module: nn.Module, values: Tensor) -> Tensor | None:
     return None
 
 
-def _fast_path(frame: FrameType, modules: dict[int, Any]) -> Any:
+def _fast_path(frame: FrameType, names: dict[int, str]) -> Any:
     """What nn.MultiheadAttention computes where it takes its fast path, which it leaves while a function mode is on.
 
     frame: of its forward. None where it would not have taken it.
     """
     module, query = frame.f_locals.get("self"), frame.f_locals.get("query")
-    if not isinstance(module, nn.MultiheadAttention) or id(module) not in modules or query is None:
+    if not isinstance(module, nn.MultiheadAttention) or id(module) not in names or query is None:
         return None
     given = frame.f_locals
     if module.training or given["attn_mask"] is not None or given["key_padding_mask"] is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attention_visualizer.errors import UserError
 
 Size = tuple[int, int]  # height, width
+LARGEST_CHANNELS = 16  # of images; a convolution of more works on features
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ class StatedLayout:
     """What a model says of its tokens in its attributes. None: it does not say."""
 
     patch_size: Size | None
-    num_prefix_tokens: int
+    num_prefix_tokens: int | None
     grid: Size | None
 
 
 def find_geometry(model: nn.Module) -> Geometry | None:
     """The geometry that `model`, or the first Vision Transformer inside it, states for its images; else None."""
     layout = stated_layout(model)
-    if layout.grid is None or layout.patch_size is None:
+    if layout.grid is None or layout.patch_size is None or layout.num_prefix_tokens is None:
         return None
     return Geometry(layout.grid, layout.num_prefix_tokens, layout.patch_size)
 
@@ -123,7 +124,13 @@ def patch_embedding(module: nn.Module) -> nn.Module | None:
 
 
 def size_of_patch(module: nn.Module) -> Size | None:
-    """As stated, or the stride of a convolution that cuts without overlap, or the lengths of einops' Rearrange."""
+    """Pixels from one patch to the next: a convolution's stride, what is stated, or the lengths in einops' Rearrange."""
+    own = module if isinstance(module, nn.Conv2d) else None
+    for name in ("proj", "projection"):
+        own = own or getattr(module, name, None)
+    convolution = own if isinstance(own, nn.Conv2d) and own.in_channels <= LARGEST_CHANNELS else None
+    if convolution is not None and convolution.stride != (1, 1):
+        return as_size(convolution.stride)
     stated = as_size(getattr(module, "patch_size", None))
     if stated is not None:
         return stated
@@ -136,29 +143,27 @@ def size_of_patch(module: nn.Module) -> Size | None:
     return None
 
 
-def num_prefix_tokens(model: nn.Module, owner: nn.Module) -> int:
-    """Class, distillation and register tokens, which all of the supported libraries put before the patches."""
+def num_prefix_tokens(model: nn.Module, owner: nn.Module) -> int | None:
+    """Class, distillation and register tokens before the patches. None where their place is not known.
+
+    Wherever there is a class token it comes first and registers follow it; registers alone may stand at the end.
+    """
     stated = getattr(owner, "num_prefix_tokens", None)
     if isinstance(stated, int):
         return stated
-    names = {
-        "cls_token",
-        "class_token",
-        "class_embedding",
-        "cls_embedding",
-        "dist_token",
-        "distillation_token",
-        "register_tokens",
-        "reg_token",
-    }
-    found = {}
     for module in (owner, model, *model.modules()):
-        for name, parameter in module.named_parameters(recurse=False):
-            if name in names and id(parameter) not in found:
-                found[id(parameter)] = parameter.shape[-2] if parameter.ndim > 1 else 1
-        if found:  # of one embedding module; others inside (a decoder's) are not this one's
-            break
-    return sum(found.values())
+        own = {name: value for name, value in module.named_parameters(recurse=False) if name in PREFIX_TOKENS}
+        if own:  # of one embedding module; others inside (a decoder's) are not this one's
+            if not any(name.startswith("cl") for name in own):
+                return None
+            return sum(value.shape[-2] if value.ndim > 1 else 1 for value in own.values())
+    return 0
+
+
+PREFIX_TOKENS = {
+    *("cls_token", "class_token", "class_embedding", "cls_embedding"),
+    *("dist_token", "distillation_token", "register_tokens", "reg_token"),
+}
 
 
 def as_size(value: Any) -> Size | None:
@@ -179,50 +184,68 @@ class GeometryFinder:
     def __init__(self, model: nn.Module, given: Geometry | None) -> None:
         self.given = given
         self.stated = stated_layout(model)
+        # Hiera keeps its tokens in the order of its pooling, not of the image.
+        self.reordered = any(hasattr(module, "unroll") or hasattr(module, "reroll") for module in model.modules())
+        self.whole_seen = False  # in this pass, a layer that asks from every patch
         self.refused: int | None = None  # the number of keys that the given geometry did not fit
         self.used = False
 
     def of_layer(
-        self, shape: torch.Size, callers: Sequence[nn.Module], images: torch.Size | None
+        self, index: int, shape: torch.Size, callers: Sequence[nn.Module], images: torch.Size | None
     ) -> Geometry | None:
-        """shape: [batch, head, query, key] of the weights; callers: innermost first; images: [batch, _, height, width].
+        """index: of the layer in this pass; shape: [batch, head, query, key] of its weights; callers: innermost first;
+        images: [batch, channel, height, width].
 
         None where maps of this layer cannot be put on the image.
         """
-        keys = shape[-1]
+        queries, keys = shape[-2:]
         if self.given is not None:
             if self.given.num_tokens != keys:
                 self.refused = keys
                 return None
             self.used = True
             return self.given
-        if images is None:
-            static = self.stated.grid, self.stated.patch_size
-            if static[0] is None or static[1] is None:
-                return None
-            plain = Geometry(static[0], self.stated.num_prefix_tokens, static[1])
-            return plain if plain.num_tokens == keys else None
-        grids = list(self._grids((images[-2], images[-1])))
-        if shape[0] == images[0]:
-            for prefix in dict.fromkeys((self.stated.num_prefix_tokens, 0)):
-                for grid, patch_size in grids:
-                    if prefix + math.prod(grid) == keys:
-                        return Geometry(grid, prefix, patch_size)
+        prefix = self.stated.num_prefix_tokens
+        if prefix is None or self.reordered:
             return None
-        return window_geometry(shape, callers, grids, images[0])
+        if images is None:
+            if self.stated.grid is None or self.stated.patch_size is None:
+                return None
+            plain = Geometry(self.stated.grid, prefix, self.stated.patch_size)
+            return plain if plain.num_tokens == keys else None
+        whole = list(self._whole_grids((images[-2], images[-1])))
+        windows = shape[0] // max(images[0], 1)
+        if index == 0:
+            self.whole_seen = False
+        sizes = {math.prod(grid) for grid, _ in whole}
+        asked = queries * windows
+        self.whole_seen = self.whole_seen or not sizes or asked in sizes or asked - prefix in sizes
+        # Fewer tokens than patches: deeper stages, or keys that were pooled. In a model that has not shown all of its
+        # patches before, they are a selection (masking, patch dropout), whose places nobody knows.
+        grids = [*whole, *(self._reduced_grids((images[-2], images[-1])) if self.whole_seen else ())]
+        if shape[0] != images[0]:
+            return window_geometry(shape, callers, grids, images[0])
+        for before in dict.fromkeys((prefix, 0)):
+            for grid, patch_size in grids:
+                if before + math.prod(grid) == keys:
+                    return Geometry(grid, before, patch_size)
+        return None
 
-    def _grids(self, image: Size) -> Iterator[tuple[Size, Size]]:
-        """Patch grids that the layers of a model can have on such an image, with the pixels of their patches."""
+    def _whole_grids(self, image: Size) -> Iterator[tuple[Size, Size]]:
+        """The stated patch grid on such an image, with the pixels of its patches."""
         if self.stated.patch_size is not None:
             height, width = self.stated.patch_size
             yield (image[0] // height, image[1] // width), (height, width)
             if self.stated.grid is not None and math.prod(self.stated.grid) > 1:
                 grid = self.stated.grid  # where patches overlap, their number is not the quotient
                 yield grid, (image[0] // grid[0], image[1] // grid[1])
-            strides = [(height * factor, width * factor) for factor in (2, 4, 8, 16)]
-        else:
-            strides = [(2**power, 2**power) for power in range(1, 7)]
-        for height, width in strides:  # deeper stages of a hierarchical model
+
+    def _reduced_grids(self, image: Size) -> Iterator[tuple[Size, Size]]:
+        strides = [(2**power, 2**power) for power in range(1, 7)]
+        if self.stated.patch_size is not None:
+            height, width = self.stated.patch_size
+            strides = [*((height * factor, width * factor) for factor in (2, 4, 8, 16)), *strides]
+        for height, width in strides:
             grid = -(-image[0] // height), -(-image[1] // width)
             if math.prod(grid) > 1:
                 yield grid, (height, width)
@@ -245,7 +268,7 @@ def window_geometry(
     window = next((size for size in sizes if size is not None), None)
     if window is None or math.prod(window) != shape[-1] or num_images == 0 or shape[0] % num_images:
         return None
-    stated = next((getattr(module, "shift_size") for module in callers if hasattr(module, "shift_size")), 0)
+    stated = next((module.shift_size for module in callers if hasattr(module, "shift_size")), 0)
     shift = (stated, stated) if isinstance(stated, int) else (stated[0], stated[1])
     for grid, patch_size in grids:
         geometry = Geometry(grid, 0, patch_size, window)
