@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from attention_visualizer.callbacks import AttentionLogger
     from attention_visualizer.visualizer import AttentionVisualizer
 
-__all__ = ["AttentionLogger", "AttentionVisualizer", "Geometry", "UserError", "VisionTransformer", "capture", "intervene"]
+__all__ = [
+    "AttentionLogger",
+    "AttentionVisualizer",
+    "Geometry",
+    "UserError",
+    "VisionTransformer",
+    "capture",
+    "intervene",
+]
 
 # Imported when first used: capturing needs neither Lightning nor matplotlib, which take seconds.
 _LATER = {"AttentionLogger": "callbacks", "AttentionVisualizer": "visualizer"}
