@@ -124,7 +124,7 @@ def patch_embedding(module: nn.Module) -> nn.Module | None:
 
 
 def size_of_patch(module: nn.Module) -> Size | None:
-    """Pixels from one patch to the next: a convolution's stride, what is stated, or the lengths in einops' Rearrange."""
+    """Pixels from one patch to the next: a convolution's stride, as stated, or the lengths in einops' Rearrange."""
     own = module if isinstance(module, nn.Conv2d) else None
     for name in ("proj", "projection"):
         own = own or getattr(module, name, None)
@@ -268,8 +268,9 @@ def window_geometry(
     window = next((size for size in sizes if size is not None), None)
     if window is None or math.prod(window) != shape[-1] or num_images == 0 or shape[0] % num_images:
         return None
-    stated = next((module.shift_size for module in callers if hasattr(module, "shift_size")), 0)
-    shift = (stated, stated) if isinstance(stated, int) else (stated[0], stated[1])
+    shifts: Any = (getattr(module, "shift_size", None) for module in callers)
+    stated = next((size for size in shifts if size is not None), 0)
+    shift = (stated, stated) if isinstance(stated, int) else (int(stated[0]), int(stated[1]))
     for grid, patch_size in grids:
         geometry = Geometry(grid, 0, patch_size, window)
         if math.prod(geometry.windows) * num_images == shape[0]:
