@@ -15,6 +15,8 @@ from attention_visualizer import command_line, storage
 from attention_visualizer.analysis import CHAPTERS, check_chapters, comprehensive, preparation
 from attention_visualizer.capture import CaptureError
 from attention_visualizer.errors import UserError
+from attention_visualizer.observation import RolloutOptions
+from attention_visualizer.pictures import Pictures
 
 # What each field of conf/analyze.yaml may be; null is allowed where it is the default.
 TYPES = {
@@ -24,9 +26,24 @@ TYPES = {
     "wrong": bool,
     "chapters": list,
     **dict.fromkeys(
-        ("ckpt", "run", "runs_dir", "image", "head_layers", "format", "output_dir", "data_dir", "device"), str
+        (
+            *("ckpt", "run", "runs_dir", "model_from", "images", "image", "head_layers", "rollout_fusion", "format"),
+            *("output_dir", "data_dir", "device"),
+        ),
+        str,
     ),
+    "rollout_discard": float,
 }
+
+
+KINDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    list: "a list such as [1,2]",
+    bool: "true or false",
+    str: "a text",
+}
+OPTIONAL = ("run", "model_from", "images", "samples", "class", "image", "chapters", "output_dir", "data_dir")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
@@ -43,22 +60,31 @@ def analyze(config: DictConfig) -> None:
     check_types(options)
     options["chapters"] = list(CHAPTERS) if options["chapters"] is None else options["chapters"]
     check_chapters(options["chapters"])
-    weights = preparation.find_weights(options["ckpt"], options["run"], options["runs_dir"])
+    check_sources(options)
+    if options["model_from"] is None:
+        weights = preparation.find_weights(options["ckpt"], options["run"], options["runs_dir"])
+    else:
+        weights = preparation.foreign_weights(options["model_from"], options["ckpt"])
     print(f"Checkpoint: {weights.text}")
     output = preparation.check_output(output_folder(options["output_dir"], weights))
-    data = preparation.load_data(weights.loaded, options["data_dir"])
+    pictures: Pictures
+    if options["images"] is None:
+        pictures = preparation.test_pictures(weights, preparation.load_data(weights.loaded, options["data_dir"]))
+    else:
+        pictures = preparation.folder_pictures(weights, options["images"])
     subjects = preparation.Subjects(
         options["num_samples"], options["samples"], options["class"], options["wrong"], options["image"]
     )
     study = preparation.prepare(
         weights,
-        data,
+        pictures,
         output,
         subjects,
         options["query"],
         options["device"],
         options["format"],
         options["head_layers"],
+        RolloutOptions(options["rollout_fusion"], options["rollout_discard"]),
     )
     command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
     report = comprehensive.write_analysis(study, command, options["chapters"])
@@ -71,13 +97,35 @@ def check_types(options: dict[str, Any]) -> None:
         raise UserError(f"{name}: there is no such field; see --help for those there are")
     for name, kind in TYPES.items():
         value = options[name]
-        optional = name in ("run", "samples", "class", "image", "chapters", "output_dir", "data_dir")
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        optional = name in OPTIONAL
+        kinds = (float, int) if kind is float else kind
+        right = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
         if not (right or (value is None and optional)):
-            wanted = {int: "a whole number", list: "a list such as [1,2]", bool: "true or false", str: "a text"}[kind]
+            wanted = {
+                int: "a whole number",
+                float: "a number",
+                list: "a list such as [1,2]",
+                bool: "true or false",
+                str: "a text",
+            }[kind]
             raise UserError(f"{name}={value}: give {wanted}")
     if any(not isinstance(index, int) or isinstance(index, bool) for index in options["samples"] or []):
         raise UserError(f"samples={options['samples']}: give whole numbers, such as samples=[12,57]")
+
+
+def check_sources(options: dict[str, Any]) -> None:
+    """Raises UserError for fields that speak of different models or pictures."""
+    if options["model_from"] is None:
+        return
+    if options["images"] is None:
+        raise UserError("model_from= is a model of another library: say which pictures with images=<folder>")
+    if options["ckpt"] in ("best", "last"):
+        raise UserError(
+            f"model_from={options['model_from']}: say which weights with ckpt=<file> (.safetensors, .pth), "
+            "ckpt=pretrained (downloads them) or ckpt=random"
+        )
+    if options["run"] is not None:
+        raise UserError("model_from= and run= speak of different models: leave one out")
 
 
 def reproducing_overrides(weights: preparation.Weights) -> list[str]:

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,6 +26,7 @@ import cv2
 import matplotlib
 import numpy as np
 import pytest
+import scipy.spatial.distance  # type: ignore[import-untyped]
 import torch
 from markdown_it import MarkdownIt
 from PIL import Image
@@ -48,7 +50,7 @@ LAYERS, HEADS = 3, 2
 SIZES: dict[str, Any] = {"embed_dim": 22, "num_heads": HEADS, "num_layers": LAYERS, "mlp_dim": 29}
 FRAMES = 5
 NOT_MNIST = "data: scikit-learn digits (not MNIST)"
-SAMPLE_FIGURES = ("attention_pattern", "attention_heads", "layer_comparison")
+SAMPLE_FIGURES = ("attention_pattern", "attention_heads", "layer_comparison", "attention_methods")
 STATISTICS_FIGURES = ("attention_statistics", "attention_statistics_by_head")
 
 
@@ -118,7 +120,7 @@ def history_of(model: VisionTransformer, digits: ImageDataModule) -> AttentionHi
         "labels": digits.splits["validation"][1][:3].numpy(),
         "class_names": np.array(digits.description.class_names),
         "data": np.array(digits.description.face_note),
-        "num_keys": np.array(seen.geometry.num_tokens),
+        "num_keys": np.array(seen.num_keys),
         "query": np.array(str(seen.query)),
     }
     return history
@@ -319,6 +321,15 @@ def test_the_report_tells_how_to_make_it_again_when_there_are_newer_runs(analysi
 # --- the numbers ---
 
 
+def independent_divergence(rows: Tensor) -> Tensor:
+    """Mean Jensen-Shannon divergence of each head's row from the others', [image, head, key] -> [image, head]."""
+    found = np.zeros(rows.shape[:2])
+    for one, other in permutations(range(rows.shape[1]), 2):
+        distance = scipy.spatial.distance.jensenshannon(rows[:, one], rows[:, other], axis=-1)
+        found[:, one] += distance**2 / (rows.shape[1] - 1)
+    return torch.tensor(found)
+
+
 def independent_statistics(model: VisionTransformer, images: Tensor) -> dict[str, np.ndarray]:
     """Each measure [image, layer, head], with float64 weights from a forward of this test's own."""
     double: Any = VisionTransformer(**model.config).eval().double()
@@ -326,7 +337,9 @@ def independent_statistics(model: VisionTransformer, images: Tensor) -> dict[str
     prefix = double.num_prefix_tokens
     rows, columns = np.divmod(np.arange(16), 4)
     distance = torch.tensor(7 * np.hypot(rows[:, None] - rows, columns[:, None] - columns))
-    found: dict[str, list[Tensor]] = {"entropy": [], "maximum": [], "mean": [], "distance": []}
+    found: dict[str, list[Tensor]] = {
+        name: [] for name in ("entropy", "maximum", "mean", "distance", "sink", "divergence")
+    }
     with torch.no_grad():
         tokens = double.embed(images.double())
         for block in double.blocks:
@@ -340,6 +353,8 @@ def independent_statistics(model: VisionTransformer, images: Tensor) -> dict[str
             patches = weights[:, :, prefix:, prefix:]
             spread = (patches * distance).sum(dim=-1) / patches.sum(dim=-1)
             found["distance"].append(spread.mean(dim=-1))
+            found["sink"].append(weights.mean(dim=2).amax(dim=-1))
+            found["divergence"].append(independent_divergence(readout.mean(dim=2)))
             tokens = block(tokens)
     return {name: torch.stack(layers, dim=1).numpy() for name, layers in found.items()}
 
@@ -351,7 +366,7 @@ def truth(model: VisionTransformer, digits: ImageDataModule) -> dict[str, np.nda
 
 def test_the_numbers_are_those_of_the_whole_test_set(analysis: Analysis, truth: dict[str, np.ndarray]) -> None:
     records = read_records(analysis.output)
-    assert len(records) == 4 * LAYERS * HEADS
+    assert len(records) == 6 * LAYERS * HEADS
     layers = json.loads((analysis.output / "attention_statistics.json").read_text())["chapters"]["statistics"]["layers"]
     for (measure, layer, head), record in records.items():
         values = truth[measure][:, layer - 1, head - 1]
@@ -365,6 +380,7 @@ def test_the_numbers_are_those_of_the_whole_test_set(analysis: Analysis, truth: 
 def test_quantiles_are_those_of_all_images_and_heads(analysis: Analysis, truth: dict[str, np.ndarray]) -> None:
     layers = json.loads((analysis.output / "attention_statistics.json").read_text())["chapters"]["statistics"]["layers"]
     widths = {"entropy": np.log(17), "maximum": 1.0, "mean": 1 / 16, "distance": 7 * np.hypot(3, 3)}
+    widths |= {"sink": 1.0, "divergence": np.log(2)}
     for measure, width in widths.items():
         for layer in range(LAYERS):
             for share, value in layers[layer][measure]["quantiles"].items():
@@ -428,18 +444,21 @@ def test_memory_does_not_grow_with_the_test_set(
 ) -> None:
     """What the model sees at once is bounded, and nothing of it is kept."""
     from attention_visualizer.analysis import statistics
-    from attention_visualizer.analysis.study import BATCH_SIZE, Study
+    from attention_visualizer.analysis.study import Study
+    from attention_visualizer.pictures import LabelledImages
 
-    study = Study(model, digits.description, torch.empty(0), torch.empty(0), tmp_path, "weights")
+    images = digits.splits["test"][0].repeat(5, 1, 1, 1)[:1307]
+    pictures = LabelledImages(digits.description, images, torch.zeros(1307, dtype=torch.long))
+    study = Study(model, pictures, tmp_path, "weights")
     sizes: list[int] = []
     handle = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     try:
-        images = digits.splits["test"][0].repeat(5, 1, 1, 1)[:1307]
-        summaries, _ = statistics.measure(study, images, torch.zeros(1307, dtype=torch.long))
+        measured = statistics.measure(study, study.batches())
     finally:
         handle.remove()
-    assert sum(sizes) == 1307 and max(sizes) <= BATCH_SIZE and len(sizes) > 2
-    assert all(summary.n == 1307 and summary.counts.shape == (LAYERS, HEADS, 512) for summary in summaries.values())
+    assert sum(sizes) == 1307 and max(sizes) <= 500 and len(sizes) > 2
+    for summary in measured.summaries.values():
+        assert summary.n == 1307 and summary.counts.shape == (LAYERS, HEADS, 512)
 
 
 # --- which checkpoint ---
@@ -657,13 +676,14 @@ def test_the_last_layers_heads_alone(one_run: Workplace) -> None:
     assert heights["all"] - heights["last"] == pytest.approx(2 * 134, abs=6)
 
 
-@pytest.mark.parametrize("chapters", [["heads"], ["statistics", "layers"], ["evolution"]])
+@pytest.mark.parametrize("chapters", [["heads"], ["statistics", "layers"], ["methods"], ["evolution"]])
 def test_only_the_chapters_that_were_asked_for(work: Workplace, model: VisionTransformer, chapters: list[str]) -> None:
     work.add_run("2025-01-01_00-00-00-000000", model, with_history=True)
     succeed(f"chapters=[{','.join(chapters)}]", "num_samples=2", "output_dir=deep/out", folder=work.path)
     files = {
         "heads": {f"attention_heads_sample_{number}.png" for number in range(2)},
         "layers": {f"layer_comparison_sample_{number}.png" for number in range(2)},
+        "methods": {f"attention_methods_sample_{number}.png" for number in range(2)},
         "statistics": {*(f"{stem}.png" for stem in STATISTICS_FIGURES), "attention_statistics.csv"},
         "evolution": {"attention_evolution.png", "attention_evolution.webp"},
     }
@@ -831,7 +851,7 @@ def test_without_any_checkpoint_it_says_how_to_train(tmp_path: Path, arguments: 
         ("samples=[1,a]", "samples"),
         ("samples=[7,300]", "from 0 to 299"),
         ("samples=[-1]", "from 0 to 299"),
-        ("chapters=[nope]", "patterns, heads, layers, statistics, evolution"),
+        ("chapters=[nope]", "patterns, heads, layers, methods, statistics, evolution"),
         ("chapters=[]", "patterns, heads"),
         ("chapters=patterns", "chapters=patterns"),
         ("chapters=[1]", "chapters="),

@@ -33,7 +33,7 @@ def subject(layers: int = LAYERS, heads: int = HEADS, grid: tuple[int, int] = GR
         "rollouts": rollouts[:, 1:].reshape(layers, *grid),
         "entropy": random.uniform(0, np.log(num_keys), (layers, heads)),
         "self_attention": rows[..., 0],
-        "num_keys": num_keys,
+        "num_keys": (num_keys,) * layers,
         "query": "cls",
         "true_class": "3",
         "predicted_class": "8",
@@ -81,7 +81,7 @@ def every_figure(of: Subject, note: str = NOTE) -> dict[str, Picture]:
         "heads": figures.head_grid(of, HEADLINE, SUBTITLE, note),
         "last heads": figures.head_grid(of, HEADLINE, SUBTITLE, note, layers=[len(of.maps) - 1]),
         "comparison": figures.layer_comparison(of, HEADLINE, SUBTITLE, note),
-        "entropy": figures.entropy_heat_map(of.entropy, np.log(of.num_keys), HEADLINE, note),
+        "entropy": figures.entropy_heat_map(of.entropy, np.log(max(of.num_keys)), HEADLINE, note),
     }
 
 
@@ -214,7 +214,7 @@ def test_the_probe_sheet_has_a_row_for_each_probe_image() -> None:
 
 def test_a_probe_image_of_unknown_class_says_so() -> None:
     fixed, frame = probe(["zero", "one"], label=-1)
-    assert "true ?" in texts(figures.probe_sheet(fixed, frame, "step 0"))
+    assert "image 2" in texts(figures.probe_sheet(fixed, frame, "step 0"))
 
 
 def test_frames_of_one_animation_have_one_size() -> None:
@@ -275,7 +275,9 @@ def test_a_subject_is_one_image_of_an_observation() -> None:
     random = np.random.default_rng(1)
     seen = Observation(
         "cls",
-        Geometry(GRID, 1, (3, 5)),
+        (Geometry(GRID, 1, (3, 5)),) * LAYERS,
+        ("blocks.0", "blocks.1", "blocks.2"),
+        (),
         head_maps=random.random((2, LAYERS, HEADS, *GRID)),
         rollouts=random.random((2, LAYERS, *GRID)),
         entropy=random.random((2, LAYERS, HEADS)),
@@ -287,7 +289,7 @@ def test_a_subject_is_one_image_of_an_observation() -> None:
     )
     image = np.zeros((6, 35, 1), np.uint8)
     of = Subject.of(seen, 1, image, "b", ["a", "b", "c"])
-    assert (of.true_class, of.predicted_class, of.probability, of.num_keys) == ("b", "c", 0.75, NUM_KEYS)
+    assert (of.true_class, of.predicted_class, of.probability, of.num_keys) == ("b", "c", 0.75, (NUM_KEYS,) * LAYERS)
     np.testing.assert_array_equal(of.maps, seen.head_maps[1].mean(axis=1))
     np.testing.assert_array_equal(of.rollouts, seen.rollouts[1])
     assert seen.self_attention is not None and of.self_attention is not None

@@ -76,3 +76,68 @@ def test_timms_geometry_is_found_with_registers_and_an_oblong_image() -> None:
 
 def test_a_model_that_states_none_has_none() -> None:
     assert find_geometry(nn.TransformerEncoderLayer(8, 2, 16)) is None
+
+
+# --- windows ---
+
+
+def windows_of(grid: torch.Tensor, window: tuple[int, int], shift: tuple[int, int]) -> torch.Tensor:
+    """[image, height, width] -> [image * windows, patch], patch by patch as Swin does: rolled towards the start, cut
+    row by row, and filled up with -1 where windows reach beyond the edge."""
+    images, height, width = grid.shape
+    found = []
+    for image in range(images):
+        for top in range(0, height, window[0]):
+            for left in range(0, width, window[1]):
+                patches = []
+                for row in range(top, top + window[0]):
+                    for column in range(left, left + window[1]):
+                        inside = row < height and column < width
+                        source = ((row + shift[0]) % height, (column + shift[1]) % width)
+                        patches.append(float(grid[image][source]) if inside else -1.0)
+                found.append(patches)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "shift"),
+    [
+        ((6, 10), (3, 5), (0, 0)),
+        ((6, 10), (3, 5), (1, 2)),
+        ((6, 10), (2, 5), (1, 0)),
+        ((4, 4), (2, 2), (1, 1)),
+        ((7, 11), (3, 5), (0, 0)),  # windows reach beyond the edge
+        ((2, 9), (2, 3), (0, 1)),
+    ],
+)
+def test_every_patch_of_every_window_lands_where_it_came_from(
+    grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+) -> None:
+    geometry = Geometry(grid, 0, (3, 7), window, shift)
+    patches = torch.arange(3 * grid[0] * grid[1], dtype=torch.float32).view(3, *grid)
+    cut = windows_of(patches, window, shift)
+    assert len(cut) == 3 * geometry.windows[0] * geometry.windows[1]
+    assert geometry.num_patches == geometry.num_tokens == window[0] * window[1]
+    assert torch.equal(geometry.to_map(cut), patches)
+    with_heads = torch.stack([cut, -cut], dim=1)
+    assert torch.equal(geometry.to_map(with_heads), torch.stack([patches, -patches], dim=1))
+
+
+def test_an_image_is_the_mean_of_its_windows() -> None:
+    geometry = Geometry((4, 6), 0, (3, 7), (2, 3))
+    values = torch.randn(3 * 4, 5, generator=torch.Generator().manual_seed(0))
+    expected = [
+        [float(sum(values[4 * image + part, i] for part in range(4))) / 4 for i in range(5)] for image in range(3)
+    ]
+    torch.testing.assert_close(geometry.per_image(values), torch.tensor(expected))
+    assert GEOMETRY.per_image(values) is values
+
+
+def test_a_query_in_a_window_is_refused() -> None:
+    with pytest.raises(UserError, match="attends inside windows"):
+        Geometry((4, 6), 0, (3, 7), (2, 3)).token_of_patch(1, 2)
+
+
+def test_the_centres_of_a_window_are_counted_from_its_own_corner() -> None:
+    centers = Geometry((4, 6), 0, (3, 7), (2, 3)).patch_centers()
+    assert centers.tolist() == [[1.5, 3.5], [1.5, 10.5], [1.5, 17.5], [4.5, 3.5], [4.5, 10.5], [4.5, 17.5]]

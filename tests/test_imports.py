@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Top down. A folder's modules belong where the folder is; __init__.py only passes names on.
 LEVELS = {
-    "applications": {"visualizer", "callbacks", "training", "analysis", "command_line", "configuration"},
+    "applications": {"visualizer", "callbacks", "loggers", "training", "analysis", "command_line", "configuration"},
     "views": {"panels", "charts", "attention_figures", "chapter", "report"},
     "core": {
         "model",
@@ -33,6 +33,13 @@ LEVELS = {
         "measures",
         "statistics",
         "observation",
+        "explanations",
+        "prediction",
+        "model_search",
+        "probes",
+        "validation_watch",
+        "pictures",
+        "foreign_models",
         "history",
         "geometry",
         "progress",

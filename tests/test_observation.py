@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats  # type: ignore[import-untyped]
+import timm
+import timm.models.swin_transformer as timm_swin
 import timm.models.vision_transformer as timm_vit
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from attention_visualizer import measures
 from attention_visualizer.capture import CaptureError, capture
 from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.measures import Query
 from attention_visualizer.model import VisionTransformer
-from attention_visualizer.observation import observe
+from attention_visualizer.observation import RolloutOptions, observe
 
 # 2 images, 7 layers, 3 heads, a 5 x 11 grid: no two alike. timm's model takes oblong images, ours square ones.
 IMAGES, LAYERS, HEADS, GRID = 2, 7, 3, (5, 11)
@@ -87,7 +91,7 @@ def test_arrays_are_those_of_the_models_attention(query: Query) -> None:
     weights = captured_weights(model, images)
     rows = rows_of(weights, query, prefix)
 
-    assert seen.query == query and seen.geometry == Geometry(GRID, prefix, (3, 3))
+    assert seen.query == query and set(seen.geometries) == {Geometry(GRID, prefix, (3, 3))}
     assert seen.head_maps.shape == (IMAGES, LAYERS, HEADS, *GRID)
     expected_maps = rows.mean(axis=-2)[..., prefix:].reshape(seen.head_maps.shape)
     np.testing.assert_allclose(seen.head_maps, expected_maps, atol=1e-6)
@@ -172,7 +176,7 @@ def test_what_cannot_be_asked() -> None:
     with pytest.raises(UserError, match="outside the 5 x 11 patch grid"):
         observe(model, images, (5, 0))
     without = oblong_model(class_token=False, global_pool="avg")
-    with pytest.raises(ValueError, match="no class token"):
+    with pytest.raises(UserError, match="no class token: use query=patches"):
         observe(without, images, "cls")
     with pytest.raises(CaptureError, match="no attention"):
         observe(nn.Sequential(nn.Flatten(), nn.Linear(15 * 33, 13)), images)
@@ -180,5 +184,102 @@ def test_what_cannot_be_asked() -> None:
 
 def test_a_model_whose_grid_is_not_known_is_refused() -> None:
     blocks: Any = oblong_model().blocks
-    with pytest.raises(ValueError, match=r"patch grid of 0\.attn is not known"):
+    with pytest.raises(UserError, match=r"not known where .* geometry=Geometry"):
         observe(blocks, torch.randn(IMAGES, 56, 21))
+
+
+# --- layers that differ ---
+
+
+def swin() -> nn.Module:
+    """Windows of 3 x 3 patches on a 6 x 12 grid of 2 pixels, shifted in every second layer; then 3 x 6 patches."""
+    torch.manual_seed(0)
+    model = timm_swin.SwinTransformer(
+        img_size=(12, 24),
+        patch_size=2,
+        window_size=3,
+        in_chans=1,
+        embed_dim=8,
+        depths=(2, 1),
+        num_heads=(2, 4),
+        num_classes=5,
+    )
+    return sharpen(model)
+
+
+def test_windows_and_stages_are_put_together_on_the_finest_grid() -> None:
+    model, images = swin(), torch.randn(IMAGES, 1, 12, 24)
+    seen = observe(model, images)
+    assert [geometry.grid for geometry in seen.geometries] == [(6, 12), (6, 12), (3, 6)]
+    assert seen.num_keys == (9, 9, 9) and seen.left_out == () and seen.query == "patches"
+    assert seen.head_maps.shape == (IMAGES, 3, 4, 6, 12) and seen.rollouts is None and seen.self_attention is None
+    assert np.isnan(seen.head_maps[:, :2, 2:]).all() and not np.isnan(seen.head_maps[:, 2]).any()
+    assert np.isnan(seen.entropy[:, 0]).tolist() == [[False, False, True, True]] * IMAGES
+    with torch.no_grad(), capture(model) as attention:
+        model(images)
+    weights = attention[1].weights.double().numpy()  # (2 images x 2 x 4 windows, head, query, key)
+    for image, down, across, row, column in product(range(IMAGES), range(2), range(4), range(3), range(3)):
+        window = weights[(image * 2 + down) * 4 + across]
+        received = window.mean(axis=1)[:, row * 3 + column]
+        place = (3 * down + row + 1) % 6, (3 * across + column + 1) % 12  # rolled by one patch
+        np.testing.assert_allclose(seen.head_maps[image, 1, :2, *place], received, atol=1e-6)
+    last = attention[2].weights.double().numpy()
+    for row, column in product(range(6), range(12)):
+        y, x = row // 2, column // 2
+        np.testing.assert_allclose(
+            seen.head_maps[1, 2, :, row, column], last[2 + x // 3].mean(axis=1)[:, y * 3 + x % 3], atol=1e-6
+        )
+
+
+def test_each_windows_map_sums_to_one_and_entropy_is_the_mean_over_windows() -> None:
+    model, images = swin(), torch.randn(IMAGES, 1, 12, 24)
+    seen = observe(model, images)
+    np.testing.assert_allclose(seen.head_maps[:, 0, :2].sum(axis=(-2, -1)), 8, atol=1e-4)  # eight windows
+    with torch.no_grad(), capture(model) as attention:
+        model(images)
+    weights = attention[0].weights.double().numpy()
+    rows = -(weights * np.log(weights)).sum(axis=-1).mean(axis=-1)
+    np.testing.assert_allclose(seen.entropy[:, 0, :2], rows.reshape(IMAGES, 8, 2).mean(axis=1), atol=1e-5)
+
+
+def test_a_patch_inside_windows_cannot_be_asked() -> None:
+    with pytest.raises(UserError, match="inside windows: use query=patches"):
+        observe(swin(), torch.randn(IMAGES, 1, 12, 24), (0, 0))
+
+
+def test_layers_without_a_place_are_left_out_and_named() -> None:
+    model = timm.create_model("xcit_nano_12_p8_224", img_size=32, num_classes=3, depth=2)
+    seen = observe(sharpen(model), torch.randn(IMAGES, 3, 32, 32))
+    assert seen.left_out == ("blocks.0.attn", "blocks.1.attn")  # attention between channels
+    assert seen.layer_names == ("cls_attn_blocks.0.attn", "cls_attn_blocks.1.attn")
+    assert seen.head_maps.shape[-2:] == (4, 4)
+
+
+def test_a_pooling_query_is_asked_where_there_is_one() -> None:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, num_classes=3, depth=2, class_token=False, global_pool="map"
+    )
+    images = torch.randn(IMAGES, 3, 64, 64)
+    seen = observe(sharpen(model), images)
+    with torch.no_grad(), capture(model) as attention:
+        model(images)
+    assert attention[2].weights.shape[2] == 1
+    np.testing.assert_allclose(seen.head_maps[:, 2].reshape(IMAGES, 3, 16), attention[2].weights[:, :, 0], atol=1e-6)
+    assert np.isnan(seen.distance[:, 2]).all() and not np.isnan(seen.distance[:, :2]).any()
+
+
+def test_a_model_that_classifies_nothing_predicts_nothing() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=1)
+    seen = observe(sharpen(model), torch.randn(IMAGES, 3, 32, 32))
+    assert (seen.predicted == -1).all() and np.isnan(seen.probability).all()
+
+
+@pytest.mark.parametrize("fusion", ["mean", "max", "min"])
+def test_rollout_options_are_passed_on(fusion: Any) -> None:
+    model, images = oblong_model(), oblong_images()
+    seen = observe(model, images, rollout=RolloutOptions(fusion, 0.3))
+    with torch.no_grad(), capture(model) as attention:
+        model(images)
+    rollout = measures.attention_rollout([layer.weights for layer in attention], fusion, 0.3)
+    assert seen.rollouts is not None
+    np.testing.assert_allclose(seen.rollouts[:, -1].reshape(IMAGES, -1), rollout[:, 0, 1:], atol=1e-6)

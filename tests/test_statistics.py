@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attention_visualizer.capture import AttentionLayer
+from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.statistics import (
+    ALL_MEASURES,
     MEASURES,
     NUM_BINS,
     AttentionStatistics,
@@ -243,14 +245,64 @@ def test_sums_are_exact_for_many_images() -> None:
 # --- wrong use ---
 
 
-def test_layers_need_a_known_grid() -> None:
-    with pytest.raises(ValueError, match=r"patch grid of blocks\.0\.attn is not known"):
-        AttentionStatistics().update(layer_of(0, random_weights()[0], geometry=None))
+def test_layers_without_a_known_grid_are_left_out_and_named() -> None:
+    statistics = AttentionStatistics()
+    weights = random_weights()
+    statistics.update(layer_of(0, weights[0], geometry=None))
+    with pytest.raises(UserError, match=r"not known where .* geometry=Geometry"):
+        statistics.compute()
+    statistics.update(layer_of(1, weights[1]))
+    assert list(statistics.left_out) == ["blocks.0.attn"] and statistics.layer_names == ["blocks.1.attn"]
+    expected = feed(AttentionStatistics(), [weights[1]]).compute()
+    assert_same(statistics.compute(), expected)
 
 
-def test_layers_come_in_order() -> None:
-    with pytest.raises((IndexError, ValueError)):
-        AttentionStatistics().update(layer_of(1, random_weights()[1]))
+def test_images_of_another_size_are_left_out_and_named() -> None:
+    weights = random_weights()
+    statistics = feed(AttentionStatistics(), weights)
+    before = statistics.compute()
+    feed(statistics, random_weights(geometry=OTHER_GRID), OTHER_GRID)
+    assert_same(statistics.compute(), before)
+    assert set(statistics.left_out) == set(statistics.layer_names) and statistics.num_images == IMAGES
+
+
+def test_layers_of_other_grids_and_heads_stand_side_by_side() -> None:
+    """What a layer lacks is NaN and without counts; the others are as if they were alone."""
+    first, second = random_weights()[0], random_weights(geometry=OTHER_GRID, heads=2)[0]
+    both = AttentionStatistics(ALL_MEASURES)
+    both.update(layer_of(0, first))
+    both.update(layer_of(1, second, OTHER_GRID))
+    alone = AttentionStatistics(ALL_MEASURES)
+    alone.update(layer_of(1, second, OTHER_GRID))
+    for name, summary in both.compute().items():
+        expected = alone.compute()[name]
+        np.testing.assert_array_equal(summary.mean[1, :2], expected.mean[0])
+        assert np.isnan(summary.mean[1, 2:]).all() and not summary.counts[1, 2:].any()
+        assert summary.counts[1].sum() == 2 * IMAGES
+        np.testing.assert_allclose(
+            summary.quantiles((0.3, 0.9))[1], expected.quantiles((0.3, 0.9))[0], atol=2 * np.diff(summary.edges)[0]
+        )
+
+
+def test_windows_of_an_image_count_once() -> None:
+    geometry = Geometry((4, 6), 0, (2, 2), window=(2, 3))
+    weights = torch.rand(5 * 4, HEADS, 6, 6).softmax(dim=-1)
+    statistics = AttentionStatistics(ALL_MEASURES)
+    statistics.update(layer_of(0, weights, geometry))
+    summary = statistics.compute()["entropy"]
+    assert summary.n == statistics.num_images == 5
+    rows = -(weights * weights.log()).sum(dim=-1).mean(dim=-1)
+    np.testing.assert_allclose(summary.mean[0], rows.mean(dim=0), rtol=1e-5)
+
+
+def test_measures_that_do_not_apply_are_nan() -> None:
+    """A pooling query has no place, and a single head no others to differ from."""
+    statistics = AttentionStatistics(ALL_MEASURES)
+    statistics.update(layer_of(0, random_weights(heads=1)[0][:, :, :1]))
+    summaries = statistics.compute()
+    for name in ("distance", "divergence"):
+        assert np.isnan(summaries[name].mean).all() and np.isnan(summaries[name].quantiles((0.5,))).all()
+    assert not np.isnan(summaries["sink"].mean).any()
 
 
 def test_another_number_of_heads_is_refused() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 Source = Literal["rebuilt", "multiplied"]
+StatedHeads = tuple[int | None, int | None]  # number of heads and of images, None: not known
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,30 @@ def largest(values: Tensor) -> float:
 class HeadLayout:
     """Brings [..., row, column] into [batch, head, row, column] and back.
 
-    One leading axis is the batch, or batch times heads where `num_heads` (None: not known) divides it; of more than
-    two, as in attention inside windows, the one of that size is the heads and the others count as the batch.
+    num_heads, batch: as the module and the images state them, None where they do not. One leading axis is the batch,
+    or batch times heads where `num_heads` divides it; of several, the one of that size is the heads, or all but the
+    first together (groups of heads that share keys), and the others count as the batch.
     """
 
-    def __init__(self, leading: Sequence[int], num_heads: int | None) -> None:
+    def __init__(self, leading: Sequence[int], num_heads: int | None, batch: int | None = None) -> None:
         self.leading = tuple(leading)
-        count = len(self.leading)
-        if count == 1 and num_heads and num_heads > 1 and self.leading[0] % num_heads == 0:
-            self.leading_split: tuple[int, ...] = (self.leading[0] // num_heads, num_heads)
-            count = 2
-        else:
-            self.leading_split = self.leading
-        fitting = [axis for axis, size in enumerate(self.leading_split) if axis > 0 and size == num_heads]
-        self.head_axis = None if count < 2 else 1 if count == 2 else fitting[-1] if fitting else count - 1
+        split = self.leading
+        if num_heads is not None and num_heads > 1:
+            if len(split) == 1 and split[0] % num_heads == 0 and split[0] != batch:
+                split = (split[0] // num_heads, num_heads)
+            elif num_heads not in split[1:] and math.prod(split[1:]) == num_heads:
+                split = (split[0], num_heads)
+            elif len(split) > 1 and num_heads not in split and batch is not None and split[0] == batch * num_heads:
+                split = (batch, num_heads, *split[1:])  # blocks of an image follow
+        self.leading_split = split
+        fitting = [axis for axis, size in enumerate(split) if axis > 0 and size == num_heads]
+        self.head_axis: int | None = len(split) - 1
+        if fitting:
+            self.head_axis = fitting[-1]
+        elif len(split) < 2 or num_heads == 1:
+            self.head_axis = None
+        elif split[0] == num_heads and split[1] == batch:
+            self.head_axis = 0
 
     def apply(self, tensor: Tensor) -> Tensor:
         tail = tensor.shape[-2:]
@@ -91,24 +103,47 @@ class HeadLayout:
 # --- fused -----------------------------------------------------------------------------------------------------
 
 
-def fused_call(num_heads: int | None, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
-    """From the arguments of `scaled_dot_product_attention` and its output."""
+def fused_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    return args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+
+
+def random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextmanager
+def random_numbers(device: torch.device, state: Tensor | None) -> Iterator[None]:
+    """Inside, random numbers follow `state` (None: the present one); afterwards they go on as if nothing was drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if state is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        elif state is not None:
+            torch.set_rng_state(state)
+        yield
+
+
+def fused_call(
+    heads: StatedHeads, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: Tensor | None = None
+) -> AttentionCall:
+    """From the arguments of `scaled_dot_product_attention` and its output. before: the random state of its dropout."""
     weights, values = attention_weights(*args, **kwargs)
-    layout = HeadLayout(weights.shape[:-2], num_heads)
+    layout = HeadLayout(weights.shape[:-2], *heads)
     values = values.expand(*weights.shape[:-2], *values.shape[-2:])
-    dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    dropout = fused_dropout(args, kwargs)
     expected = output
     if dropout:  # the model's own output without its random part, to compare with
         args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
         kwargs = kwargs if len(args) > 4 else {**kwargs, "dropout_p": 0.0}
-        expected = F.scaled_dot_product_attention(*args, **kwargs)
+        with random_numbers(output.device, None):
+            expected = F.scaled_dot_product_attention(*args, **kwargs)
 
     def multiply(weights: Tensor) -> Tensor:
         with torch.autocast(values.device.type, enabled=False):  # which would round the product
             return weights @ values
 
     def replay(other: Tensor) -> Tensor:
-        return multiply(F.dropout(layout.restore(other), dropout)).to(output.dtype)
+        with random_numbers(output.device, before):
+            return multiply(F.dropout(layout.restore(other), dropout)).to(output.dtype)
 
     return AttentionCall(
         layout.apply(weights), layout.apply(values), "rebuilt", multiply(weights), expected, largest(values), replay
@@ -166,16 +201,19 @@ multi_head_body = FunctionType(
 # --- by hand ---------------------------------------------------------------------------------------------------
 
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
-PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul}
+PRODUCTS |= {torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
 REVERSED_PRODUCTS = {Tensor.__rmatmul__}
 SCORES = PRODUCTS | REVERSED_PRODUCTS | {torch.einsum, torch.baddbmm, Tensor.baddbmm, torch.cdist}
 DROPOUT = {F.dropout, torch.dropout}
-NORMS = {F.layer_norm, F.group_norm, F.batch_norm, F.rms_norm, F.instance_norm}
+NORMS = {F.layer_norm, F.group_norm, F.rms_norm}
+LEARNT_MAPS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 REORDERINGS = {
     getattr(namespace, name)
     for namespace in (torch, Tensor)
-    for name in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t")
+    for name in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint")
 }
+REORDERINGS |= {Tensor.transpose_, Tensor.swapaxes_, Tensor.swapdims_, Tensor.t_}
 REORDERINGS |= {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 
 
@@ -183,12 +221,12 @@ REORDERINGS |= {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")
 class Followed:
     """What is known of a tensor on its way: "scores" come from a product, "weights" from their softmax.
 
-    key_axis: counted from 0. Where there was dropout, `before` are the weights without it and `mask` what it multiplied
-    them with.
+    key_axis: counted from 0, None of scores that were reshaped. Where there was dropout, `before` are the weights
+    without it and `mask` what it multiplied them with.
     """
 
     kind: Literal["scores", "weights"]
-    key_axis: int
+    key_axis: int | None
     before: Tensor | None = None
     mask: Tensor | None = None
 
@@ -228,8 +266,8 @@ class HandWrittenAttention:
                 self.known[output] = Followed("weights", softmax_axis(output, args, kwargs))
         elif function in SCORES and (found is None or found[1].kind == "scores"):
             if isinstance(output, Tensor) and output.ndim >= 2 and output.is_floating_point():
-                self.known[output] = Followed("scores", output.ndim - 1)
-        elif found is not None and not (found[1].kind == "scores" and function in NORMS):
+                self.known[output] = Followed("scores", score_axis(function, output, args))
+        elif found is not None and not (found[1].kind == "scores" and _makes_features(function, found, args, kwargs)):
             self._follow(function, *found, output, args, kwargs)
         return output
 
@@ -242,20 +280,20 @@ class HandWrittenAttention:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        results = list(tensors_of(output if isinstance(output, tuple | list) else (output,)))
-        parts = [(known.before, known.mask)] * len(results)
-        if known.mask is not None and not (results and results[0] is tensor):  # the same step without dropout
+        def results_of(step: Any) -> list[Tensor]:
+            return [tensor] if in_place else list(tensors_of(step if isinstance(step, tuple | list) else (step,)))
+
+        in_place = output is tensor or (output is None and args and args[0] is tensor)
+        results = results_of(output)
+        parts: list[tuple[Tensor | None, ...]] = [(known.before, known.mask)] * len(results)
+        if known.before is not None and known.mask is not None:  # the same step without dropout
+            alone = [part.clone() if in_place else part for part in (known.before, known.mask)]
             with torch._C.DisableTorchFunction():
-                steps = [
-                    function(*exchanged(args, tensor, part), **exchanged(kwargs, tensor, part))
-                    for part in (known.before, known.mask)
-                ]
-            parts = list(
-                zip(*(tensors_of(step if isinstance(step, tuple | list) else (step,)) for step in steps), strict=True)
-            )
+                steps = [function(*exchanged(args, tensor, part), **exchanged(kwargs, tensor, part)) for part in alone]
+            parts = [tuple(alone)] if in_place else list(zip(*map(results_of, steps), strict=True))
         for result, (before, mask) in zip(results, parts, strict=False):
             axis = self._key_axis_after(function, tensor, known, result, args, kwargs)
-            if axis is not None and result.is_floating_point():
+            if (axis is not None or known.kind == "scores") and result.is_floating_point():
                 self.known[result] = Followed(known.kind, axis, before, mask)
 
     def _dropout(
@@ -287,6 +325,8 @@ class HandWrittenAttention:
         kwargs: dict[str, Any],
     ) -> int | None:
         """Where the keys are in `result`; None where they have been mixed or lost."""
+        if known.key_axis is None:
+            return None
         if function in REORDERINGS:
             # Sizes that are all different tell where an axis goes.
             marker = torch.empty(tuple(range(2, 2 + tensor.ndim)), device="meta")
@@ -303,15 +343,31 @@ class HandWrittenAttention:
                     return parsed.output.index(label) if label in parsed.output else None
             return None
         if function in PRODUCTS or function in REVERSED_PRODUCTS:
+            return self._key_axis_of_product(tensor, known.key_axis, result, product_operands(function, args, kwargs))
+        from_end = known.key_axis - tensor.ndim
+        if known.kind == "scores" and result.shape[min(from_end, -2) :] != tensor.shape[min(from_end, -2) :]:
             return None
-        size, from_end = tensor.shape[known.key_axis], known.key_axis - tensor.ndim
         if result.ndim == tensor.ndim:
-            axis: int | None = known.key_axis
-        else:  # a reshaping or an index: of what is at the end, the keys stay there
-            axis = result.ndim + from_end if from_end >= -2 and result.ndim + from_end >= 0 else None
-        if axis is None or (result.shape[axis] != size and result.ndim != tensor.ndim):
+            axis = known.key_axis
+            return None if result.shape[axis] == 1 and tensor.shape[axis] > 1 else axis
+        # A reshaping or an index: what is at the end, unchanged, stays there.
+        same_end = result.shape[from_end:] == tensor.shape[from_end:]
+        return result.ndim + from_end if same_end and result.ndim >= -from_end else None
+
+    def _key_axis_of_product(
+        self, tensor: Tensor, key_axis: int, result: Tensor, operands: tuple[Tensor, Tensor] | None
+    ) -> int | None:
+        """Of weights that were multiplied with something that are no values: a mixing of heads, or other weights."""
+        if operands is None or min(operand.ndim for operand in operands) < 2:
             return None
-        return None if result.shape[axis] == 1 and size > 1 else axis
+        left, right = operands
+        if left is tensor and key_axis == tensor.ndim - 1:
+            other = self.known.get(right)
+            of_weights = other is not None and other.kind == "weights" and other.key_axis == right.ndim - 1
+            return result.ndim - 1 if of_weights else None
+        if right is tensor and key_axis == tensor.ndim - 2:
+            return None
+        return result.ndim + key_axis - tensor.ndim
 
     def product(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -325,10 +381,12 @@ class HandWrittenAttention:
         tensor, known = found
         if function is torch.einsum:
             return einsum_product(tensor, known, args)
-        operands = list(tensors_of((*args, *kwargs.values())))
-        if len(operands) != 2 or function not in PRODUCTS | REVERSED_PRODUCTS or min(o.ndim for o in operands) < 2:
+        operands = product_operands(function, args, kwargs)
+        if operands is None or min(operand.ndim for operand in operands) < 2:
             return None
-        left, right = operands if function in PRODUCTS else reversed(operands)
+        left, right = operands
+        if all(operand in self.known and self.known[operand].kind == "weights" for operand in operands):
+            return None  # a product of attentions, itself one
         if left is tensor and known.key_axis == tensor.ndim - 1:
             return HandWrittenProduct(tensor, known, _same, right, _same, _same, _same)
         if right is tensor and known.key_axis == tensor.ndim - 2:  # values' @ weights'
@@ -353,7 +411,7 @@ class HandWrittenProduct:
 
     def call(
         self,
-        num_heads: int | None,
+        heads: StatedHeads,
         function: Callable[..., Any],
         output: Tensor,
         args: tuple[Any, ...],
@@ -362,7 +420,7 @@ class HandWrittenProduct:
         multiplied, before, mask = self.tensor, self.known.before, self.known.mask
         dropped = multiplied if before is None or mask is None else before * mask
         form = self.to_weights(dropped)
-        layout = HeadLayout(form.shape[:-2], num_heads)
+        layout = HeadLayout(form.shape[:-2], *heads)
         dtype = torch.promote_types(multiplied.dtype, torch.float32)
         weights = layout.apply(form if before is None else self.to_weights(before)).to(dtype)
         values = self.to_values(self.other).to(dtype)
@@ -426,7 +484,7 @@ def einsum_labels(args: tuple[Any, ...]) -> EinsumLabels | None:
 
 def einsum_product(tensor: Tensor, known: Followed, args: tuple[Any, ...]) -> HandWrittenProduct | None:
     labels = einsum_labels(args)
-    if labels is None or len(labels.operands) != 2:
+    if labels is None or len(labels.operands) != 2 or known.key_axis is None:
         return None
     own, other = (0, 1) if labels.operands[0] is tensor else (1, 0)
     mine, theirs, output = labels.inputs[own], labels.inputs[other], labels.output
@@ -434,37 +492,72 @@ def einsum_product(tensor: Tensor, known: Followed, args: tuple[Any, ...]) -> Ha
     if key in output or key not in theirs or any(len(set(one)) < len(one) for one in (mine, theirs)):
         return None
     rest = [letter for letter in mine if letter != key]
-    queries = [letter for letter in rest if letter not in theirs] or rest[-1:]
+    query = next((letter for letter in rest if letter not in theirs), "")  # none: a single query
     columns = [letter for letter in theirs if letter not in mine]
-    if any(letter not in output for letter in rest + columns) or not rest:
+    if any(letter not in output for letter in rest + columns):
         return None
-    leading = [letter for letter in rest if letter != queries[0]]
+    leading = [letter for letter in rest if letter != query]
     shared = [letter for letter in leading if letter in theirs]
     gaps = [slice(None) if letter in shared else None for letter in leading]
-    weights_order = "".join([*leading, queries[0], key])
+    weights_order = "".join([*leading, query, key])
+
+    def to_weights(weights: Tensor) -> Tensor:
+        moved = torch.einsum(f"{mine}->{weights_order}", weights)
+        return moved if query else moved[..., None, :]
+
+    def from_weights(weights: Tensor) -> Tensor:
+        return torch.einsum(f"{weights_order}->{mine}", weights if query else weights.squeeze(-2))
 
     def to_values(values: Tensor) -> Tensor:
         moved = torch.einsum(f"{theirs}->{''.join(shared)}{key}{''.join(columns)}", values)
         return moved.flatten(len(shared) + 1)[tuple(gaps)] if columns else moved[(*gaps, ..., None)]
 
     def to_output(result: Tensor) -> Tensor:
-        moved = torch.einsum(f"{output}->{''.join(leading)}{queries[0]}{''.join(columns)}", result)
+        moved = torch.einsum(f"{output}->{''.join(leading)}{query}{''.join(columns)}", result)
+        moved = moved if query else moved.unsqueeze(len(leading))
         return moved.flatten(len(leading) + 1) if columns else moved[..., None]
 
-    return HandWrittenProduct(
-        tensor,
-        known,
-        lambda weights: torch.einsum(f"{mine}->{weights_order}", weights),
-        labels.operands[other],
-        to_values,
-        to_output,
-        lambda weights: torch.einsum(f"{weights_order}->{mine}", weights),
-    )
+    return HandWrittenProduct(tensor, known, to_weights, labels.operands[other], to_values, to_output, from_weights)
+
+
+def product_operands(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Of a matrix product, left and right."""
+    operands = list(tensors_of((*args, *kwargs.values())))
+    if len(operands) != 2 or function not in PRODUCTS | REVERSED_PRODUCTS:
+        return None
+    return (operands[0], operands[1]) if function in PRODUCTS else (operands[1], operands[0])
+
+
+def score_axis(function: Callable[..., Any], output: Tensor, args: tuple[Any, ...]) -> int:
+    """Where the keys of scores are: last, in an einsum where its output has an axis of one operand alone."""
+    labels = einsum_labels(args) if function is torch.einsum else None
+    if labels is not None:
+        alone = [axis for axis, letter in enumerate(labels.output) if sum(letter in one for one in labels.inputs) == 1]
+        return alone[-1] if alone else output.ndim - 1
+    return output.ndim - 1
+
+
+def _makes_features(
+    function: Callable[..., Any], found: tuple[Tensor, Followed], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """What `function` makes of scores are no scores any more: a norm, or a learnt map that does not mix heads alone.
+
+    The products of linear attention lead into such a map; what the next layer makes of it has nothing to do with them.
+    """
+    tensor, known = found
+    if function not in LEARNT_MAPS:
+        return function in NORMS
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    return known.key_axis is None or known.key_axis == tensor.ndim - (weight.ndim - 1)
 
 
 def softmax_axis(output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     axis = args[1] if len(args) > 1 else kwargs.get("dim")
-    return output.ndim - 1 if axis is None else axis % output.ndim
+    if axis is None:  # the choice of torch.nn.functional.softmax
+        return 0 if output.ndim in (0, 1, 3) else 1
+    return axis % output.ndim
 
 
 def exchanged(arguments: Any, old: Tensor, new: Any) -> Any:

@@ -17,22 +17,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from attention_visualizer.attention_calls import (
     AttentionCall,
     HandWrittenAttention,
     Source,
+    StatedHeads,
     fused_call,
+    fused_dropout,
     largest,
     multi_head_body,
+    random_state,
     tensors_of,
 )
 from attention_visualizer.geometry import Geometry, GeometryFinder
@@ -41,6 +46,8 @@ from attention_visualizer.geometry import Geometry, GeometryFinder
 # attention: some hundred times its rounding.
 ERROR_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+HEAD_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_head", "nheads", "nhead", "heads", "h")
+CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 MODULE_CALL = nn.Module._call_impl.__code__
 Edit = Callable[["AttentionLayer", Tensor], Tensor]
 
@@ -134,8 +141,10 @@ def intervene(model: nn.Module, edit: Edit) -> Iterator[CapturedAttention]:
     """Inside the block, `model` goes on with the weights that `edit(layer, weights)` returns: what it then computes is
     what it would have computed with them.
 
-    weights and what is returned: [batch, head, query, key], before dropout; returning `weights` itself changes nothing.
-    Ready-made edits are in `attention_visualizer.interventions`. Raises CaptureError as `capture` does.
+    weights and what is returned: [batch, head, query, key], before dropout; returning `weights` as they came changes
+    nothing. Ready-made edits are in `attention_visualizer.interventions`. A capture or another intervention inside the
+    block gets the edited weights; a capture around it gets those that the model had computed.
+    Raises CaptureError as `capture` does.
     """
     attention = CapturedAttention()
     with _watching(_Watch(model, attention, lambda layer: None, None, False, edit)):
@@ -181,15 +190,22 @@ class _Eager:
 _eager = _Eager()
 
 
+# What an intervention made of an attention call, by the output that the model goes on with; for blocks inside it.
+EDITED: Any = WeakIdKeyDictionary()  # Tensor -> AttentionLayer
+
+
 @dataclass(frozen=True)
 class Stack:
     """Who is calling: the model's modules that are running, innermost first, the outermost one's frame, the shape of
-    the images that the model was called with, and whether a compiled module is among the callers."""
+    the images that the model was called with, and whether a compiled module or torch.utils.checkpoint is among the
+    callers. of_text: words, as numbers, were given to a module closer to the call than the one with the images."""
 
     modules: list[nn.Module]
     outermost: FrameType | None
     images: torch.Size | None
     compiled: bool
+    checkpointed: bool
+    of_text: bool
 
 
 class _Watch(TorchFunctionMode):
@@ -223,6 +239,7 @@ class _Watch(TorchFunctionMode):
         self.by_hand = HandWrittenAttention()
         self.num_calls = 0
         self.names_of_pass: list[str] = []
+        self.edit_met = False  # the layer that a ready-made edit names
         self.frame_of_pass: FrameType | None = None
 
     def __torch_function__(
@@ -232,8 +249,10 @@ class _Watch(TorchFunctionMode):
         if torch._C._current_graph_task_id() != -1:  # a forward repeated for the backward pass (checkpointing)
             return function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
+            repeats = (self.gradients or self.edit is not None) and fused_dropout(args, kwargs) > 0
+            before = random_state(next(tensors_of((*args, *kwargs.values()))).device) if repeats else None
             output = function(*args, **kwargs)
-            return self._seen(output, lambda heads: fused_call(heads, output, args, kwargs))
+            return self._seen(output, lambda heads: fused_call(heads, output, args, kwargs, before))
         if function is F.multi_head_attention_forward:
             return self._multi_head(args, kwargs)
         product = self.by_hand.product(function, args, kwargs)
@@ -257,7 +276,7 @@ class _Watch(TorchFunctionMode):
         self._check("nn.MultiheadAttention", difference, largest(own[0]), own[0].dtype)
         return own
 
-    def _seen(self, output: Tensor, describe: Callable[[int | None], AttentionCall]) -> Tensor:
+    def _seen(self, output: Tensor, describe: Callable[[StatedHeads], AttentionCall]) -> Tensor:
         """Records the call and returns what the model goes on with."""
         began = time.perf_counter()
         stack = self._stack()
@@ -266,27 +285,33 @@ class _Watch(TorchFunctionMode):
         if self.gradients and not torch.is_grad_enabled():
             raise CaptureError("capture(gradients=True) needs gradients: leave out torch.no_grad()")
         name = self.names[id(stack.modules[0])]
-        if stack.outermost is not self.frame_of_pass:  # another forward pass begins
-            self.frame_of_pass = stack.outermost
-            self.names_of_pass.clear()
-            self.attention.layers.clear()
-        self.names_of_pass.append(name)
-        repeats = self.names_of_pass.count(name)
-        name = name if repeats == 1 else f"{name}#{repeats}"  # a module that is applied again
+        if torch._C._functorch.is_batchedtensor(output):
+            raise CaptureError(f"{name} computes its attention inside torch.vmap, where it cannot be seen")
+        if stack.checkpointed and (self.gradients or self.edit is not None):
+            raise CaptureError(
+                f"{name} runs under torch.utils.checkpoint, which repeats it in the backward pass, unwatched: "
+                "switch checkpointing off for gradients and interventions"
+            )
+        name, index = self._next_name(name, stack)
         keeps_graph = torch.enable_grad() if self.gradients else torch.no_grad()
         with torch._C.DisableTorchFunction(), keeps_graph:  # no calls of the model: an enclosing capture skips them
-            call = describe(num_heads_of(stack.modules[0]))
-            error = largest(call.product - call.expected)
+            call = describe(stated_heads(stack))
+            edited = EDITED.get(output)
+            error = largest(call.product - call.expected) if edited is None else edited.error
             self._check(name, error, call.magnitude, call.expected.dtype)
-            weights = call.weights
+            weights = call.weights if edited is None else edited.weights
+            if self.edit is not None:
+                weights = weights.clone()  # to be edited in place, perhaps
             if self.gradients and not weights.requires_grad:
                 weights = weights.requires_grad_() if weights.is_leaf else weights.detach().requires_grad_()
             layer = AttentionLayer(
                 name,
-                len(self.names_of_pass) - 1,
+                index,
                 weights,
                 call.values,
-                self.geometries.of_layer(len(self.names_of_pass) - 1, weights.shape, stack.modules, stack.images),
+                None
+                if stack.of_text
+                else self.geometries.of_layer(index, weights.shape, call.values.shape[-1], stack.modules, stack.images),
                 error,
                 call.source,
                 not stack.compiled and not any(_leaves_fast_path(module) for module in stack.modules),
@@ -302,22 +327,42 @@ class _Watch(TorchFunctionMode):
         elif self.gradients:
             with torch._C.DisableTorchFunction():
                 through = call.replay(weights)
+                if not largest(through - output) <= 2 * ERROR_BOUND[output.dtype] * call.magnitude:
+                    raise CaptureError(
+                        f"the dropout of {name} cannot be repeated, so its weights have no gradients: "
+                        "put the model in eval mode"
+                    )
                 output = output.detach() + (through - through.detach())  # the value is the model's, to the bit
         self.attention.seconds += time.perf_counter() - began
         return output
 
+    def _next_name(self, name: str, stack: Stack) -> tuple[str, int]:
+        """Of the next call, with its number in the pass."""
+        if stack.outermost is not self.frame_of_pass:  # another forward pass begins
+            self.frame_of_pass = stack.outermost
+            self.names_of_pass.clear()
+            self.attention.layers.clear()
+        self.names_of_pass.append(name)
+        repeats = self.names_of_pass.count(name)
+        return name if repeats == 1 else f"{name}#{repeats}", len(self.names_of_pass) - 1  # a module applied again
+
     def _edited(self, layer: AttentionLayer, call: AttentionCall, output: Tensor) -> Tensor:
         assert self.edit is not None
+        self.edit_met = self.edit_met or is_named(layer, getattr(self.edit, "layer", layer.name))
         with torch._C.DisableTorchFunction():
-            weights = self.edit(layer, call.weights)
-            if weights is call.weights:
+            given, version = layer.weights, layer.weights._version
+            weights = self.edit(layer, given)
+            if weights is given and given._version == version:
                 return output
-            if not isinstance(weights, Tensor) or weights.shape != call.weights.shape:
+            if not isinstance(weights, Tensor) or weights.shape != given.shape:
                 found = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
                 raise CaptureError(
-                    f"the edit of {layer.name} returned {found}: return weights of shape {list(call.weights.shape)}"
+                    f"the edit of {layer.name} returned {found}: return weights of shape {list(given.shape)}"
                 )
-            return call.replay(weights.to(call.weights.dtype))
+            weights = weights.to(given)
+            output = call.replay(weights)
+        EDITED[output] = replace(layer, weights=weights)
+        return output
 
     def _check(self, name: str, error: float, magnitude: float, dtype: torch.dtype) -> None:
         bound = ERROR_BOUND[dtype] * magnitude
@@ -335,9 +380,10 @@ class _Watch(TorchFunctionMode):
 
     def _stack(self) -> Stack:
         modules: list[nn.Module] = []
-        outermost, images, compiled = None, None, False
+        outermost, images, compiled, checkpointed, of_text = None, None, False, False, False
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
+            checkpointed = checkpointed or frame.f_code.co_filename == CHECKPOINT_FILE
             owner = frame.f_locals.get("self")
             if isinstance(owner, nn.Module):
                 compiled = compiled or is_compiled(owner)
@@ -346,10 +392,12 @@ class _Watch(TorchFunctionMode):
                     if not modules or modules[-1] is not owner:
                         modules.append(owner)
                     if frame.f_code is MODULE_CALL:
-                        given = tensors_of((*frame.f_locals["args"], *frame.f_locals["kwargs"].values()))
+                        given = list(tensors_of((*frame.f_locals["args"], *frame.f_locals["kwargs"].values())))
                         images = next((tensor.shape for tensor in given if self._are_images(tensor)), images)
+                        words = any(tensor.ndim == 2 and tensor.dtype in (torch.int64, torch.int32) for tensor in given)
+                        of_text = of_text or (words and images is None)
             frame = frame.f_back
-        return Stack(modules, outermost, images, compiled)
+        return Stack(modules, outermost, images, compiled, checkpointed, of_text)
 
     def _are_images(self, tensor: Tensor) -> bool:
         return tensor.ndim == 4 and tensor.is_floating_point() and tensor.shape[1] in self.channels
@@ -362,6 +410,10 @@ class _Watch(TorchFunctionMode):
                 "its attention is none of scaled_dot_product_attention, multi_head_attention_forward (torch.nn."
                 "functional), and softmax(query @ key) @ value with matmul, bmm or einsum"
             )
+        if self.edit is not None and not self.edit_met:
+            raise CaptureError(
+                f"there was no layer {self.edit.layer!r} to edit, only {', '.join(self.names_of_pass)}"  # type: ignore[attr-defined]
+            )
         self.geometries.finish()
 
 
@@ -369,9 +421,17 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def stated_heads(stack: Stack) -> StatedHeads:
+    """The number of heads, as the calling module or the one around it states it; the number of images."""
+    numbers = (num_heads_of(module) for module in stack.modules[:2])
+    number = next((number for number in numbers if number is not None), None)
+    if stack.images is None or isinstance(stack.modules[0], nn.MultiheadAttention):
+        return number, None
+    return number, stack.images[0]
+
+
 def num_heads_of(module: nn.Module) -> int | None:
-    """As the module states it, under the names in use."""
-    for name in ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead"):
+    for name in HEAD_NUMBERS:
         number = getattr(module, name, None)
         if isinstance(number, int) and number > 0:
             return number
@@ -400,25 +460,20 @@ def _fast_path(frame: FrameType, names: dict[int, str]) -> Any:
 
     frame: of its forward. None where it would not have taken it.
     """
-    module, query = frame.f_locals.get("self"), frame.f_locals.get("query")
-    if not isinstance(module, nn.MultiheadAttention) or id(module) not in names or query is None:
+    module, given = frame.f_locals.get("self"), frame.f_locals
+    if not isinstance(module, nn.MultiheadAttention) or id(module) not in names or module.training:
         return None
-    given = frame.f_locals
-    if module.training or given["attn_mask"] is not None or given["key_padding_mask"] is not None:
-        return None
-    if not (query is given["key"] is given["value"]) or query.ndim != 3 or not module.batch_first:
+    if not (given.get("query") is given["key"] is given["value"] and given["is_batched"] and module.batch_first):
         return None
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
         return None
-    own_input = query.transpose(0, 1)  # its forward has turned it already
+    call: FrameType | None = frame  # it has turned its arguments by now; those of its call are as they were
+    while call is not None and not (call.f_code is MODULE_CALL and call.f_locals["self"] is module):
+        call = call.f_back
+    if call is None:
+        return None
     with torch._C.DisableTorchFunction():
-        output, weights = module.forward(
-            own_input,
-            own_input,
-            own_input,
-            need_weights=given["need_weights"],
-            average_attn_weights=given["average_attn_weights"],
-        )
+        output, weights = module.forward(*call.f_locals["args"], **call.f_locals["kwargs"])
     return output.transpose(0, 1), weights
 
 

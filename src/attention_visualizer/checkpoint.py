@@ -258,7 +258,7 @@ def bare_names(state_dict: Any) -> dict[str, Tensor]:
     return weights
 
 
-def check_weights(weights: Mapping[str, Tensor], file_size: int) -> None:
+def check_weights(weights: Mapping[str, Tensor], file_size: int, types: tuple[torch.dtype, ...] = WEIGHT_TYPES) -> None:
     """Raises UserError unless all are ordinary tensors that together fit into the file that they came from.
 
     A file of a kilobyte can hold a tensor of 10^12 elements (all strides 0, or sparse): nothing else is done with
@@ -267,7 +267,7 @@ def check_weights(weights: Mapping[str, Tensor], file_size: int) -> None:
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
             raise UserError(f"holds {name!r:.60} as a sparse or otherwise special tensor: save dense weights")
-        if tensor.dtype not in WEIGHT_TYPES:
+        if tensor.dtype not in types:
             raise UserError(f"holds {name!r:.60} as {tensor.dtype}: save floating-point weights")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     if claimed > file_size:

@@ -184,17 +184,19 @@ class GeometryFinder:
     def __init__(self, model: nn.Module, given: Geometry | None) -> None:
         self.given = given
         self.stated = stated_layout(model)
-        # Hiera keeps its tokens in the order of its pooling, not of the image.
-        self.reordered = any(hasattr(module, "unroll") or hasattr(module, "reroll") for module in model.modules())
+        # Hiera keeps its tokens in the order of its pooling, masked autoencoders shuffle them.
+        reordering = ("unroll", "reroll", "random_masking")
+        self.reordered = any(hasattr(module, name) for module in model.modules() for name in reordering)
+        self.dynamic = any(getattr(module, "dynamic_img_size", False) for module in model.modules())
         self.whole_seen = False  # in this pass, a layer that asks from every patch
         self.refused: int | None = None  # the number of keys that the given geometry did not fit
         self.used = False
 
     def of_layer(
-        self, index: int, shape: torch.Size, callers: Sequence[nn.Module], images: torch.Size | None
+        self, index: int, shape: torch.Size, columns: int, callers: Sequence[nn.Module], images: torch.Size | None
     ) -> Geometry | None:
-        """index: of the layer in this pass; shape: [batch, head, query, key] of its weights; callers: innermost first;
-        images: [batch, channel, height, width].
+        """index: of the layer in this pass; shape: [batch, head, query, key] of its weights; columns: of its values;
+        callers: innermost first; images: [batch, channel, height, width].
 
         None where maps of this layer cannot be put on the image.
         """
@@ -209,7 +211,7 @@ class GeometryFinder:
         if prefix is None or self.reordered:
             return None
         if images is None:
-            if self.stated.grid is None or self.stated.patch_size is None:
+            if self.dynamic or self.stated.grid is None or self.stated.patch_size is None:
                 return None
             plain = Geometry(self.stated.grid, prefix, self.stated.patch_size)
             return plain if plain.num_tokens == keys else None
@@ -218,6 +220,8 @@ class GeometryFinder:
         if index == 0:
             self.whole_seen = False
         sizes = {math.prod(grid) for grid, _ in whole}
+        if queries == keys and not {keys, keys - prefix} & sizes and {columns, columns - prefix} & sizes:
+            return None  # attention between channels, over the tokens
         asked = queries * windows
         self.whole_seen = self.whole_seen or not sizes or asked in sizes or asked - prefix in sizes
         # Fewer tokens than patches: deeper stages, or keys that were pooled. In a model that has not shown all of its

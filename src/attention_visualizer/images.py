@@ -142,7 +142,7 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            grey = _grey(ImageOps.exif_transpose(file))
+            grey = grey_pixels(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file: give the path of a picture") from None
     except IsADirectoryError:
@@ -168,7 +168,7 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
     return torch.from_numpy(canvas).repeat(description.channels, 1, 1)
 
 
-def _grey(image: Image.Image) -> np.ndarray:
+def grey_pixels(image: Image.Image) -> np.ndarray:
     """uint8 [height, width] of a picture of any mode."""
     if image.mode.startswith(("I", "F")):  # 16 bits a pixel, or 32, of which files use 16
         values = np.nan_to_num(np.asarray(image, np.float64))

@@ -17,6 +17,8 @@ from attention_visualizer.geometry import Geometry
 
 # Which rows are looked at: the class token's, the mean over all patch queries, or one patch's (row, column).
 Query = Literal["cls", "patches"] | tuple[int, int]
+# How rollout joins the heads of a layer.
+Fusion = Literal["mean", "max", "min"]
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
@@ -29,11 +31,19 @@ def effective_tokens(weights: Tensor) -> Tensor:
     return attention_entropy(weights).exp()
 
 
+def asks_for_itself(weights: Tensor, geometry: Geometry) -> bool:
+    """Whether the queries are the tokens that are also the keys; else they are others, such as a pooling's own."""
+    return weights.shape[-2] == geometry.num_tokens
+
+
 def query_attention(weights: Tensor, geometry: Geometry, query: Query) -> Tensor:
     """The attention of one query set over all keys: [batch, head, query, key] -> [batch, head, key].
 
-    "cls" is the first prefix token's row, "patches" the mean over the patch queries, (row, column) one patch.
+    "cls" is the first prefix token's row, "patches" the mean over the patch queries, (row, column) one patch. A layer
+    that pools, with queries of its own, has the mean over them whatever is asked for.
     """
+    if not asks_for_itself(weights, geometry):
+        return weights.mean(dim=2)
     if query == "cls":
         if geometry.num_prefix_tokens == 0:
             raise ValueError("this model has no class token: ask for the patches' attention")
@@ -58,6 +68,8 @@ def query_entropy(weights: Tensor, geometry: Geometry, query: Query) -> Tensor:
 
     [batch, head, query, key] -> [batch, head].
     """
+    if not asks_for_itself(weights, geometry):
+        return attention_entropy(weights).mean(dim=-1)
     if query == "patches":
         return attention_entropy(weights[:, :, geometry.num_prefix_tokens :]).mean(dim=-1)
     return attention_entropy(query_attention(weights, geometry, query))
@@ -88,9 +100,11 @@ def _readout_patches(weights: Tensor, geometry: Geometry) -> Tensor:
 def mean_attention_distance(weights: Tensor, geometry: Geometry) -> Tensor:
     """Mean distance in pixels between a patch query and the patches it attends to, itself included.
 
-    Patch keys are renormalised to 1 for each query (Dosovitskiy et al., 2021; Raghu et al., 2021).
-    [batch, head, query, key] -> [batch, head].
+    Patch keys are renormalised to 1 for each query (Dosovitskiy et al., 2021; Raghu et al., 2021). NaN where the
+    queries are not the patches. [batch, head, query, key] -> [batch, head].
     """
+    if not asks_for_itself(weights, geometry):
+        return torch.full_like(weights[:, :, 0, 0], math.nan)
     patches = weights[:, :, geometry.num_prefix_tokens :, geometry.num_prefix_tokens :]
     centers = geometry.patch_centers(weights.device).to(weights.dtype)
     distances = torch.cdist(centers, centers)
@@ -99,26 +113,94 @@ def mean_attention_distance(weights: Tensor, geometry: Geometry) -> Tensor:
     return (weighted / mass).mean(dim=-1)
 
 
-def attention_rollout(layers: Iterable[Tensor]) -> Tensor:
+def attention_rollout(layers: Iterable[Tensor], fusion: Fusion = "mean", discard: float = 0.0) -> Tensor:
     """Attention through the residual stream, from the first layer to the last: -> [batch, query, key].
 
-    Product of (mean over heads + identity) / 2, later layers on the left (Abnar and Zuidema, 2020).
+    Product of (heads joined + identity), rows brought to sum 1, later layers on the left (Abnar and Zuidema, 2020).
     """
     rollout = None
     for weights in layers:
-        rollout = rollout_step(rollout, weights)
+        rollout = rollout_step(rollout, weights, fusion, discard)
     if rollout is None:
         raise ValueError("rollout needs at least one layer")
     return rollout
 
 
-def rollout_step(rollout: Tensor | None, weights: Tensor) -> Tensor:
-    """The rollout up to and including one more layer; None before the first."""
-    attention = weights.mean(dim=1)
-    step = (attention + torch.eye(attention.shape[-1], dtype=attention.dtype, device=attention.device)) / 2
-    # Rows of softmax sum to 1 only to rounding; normalising keeps a deep product a distribution.
+def rollout_step(rollout: Tensor | None, weights: Tensor, fusion: Fusion = "mean", discard: float = 0.0) -> Tensor:
+    """The rollout up to and including one more layer; None before the first.
+
+    discard: the share of each row's keys, those of least weight, that is set to 0 before the identity is added.
+    """
+    if fusion == "mean":
+        attention = weights.mean(dim=1)
+    else:
+        attention = weights.amax(dim=1) if fusion == "max" else weights.amin(dim=1)
+    num_discarded = int(discard * attention.shape[-1])
+    if num_discarded:
+        least = attention.topk(num_discarded, dim=-1, largest=False).indices
+        attention = attention.scatter(-1, least, 0.0)
+    step = attention + torch.eye(attention.shape[-1], dtype=attention.dtype, device=attention.device)
     step = step / step.sum(dim=-1, keepdim=True)
     return step if rollout is None else step @ rollout
+
+
+def positive_gradient_attention(weights: Tensor, gradients: Tensor) -> Tensor:
+    """Attention where it speaks for the class: mean over heads of (gradient * weights)^+.
+
+    gradients: of the class score with respect to `weights`. [batch, head, query, key] -> [batch, query, key].
+    """
+    return (gradients * weights).clamp_min(0.0).mean(dim=1)
+
+
+def relevance_step(relevance: Tensor | None, weights: Tensor, gradients: Tensor) -> Tensor:
+    """The relevance of each key to each query, up to and including one more layer; None before the first.
+
+    R <- R + mean over heads of (gradient * weights)^+ R, from the identity: the rule for self-attention of Chefer et
+    al. (ICCV 2021), "Generic Attention-model Explainability". -> [batch, query, key].
+    """
+    if relevance is None:
+        relevance = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device).expand(
+            len(weights), -1, -1
+        )
+    return relevance + positive_gradient_attention(weights, gradients) @ relevance
+
+
+def value_weighted_attention(weights: Tensor, values: Tensor, projection: Tensor | None = None) -> Tensor:
+    """The length of what each key contributes: the norm of A_ij v_j W_O (Kobayashi et al., 2020).
+
+    values: [batch, head, key, head_dim]; projection: the weight of the output projection [embed, head * head_dim],
+    None to measure A_ij v_j before it. -> [batch, head, query, key], in the units of the residual stream.
+    """
+    if projection is not None:
+        heads = projection.to(values.dtype).unflatten(1, (values.shape[1], values.shape[3]))  # (embed, head, head_dim)
+        values = torch.einsum("bhkd,ehd->bhke", values, heads)
+    return weights * torch.linalg.vector_norm(values, dim=-1)[:, :, None]
+
+
+def column_mass(weights: Tensor) -> Tensor:
+    """What each key receives, mean over the queries: [batch, head, query, key] -> [batch, head, key]."""
+    return weights.mean(dim=2)
+
+
+def sink_strength(weights: Tensor, geometry: Geometry) -> Tensor:
+    """The share of all attention that the most attended key receives, prefix tokens included: [batch, head].
+
+    1 / N where attention is uniform; an attention sink (Xiao et al., 2023; Darcet et al., 2023) draws much more.
+    """
+    return column_mass(weights).amax(dim=-1)
+
+
+def head_divergence(weights: Tensor, geometry: Geometry) -> Tensor:
+    """How unlike the layer's other heads a head is: mean Jensen-Shannon divergence between the rows of the readout
+    query, in nats (Clark et al., 2019): [batch, head, query, key] -> [batch, head]. NaN in a layer of one head.
+    """
+    return head_divergences(weights, geometry).sum(dim=-1) / (weights.shape[1] - 1 or math.nan)
+
+
+def head_divergences(weights: Tensor, geometry: Geometry) -> Tensor:
+    """Between each two heads of the layer: [batch, head, query, key] -> [batch, head, head]."""
+    rows = query_attention(weights, geometry, readout_query(geometry))
+    return jensen_shannon_divergence(rows[:, :, None], rows[:, None])
 
 
 def jensen_shannon_divergence(first: Tensor, second: Tensor) -> Tensor:

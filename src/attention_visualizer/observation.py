@@ -5,32 +5,51 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attention_visualizer import measures
 from attention_visualizer.capture import AttentionLayer, capture
+from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.measures import Query
+from attention_visualizer.prediction import predict
+from attention_visualizer.statistics import NO_GEOMETRY
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How rollout joins the heads of a layer, and the share of each row's keys, those of least weight, it drops."""
+
+    fusion: measures.Fusion = "mean"
+    discard: float = 0.0
 
 
 @dataclass(frozen=True)
 class Observation:
     """Arrays over images; maps are shares of the query's attention by patch, not renormalised.
 
+    Only layers whose place on the image is known; where layers have different grids, maps are repeated to the finest
+    one, and where they have different numbers of heads, the missing ones are NaN.
+
+    geometries, layer_names: of each layer; left_out: names of the other layers
     head_maps: [image, layer, head, grid height, grid width]
-    rollouts: [image, layer, grid height, grid width], up to and including each layer
+    rollouts: [image, layer, grid height, grid width], up to and including each layer; None where layers do not hand on
+    the same tokens
     entropy: [image, layer, head], of the query's row (the mean of the rows for "patches"), nats
     self_attention: [image, layer, head], what the class token gives to itself; None for other queries
     distance: [image, layer, head], mean attention distance of the patch queries in pixels
-    predicted, probability: [image]; reconstruction_error: the largest over layers
+    predicted, probability: [image], -1 and NaN where the model classifies nothing; reconstruction_error: the largest
     """
 
     query: Query
-    geometry: Geometry
+    geometries: tuple[Geometry, ...]
+    layer_names: tuple[str, ...]
+    left_out: tuple[str, ...]
     head_maps: NDArray[Any]
-    rollouts: NDArray[Any]
+    rollouts: NDArray[Any] | None
     entropy: NDArray[Any]
     self_attention: NDArray[Any] | None
     distance: NDArray[Any]
@@ -38,54 +57,113 @@ class Observation:
     probability: NDArray[Any]
     reconstruction_error: float
 
+    @property
+    def num_keys(self) -> tuple[int, ...]:
+        """Of each layer: uniform attention gives a key one in so many."""
+        return tuple(geometry.num_tokens for geometry in self.geometries)
+
 
 class _Collector:
     """Takes one layer at a time and keeps only what an Observation holds of it."""
 
-    def __init__(self, query: Query | None) -> None:
+    def __init__(self, query: Query | None, rollout: RolloutOptions) -> None:
         self.query = query
-        self.geometry: Geometry | None = None
+        self.options = rollout
+        self.layers: list[tuple[str, Geometry]] = []
+        self.left_out: list[str] = []
+        self.asked: list[Query] = []
         self.rollout: Tensor | None = None
         self.columns: dict[str, list[Tensor]] = {
             name: [] for name in ("maps", "rollouts", "entropy", "self", "distance")
         }
 
     def __call__(self, layer: AttentionLayer) -> None:
-        geometry = layer.geometry
+        geometry, weights = layer.geometry, layer.weights
         if geometry is None:
-            raise ValueError(f"the patch grid of {layer.name} is not known")
-        self.geometry = geometry
-        self.query = measures.readout_query(geometry) if self.query is None else self.query
-        self.rollout = measures.rollout_step(self.rollout, layer.weights)
-        row = measures.query_attention(layer.weights, geometry, self.query)
-        rollout_row = measures.query_attention(self.rollout[:, None], geometry, self.query)[:, 0]
-        self.columns["maps"].append(geometry.to_map(measures.patch_attention(row, geometry)))
-        self.columns["rollouts"].append(geometry.to_map(measures.patch_attention(rollout_row, geometry)))
-        self.columns["entropy"].append(measures.query_entropy(layer.weights, geometry, self.query))
-        self.columns["self"].append(row[..., 0])
-        self.columns["distance"].append(measures.mean_attention_distance(layer.weights, geometry))
+            self.left_out.append(layer.name)
+            return
+        query = measures.readout_query(geometry) if self.query is None else self.query
+        if query == "cls" and not geometry.num_prefix_tokens:
+            query = "patches"  # of the layers before the class token joins
+        self.layers.append((layer.name, geometry))
+        self.asked.append(query)
+        row = geometry_row(weights, geometry, query)
+        self.columns["maps"].append(row)
+        self.columns["entropy"].append(geometry.per_image(measures.query_entropy(weights, geometry, query)))
+        self.columns["self"].append(measures.query_attention(weights, geometry, query)[..., 0])
+        self.columns["distance"].append(geometry.per_image(measures.mean_attention_distance(weights, geometry)))
+        if self.hands_on_tokens(weights):
+            self.rollout = measures.rollout_step(self.rollout, weights, self.options.fusion, self.options.discard)
+            self.columns["rollouts"].append(geometry_row(self.rollout[:, None], geometry, query)[:, 0])
+
+    def hands_on_tokens(self, weights: Tensor) -> bool:
+        """Whether all layers so far work on the same tokens, from image to image without windows."""
+        first, last = self.layers[0][1], self.layers[-1][1]
+        return first == last and last.window is None and weights.shape[-2] == weights.shape[-1]
 
 
-def observe(model: nn.Module, images: Tensor, query: Query | None = None) -> Observation:
+def geometry_row(weights: Tensor, geometry: Geometry, query: Query) -> Tensor:
+    """The query's attention as maps: [batch, head, query, key] -> [image, head, grid height, grid width]."""
+    row = measures.query_attention(weights, geometry, query)
+    return geometry.to_map(measures.patch_attention(row, geometry))
+
+
+def observe(
+    model: nn.Module,
+    images: Tensor,
+    query: Query | None = None,
+    geometry: Geometry | None = None,
+    rollout: RolloutOptions | None = None,
+) -> Observation:
     """Runs `model` on images [image, channel, height, width]; `query` None is the one that the model reads out.
 
-    The model should be in eval mode. Raises CaptureError when its attention cannot be seen.
+    The model should be in eval mode; `geometry` is for models that do not state theirs. Raises CaptureError when its
+    attention cannot be seen, and UserError when no layer's place on the image is known.
     """
-    collector = _Collector(query)
-    with torch.no_grad(), capture(model, consume=collector) as attention:
-        logits = model(images)
-    probability, predicted = logits.float().softmax(dim=-1).max(dim=-1)
-    columns = {name: torch.stack(layers, dim=1).cpu().numpy() for name, layers in collector.columns.items()}
-    assert collector.geometry is not None and collector.query is not None
+    collector = _Collector(query, rollout or RolloutOptions())
+    with torch.no_grad(), capture(model, consume=collector, geometry=geometry) as attention:
+        output = model(images)
+    if not collector.layers:
+        raise UserError(NO_GEOMETRY)
+    names, geometries = zip(*collector.layers, strict=True)
+    if query == "cls" and "cls" not in collector.asked:
+        raise UserError("query=cls: this model has no class token: use query=patches")
+    columns = collector.columns
+    grid = max((each.grid for each in geometries), key=lambda grid: grid[0] * grid[1])
+    asked = collector.asked[-1]
+    classifies = getattr(model, "num_classes", None) != 0  # timm's models without a head return features
+    predicted, probability = predict(output if classifies else None, len(images))
     return Observation(
-        collector.query,
-        collector.geometry,
-        head_maps=columns["maps"],
-        rollouts=columns["rollouts"],
-        entropy=columns["entropy"],
-        self_attention=columns["self"] if collector.query == "cls" else None,
-        distance=columns["distance"],
-        predicted=predicted.cpu().numpy(),
-        probability=probability.cpu().numpy(),
+        asked,
+        geometries,
+        names,
+        tuple(collector.left_out),
+        head_maps=stacked([on_grid(maps, grid) for maps in columns["maps"]]),
+        rollouts=stacked(columns["rollouts"]) if len(columns["rollouts"]) == len(names) else None,
+        entropy=stacked(columns["entropy"]),
+        self_attention=stacked(columns["self"]) if set(collector.asked) == {"cls"} else None,
+        distance=stacked(columns["distance"]),
+        predicted=predicted,
+        probability=probability,
         reconstruction_error=attention.reconstruction_error,
     )
+
+
+def stacked(layers: list[Tensor]) -> NDArray[Any]:
+    """[image, head, ...] of each layer -> [image, layer, head, ...], NaN for the heads that a layer does not have."""
+    arrays = [layer.float().cpu().numpy() for layer in layers]
+    most = max(array.shape[1] for array in arrays)
+    filled = np.full((len(arrays[0]), len(arrays), most, *arrays[0].shape[2:]), np.nan, np.float32)
+    for number, array in enumerate(arrays):
+        filled[:, number, : array.shape[1]] = array
+    return filled
+
+
+def on_grid(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps [..., height, width] with each patch repeated over its part of a finer grid."""
+    height, width = maps.shape[-2:]
+    if (height, width) == grid:
+        return maps
+    rows = (torch.arange(grid[0]) + 0.5) * height / grid[0]
+    columns = (torch.arange(grid[1]) + 0.5) * width / grid[1]
+    return maps[..., rows.long()[:, None], columns.long()]

@@ -175,12 +175,20 @@ def color_table(name: str, low: float = 0.0, high: float = 1.0) -> Rgb:
 
 
 def attention_scale(num_keys: int) -> ColorScale:
-    """log2(N A), so that white is a query that prefers nothing and each step a doubling; red high, blue low."""
+    """log2(N A), so that white is a query that prefers nothing and each step a doubling; red high, blue low.
+
+    num_keys: N; 1 for attention that has been multiplied by it already, where panels differ in their number of keys.
+    """
     labels = ("≤1/8", "1/4", "1/2", "1", "2", "4", "≥8")
     ticks = tuple((float(value), f"{label}×") for value, label in zip(range(-3, 4), labels, strict=True))
     # The ends of the map are nearly black, which is the colour of the ink.
     return ColorScale(
-        f"attention / uniform (1/{num_keys})", -DOUBLINGS, DOUBLINGS, ticks, color_table("RdBu_r", 0.08, 0.92), num_keys
+        "attention / uniform" + (f" (1/{num_keys})" if num_keys > 1 else ""),
+        -DOUBLINGS,
+        DOUBLINGS,
+        ticks,
+        color_table("RdBu_r", 0.08, 0.92),
+        num_keys,
     )
 
 

@@ -6,7 +6,7 @@ Each is `update` / `merge` / `compute`; sums are kept in float64 and counts exac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attention_visualizer import measures
 from attention_visualizer.capture import AttentionLayer
+from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 
 NUM_BINS = 512
@@ -63,8 +64,8 @@ class Distribution:
 class Summary:
     """One measure over images, by layer and head.
 
-    mean, deviation: [layer, head]; counts: [layer, head, bin] over edges: [bin + 1]; extremes: [layer, 2], the
-    smallest and largest value; n: images.
+    mean, deviation: [layer, head], NaN where a layer has fewer heads or the measure does not apply; counts: [layer,
+    head, bin] over edges: [bin + 1]; extremes: [layer, 2], the smallest and largest value; n: images.
     """
 
     mean: NDArray[np.float64]
@@ -84,7 +85,9 @@ class Summary:
 def histogram_quantiles(
     counts: NDArray[np.float64], edges: NDArray[np.float64], shares: tuple[float, ...]
 ) -> NDArray[np.float64]:
-    """Quantiles of a histogram, linear within a bin: counts [bin], edges [bin + 1] -> [share]."""
+    """Quantiles of a histogram, linear within a bin: counts [bin], edges [bin + 1] -> [share]. NaN of nothing."""
+    if not counts.any():
+        return np.full(len(shares), np.nan)
     cumulative = np.concatenate([[0.0], np.cumsum(counts)])
     targets = np.asarray(shares) * cumulative[-1]
     bins = np.clip(np.searchsorted(cumulative, targets, side="left") - 1, np.flatnonzero(counts)[0], len(counts) - 1)
@@ -95,13 +98,15 @@ def histogram_quantiles(
 
 @dataclass(frozen=True)
 class Measure:
-    """A number for each image and head: what it is called, its unit, how it is computed, where it can lie."""
+    """A number for each image and head: what it is called, its unit, how it is computed, where it can lie, and which
+    layers have it."""
 
     name: str
     label: str
     unit: str
     function: Callable[[Tensor, Geometry], Tensor]
     upper_bound: Callable[[Geometry], float]
+    applies: Callable[[Tensor, Geometry], bool] = lambda weights, geometry: True
 
 
 def _longest_distance(geometry: Geometry) -> float:
@@ -125,40 +130,72 @@ MEASURES = (
         measures.mean_attention,
         lambda geometry: 1.0 / geometry.num_patches,
     ),
-    Measure("distance", "mean attention distance", "pixels", measures.mean_attention_distance, _longest_distance),
+    Measure(
+        "distance",
+        "mean attention distance",
+        "pixels",
+        measures.mean_attention_distance,
+        _longest_distance,
+        measures.asks_for_itself,
+    ),
+)
+# With those that cost more, for what is measured once.
+ALL_MEASURES = (
+    *MEASURES,
+    Measure("sink", "attention sink strength", "share", measures.sink_strength, lambda _: 1.0),
+    Measure(
+        "divergence",
+        "divergence from other heads",
+        "nats",
+        measures.head_divergence,
+        lambda _: math.log(2),
+        lambda weights, _: weights.shape[1] > 1,
+    ),
 )
 
 
 class AttentionStatistics:
-    """All measures over a stream of images: hand `update` to `capture(model, consume=...)`."""
+    """Measures over a stream of images: hand `update` to `capture(model, consume=...)`.
 
-    def __init__(self) -> None:
+    Layers whose place on the image is not known, or that come again with images of another size, are left out;
+    `left_out` has their names. Windows of one image count as one value, their mean.
+    """
+
+    def __init__(self, chosen: Sequence[Measure] = MEASURES) -> None:
+        self.measures = tuple(chosen)
         self.layer_names: list[str] = []
-        self.distributions: dict[str, list[Distribution]] = {measure.name: [] for measure in MEASURES}
-        self.geometry: Geometry | None = None
+        self.geometries: list[Geometry] = []
+        self.distributions: dict[str, list[Distribution]] = {measure.name: [] for measure in self.measures}
+        self.left_out: dict[str, None] = {}
         self.num_images = 0
 
     def update(self, layer: AttentionLayer) -> None:
         if layer.geometry is None:
-            raise ValueError(f"the patch grid of {layer.name} is not known")
-        if layer.index == len(self.layer_names):
-            self._add_layer(layer)
-        if layer.index == 0:
-            self.num_images += len(layer.weights)
-        for measure in MEASURES:
-            self.distributions[measure.name][layer.index].update(measure.function(layer.weights, layer.geometry))
+            self.left_out[layer.name] = None
+            return
+        if layer.name not in self.layer_names:
+            self._add_layer(layer, layer.geometry)
+        position = self.layer_names.index(layer.name)
+        if layer.geometry != self.geometries[position]:
+            self.left_out[layer.name] = None
+            return
+        for measure in self.measures:
+            if measure.applies(layer.weights, layer.geometry):
+                values = layer.geometry.per_image(measure.function(layer.weights, layer.geometry))
+                self.distributions[measure.name][position].update(values)
+        if position == 0:
+            self.num_images += len(layer.geometry.per_image(layer.weights[:, :0]))
 
-    def _add_layer(self, layer: AttentionLayer) -> None:
-        assert layer.geometry is not None
-        self.geometry = layer.geometry
+    def _add_layer(self, layer: AttentionLayer, geometry: Geometry) -> None:
         self.layer_names.append(layer.name)
-        for measure in MEASURES:
+        self.geometries.append(geometry)
+        for measure in self.measures:
             self.distributions[measure.name].append(
-                Distribution(layer.weights.shape[1], 0.0, measure.upper_bound(layer.geometry), layer.weights.device)
+                Distribution(layer.weights.shape[1], 0.0, measure.upper_bound(geometry), layer.weights.device)
             )
 
     def merge(self, other: AttentionStatistics) -> None:
-        if other.layer_names != self.layer_names or other.geometry != self.geometry:
+        if other.layer_names != self.layer_names or other.geometries != self.geometries:
             raise ValueError("statistics of different layers cannot be merged")
         self.num_images += other.num_images
         for name, distributions in self.distributions.items():
@@ -166,17 +203,42 @@ class AttentionStatistics:
                 mine.merge(theirs)
 
     def compute(self) -> dict[str, Summary]:
-        """measure name -> Summary."""
+        """measure name -> Summary. Raises UserError if no layer's place on the image was known."""
+        if not self.layer_names:
+            raise UserError(NO_GEOMETRY)
         return {name: _summary(distributions) for name, distributions in self.distributions.items()}
 
 
+NO_GEOMETRY = (
+    "it is not known where this model's tokens lie on the image: say it with "
+    "geometry=Geometry(grid=(rows, columns), num_prefix_tokens=..., patch_size=(height, width))"
+)
+
+
 def _summary(distributions: list[Distribution]) -> Summary:
-    counts = torch.stack([distribution.counts for distribution in distributions]).cpu().numpy()
-    sums = torch.stack([distribution.sums for distribution in distributions]).cpu().numpy()
-    squares = torch.stack([distribution.sums_of_squares for distribution in distributions]).cpu().numpy()
-    n = counts[0, 0].sum()
-    mean = sums / n
-    deviation = np.sqrt(np.maximum(squares / n - mean**2, 0.0))
-    edges = np.linspace(distributions[0].low, distributions[0].high, NUM_BINS + 1)
-    extremes = [[float(each.smallest.min()), float(each.largest.max())] for each in distributions]
+    """Layers of fewer heads are filled up with NaN, and without counts."""
+    num_heads = max(len(distribution.counts) for distribution in distributions)
+    edges = np.linspace(0.0, max(distribution.high for distribution in distributions), NUM_BINS + 1)
+    n = distributions[0].counts[0].sum().item()
+    mean = np.full((len(distributions), num_heads), np.nan)
+    deviation, counts = mean.copy(), np.zeros((*mean.shape, NUM_BINS))
+    extremes = []
+    for layer, each in enumerate(distributions):
+        heads = slice(0, len(each.counts))
+        valid = each.counts.sum(dim=1).cpu().numpy()
+        sums, squares = each.sums.cpu().numpy(), each.sums_of_squares.cpu().numpy()
+        with np.errstate(invalid="ignore"):  # 0 / 0 where there is no value, such as the distance of a pooling query
+            mean[layer, heads] = sums / valid
+            deviation[layer, heads] = np.sqrt(np.maximum(squares / valid - mean[layer, heads] ** 2, 0.0))
+        counts[layer, heads] = _on_edges(each.counts.cpu().numpy(), each.high, edges)
+        extremes.append([float(each.smallest.min()), float(each.largest.max())])
     return Summary(mean, deviation, counts, edges, np.array(extremes), int(n))
+
+
+def _on_edges(counts: NDArray[np.float64], high: float, edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Counts [head, bin] from 0 to `high` in the bins that all layers share: each goes where its middle lies."""
+    if high == edges[-1]:
+        return counts
+    middles = (np.arange(NUM_BINS) + 0.5) * high / NUM_BINS
+    bins = np.searchsorted(edges, middles, side="right") - 1
+    return np.stack([np.bincount(bins, weights=head, minlength=NUM_BINS) for head in counts])

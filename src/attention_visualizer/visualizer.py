@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention_visualizer import storage
 from attention_visualizer.analysis import CHAPTERS, heads, layers, patterns, preparation, statistics
 from attention_visualizer.analysis.comprehensive import write_analysis
 from attention_visualizer.analysis.study import Sample, Study, check_sample
-from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
-from attention_visualizer.model import VisionTransformer
+from attention_visualizer.geometry import Geometry
+from attention_visualizer.pictures import InputFormat, Pictures
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,13 @@ OWNER = "model.json"  # inside an output folder: whose analysis it holds
 
 
 class AttentionVisualizer:
-    """Shows what the Vision Transformer in `model_path` attends to.
+    """Shows what a Vision Transformer attends to: this project's in `model_path`, or any other as `model`.
 
     model_path: a .ckpt, .pth or .safetensors file. Where it does not exist, a warning is given and random weights
     are shown, and every figure says so; a file that is not a usable checkpoint raises UserError.
+    model: a PyTorch module instead, from whatever library; it is put into eval mode. Then `images` says which pictures:
+    a folder of them in any size. What the model does not state itself is given by `geometry` (where tokens lie), and
+    `image_format` (size, channels and normalisation of its images).
     device: "auto", "cpu" or "cuda". output_dir: None is attention_analysis/ in the current folder, or, if that holds
     the analysis of another model, attention_analysis_<model>/.
     data_dir: where MNIST is; None is where the model was trained, or the environment variable MNIST_DIR.
@@ -40,20 +44,33 @@ class AttentionVisualizer:
 
     def __init__(
         self,
-        model_path: str | Path,
+        model_path: str | Path | None = None,
         device: str = "auto",
         output_dir: str | Path | None = None,
         data_dir: str | None = None,
+        *,
+        model: nn.Module | None = None,
+        images: str | Path | None = None,
+        geometry: Geometry | None = None,
+        image_format: InputFormat | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
-        self.model_path = Path(model_path)
+        if (model_path is None) == (model is None):
+            raise UserError("give either model_path= (a checkpoint of this project) or model= (any PyTorch ViT)")
+        if model is not None and images is None:
+            raise UserError("model= needs pictures to look at: give images=<folder>")
+        self.model_path = Path(model_path) if model_path is not None else Path(type(model).__name__)
         self.device = preparation.choose_device(device)
         self.data_dir = data_dir
         self._asked_output = None if output_dir is None else Path(output_dir)
-        self._weights: preparation.Weights | None = None
-        self._data: ImageDataModule | None = None
+        self._model = model
+        self._images = images
+        self._geometry = geometry
+        self._image_format = image_format
+        self._class_names = class_names
         self._study: Study | None = None
 
-    def load_optimal_model(self) -> VisionTransformer:
+    def load_optimal_model(self) -> nn.Module:
         """The model, in eval mode on the device; read once."""
         return self.study.model
 
@@ -61,23 +78,29 @@ class AttentionVisualizer:
     def study(self) -> Study:
         """Model, data and output folder together; made when first needed."""
         if self._study is None:
-            self._weights = self._read_weights()
-            self._data = preparation.load_data(self._weights.loaded, self.data_dir)
+            weights = self._read_weights()
             self._study = preparation.prepare(
-                self._weights,
-                self._data,
+                weights,
+                self._find_pictures(weights),
                 preparation.check_output(self._output_folder()),
                 preparation.Subjects(),
                 device=str(self.device),
+                geometry=self._geometry,
             )
-            log.debug("%s on %s, figures go to %s", self._weights.text, self.device, self._study.output)
+            log.debug("%s on %s, figures go to %s", self._study.weights, self.device, self._study.output)
         return self._study
 
-    def get_test_samples(self, num_samples: int = 8) -> list[tuple[Tensor, int]]:
-        """Test images float32 [channel, height, width] in 0..1 with their classes, by the report's fixed rule."""
+    def _find_pictures(self, weights: preparation.Weights) -> Pictures:
+        if self._images is None:
+            return preparation.test_pictures(weights, preparation.load_data(weights.loaded, self.data_dir))
+        return preparation.folder_pictures(weights, str(self._images), self._image_format, self._class_names)
+
+    def get_test_samples(self, num_samples: int = 8) -> list[tuple[Tensor, int | None]]:
+        """Images float32 [channel, height, width] in 0..1 with their classes (None where they are not known), by the
+        report's fixed rule."""
         study = self.study
         chosen = preparation.find_samples(study, preparation.Subjects(num_samples))
-        return [(sample.image.float() / 255, int(sample.label or 0)) for sample in chosen]
+        return [(sample.image.float() / 255, sample.label) for sample in chosen]
 
     def visualize_attention_patterns(self, image: Any, label: int | None, i: int = 0) -> Figure:
         """Attention by layer, alone and over the image; saved as attention_pattern_sample_<i>.png."""
@@ -91,20 +114,21 @@ class AttentionVisualizer:
         """From shallow to deep; saved as layer_comparison_sample_<i>.png."""
         return self._draw(layers, "layer_comparison", image, label, i)
 
-    def create_attention_statistics(self, samples: list[tuple[Any, int]]) -> tuple[Figure, pd.DataFrame]:
+    def create_attention_statistics(self, samples: Sequence[tuple[Any, int | None]]) -> tuple[Figure, pd.DataFrame]:
         """Statistics over `samples`, saved as attention_statistics.png; and a row for each measure, layer, head."""
         if not samples:
             raise UserError("there are no samples to make statistics of: give a list of (image, label)")
-        taken = [Sample(as_bytes(image), int(label), f"sample {i}") for i, (image, label) in enumerate(samples)]
+        taken = [as_sample(image, label, i) for i, (image, label) in enumerate(samples)]
         for sample in taken:
-            check_sample(sample, self.study.description)
-        images = torch.stack([sample.image for sample in taken])
-        labels = torch.tensor([sample.label for sample in taken])
-        summaries, _ = statistics.measure(self.study, images, labels)
-        figure = statistics.figure(summaries, self.study.geometry, len(labels), self.study.face_note, "given images")
+            check_sample(sample, self.study.pictures)
+        inputs = self.study.model_input(torch.stack([sample.image for sample in taken]))
+        known = [sample.label for sample in taken if sample.label is not None]
+        labels = torch.tensor(known, device=inputs.device) if len(known) == len(taken) else None
+        measured = statistics.measure(self.study, [(inputs, labels)])
+        figure = statistics.figure(measured, f"{len(taken):,} given images", self.study.face_note)
         self._claim_output()
         self.study.save(figure, "attention_statistics")
-        return figure, pd.DataFrame(statistics.records(summaries))
+        return figure, pd.DataFrame(statistics.records(measured.summaries))
 
     def run_comprehensive_analysis(self, model_path: str | Path | None = None) -> Path:
         """Every figure, the statistics over the whole test set and the report; returns the report's path.
@@ -112,11 +136,12 @@ class AttentionVisualizer:
         Another `model_path` than before switches to that model.
         """
         if model_path is not None and Path(model_path) != self.model_path:
-            self.model_path, self._study = Path(model_path), None
+            self.model_path, self._model, self._study = Path(model_path), None, None
         self._claim_output()
+        given = repr(str(self.model_path)) if self._model is None else f"model=model, images={str(self._images)!r}"
         command = (
             "from attention_visualizer import AttentionVisualizer\n\n"
-            f"AttentionVisualizer({str(self.model_path)!r}).run_comprehensive_analysis()"
+            f"AttentionVisualizer({given}).run_comprehensive_analysis()"
         )
         report = write_analysis(self.study, command, tuple(CHAPTERS), language="python")
         log.info("report written to %s", report)
@@ -124,7 +149,7 @@ class AttentionVisualizer:
         return report
 
     def _draw(self, chapter: Any, stem: str, image: Any, label: int | None, i: int) -> Figure:
-        sample = Sample(as_bytes(image), None if label is None else int(label), f"sample {i}")
+        sample = as_sample(image, label, i)
         (subject,) = self.study.look_at([sample])
         picture = chapter.picture(self.study, subject, sample)
         self._claim_output()
@@ -133,6 +158,8 @@ class AttentionVisualizer:
         return picture.to_figure()
 
     def _read_weights(self) -> preparation.Weights:
+        if self._model is not None:
+            return preparation.Weights(self._model.eval(), f"{type(self._model).__name__} as given")
         if not self.model_path.exists():
             message = f"{self.model_path} does not exist: RANDOM WEIGHTS are shown, which have learnt nothing"
             warnings.warn(message, UserWarning, stacklevel=4)
@@ -166,6 +193,10 @@ class AttentionVisualizer:
     def _claim_output(self) -> None:
         self.study.output.mkdir(parents=True, exist_ok=True)
         storage.write_json(self.study.output / OWNER, {"model": self._identity()})
+
+
+def as_sample(image: Any, label: int | None, number: int) -> Sample:
+    return Sample(as_bytes(image), None if label is None else int(label), f"sample {number}")
 
 
 def as_bytes(image: Any) -> Tensor:

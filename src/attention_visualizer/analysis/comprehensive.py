@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from attention_visualizer import report, storage
 from attention_visualizer.analysis import CHAPTERS, write_chapters
 from attention_visualizer.analysis.study import Study
+from attention_visualizer.geometry import Geometry
+from attention_visualizer.model import VisionTransformer
 
 # What an analysis writes. Figures of an earlier one of the same weights stay; of others, they would mislead.
 OURS = re.compile(
-    r"(attention_(pattern|heads)|layer_comparison)_sample_\d+\.(png|pdf|svg)"
+    r"(attention_(pattern|heads|methods)|layer_comparison)_sample_\d+\.(png|pdf|svg)"
     r"|attention_(statistics(_by_head)?|evolution)\.(png|pdf|svg|webp|csv|json)"
 )
 
@@ -47,23 +52,58 @@ def identity(weights: str) -> str:
 
 
 def summarise(study: Study, command: str, language: str) -> report.Summary:
-    geometry, description = study.geometry, study.description
-    config = study.model.config
-    parameters = sum(parameter.numel() for parameter in study.model.parameters())
+    pictures = study.pictures
+    whole_set = f"{pictures.title}, test set of {len(pictures):,} images"
     facts = {
         "weights": study.weights,
-        "model": f"{config['num_layers']} layers x {config['num_heads']} heads, width {config['embed_dim']}, "
-        f"MLP {config['mlp_dim']}, {config['positional_embedding']} positions, {config['pooling']} pooling, "
-        f"{parameters:,} parameters",
-        "tokens": f"{geometry.grid[0]} x {geometry.grid[1]} patches of {geometry.patch_size[0]} x "
-        f"{geometry.patch_size[1]} pixels" + (", and the class token" if geometry.num_prefix_tokens else ""),
-        "data": f"{description.title}, test set of {len(study.labels):,} images",
+        "model": describe_model(study),
+        "tokens": describe_tokens(study.first_look.geometries),
+        "data": whole_set if pictures.kind == "test image" else f"{pictures.title}, {len(pictures):,} {pictures.kind}s",
         "samples": "; ".join(sample.source for sample in study.samples)
-        + " (unless named: in test-set order, the first of each class, then the second of each, ...)",
+        + (CHOSEN if pictures.labels is not None else ""),
     }
     if study.reconstruction_error:
         facts["proof"] = (
-            "the maps are the model's own: weights times values differ from its fused output by at most "
+            "the maps are the model's own: weights times values differ from its own attention output by at most "
             f"{study.reconstruction_error:.1e}"
         )
-    return report.Summary("Attention analysis", facts, [study.face_note] if study.face_note else [], command, language)
+    notes = [study.face_note] if study.face_note else []
+    if study.first_look.left_out:
+        names = ", ".join(study.first_look.left_out)
+        notes.append(f"layers whose keys cannot be placed on the image are left out: {names}")
+    broken = getattr(pictures, "broken", {})
+    notes += [f"{name} could not be read and is left out ({reason})" for name, reason in broken.items()]
+    return report.Summary("Attention analysis", facts, notes, command, language)
+
+
+CHOSEN = " (unless named: in test-set order, the first of each class, then the second of each, ...)"
+
+
+def describe_model(study: Study) -> str:
+    parameters = f"{sum(parameter.numel() for parameter in study.model.parameters()):,} parameters"
+    if isinstance(study.model, VisionTransformer):
+        config = study.model.config
+        return (
+            f"{config['num_layers']} layers x {config['num_heads']} heads, width {config['embed_dim']}, "
+            f"MLP {config['mlp_dim']}, {config['positional_embedding']} positions, {config['pooling']} pooling, "
+            + parameters
+        )
+    seen = study.first_look
+    heads = [int((~np.isnan(layer)).sum()) for layer in seen.entropy[0]]
+    told = f"{heads[0]}" if len(set(heads)) == 1 else f"{min(heads)} to {max(heads)}"
+    return f"{type(study.model).__name__}, {len(heads)} layers with attention x {told} heads, {parameters}"
+
+
+def describe_tokens(geometries: Sequence[Geometry]) -> str:
+    """Each layout once, in the order of the layers."""
+    told = []
+    for geometry in dict.fromkeys(replace(geometry, shift=(0, 0)) for geometry in geometries):
+        text = (
+            f"{geometry.grid[0]} x {geometry.grid[1]} patches of {geometry.patch_size[0]} x "
+            f"{geometry.patch_size[1]} pixels"
+        )
+        prefix = geometry.num_prefix_tokens
+        text += ", and the class token" if prefix == 1 else f", and {prefix} prefix tokens" if prefix else ""
+        text += f", in windows of {geometry.window[0]} x {geometry.window[1]}" if geometry.window else ""
+        told.append(text)
+    return "; then ".join(told)

@@ -33,17 +33,18 @@ def figure(history: AttentionHistory, study: Study) -> Figure:
     """Entropy above, distance below: the probe images at every frame, the validation set at every epoch."""
     drawn = Figure(figsize=(12, 8.5), layout="constrained")
     axes = drawn.subplots(2, 1)
-    geometry = study.geometry
+    num_keys = {int(keys) for keys in np.atleast_1d(history.probe["num_keys"])}
+    reads_cls = history.probe["query"] == "cls"
     part = "validations" if history.validations else "frames"
     steps = history.column(part, "step")
     probe_steps = history.column("frames", "step")
-    uniform = measures.uniform_entropy(geometry.num_tokens)
+    uniform = measures.uniform_entropy(num_keys.pop()) if len(num_keys) == 1 else None
     for axis, name, label, reference in (
         (axes[0], "entropy", "attention entropy (nats)", uniform),
         (axes[1], "distance", "mean attention distance (pixels)", None),
     ):
         values, probe_values = history.column(part, name), history.column("frames", name)
-        if name == "distance" and geometry.num_prefix_tokens and values.shape[1] > 1:
+        if name == "distance" and reads_cls and values.shape[1] > 1:
             # The last layer's patch queries cannot affect the logits.
             values[:, -1], probe_values[:, -1] = np.nan, np.nan
         charts.lines_over_training(steps, values, label, axis, reference, probe_steps, probe_values)

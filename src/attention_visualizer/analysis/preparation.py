@@ -3,6 +3,7 @@ before anything is written."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -13,19 +14,22 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from attention_visualizer import foreign_models
 from attention_visualizer.analysis.study import FileFormat, HeadLayers, Sample, Study
 from attention_visualizer.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.checkpoint_choice import choose_checkpoint
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
-from attention_visualizer.geometry import find_geometry
+from attention_visualizer.geometry import Geometry
 from attention_visualizer.history import AttentionHistory
 from attention_visualizer.images import DatasetDescription, read_image
-from attention_visualizer.measures import Query
+from attention_visualizer.measures import Fusion, Query
 from attention_visualizer.mnist_files import MnistUnavailable
 from attention_visualizer.model import VisionTransformer
+from attention_visualizer.observation import RolloutOptions
+from attention_visualizer.pictures import InputFormat, LabelledImages, PictureFolder, Pictures, read_picture
 from attention_visualizer.storage import RunFolder, short_path
 
 log = logging.getLogger(__name__)
@@ -48,11 +52,11 @@ class Subjects:
 class Weights:
     """A model ready to be looked at, and what is known of where it comes from."""
 
-    model: VisionTransformer
+    model: nn.Module
     text: str
-    loaded: LoadedCheckpoint | None
-    run: RunFolder | None
-    random: bool
+    loaded: LoadedCheckpoint | None = None
+    run: RunFolder | None = None
+    random: bool = False
 
 
 def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> Weights:
@@ -106,43 +110,88 @@ def load_data(loaded: LoadedCheckpoint | None, data_dir: str | None = None) -> I
     return data
 
 
+def foreign_weights(model_from: str, ckpt: str) -> Weights:
+    """A model of another library: see foreign_models.build."""
+    model = foreign_models.build(model_from, ckpt)
+    if ckpt == "random":
+        return Weights(model, f"random weights, no training, {model_from}", random=True)
+    if ckpt == "pretrained":
+        return Weights(model, f"{model_from}, pretrained weights as published")
+    with Path(ckpt).open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return Weights(model, f"{model_from}; {short_path(Path(ckpt))}, sha256 {sha256}")
+
+
+def test_pictures(weights: Weights, data: ImageDataModule) -> LabelledImages:
+    """The test set, normalised as the model was trained. Raises UserError where it does not fit the model."""
+    description = data.description
+    if weights.loaded is not None and weights.loaded.data is not None:
+        # The model's own normalisation, whatever split the images come from now.
+        description = DatasetDescription.from_dict(weights.loaded.data)
+    assert isinstance(weights.model, VisionTransformer)
+    check_fit(weights.model, description)
+    return LabelledImages(description, *data.splits["test"])
+
+
+def folder_pictures(
+    weights: Weights, folder: str, image_format: InputFormat | None = None, class_names: Sequence[str] = ()
+) -> PictureFolder:
+    """A folder's pictures as the model takes them. Raises UserError where there are none."""
+    model = weights.model
+    if isinstance(model, VisionTransformer) and image_format is None:
+        described = weights.loaded.data if weights.loaded is not None else None
+        data = None if described is None else DatasetDescription.from_dict(described)
+        channels, side = int(model.config["in_channels"]), int(model.config["img_size"])
+        mean, std = (0.5, 0.5) if data is None else (data.mean, data.std)
+        image_format = InputFormat((side, side), channels, (mean,) * channels, (std,) * channels)
+        class_names = class_names or (() if data is None else data.class_names)
+    num_classes = getattr(model, "num_classes", None)
+    return PictureFolder.find(
+        folder,
+        image_format or InputFormat.of(model),
+        num_classes=num_classes if isinstance(num_classes, int) and num_classes else None,
+        class_names=class_names,
+    )
+
+
 def prepare(
     weights: Weights,
-    data: ImageDataModule,
+    pictures: Pictures,
     output: Path,
     subjects: Subjects,
     query: Query | None = None,
     device: str = "auto",
     file_format: FileFormat = "png",
     head_layers: HeadLayers = "all",
+    rollout: RolloutOptions | None = None,
+    geometry: Geometry | None = None,
 ) -> Study:
     """A Study with its samples chosen. Raises UserError for whatever does not fit together."""
     check_choice("format", file_format, FileFormat)
     check_choice("head_layers", head_layers, HeadLayers)
+    rollout = rollout or RolloutOptions()
+    check_choice("rollout_fusion", rollout.fusion, Fusion)
+    if not 0 <= rollout.discard < 1:
+        raise UserError(f"rollout_discard={rollout.discard}: give a share from 0 up to, but not, 1")
     chosen_device = choose_device(device)
-    description = data.description
-    if weights.loaded is not None and weights.loaded.data is not None:
-        # The model's own normalisation, whatever split the images come from now.
-        description = DatasetDescription.from_dict(weights.loaded.data)
-    check_fit(weights.model, description)
-    images, labels = data.splits["test"]
     notes = [RANDOM_NOTE] if weights.random else []
-    notes += [description.face_note] if description.face_note else []
+    notes += [pictures.face_note] if pictures.face_note else []
     study = Study(
         weights.model.to(chosen_device),
-        description,
-        images,
-        labels,
+        pictures,
         output,
         weights.text,
         "; ".join(notes),
         find_history(None if weights.random else weights.run),
-        query=check_query(weights.model, query),
+        query=check_query(query),
+        given_geometry=geometry,
+        rollout=rollout,
         file_format=file_format,
         head_layers=head_layers,
         device=chosen_device,
     )
     study.samples = find_samples(study, subjects)
+    study.first_look  # noqa: B018 - mistakes in the query and unknown layouts surface now
     return study
 
 
@@ -166,22 +215,13 @@ def check_fit(model: VisionTransformer, description: DatasetDescription) -> None
             raise UserError(f"the model's {name} is {mine}, but {description.title} has {theirs}")
 
 
-def check_query(model: VisionTransformer, query: Any) -> Query | None:
-    """None, "cls", "patches" or (row, column); raises UserError for a query that the model does not have."""
-    geometry = find_geometry(model)
-    assert geometry is not None
-    if query is None or query == "patches":
+def check_query(query: Any) -> Query | None:
+    """None, "cls", "patches" or (row, column). Whether the model has it shows when it is first looked at."""
+    if query is None or query in ("cls", "patches"):
         return query
-    if query == "cls":
-        if not geometry.num_prefix_tokens:
-            raise UserError(
-                "query=cls: this model pools the mean of its patches and has no CLS token; use query=patches"
-            )
-        return "cls"
     pair = isinstance(query, list | tuple) and len(query) == 2
     if not (pair and all(isinstance(number, int) and not isinstance(number, bool) for number in query)):
         raise UserError(f"query={query}: give cls, patches or a patch such as query=[1,2] (row and column from 0)")
-    geometry.token_of_patch(*query)
     return (query[0], query[1])
 
 
@@ -190,16 +230,29 @@ def find_samples(study: Study, subjects: Subjects) -> list[Sample]:
     rules = [name for name, on in (("class", subjects.class_ is not None), ("wrong", subjects.wrong)) if on]
     if len(named) + bool(rules) > 1:
         raise UserError(f"{named[0]}= says which pictures: leave out {', '.join([*named[1:], *rules])}=")
+    pictures = study.pictures
     if subjects.image is not None:
-        return [Sample(read_image(subjects.image, study.description), None, Path(subjects.image).name)]
+        if isinstance(pictures, LabelledImages):
+            picture = read_image(subjects.image, pictures.description)
+        else:
+            assert isinstance(pictures, PictureFolder)
+            picture = read_picture(subjects.image, pictures.format)
+        return [Sample(picture, None, Path(subjects.image).name)]
     if subjects.num_samples < 1:
         raise UserError(f"num_samples={subjects.num_samples}: give a whole number of at least 1")
-    classes = study.description.num_classes
-    if subjects.class_ is not None and not 0 <= subjects.class_ < classes:
+    labels = pictures.labels
+    if labels is None and rules:
+        raise UserError(f"{rules[0]}= needs pictures whose classes are known, such as a test set: leave it out")
+    classes = pictures.num_classes
+    if subjects.class_ is not None and classes is not None and not 0 <= subjects.class_ < classes:
         raise UserError(f"class={subjects.class_}: give a class from 0 to {classes - 1}")
     wrong = wrong_predictions(study) if subjects.wrong else None
-    chosen = choose_samples(study.labels, subjects.num_samples, subjects.samples, subjects.class_, wrong)
-    return [Sample(study.images[index], int(study.labels[index]), f"test image {index}") for index in chosen]
+    alike = torch.zeros(len(pictures), dtype=torch.long) if labels is None else labels
+    chosen = choose_samples(alike, subjects.num_samples, subjects.samples, subjects.class_, wrong)
+    return [
+        Sample(picture, None if labels is None else int(labels[number]), pictures.name(number))
+        for number, picture in zip(chosen, pictures.read(chosen), strict=True)
+    ]
 
 
 def choose_samples(
@@ -233,8 +286,8 @@ def choose_samples(
 def wrong_predictions(study: Study) -> Tensor:
     """Mask [image] of the test images that the model gets wrong."""
     with torch.no_grad():
-        batches = study.batches(study.images, study.labels)
-        return torch.cat([(study.model(images).argmax(dim=1) != labels).cpu() for images, labels in batches])
+        found = [(study.model(images).argmax(dim=1) != labels).cpu() for images, labels in study.batches()]
+        return torch.cat(found)
 
 
 def choose_device(device: str) -> torch.device:

@@ -8,28 +8,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention_visualizer import storage
-from attention_visualizer.attention_figures import Subject
+from attention_visualizer.attention_figures import Subject, class_name
 from attention_visualizer.chapter import FigureFile
 from attention_visualizer.errors import UserError
-from attention_visualizer.geometry import Geometry, find_geometry
+from attention_visualizer.geometry import Geometry
 from attention_visualizer.history import AttentionHistory
-from attention_visualizer.images import DatasetDescription, normalise
 from attention_visualizer.measures import Query
-from attention_visualizer.model import VisionTransformer
-from attention_visualizer.observation import observe
+from attention_visualizer.observation import Observation, RolloutOptions, observe
 from attention_visualizer.panels import Picture
+from attention_visualizer.pictures import Pictures
 
 FileFormat = Literal["png", "pdf", "svg"]
 HeadLayers = Literal["all", "last"]
-BATCH_SIZE = 500  # bounds memory; larger batches are no faster on a CPU
+LARGEST_DRAWN = 224  # pixels a side, twice those of a tile
 
 
 @dataclass(frozen=True)
@@ -43,42 +43,51 @@ class Sample:
 
 @dataclass
 class Study:
-    """images: the test set, uint8 [image, channel, height, width]; labels: [image]. face_note stands on every figure.
+    """pictures: the test set, or what else the model is looked at with. face_note stands on every figure.
 
     weights: what the weights are, in words; query: None for the one that the model reads out; history: of the
-    training, where the checkpoint comes from a run.
+    training, where the checkpoint comes from a run; given_geometry: for models that do not state theirs.
     """
 
-    model: VisionTransformer
-    description: DatasetDescription
-    images: Tensor
-    labels: Tensor
+    model: nn.Module
+    pictures: Pictures
     output: Path
     weights: str
     face_note: str = ""
     history: AttentionHistory | None = None
     samples: Sequence[Sample] = ()
     query: Query | None = None
+    given_geometry: Geometry | None = None
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
     file_format: FileFormat = "png"
     head_layers: HeadLayers = "all"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     reconstruction_error: float = 0.0  # the largest that any capture of this study measured
 
     @cached_property
-    def geometry(self) -> Geometry:
-        geometry = find_geometry(self.model)
-        assert geometry is not None
-        return geometry
+    def first_look(self) -> Observation:
+        """At one picture: which layers there are and how their tokens lie."""
+        return self.observe(self.pictures.read([0]))
 
-    def model_input(self, images: Tensor) -> Tensor:
-        """uint8 or 0..1 float images [image, channel, height, width], as the model takes them."""
-        return normalise(images.to(self.device), self.description)
+    def observe(self, pictures: Tensor) -> Observation:
+        """pictures: uint8 [image, channel, height, width]."""
+        seen = observe(self.model, self.model_input(pictures), self.query, self.given_geometry, self.rollout)
+        self.reconstruction_error = max(self.reconstruction_error, seen.reconstruction_error)
+        return seen
 
-    def batches(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """All of them in order, in batches of bounded memory: model inputs and labels."""
-        for start in range(0, len(labels), BATCH_SIZE):
-            rows = slice(start, start + BATCH_SIZE)
-            yield self.model_input(images[rows]), labels[rows].to(self.device)
+    def model_input(self, pictures: Tensor) -> Tensor:
+        """uint8 or 0..1 float pictures [image, channel, height, width], as the model takes them."""
+        return self.pictures.model_input(pictures.to(self.device))
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """All pictures in order, in batches of bounded memory: model inputs, and labels where they are known."""
+        labels, size = self.pictures.labels, batch_size(self.pictures.shape)
+        for start in range(0, len(self.pictures), size):
+            rows = range(start, min(start + size, len(self.pictures)))
+            yield (
+                self.model_input(self.pictures.read(rows)),
+                None if labels is None else labels[rows.start : rows.stop].to(self.device),
+            )
 
     @cached_property
     def subjects(self) -> list[Subject]:
@@ -87,13 +96,16 @@ class Study:
 
     def look_at(self, samples: Sequence[Sample]) -> list[Subject]:
         for sample in samples:
-            check_sample(sample, self.description)
-        seen = observe(self.model, self.model_input(torch.stack([sample.image for sample in samples])), self.query)
-        self.reconstruction_error = max(self.reconstruction_error, seen.reconstruction_error)
-        names = self.description.class_names
+            check_sample(sample, self.pictures)
+        seen = self.observe(torch.stack([sample.image for sample in samples]))
+        names = self.pictures.class_names
         return [
             Subject.of(
-                seen, number, picture_of(sample.image), None if sample.label is None else names[sample.label], names
+                seen,
+                number,
+                picture_of(sample.image),
+                None if sample.label is None else class_name(names, sample.label),
+                names,
             )
             for number, sample in enumerate(samples)
         ]
@@ -122,15 +134,26 @@ class Study:
         return path.name
 
 
-def check_sample(sample: Sample, description: DatasetDescription) -> None:
+def batch_size(shape: tuple[int, int, int]) -> int:
+    """Pictures at once, by their size: bounds memory; larger batches are no faster on a CPU."""
+    return max(8, min(500, 500 * 28 * 28 // (shape[1] * shape[2])))
+
+
+def check_sample(sample: Sample, pictures: Pictures) -> None:
     """Raises UserError for a picture or a label that the model cannot take."""
-    wanted = (description.channels, description.image_size, description.image_size)
+    wanted, classes = pictures.shape, pictures.num_classes
     if tuple(sample.image.shape) != wanted:
         raise UserError(f"{sample.source} has shape {list(sample.image.shape)}, but the model takes {list(wanted)}")
-    if sample.label is not None and not 0 <= sample.label < description.num_classes:
-        raise UserError(f"{sample.source} has label {sample.label}: give 0 to {description.num_classes - 1}, or None")
+    if sample.label is not None and (sample.label < 0 or (classes is not None and sample.label >= classes)):
+        known = "0 or more" if classes is None else f"0 to {classes - 1}"
+        raise UserError(f"{sample.source} has label {sample.label}: give {known}, or None")
 
 
 def picture_of(image: Tensor) -> np.ndarray:
-    """uint8 [channel, height, width] to [height, width, channel]."""
-    return image.permute(1, 2, 0).contiguous().numpy()
+    """uint8 [channel, height, width] to [height, width, channel], no larger than it is drawn."""
+    picture = image.permute(1, 2, 0).contiguous().numpy()
+    share = LARGEST_DRAWN / max(picture.shape[:2])
+    if share >= 1:
+        return picture
+    size = max(1, round(picture.shape[1] * share)), max(1, round(picture.shape[0] * share))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA).reshape(size[1], size[0], -1)

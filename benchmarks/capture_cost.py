@@ -1,0 +1,294 @@
+"""What `capture` costs: time and peak memory beside a plain forward pass and beside the usual way.
+
+    python benchmarks/capture_cost.py
+    python benchmarks/capture_cost.py --quick
+
+The usual way is the same model with fused attention turned off and hooks that store every map, then the same statistics
+from the stored maps. Every measurement is a process of its own, so that one's peak memory is not another's; ways are
+interleaved over the repeats, and medians are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tables import machine, table, versions
+
+MEBIBYTE = 2**20
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A timm ViT, `num_batches` batches of `batch_size` random images."""
+
+    name: str
+    image_size: int
+    patch_size: int
+    channels: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    batch_size: int
+    num_batches: int
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def map_bytes(self) -> int:
+        """One layer's weights of one batch."""
+        return self.batch_size * self.heads * self.num_tokens**2 * FLOAT_BYTES
+
+    @property
+    def value_bytes(self) -> int:
+        return self.batch_size * self.num_tokens * self.width * FLOAT_BYTES
+
+
+DEFAULT = Setup("default model, 28 pixels", 28, 7, 1, 128, 6, 4, 2.0, 500, 10)
+VIT_BASE = Setup("ViT-B/16, 224 pixels", 224, 16, 3, 768, 12, 12, 4.0, 64, 1)
+VIT_LARGE = Setup("ViT-L/14, 518 pixels", 518, 14, 3, 1024, 24, 16, 4.0, 1, 1)
+NARROW = Setup("ViT of width 192, 224 pixels", 224, 16, 3, 192, 12, 3, 4.0, 64, 1)
+QUICK = Setup("small ViT, 32 pixels", 32, 8, 3, 32, 3, 2, 2.0, 2, 2)
+
+WAYS = {
+    "plain": "plain forward pass",
+    "watched": "capture, weights thrown away",
+    "streamed": "capture, statistics streamed",
+    "stored": "capture, maps stored, then statistics",
+    "usual": "not fused, hooks store maps, then statistics",
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float
+    peak_bytes: int
+    checksum: float
+
+
+# --- one measurement, in a process of its own -------------------------------------------------------------------
+
+
+def build_model(setup: Setup, fused: bool) -> Any:
+    import torch
+    from timm.layers import set_fused_attn
+    from timm.models.vision_transformer import VisionTransformer
+
+    set_fused_attn(fused)
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=setup.image_size,
+        patch_size=setup.patch_size,
+        in_chans=setup.channels,
+        num_classes=10,
+        embed_dim=setup.width,
+        depth=setup.depth,
+        num_heads=setup.heads,
+        mlp_ratio=setup.mlp_ratio,
+    ).eval()
+
+
+@contextmanager
+def stored_by_hooks(model: Any, setup: Setup) -> Iterator[list[Any]]:
+    """The maps of the passes inside, as layers that the statistics take."""
+    import torch
+
+    from attention_visualizer.capture import AttentionLayer
+    from attention_visualizer.geometry import Geometry
+
+    side = setup.image_size // setup.patch_size
+    geometry = Geometry((side, side), 1, (setup.patch_size, setup.patch_size))
+    layers: list[Any] = []
+
+    def store(module: Any, inputs: Any, output: Any) -> None:
+        index = len(layers)
+        layers.append(AttentionLayer(f"blocks.{index}.attn", index, output, torch.empty(0), geometry, 0.0))
+
+    hooks = [block.attn.attn_drop.register_forward_hook(store) for block in model.blocks]
+    try:
+        yield layers
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def passes(way: str, setup: Setup, model: Any, totals: Any) -> Callable[[Any], None]:
+    """What is done with a batch of images."""
+    from attention_visualizer.capture import capture
+
+    def plain(images: Any) -> None:
+        model(images)
+
+    def watched(images: Any) -> None:
+        with capture(model, consume=lambda layer: None):
+            model(images)
+
+    def streamed(images: Any) -> None:
+        with capture(model, consume=totals.update):
+            model(images)
+
+    def stored(images: Any) -> None:
+        with capture(model) as attention:
+            model(images)
+        for layer in attention:
+            totals.update(layer)
+
+    def usual(images: Any) -> None:
+        with stored_by_hooks(model, setup) as layers:
+            model(images)
+            for layer in layers:
+                totals.update(layer)
+
+    return {"plain": plain, "watched": watched, "streamed": streamed, "stored": stored, "usual": usual}[way]
+
+
+def measure_here(way: str, setup: Setup) -> Cost:
+    import torch
+
+    from attention_visualizer.statistics import ALL_MEASURES, AttentionStatistics
+
+    model = build_model(setup, fused=way != "usual")
+    with torch.inference_mode():
+        warm_up = torch.randn(1, setup.channels, setup.image_size, setup.image_size)
+        passes(way, setup, model, AttentionStatistics(ALL_MEASURES))(warm_up)
+        totals = AttentionStatistics(ALL_MEASURES)
+        run = passes(way, setup, model, totals)
+        images = torch.randn(setup.batch_size, setup.channels, setup.image_size, setup.image_size)
+        began = time.perf_counter()
+        for _ in range(setup.num_batches):
+            run(images)
+        seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    checksum = totals.compute()["entropy"].mean.mean() if totals.layer_names else 0.0
+    return Cost(seconds, peak if sys.platform == "darwin" else peak * 1024, float(checksum))
+
+
+def measure(way: str, setup: Setup) -> Cost:
+    """In a child process. This one stays small: a child's peak starts at what its parent holds."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps([way, asdict(setup)])]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Cost(*json.loads(answer.stdout.splitlines()[-1]))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------
+
+
+def medians(setup: Setup, ways: list[str], repeats: int) -> dict[str, Cost]:
+    found: dict[str, list[Cost]] = {way: [] for way in ways}
+    for repeat in range(repeats):
+        for way in ways:
+            print(f"{setup.name}, depth {setup.depth}, {way}, {repeat + 1} of {repeats} ...", file=sys.stderr)
+            found[way].append(measure(way, setup))
+    return {
+        way: Cost(
+            statistics.median(cost.seconds for cost in costs),
+            int(statistics.median(cost.peak_bytes for cost in costs)),
+            costs[0].checksum,
+        )
+        for way, costs in found.items()
+    }
+
+
+def mebibytes(number: float) -> str:
+    return f"{number / MEBIBYTE:,.0f} MiB"
+
+
+def cost_table(setup: Setup, repeats: int, markdown: bool) -> str:
+    costs = medians(setup, list(WAYS), repeats)
+    sums = [cost.checksum for way, cost in costs.items() if way in ("streamed", "stored", "usual")]
+    if max(sums) - min(sums) > 1e-5:
+        raise SystemExit(f"the ways do not give the same statistics: mean entropies {sums}")
+    plain = costs["plain"]
+    rows = [
+        (
+            title,
+            f"{costs[way].seconds:.2f} s",
+            f"{costs[way].seconds / plain.seconds:.2f}",
+            mebibytes(costs[way].peak_bytes),
+            mebibytes(costs[way].peak_bytes - plain.peak_bytes),
+        )
+        for way, title in WAYS.items()
+    ]
+    batches = f"{setup.num_batches} x {setup.batch_size} images"
+    header = (f"{setup.name}, {batches}", "time", "of plain", "peak memory", "over plain")
+    return table(header, rows, markdown)
+
+
+def depth_table(setup: Setup, depths: list[int], repeats: int, markdown: bool) -> str:
+    rows = []
+    for depth in depths:
+        deep = replace(setup, depth=depth)
+        costs = medians(deep, ["plain", "streamed", "stored", "usual"], repeats)
+        plain = costs["plain"].peak_bytes
+        over = [costs[way].peak_bytes - plain for way in ("streamed", "stored", "usual")]
+        rows.append((str(depth), mebibytes(plain), *map(mebibytes, over), f"{over[0] / deep.map_bytes:.1f}"))
+    header = ("depth", "plain peak", "streamed: over plain", "stored", "usual way", "streamed, in maps of a layer")
+    return table(header, rows, markdown)
+
+
+def on_paper(setup: Setup) -> tuple[float, float]:
+    """Bytes of (all layers stored, one layer streamed): weights float32, and the values that come with them.
+
+    Streamed, two maps are there at a time: scores and their softmax, later the softmax and a measure's step.
+    """
+    stored = setup.depth * (setup.map_bytes + setup.value_bytes)
+    return stored, 2 * setup.map_bytes + setup.value_bytes
+
+
+def paper_table(markdown: bool) -> str:
+    rows = []
+    for setup in (VIT_LARGE, replace(VIT_LARGE, batch_size=8), NARROW, VIT_BASE):
+        stored, streamed = on_paper(setup)
+        rows.append(
+            (
+                f"{setup.name}, {setup.batch_size} images" if setup.batch_size > 1 else f"{setup.name}, 1 image",
+                f"{setup.depth} x {setup.heads} x {setup.num_tokens}²",
+                mebibytes(setup.map_bytes),
+                mebibytes(stored),
+                mebibytes(streamed),
+            )
+        )
+    return table(("on paper", "layers x heads x tokens²", "map of a layer", "stored", "streamed"), rows, markdown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, once: shows that it runs")
+    parser.add_argument("--paper", action="store_true", help="only what follows from the formula, without measuring")
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+
+    if arguments.child:
+        way, setup = json.loads(arguments.child)
+        cost = measure_here(way, Setup(**setup))
+        print(json.dumps([cost.seconds, cost.peak_bytes, cost.checksum]))
+        return
+    print(f"{versions('torch', 'timm')}; {machine()}\n")
+    if arguments.quick:
+        print(cost_table(QUICK, 1, arguments.markdown))
+    elif not arguments.paper:
+        for setup in (DEFAULT, VIT_BASE):
+            print(cost_table(setup, arguments.repeats, arguments.markdown), end="\n\n", flush=True)
+        print(depth_table(NARROW, [4, 12, 24, 48], arguments.repeats, arguments.markdown), end="\n\n", flush=True)
+    if not arguments.quick:
+        print(paper_table(arguments.markdown))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What goes to which of Lightning's loggers: numbers to all, pictures to those that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from numpy.typing import NDArray
+
+from attention_visualizer.panels import Picture
+from attention_visualizer.statistics import MEASURES, Summary
+
+
+class Loggers:
+    """A trainer's loggers. One that fails is warned of once and gets no more of that kind; training goes on."""
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self.loggers = list(loggers)
+        self._failed: set[tuple[int, str]] = set()
+
+    def numbers(self, numbers: dict[str, float], step: int) -> None:
+        for logger in self.loggers:
+            self._guarded(logger, "numbers", partial(logger.log_metrics, numbers, step=step))
+
+    @property
+    def take_images(self) -> bool:
+        return any(takes_images(logger) for logger in self.loggers)
+
+    def picture(self, tag: str, picture: Picture, step: int) -> None:
+        takers = [logger for logger in self.loggers if takes_images(logger)]
+        if not takers:
+            return
+        rgb = picture.to_rgb()
+        for logger in takers:
+            self._guarded(logger, "images", partial(log_image, logger, tag, rgb, step))
+
+    def histograms(self, summaries: dict[str, Summary], step: int) -> None:
+        """To TensorBoard, whose histograms take counts."""
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                self._guarded(logger, "histograms", partial(log_histograms, logger, summaries, step))
+
+    def chart_layout(self, num_layers: int) -> None:
+        """TensorBoard's Custom Scalars: all layers, or a layer's heads, in one chart."""
+        layout = chart_layout(num_layers)
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                self._guarded(logger, "charts", partial(add_layout, logger, layout))
+
+    def _guarded(self, logger: Logger, kind: str, write: Callable[[], Any]) -> None:
+        if (id(logger), kind) in self._failed:
+            return
+        try:
+            write()
+        except Exception as error:  # of somebody's service: its network, its disk, its version
+            self._failed.add((id(logger), kind))
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            rank_zero_warn(f"AttentionLogger: {type(logger).__name__} gets no more {kind}: {reason}")
+
+
+def takes_images(logger: Logger) -> bool:
+    """TensorBoard, MLflow, and the loggers with Lightning's log_image (Weights & Biases and others)."""
+    return isinstance(logger, TensorBoardLogger | MLFlowLogger) or hasattr(logger, "log_image")
+
+
+def log_image(logger: Any, tag: str, rgb: NDArray[np.uint8], step: int) -> None:
+    """rgb: [height, width, 3]."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image(tag, rgb, step, dataformats="HWC")
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_image(logger.run_id, rgb, key=tag, step=step)
+    else:
+        logger.log_image(key=tag, images=[rgb], step=step)
+
+
+def add_layout(logger: TensorBoardLogger, layout: dict[str, dict[str, list[Any]]]) -> None:
+    logger.experiment.add_custom_scalars(layout)
+
+
+def log_histograms(logger: TensorBoardLogger, summaries: dict[str, Summary], step: int) -> None:
+    """One histogram a layer and measure, over images and heads, straight from the streamed counts."""
+    for name, summary in summaries.items():
+        for layer, counts in enumerate(summary.counts.sum(axis=1), start=1):
+            filled = np.flatnonzero(counts)
+            if not len(filled):
+                continue  # a measure that this layer does not have
+            first, last = int(filled[0]), int(filled[-1])
+            centers = (summary.edges[:-1] + summary.edges[1:]) / 2
+            logger.experiment.add_histogram_raw(
+                f"attention_{name}_distribution/layer_{layer}",
+                min=summary.edges[first],
+                max=summary.edges[last + 1],
+                num=int(counts.sum()),
+                sum=float((counts * centers).sum()),
+                sum_squares=float((counts * centers**2).sum()),
+                bucket_limits=summary.edges[first + 1 : last + 2].tolist(),
+                bucket_counts=counts[first : last + 1].tolist(),
+                global_step=step,
+            )
+
+
+def chart_layout(num_layers: int) -> dict[str, dict[str, list[Any]]]:
+    """As SummaryWriter.add_custom_scalars takes it."""
+    return {
+        f"{measure.label} ({measure.unit})": {
+            "all layers, mean over heads": ["Multiline", [rf"attention_{measure.name}/layer_\d+_mean"]],
+            **{
+                f"layer {layer}, each head": ["Multiline", [rf"attention_{measure.name}/layer_{layer}_head_\d+"]]
+                for layer in range(1, num_layers + 1)
+            },
+        }
+        for measure in MEASURES
+    }

@@ -1,0 +1,31 @@
+"""What a model answers, whatever form its output has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Class scores [image, class] in a model's output: the output itself, its `logits`, or the first of a tuple.
+
+    None where there are none, such as in feature maps or tokens.
+    """
+    if isinstance(output, Mapping) or hasattr(output, "logits"):
+        output = output.get("logits") if isinstance(output, Mapping) else output.logits
+    elif isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1 else None
+
+
+def predict(output: Any, num_images: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Class and its probability for each image, [image] both; -1 and NaN where the model classifies nothing."""
+    logits = logits_of(output)
+    if logits is None or len(logits) != num_images:
+        return np.full(num_images, -1), np.full(num_images, np.nan, np.float32)
+    probability, predicted = logits.detach().float().softmax(dim=-1).max(dim=-1)
+    return predicted.cpu().numpy(), probability.cpu().numpy()
