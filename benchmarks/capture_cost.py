@@ -1,17 +1,19 @@
 """What `capture` costs: time and peak memory beside a plain forward pass and beside the usual way.
 
     python benchmarks/capture_cost.py
+    python benchmarks/capture_cost.py depth --markdown
     python benchmarks/capture_cost.py --quick
 
 The usual way is the same model with fused attention turned off and hooks that store every map, then the same statistics
-from the stored maps. Every measurement is a process of its own, so that one's peak memory is not another's; ways are
-interleaved over the repeats, and medians are shown.
+from the stored maps. Every measurement is a process of its own, so that one's peak memory is not another's. Times are
+medians of processor time on one thread, the ways interleaved: other work on the machine disturbs them least.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -27,6 +29,9 @@ from tables import machine, table, versions
 
 MEBIBYTE = 2**20
 FLOAT_BYTES = 4
+# Of what is freed in blocks below 32 MiB, glibc's allocator keeps much, differently from run to run, unless each large
+# block is made one of its own. So what is measured is what is in use.
+RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(MEBIBYTE)}
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ def measure_here(way: str, setup: Setup) -> Cost:
 
     from attention_visualizer.statistics import ALL_MEASURES, AttentionStatistics
 
+    torch.set_num_threads(1)
     model = build_model(setup, fused=way != "usual")
     with torch.inference_mode():
         warm_up = torch.randn(1, setup.channels, setup.image_size, setup.image_size)
@@ -168,39 +174,29 @@ def measure_here(way: str, setup: Setup) -> Cost:
         totals = AttentionStatistics(ALL_MEASURES)
         run = passes(way, setup, model, totals)
         images = torch.randn(setup.batch_size, setup.channels, setup.image_size, setup.image_size)
-        began = time.perf_counter()
+        began = time.process_time()
         for _ in range(setup.num_batches):
             run(images)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     checksum = totals.compute()["entropy"].mean.mean() if totals.layer_names else 0.0
     return Cost(seconds, peak if sys.platform == "darwin" else peak * 1024, float(checksum))
 
 
-def measure(way: str, setup: Setup) -> Cost:
+def measure(way: str, setup: Setup, environment: dict[str, str] | None = None) -> Cost:
     """In a child process. This one stays small: a child's peak starts at what its parent holds."""
+    print(f"{setup.name}, depth {setup.depth}, {way} ...", file=sys.stderr)
     command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps([way, asdict(setup)])]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = os.environ | (environment or {})
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return Cost(*json.loads(answer.stdout.splitlines()[-1]))
 
 
+def peak_memory(way: str, setup: Setup) -> int:
+    return measure(way, replace(setup, num_batches=1), RETURNS_MEMORY).peak_bytes
+
+
 # --- tables -----------------------------------------------------------------------------------------------------
-
-
-def medians(setup: Setup, ways: list[str], repeats: int) -> dict[str, Cost]:
-    found: dict[str, list[Cost]] = {way: [] for way in ways}
-    for repeat in range(repeats):
-        for way in ways:
-            print(f"{setup.name}, depth {setup.depth}, {way}, {repeat + 1} of {repeats} ...", file=sys.stderr)
-            found[way].append(measure(way, setup))
-    return {
-        way: Cost(
-            statistics.median(cost.seconds for cost in costs),
-            int(statistics.median(cost.peak_bytes for cost in costs)),
-            costs[0].checksum,
-        )
-        for way, costs in found.items()
-    }
 
 
 def mebibytes(number: float) -> str:
@@ -208,35 +204,38 @@ def mebibytes(number: float) -> str:
 
 
 def cost_table(setup: Setup, repeats: int, markdown: bool) -> str:
-    costs = medians(setup, list(WAYS), repeats)
-    sums = [cost.checksum for way, cost in costs.items() if way in ("streamed", "stored", "usual")]
+    found: dict[str, list[Cost]] = {way: [] for way in WAYS}
+    for _ in range(repeats):
+        for way in WAYS:
+            found[way].append(measure(way, setup))
+    sums = [found[way][0].checksum for way in ("streamed", "stored", "usual")]
     if max(sums) - min(sums) > 1e-5:
         raise SystemExit(f"the ways do not give the same statistics: mean entropies {sums}")
-    plain = costs["plain"]
+    seconds = {way: statistics.median(cost.seconds for cost in costs) for way, costs in found.items()}
+    peaks = {way: statistics.median(cost.peak_bytes for cost in costs) for way, costs in found.items()}
     rows = [
         (
             title,
-            f"{costs[way].seconds:.2f} s",
-            f"{costs[way].seconds / plain.seconds:.2f}",
-            mebibytes(costs[way].peak_bytes),
-            mebibytes(costs[way].peak_bytes - plain.peak_bytes),
+            f"{seconds[way]:.2f} s",
+            f"{seconds[way] / seconds['plain']:.2f}",
+            mebibytes(peaks[way]),
+            mebibytes(peaks[way] - peaks["plain"]),
         )
         for way, title in WAYS.items()
     ]
     batches = f"{setup.num_batches} x {setup.batch_size} images"
-    header = (f"{setup.name}, {batches}", "time", "of plain", "peak memory", "over plain")
-    return table(header, rows, markdown)
+    return table((f"{setup.name}, {batches}", "time", "of plain", "peak memory", "over plain"), rows, markdown)
 
 
-def depth_table(setup: Setup, depths: list[int], repeats: int, markdown: bool) -> str:
+def depth_table(setup: Setup, depths: list[int], markdown: bool) -> str:
     rows = []
     for depth in depths:
         deep = replace(setup, depth=depth)
-        costs = medians(deep, ["plain", "streamed", "stored", "usual"], repeats)
-        plain = costs["plain"].peak_bytes
-        over = [costs[way].peak_bytes - plain for way in ("streamed", "stored", "usual")]
-        rows.append((str(depth), mebibytes(plain), *map(mebibytes, over), f"{over[0] / deep.map_bytes:.1f}"))
-    header = ("depth", "plain peak", "streamed: over plain", "stored", "usual way", "streamed, in maps of a layer")
+        plain, *others = (peak_memory(way, deep) for way in ("plain", "streamed", "stored", "usual"))
+        over = [peak - plain for peak in others]
+        on_paper_too = (mebibytes(number) for number in reversed(on_paper(deep)))
+        rows.append((str(depth), mebibytes(plain), *map(mebibytes, over), *on_paper_too))
+    header = ("depth", "plain peak", "streamed", "stored", "usual way", "on paper: streamed", "stored")
     return table(header, rows, markdown)
 
 
@@ -265,11 +264,14 @@ def paper_table(markdown: bool) -> str:
     return table(("on paper", "layers x heads x tokens²", "map of a layer", "stored", "streamed"), rows, markdown)
 
 
+PARTS = ("default", "base", "depth", "paper")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, once: shows that it runs")
-    parser.add_argument("--paper", action="store_true", help="only what follows from the formula, without measuring")
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement of time (default: 3)")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -279,15 +281,22 @@ def main() -> None:
         cost = measure_here(way, Setup(**setup))
         print(json.dumps([cost.seconds, cost.peak_bytes, cost.checksum]))
         return
-    print(f"{versions('torch', 'timm')}; {machine()}\n")
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    print(f"{versions('torch', 'timm')}; {machine()}\n", flush=True)
     if arguments.quick:
         print(cost_table(QUICK, 1, arguments.markdown))
-    elif not arguments.paper:
-        for setup in (DEFAULT, VIT_BASE):
-            print(cost_table(setup, arguments.repeats, arguments.markdown), end="\n\n", flush=True)
-        print(depth_table(NARROW, [4, 12, 24, 48], arguments.repeats, arguments.markdown), end="\n\n", flush=True)
-    if not arguments.quick:
-        print(paper_table(arguments.markdown))
+        return
+    repeats, markdown = arguments.repeats, arguments.markdown
+    for part in arguments.parts or PARTS:
+        if part == "depth":
+            print(depth_table(NARROW, [4, 12, 24, 48], markdown))
+        elif part == "paper":
+            print(paper_table(markdown))
+        else:
+            print(cost_table(DEFAULT if part == "default" else VIT_BASE, repeats, markdown))
+        print(flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
     if markdown:
-        lines = [header, ["---"] * len(header), *rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        first, *rest = (f"| {' | '.join(line)} |" for line in (header, *rows))
+        return "\n".join([first, "|---" * len(header) + "|", *rest])
     lines = [header, *rows]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -206,7 +206,7 @@ def test_other_precisions(tmp_path: Path, precision: str) -> None:
     entropies, distances = [], []
     for each in ("32-true", precision):
         torch.manual_seed(5)
-        fit(tmp_path, Steps(vit()), AttentionLogger(), precision=each, max_epochs=1)
+        fit(tmp_path, Steps(vit()), AttentionLogger(probe_images=PROBES), precision=each, max_epochs=1)
         kept = kept_in(tmp_path)
         assert kept.column("validations", "images").tolist() == [IMAGES]
         entropies.append([kept.frames[0]["entropy"], kept.validations[0]["entropy"]])

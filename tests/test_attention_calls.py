@@ -500,6 +500,16 @@ def test_dropout_of_half_precision_weights() -> None:
     assert torch.equal(layer.weights, (query @ key.mT * SCALE).softmax(-1).float())
 
 
+@pytest.mark.parametrize("name", ["@", "einsum", "bmm", "values' @ weights'"])
+def test_what_is_captured_holds_on_to_no_graph(name: str) -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in qkv())
+    model = Module(SPELLINGS[name][0])
+    with capture(model) as attention:
+        output = model(query, key, value)
+    assert output.requires_grad
+    assert not attention[0].weights.requires_grad and not attention[0].values.requires_grad
+
+
 def test_gradients_flow_through_dropout_as_unwatched() -> None:
     query, key, value = (tensor.requires_grad_() for tensor in qkv())
     model = dropped(DROPS["then transposed twice"])

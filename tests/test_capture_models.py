@@ -493,6 +493,44 @@ def test_torchs_multihead_attention_of_one_sequence_and_of_other_keys(need_weigh
     )
 
 
+class OfItself(nn.MultiheadAttention):
+    def forward(self, tokens: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(tokens, tokens, tokens, need_weights=False)
+
+
+class Direct(nn.Module):
+    """Calls it without its hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.attention.forward(tokens, tokens, tokens)
+
+
+class Doubling(Direct):
+    """By a hook that changes what its attention is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention.register_forward_pre_hook(lambda _, given: tuple(2 * tokens for tokens in given[:1]) * 3)
+
+    def forward(self, tokens: Tensor) -> Any:
+        return self.attention(tokens, tokens, tokens)
+
+
+@pytest.mark.parametrize("build", [lambda: OfItself(WIDTH, HEADS, batch_first=True), Direct, Doubling])
+def test_torchs_multihead_attention_that_is_called_in_another_way(build: Callable[[], nn.Module]) -> None:
+    model, tokens = spread_out(build()), tokens_of(2, TOKENS)
+    (layer,) = run(model, tokens)
+    given = 2 * tokens if isinstance(model, Doubling) else tokens
+    attention: Any = getattr(model, "attention", model)
+    own = nn.MultiheadAttention.forward(attention, given, given, given, average_attn_weights=False)[1]
+    assert own is not None
+    torch.testing.assert_close(layer.weights, own.detach(), rtol=0, atol=1e-5)
+
+
 def encoder(**options: Any) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 11, batch_first=True, **options)
     return spread_out(nn.TransformerEncoder(layer, 2))
@@ -762,6 +800,14 @@ def test_a_finder_tells_two_passes_apart() -> None:
     assert finder.of_layer(0, whole, 5, [], images) == Geometry((4, 4), 0, (8, 8))
     assert finder.of_layer(1, part, 5, [], images) == Geometry((2, 2), 0, (16, 16))
     assert finder.of_layer(0, part, 5, [], images) is None
+
+
+def test_channels_in_the_number_of_a_smaller_grid_have_no_place() -> None:
+    """After a layer that showed every patch, as in models that take turns: four channels, sixteen tokens as values."""
+    finder = GeometryFinder(Transformer(), None)
+    images = torch.Size((2, 3, 32, 32))
+    assert finder.of_layer(0, torch.Size((2, 3, 16, 16)), 4, [], images) == Geometry((4, 4), 0, (8, 8))
+    assert finder.of_layer(1, torch.Size((2, 3, 4, 4)), 16, [], images) is None
 
 
 def test_layers_handed_over_have_their_geometry() -> None:

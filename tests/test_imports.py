@@ -28,6 +28,8 @@ LEVELS = {
         "mnist_files",
         "classifier",
         "attention_calls",
+        "hand_written_attention",
+        "calling_modules",
         "capture",
         "interventions",
         "measures",

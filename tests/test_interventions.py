@@ -209,6 +209,19 @@ def test_weights_may_be_edited_in_place(way: str, edit: Edit) -> None:
     edited.sum().backward()  # the model's own tensors were not written to
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_an_edited_model_can_be_trained(way: str) -> None:
+    """Also queries and keys get their gradients, of the heads that were not edited."""
+    model = Model(way).double()
+    expected = score_of(explicitly(model, inputs().double(), in_layer(0, moved_keys)))
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    with intervene(model, permute_keys("blocks.0", 1, ORDER)), capture(model) as attention:
+        found = torch.autograd.grad(score_of(model(inputs().double())), list(model.parameters()))
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not any(layer.weights.requires_grad or layer.values.requires_grad for layer in attention)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_an_edit_that_changes_nothing_changes_no_bit(way: str, training: bool) -> None:

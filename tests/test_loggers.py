@@ -73,7 +73,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(offline=True, save_dir=tmp_path, project="any")
     kept = train(tmp_path, logger)
-    wandb.finish()
+    wandb.teardown()  # waits until all is written
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     rows = wandb_rows(next(folder.glob("*.wandb")))
     pictures: dict[str, list[int]] = {}

@@ -267,6 +267,9 @@ def test_features_are_no_scores_where_a_head_waits_for_them() -> None:
     assert found_in(Holder(net=headless), geometry=GEOMETRY).classifies
     assert not found_in(Holder(net=headless, head=nn.Linear(13, CLASSES)), geometry=GEOMETRY).classifies
     assert found_in(Forwarding(run=headless, after=nn.Linear(13, CLASSES)), geometry=GEOMETRY).classifies
+    beheaded = vit()
+    beheaded.head = nn.Identity()
+    assert not found_in(Holder(vit=beheaded)).classifies
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attention_visualizer.callbacks import AttentionLogger
 from attention_visualizer.capture import CaptureError, capture
 from attention_visualizer.model_search import find_model
+from attention_visualizer.statistics import AttentionStatistics
 from attention_visualizer.validation_watch import ValidationWatch, name_in_pass
 from tests.test_any_training import Steps, kept_in, vit
 from tests.test_callbacks import IMAGES, SIZE, fit
@@ -119,6 +120,45 @@ def test_other_attention_in_the_module_does_not_count() -> None:
     pair = Pair()
     watch = watched(pair, lambda: (pair(BATCH), pair.teacher(BATCH)))
     assert watch.remarks() == {} and images(watch) == 5 and len(entropies(watch)) == 2
+
+
+def test_attention_that_the_model_did_not_show_when_it_was_found() -> None:
+    class Whole(HandWritten):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reading = nn.MultiheadAttention(6, 3, batch_first=True)
+
+        def step(self) -> None:
+            self(BATCH)
+            self.reading(*[torch.randn(5, 10, 6)] * 3)
+
+    whole = Whole().eval()
+    watch = ValidationWatch(find_model(whole, BATCH, geometry=GEOMETRY), GEOMETRY)
+    with torch.no_grad(), watch.batch():
+        whole.step()
+    assert watch.remarks() == {} and entropies(watch).shape[0] == 2
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_measures_are_taken_in_full_precision(mixed: bool) -> None:
+    """Whatever the model runs in: they are those of the weights that it then has."""
+    model = vit() if mixed else vit().bfloat16()
+    watch = ValidationWatch(find_model(model.eval(), BATCH if mixed else BATCH.bfloat16()))
+    expected = AttentionStatistics()
+    try:
+        torch.set_default_dtype(torch.float32 if mixed else torch.bfloat16)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            with watch.batch():
+                model(BATCH.to(torch.get_default_dtype()))
+            with capture(model) as attention:
+                model(BATCH.to(torch.get_default_dtype()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for layer in attention:
+        expected.update(layer)
+    assert watch.remarks() == {}
+    for name, summary in expected.compute().items():
+        np.testing.assert_allclose(watch.statistics.compute()[name].mean, summary.mean, rtol=1e-6)
 
 
 def test_a_validation_of_another_model() -> None:

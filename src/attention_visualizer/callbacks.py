@@ -208,7 +208,7 @@ class AttentionLogger(Callback):
         self.history.probe |= probe
 
     def _save_history(self, trainer: Trainer) -> None:
-        if self.history.frames and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if self.history.frames and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with self._warning_only("history"):
                 self.history.save(history_path(trainer))
 
@@ -263,10 +263,13 @@ class AttentionLogger(Callback):
         numbers: dict[str, float] = {}
         for measure in MEASURES:
             summary = summaries[measure.name]
-            for layer, heads in enumerate(summary.mean, start=1):
+            for layer, means in enumerate(summary.mean, start=1):
+                heads = {head: float(mean) for head, mean in enumerate(means, start=1) if not np.isnan(mean)}
+                if not heads:
+                    continue  # a measure that this layer does not have
                 group = f"attention_{measure.name}/layer_{layer}"
-                numbers[f"{group}_mean"] = float(heads.mean())
-                numbers |= {f"{group}_head_{head}": float(mean) for head, mean in enumerate(heads, start=1)}
+                numbers[f"{group}_mean"] = sum(heads.values()) / len(heads)
+                numbers |= {f"{group}_head_{head}": mean for head, mean in heads.items()}
         self._loggers.numbers(numbers, trainer.global_step)
         self._loggers.histograms(summaries, trainer.global_step)
         entropy = summaries["entropy"]

@@ -15,7 +15,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -30,7 +30,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attention_visualizer.attention_calls import (
     AttentionCall,
-    HandWrittenAttention,
     Source,
     StatedHeads,
     fused_call,
@@ -40,15 +39,21 @@ from attention_visualizer.attention_calls import (
     random_state,
     tensors_of,
 )
+from attention_visualizer.calling_modules import (
+    Stack,
+    calling_stack,
+    fast_path_output,
+    leaves_fast_path,
+    output_projection,
+    stated_heads,
+)
 from attention_visualizer.geometry import Geometry, GeometryFinder
+from attention_visualizer.hand_written_attention import HandWrittenAttention
 
 # Largest accepted |weights @ values - the model's output|, relative to the largest |value|, by dtype of the model's
 # attention: some hundred times its rounding.
 ERROR_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-HEAD_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_head", "nheads", "nhead", "heads", "h")
-CHECKPOINT_FILE = torch.utils.checkpoint.__file__
-MODULE_CALL = nn.Module._call_impl.__code__
 Edit = Callable[["AttentionLayer", Tensor], Tensor]
 
 
@@ -194,20 +199,6 @@ _eager = _Eager()
 EDITED: Any = WeakIdKeyDictionary()  # Tensor -> AttentionLayer
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Who is calling: the model's modules that are running, innermost first, the outermost one's frame, the shape of
-    the images that the model was called with, and whether a compiled module or torch.utils.checkpoint is among the
-    callers. of_text: words, as numbers, were given to a module closer to the call than the one with the images."""
-
-    modules: list[nn.Module]
-    outermost: FrameType | None
-    images: torch.Size | None
-    compiled: bool
-    checkpointed: bool
-    of_text: bool
-
-
 class _Watch(TorchFunctionMode):
     def __init__(
         self,
@@ -267,7 +258,7 @@ class _Watch(TorchFunctionMode):
         while frame.f_back is not None and frame.f_code is not nn.MultiheadAttention.forward.__code__:
             frame = frame.f_back
         watched_only = not self.gradients and self.edit is None
-        own = _fast_path(frame, self.names) if watched_only else None
+        own = fast_path_output(frame, self.names) if watched_only else None
         with self:
             output = multi_head_body(*args, **kwargs)
         if own is None:
@@ -279,7 +270,7 @@ class _Watch(TorchFunctionMode):
     def _seen(self, output: Tensor, describe: Callable[[StatedHeads], AttentionCall]) -> Tensor:
         """Records the call and returns what the model goes on with."""
         began = time.perf_counter()
-        stack = self._stack()
+        stack = calling_stack(self.names, self.channels, sys._getframe(2))
         if not stack.modules:
             return output  # somebody else's attention
         if self.gradients and not torch.is_grad_enabled():
@@ -293,8 +284,11 @@ class _Watch(TorchFunctionMode):
                 "switch checkpointing off for gradients and interventions"
             )
         name, index = self._next_name(name, stack)
-        keeps_graph = torch.enable_grad() if self.gradients else torch.no_grad()
-        with torch._C.DisableTorchFunction(), keeps_graph:  # no calls of the model: an enclosing capture skips them
+        keeps_graph = torch.is_grad_enabled() and (self.gradients or self.edit is not None)
+        with (
+            torch._C.DisableTorchFunction(),
+            torch.set_grad_enabled(keeps_graph),
+        ):  # no calls of the model: an enclosing capture skips them
             call = describe(stated_heads(stack))
             edited = EDITED.get(output)
             error = largest(call.product - call.expected) if edited is None else edited.error
@@ -302,19 +296,21 @@ class _Watch(TorchFunctionMode):
             weights = call.weights if edited is None else edited.weights
             if self.edit is not None:
                 weights = weights.clone()  # to be edited in place, perhaps
+            elif not self.gradients:
+                weights = weights.detach()
             if self.gradients and not weights.requires_grad:
                 weights = weights.requires_grad_() if weights.is_leaf else weights.detach().requires_grad_()
             layer = AttentionLayer(
                 name,
                 index,
                 weights,
-                call.values,
+                call.values if self.gradients else call.values.detach(),
                 None
                 if stack.of_text
                 else self.geometries.of_layer(index, weights.shape, call.values.shape[-1], stack.modules, stack.images),
                 error,
                 call.source,
-                not stack.compiled and not any(_leaves_fast_path(module) for module in stack.modules),
+                not stack.compiled and not any(leaves_fast_path(module) for module in stack.modules),
                 output_projection(stack.modules, call.values),
             )
         self.num_calls += 1
@@ -378,30 +374,6 @@ class _Watch(TorchFunctionMode):
             )
         self.attention.reconstruction_error = max(self.attention.reconstruction_error, error)
 
-    def _stack(self) -> Stack:
-        modules: list[nn.Module] = []
-        outermost, images, compiled, checkpointed, of_text = None, None, False, False, False
-        frame: FrameType | None = sys._getframe(3)
-        while frame is not None:
-            checkpointed = checkpointed or frame.f_code.co_filename == CHECKPOINT_FILE
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module):
-                compiled = compiled or is_compiled(owner)
-                if id(owner) in self.names:
-                    outermost = frame
-                    if not modules or modules[-1] is not owner:
-                        modules.append(owner)
-                    if frame.f_code is MODULE_CALL:
-                        given = list(tensors_of((*frame.f_locals["args"], *frame.f_locals["kwargs"].values())))
-                        images = next((tensor.shape for tensor in given if self._are_images(tensor)), images)
-                        words = any(tensor.ndim == 2 and tensor.dtype in (torch.int64, torch.int32) for tensor in given)
-                        of_text = of_text or (words and images is None)
-            frame = frame.f_back
-        return Stack(modules, outermost, images, compiled, checkpointed, of_text)
-
-    def _are_images(self, tensor: Tensor) -> bool:
-        return tensor.ndim == 4 and tensor.is_floating_point() and tensor.shape[1] in self.channels
-
     def finish(self) -> None:
         self.frame_of_pass = None  # a frame keeps its arguments alive
         if self.num_calls == 0:
@@ -415,70 +387,3 @@ class _Watch(TorchFunctionMode):
                 f"there was no layer {self.edit.layer!r} to edit, only {', '.join(self.names_of_pass)}"  # type: ignore[attr-defined]
             )
         self.geometries.finish()
-
-
-def is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def stated_heads(stack: Stack) -> StatedHeads:
-    """The number of heads, as the calling module or the one around it states it; the number of images."""
-    numbers = (num_heads_of(module) for module in stack.modules[:2])
-    number = next((number for number in numbers if number is not None), None)
-    if stack.images is None or isinstance(stack.modules[0], nn.MultiheadAttention):
-        return number, None
-    return number, stack.images[0]
-
-
-def num_heads_of(module: nn.Module) -> int | None:
-    for name in HEAD_NUMBERS:
-        number = getattr(module, name, None)
-        if isinstance(number, int) and number > 0:
-            return number
-    return None
-
-
-def output_projection(callers: Sequence[nn.Module], values: Tensor) -> Tensor | None:
-    """The weight of the linear map that is applied to the heads' outputs, where its name and its size say so.
-
-    callers: the modules that compute the attention, innermost first; in some models of Hugging Face the map belongs to
-    the second.
-    """
-    module = callers[0]
-    candidates = [getattr(module, name, None) for name in ("proj", "out_proj", "o_proj", "to_out", "c_proj")]
-    candidates += [getattr(getattr(parent, "output", None), "dense", None) for parent in callers[:2]]
-    for found in candidates:
-        found = found[0] if isinstance(found, nn.Sequential) and len(found) else found
-        weight = getattr(found, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == values.shape[1] * values.shape[3]:
-            return weight
-    return None
-
-
-def _fast_path(frame: FrameType, names: dict[int, str]) -> Any:
-    """What nn.MultiheadAttention computes where it takes its fast path, which it leaves while a function mode is on.
-
-    frame: of its forward. None where it would not have taken it.
-    """
-    module, given = frame.f_locals.get("self"), frame.f_locals
-    if not isinstance(module, nn.MultiheadAttention) or id(module) not in names or module.training:
-        return None
-    if not (given.get("query") is given["key"] is given["value"] and given["is_batched"] and module.batch_first):
-        return None
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
-        return None
-    call: FrameType | None = frame  # it has turned its arguments by now; those of its call are as they were
-    while call is not None and not (call.f_code is MODULE_CALL and call.f_locals["self"] is module):
-        call = call.f_back
-    if call is None:
-        return None
-    with torch._C.DisableTorchFunction():
-        output, weights = module.forward(*call.f_locals["args"], **call.f_locals["kwargs"])
-    return output.transpose(0, 1), weights
-
-
-def _leaves_fast_path(module: nn.Module) -> bool:
-    """Whether watching makes `module` compute its attention in another way than it does unwatched."""
-    if not isinstance(module, nn.TransformerEncoderLayer) or module.training:
-        return False
-    return not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()))

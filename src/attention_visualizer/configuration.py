@@ -56,7 +56,7 @@ def register_schemas() -> None:
     add("lightning_trainer", signature(Trainer, *made_here), group="trainer")
     add(
         "attention_logger",
-        signature(AttentionLogger, "probe_images", "probe_labels"),
+        signature(AttentionLogger, "probe_images", "probe_labels", "geometry"),
         group="callbacks",
         package="callbacks.attention_logger",
     )

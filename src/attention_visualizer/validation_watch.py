@@ -89,8 +89,7 @@ class ValidationWatch:
             return  # another part of the same module
         self._runs[name] += 1
         try:
-            with _full_precision(layer.weights.device.type):
-                self.statistics.update(replace(layer, name=name))
+            self.statistics.update(replace(layer, name=name))
         except Exception as error:
             self._fail(error)
 
@@ -127,15 +126,3 @@ class _Unwatched(TorchFunctionMode):
             self.tell(error)
         with torch._C.DisableTorchFunction():
             return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _full_precision(device: str) -> Iterator[None]:
-    """Measures are sums over many keys: the training's lower precision is for the model alone."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(default)
