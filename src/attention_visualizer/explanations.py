@@ -65,7 +65,9 @@ def _explain_one(
     options: RolloutOptions,
 ) -> tuple[dict[str, Tensor], int]:
     with torch.enable_grad(), capture(model, geometry=geometry, gradients=True) as attention:
-        logits = logits_of(model(image)) if getattr(model, "num_classes", None) != 0 else None
+        output = model(image)
+    # timm's models without a head return features.
+    logits = logits_of(output) if getattr(model, "num_classes", None) != 0 else None
     layers = [layer for layer in attention if layer.geometry is not None]
     if not layers:
         raise UserError(NO_GEOMETRY)
