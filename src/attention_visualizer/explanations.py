@@ -16,7 +16,7 @@ from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.measures import Query
 from attention_visualizer.observation import RolloutOptions
-from attention_visualizer.prediction import logits_of
+from attention_visualizer.prediction import has_head, logits_of
 from attention_visualizer.statistics import NO_GEOMETRY
 
 
@@ -66,8 +66,7 @@ def _explain_one(
 ) -> tuple[dict[str, Tensor], int]:
     with torch.enable_grad(), capture(model, geometry=geometry, gradients=True) as attention:
         output = model(image)
-    # timm's models without a head return features.
-    logits = logits_of(output) if getattr(model, "num_classes", None) != 0 else None
+    logits = logits_of(output) if has_head(model) else None
     layers = [layer for layer in attention if layer.geometry is not None]
     if not layers:
         raise UserError(NO_GEOMETRY)

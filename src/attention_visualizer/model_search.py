@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from attention_visualizer.capture import AttentionLayer, CaptureError, capture
 from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry, patch_embedding
-from attention_visualizer.prediction import logits_of
+from attention_visualizer.prediction import has_head, logits_of
 from attention_visualizer.statistics import NO_GEOMETRY
 
 TRIAL_IMAGES = 2  # of one alone, some models drop the batch axis
 MOST_NAMES = 20
-HEADS = ("head", "heads", "fc", "classifier", "mlp_head")
 
 
 @dataclass(frozen=True)
@@ -243,8 +242,4 @@ def classifies(module: nn.Module, model: nn.Module, images: Tensor) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    if logits is None or getattr(model, "num_classes", None) == 0:
-        return False
-    if any(isinstance(getattr(model, name, None), nn.Identity) for name in HEADS):
-        return False
-    return logits.shape[1] not in waiting.values()
+    return logits is not None and has_head(model) and logits.shape[1] not in waiting.values()

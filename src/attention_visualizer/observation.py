@@ -15,7 +15,7 @@ from attention_visualizer.capture import AttentionLayer, capture
 from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.measures import Query
-from attention_visualizer.prediction import predict
+from attention_visualizer.prediction import has_head, predict
 from attention_visualizer.statistics import NO_GEOMETRY
 
 
@@ -131,8 +131,7 @@ def observe(
     columns = collector.columns
     grid = max((each.grid for each in geometries), key=lambda grid: grid[0] * grid[1])
     asked = collector.asked[-1]
-    classifies = getattr(model, "num_classes", None) != 0  # timm's models without a head return features
-    predicted, probability = predict(output if classifies else None, len(images))
+    predicted, probability = predict(output if has_head(model) else None, len(images))
     return Observation(
         asked,
         geometries,

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+HEADS = ("head", "heads", "fc", "classifier", "mlp_head")
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -20,6 +22,12 @@ def logits_of(output: Any) -> Tensor | None:
     elif isinstance(output, tuple | list) and output:
         output = output[0]
     return output if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1 else None
+
+
+def has_head(model: nn.Module) -> bool:
+    """False where the model states no classes or its head was taken off: its features would look like scores."""
+    without = any(isinstance(getattr(model, name, None), nn.Identity) for name in HEADS)
+    return not without and getattr(model, "num_classes", None) != 0
 
 
 def predict(output: Any, num_images: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
