@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attention_visualizer import attention_figures as figures
+from attention_visualizer.analysis.methods import describe_rollout
 from attention_visualizer.analysis.study import Sample, Study
 from attention_visualizer.attention_figures import Subject
 from attention_visualizer.chapter import Chapter
@@ -15,9 +16,16 @@ def picture(study: Study, subject: Subject, sample: Sample) -> Picture:
 
 
 def write(study: Study) -> Chapter:
-    return Chapter("From shallow to deep", TEXT, study.save_for_samples(picture, "layer_comparison"))
+    has_rollout = study.subjects[0].rollouts is not None
+    middle = ROLLOUT.format(options=describe_rollout(study)) if has_rollout else NO_ROLLOUT
+    return Chapter(
+        "From shallow to deep", TEXT.format(middle=middle), study.save_for_samples(picture, "layer_comparison")
+    )
 
 
-TEXT = """Top: the map of each layer. Middle: attention rollout (Abnar and Zuidema, 2020), which follows attention
-through the residual stream from the input up to that layer, renormalised over the patches. Bottom: the change of the
-map since the layer before, in doublings."""
+TEXT = """Top: the map of each layer. {middle} Bottom: the change of the map since the layer before, in doublings."""
+
+ROLLOUT = """Middle: attention rollout (Abnar and Zuidema, 2020; {options}), which follows attention through the
+residual stream from the input up to that layer, renormalised over the patches."""
+
+NO_ROLLOUT = """There is no rollout: this model's layers do not all work on the same tokens."""

@@ -17,11 +17,16 @@ def picture(study: Study, subject: Subject, sample: Sample) -> Picture:
 def write(study: Study) -> Chapter:
     return Chapter(
         "Attention by layer",
-        TEXT.format(query=figures.query_name(study.subjects[0].query)),
+        TEXT.format(
+            query=figures.query_name(study.subjects[0].query),
+            self_note="" if study.subjects[0].self_attention is None else SELF_NOTE,
+        ),
         study.save_for_samples(picture, "attention_pattern"),
     )
 
 
 TEXT = """Each column is a layer, from shallow to deep; the colour is the {query}, averaged over heads, relative to a
 query that prefers nothing: white is uniform, each step of red doubles it and each step of blue halves it. H is the
-entropy in nats, "self" the share that the class token keeps for itself."""
+entropy in nats{self_note}."""
+
+SELF_NOTE = ', "self" the share that the class token keeps for itself'
