@@ -642,3 +642,39 @@ def test_attention_inside_vmap_is_refused() -> None:
     model = Module(lambda self, q, k, v: torch.vmap(lambda q, k, v: attend(self, q, k, v))(q, k, v))
     with pytest.raises(CaptureError, match="vmap"), torch.no_grad(), capture(model):
         model(*qkv())
+
+
+class LinearAttention(nn.Module):
+    """softmax of queries over channels, times (softmax of keys over tokens, times values): no query meets a key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ParameterList(torch.randn(5, 5) for _ in range(3))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = (tokens @ weight for weight in self.maps)
+        return query.softmax(dim=-1) @ (key.softmax(dim=-2).mT @ value)
+
+
+def test_linear_attention_with_learnt_matrices_is_not_attention() -> None:
+    with pytest.raises(CaptureError, match="no attention of LinearAttention was seen"), torch.no_grad():
+        with capture(model := LinearAttention()):
+            model(torch.randn(2, 7, 5))
+
+
+class OneHeadAtATime(nn.Module):
+    """Heads in turn, of tokens without an image: a batch that four divides is still a batch."""
+
+    num_heads = 4
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        parts = tokens.chunk(self.num_heads, dim=-1)
+        return torch.cat([(part @ part.mT).softmax(dim=-1) @ part for part in parts], dim=-1)
+
+
+@pytest.mark.parametrize("batch", [4, 5, 8])
+def test_a_batch_is_not_taken_for_heads(batch: int) -> None:
+    model = OneHeadAtATime()
+    with torch.no_grad(), capture(model) as attention:
+        model(torch.randn(batch, 7, 12))
+    assert [tuple(layer.weights.shape) for layer in attention] == [(batch, 1, 7, 7)] * 4

@@ -583,7 +583,7 @@ def test_names_are_those_inside_the_captured_model() -> None:
 def test_the_geometry_is_the_models_or_the_one_given() -> None:
     model = small_model(num_layers=2)
     assert all(layer.geometry == Geometry((5, 5), 1, (3, 3)) for layer in run(model))
-    given = Geometry((1, 25), 1, (3, 3))
+    given = Geometry((5, 5), 1, (3, 3), class_token="unread")
     with torch.no_grad(), capture(model, geometry=given) as attention:
         model(images())
     assert [layer.geometry for layer in attention] == [given, given]
@@ -632,3 +632,18 @@ def test_a_block_that_is_applied_three_times_gives_three_layers() -> None:
 def test_an_empty_batch_has_empty_maps() -> None:
     attention = run(small_model(), images(0))
     assert [layer.weights.shape for layer in attention] == [(0, HEADS, TOKENS, TOKENS)] * LAYERS
+
+
+def test_parts_that_are_called_one_by_one_are_one_pass() -> None:
+    """Until a part comes again, which begins another."""
+    model = small_model(num_layers=3)
+    expected = run(model)
+    with torch.no_grad(), capture(model) as attention:
+        for batch in (images(3), images()):
+            tokens = model.embed(batch)
+            for block in blocks_of(model):
+                tokens = block(tokens)
+    assert [(layer.name, layer.index) for layer in attention] == [(layer.name, layer.index) for layer in expected]
+    for layer, other in zip(attention, expected, strict=True):
+        torch.testing.assert_close(layer.weights, other.weights)
+    assert [layer.name for layer in attention[1:]] == ["blocks.1.attn", "blocks.2.attn"]

@@ -79,8 +79,8 @@ TIMM: dict[str, tuple[str, dict[str, Any], Geometry]] = {
     "q/k norm": ("vit_tiny_patch16_224", {"qk_norm": True}, Geometry((2, 3), 1, (16, 16))),
     "relative positions": ("vit_relpos_small_patch16_224", {}, WHOLE),
     "distilled": ("deit_tiny_distilled_patch16_224", {}, Geometry((2, 3), 2, (16, 16))),
-    "beit": ("beit_base_patch16_224", {}, Geometry((2, 3), 1, (16, 16))),
-    "eva": ("eva02_tiny_patch14_224", {"img_size": (28, 42)}, Geometry((2, 3), 1, (14, 14))),
+    "beit": ("beit_base_patch16_224", {}, Geometry((2, 3), 1, (16, 16), class_token="unread")),
+    "eva": ("eva02_tiny_patch14_224", {"img_size": (28, 42)}, Geometry((2, 3), 1, (14, 14), class_token="unread")),
 }
 
 
@@ -128,8 +128,9 @@ def test_timms_attention_pooling_and_registers(fused: bool) -> None:
     )
     model = spread_out(model if fused else unfuse(model))
     found = summary(run(model, pictures(32, 48)))
-    assert found[0] == ("blocks.0.attn", Geometry((2, 3), 2, (16, 16)))
-    assert found[1][0] == "attn_pool" and found[1][1] in (WHOLE, Geometry((2, 3), 2, (16, 16)))
+    registers = Geometry((2, 3), 2, (16, 16), class_token="absent")
+    assert found[0] == ("blocks.0.attn", registers)
+    assert found[1][0] == "attn_pool" and found[1][1] in (WHOLE, registers)
     pooled = run(model, pictures(32, 48))[1]
     assert pooled.weights.shape[2] == 1 and pooled.geometry is not None
     assert pooled.geometry.num_tokens == pooled.weights.shape[-1]
@@ -781,15 +782,18 @@ def test_a_given_geometry_is_checked() -> None:
     model = Transformer(behind="register_tokens")
     with pytest.raises(UserError, match=r"9 tokens \(1 before a grid of 4 x 2\), but the model's layers have 14"):
         geometry_of(model, 32, 24, geometry=Geometry((4, 2), 1, (8, 8)))
-    given = Geometry((2, 7), 0, (8, 8))
+    given = Geometry((4, 3), 2, (8, 8))
     assert geometry_of(model, 32, 24, geometry=given) == given
+    for wrong in (Geometry((2, 7), 0, (8, 8)), Geometry((4, 3), 2, (8, 4))):
+        with pytest.raises(UserError, match=r"covers .* pixels, but the images have 32 x 24"):
+            geometry_of(model, 32, 24, geometry=wrong)
 
 
 def test_a_given_geometry_that_fits_some_layers_is_not_given_to_the_others() -> None:
     model = spread_out(timm.create_model("cait_xxs24_224", **(TINY | {"depth": 1})))
-    with torch.no_grad(), capture(model, geometry=Geometry((3, 2), 0, (16, 16))) as attention:
+    with torch.no_grad(), capture(model, geometry=Geometry((2, 3), 0, (16, 16))) as attention:
         model(pictures(32, 48))
-    assert [layer.geometry for layer in attention] == [Geometry((3, 2), 0, (16, 16)), None, None]
+    assert [layer.geometry for layer in attention] == [Geometry((2, 3), 0, (16, 16)), None, None]
 
 
 def test_a_finder_tells_two_passes_apart() -> None:
@@ -820,3 +824,23 @@ def test_layers_handed_over_have_their_geometry() -> None:
 
 def test_the_package_and_its_function_have_the_same_name() -> None:
     assert importlib.import_module("attention_visualizer").capture is capture
+
+
+class Decoder(nn.Module):
+    """Object queries look at each other, as in DETR: sixteen of them are no grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.queries = nn.Parameter(torch.randn(1, 16, 8))
+        self.layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images).flatten(2).mT
+        return self.layer(self.queries.expand(len(images), -1, -1), features)
+
+
+def test_object_queries_have_no_place_on_the_image() -> None:
+    attention = run(spread_out(Decoder()), pictures(32, 32))
+    assert [layer.name for layer in attention] == ["layer.self_attn", "layer.multihead_attn"]
+    assert [layer.geometry for layer in attention] == [None, None]

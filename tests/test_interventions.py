@@ -378,8 +378,17 @@ def test_what_is_no_permutation_of_the_keys_is_refused(permutation: list[int]) -
 
 def test_a_head_that_is_not_there_is_refused() -> None:
     model = Model()
-    with pytest.raises(IndexError), torch.no_grad(), intervene(model, switch_off("blocks.0", 3)):
-        model(inputs())
+    for head in (3, -1):
+        with pytest.raises(UserError, match="blocks.0 has 3 heads: give head=0 to 2"), torch.no_grad():
+            with intervene(model, switch_off("blocks.0", head)):
+                model(inputs())
+
+
+def test_a_mean_of_another_shape_is_refused() -> None:
+    model = Model()
+    with pytest.raises(UserError, match=r"the mean for blocks.0 has shape \[2, 5\], its weights"), torch.no_grad():
+        with intervene(model, replace_by_mean("blocks.0", 1, torch.ones(3, 2, 5))):
+            model(inputs())
 
 
 # --- nested ---

@@ -283,3 +283,22 @@ def test_rollout_options_are_passed_on(fusion: Any) -> None:
     rollout = measures.attention_rollout([layer.weights for layer in attention], fusion, 0.3)
     assert seen.rollouts is not None
     np.testing.assert_allclose(seen.rollouts[:, -1].reshape(IMAGES, -1), rollout[:, 0, 1:], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("cls", "read")),
+        ({"global_pool": "avg"}, ("patches", "unread")),
+        ({"class_token": False, "reg_tokens": 4, "global_pool": "avg"}, ("patches", "absent")),
+    ],
+    ids=["class token", "class token that is not read", "registers only"],
+)
+def test_the_class_token_is_asked_only_where_it_is_read(options: Any, expected: tuple[str, str]) -> None:
+    seen = observe(oblong_model(**options), oblong_images())
+    assert (seen.query, seen.geometries[0].class_token) == expected
+    if expected[1] == "absent":
+        with pytest.raises(UserError, match="no class token"):
+            observe(oblong_model(**options), oblong_images(), "cls")
+    else:
+        assert observe(oblong_model(**options), oblong_images(), "cls").query == "cls"

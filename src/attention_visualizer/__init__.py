@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from attention_visualizer.capture import capture, intervene
+from attention_visualizer.capture import CaptureError, capture, intervene
 from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.model import VisionTransformer
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionLogger",
     "AttentionVisualizer",
+    "CaptureError",
     "Geometry",
     "UserError",
     "VisionTransformer",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Source = Literal["rebuilt", "multiplied"]
-StatedHeads = tuple[int | None, int | None]  # number of heads and of images, None: not known
+StatedHeads = tuple[int | None, int | None]  # number of heads, and the batch that the module was given; None: not known
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ def largest(values: Tensor) -> float:
     if not values.numel():
         return 0.0
     low, high = torch.aminmax(values.detach())  # one pass and no copy, unlike abs().max()
-    return float(torch.maximum(-low, high))
+    return abs(float(torch.maximum(-low, high)))
 
 
 class HeadLayout:
     """Brings [..., row, column] into [batch, head, row, column] and back.
 
-    num_heads, batch: as the module and the images state them, None where they do not. One leading axis is the batch,
+    num_heads, batch: as the module and its input state them, None where they do not. One leading axis is the batch,
     or batch times heads where `num_heads` divides it; of several, the one of that size is the heads, or all but the
     first together (groups of heads that share keys), and the others count as the batch.
     """

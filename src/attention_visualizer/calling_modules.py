@@ -21,12 +21,14 @@ MODULE_CALL = nn.Module._call_impl.__code__
 @dataclass(frozen=True)
 class Stack:
     """Who is calling: the model's modules that are running, innermost first, the outermost one's frame, the shape of
-    the images that the model was called with, and whether a compiled module or torch.utils.checkpoint is among the
-    callers. of_text: words, as numbers, were given to a module closer to the call than the one with the images."""
+    the images that the model was called with, that of the innermost module's own input, and whether a compiled module
+    or torch.utils.checkpoint is among the callers. of_text: words, as numbers, were given to a module closer to the
+    call than the one with the images."""
 
     modules: list[nn.Module]
     outermost: FrameType | None
     images: torch.Size | None
+    inputs: torch.Size | None
     compiled: bool
     checkpointed: bool
     of_text: bool
@@ -35,7 +37,7 @@ class Stack:
 def calling_stack(names: Mapping[int, str], channels: set[int], frame: FrameType | None) -> Stack:
     """Reads the call stack from `frame` outwards. names: of the watched modules, by id; channels: of images."""
     modules: list[nn.Module] = []
-    outermost, images, compiled, checkpointed, of_text = None, None, False, False, False
+    outermost, images, inputs, compiled, checkpointed, of_text = None, None, None, False, False, False
     while frame is not None:
         checkpointed = checkpointed or frame.f_code.co_filename == CHECKPOINT_FILE
         owner = frame.f_locals.get("self")
@@ -48,10 +50,12 @@ def calling_stack(names: Mapping[int, str], channels: set[int], frame: FrameType
                 if frame.f_code is MODULE_CALL:
                     given = list(tensors_of((*frame.f_locals["args"], *frame.f_locals["kwargs"].values())))
                     images = next((tensor.shape for tensor in given if are_images(tensor, channels)), images)
+                    if len(modules) == 1 and inputs is None and given:
+                        inputs = given[0].shape
                     words = any(tensor.ndim == 2 and tensor.dtype in (torch.int64, torch.int32) for tensor in given)
                     of_text = of_text or (words and images is None)
         frame = frame.f_back
-    return Stack(modules, outermost, images, compiled, checkpointed, of_text)
+    return Stack(modules, outermost, images, inputs, compiled, checkpointed, of_text)
 
 
 def are_images(tensor: Tensor, channels: set[int]) -> bool:
@@ -63,12 +67,13 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def stated_heads(stack: Stack) -> StatedHeads:
-    """The number of heads, as the calling module or the one around it states it; the number of images."""
+    """The number of heads, as the calling module or the one around it states it; the batch that it was given."""
     numbers = (num_heads_of(module) for module in stack.modules[:2])
     number = next((number for number in numbers if number is not None), None)
-    if stack.images is None or isinstance(stack.modules[0], nn.MultiheadAttention):
+    given = stack.inputs if stack.inputs is not None and len(stack.inputs) > 2 else stack.images
+    if given is None or isinstance(stack.modules[0], nn.MultiheadAttention):  # which may put the batch second
         return number, None
-    return number, stack.images[0]
+    return number, given[0]
 
 
 def num_heads_of(module: nn.Module) -> int | None:
@@ -126,6 +131,6 @@ def fast_path_output(frame: FrameType, names: Mapping[int, str]) -> Any:
 
 def leaves_fast_path(module: nn.Module) -> bool:
     """Whether watching makes `module` compute its attention in another way than it does unwatched."""
-    if not isinstance(module, nn.TransformerEncoderLayer) or module.training:
+    if not isinstance(module, nn.TransformerEncoderLayer) or module.training or not module.self_attn.batch_first:
         return False
     return not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()))

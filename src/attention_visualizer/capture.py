@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +98,12 @@ class CapturedAttention:
         self.reconstruction_error = 0.0
         self.seconds = 0.0
 
-    def __getitem__(self, key: str | int) -> AttentionLayer:
-        if isinstance(key, int):
+    @overload
+    def __getitem__(self, key: str | int) -> AttentionLayer: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[AttentionLayer]: ...
+    def __getitem__(self, key: str | int | slice) -> AttentionLayer | list[AttentionLayer]:
+        if isinstance(key, int | slice):
             return self.layers[key]
         found = [layer for layer in self.layers if is_named(layer, key)]
         if len(found) != 1:
@@ -334,10 +338,11 @@ class _Watch(TorchFunctionMode):
 
     def _next_name(self, name: str, stack: Stack) -> tuple[str, int]:
         """Of the next call, with its number in the pass."""
-        if stack.outermost is not self.frame_of_pass:  # another forward pass begins
+        if stack.outermost is not self.frame_of_pass:
             self.frame_of_pass = stack.outermost
-            self.names_of_pass.clear()
-            self.attention.layers.clear()
+            if name in self.names_of_pass:  # another forward pass begins; else another part of the model is called
+                self.names_of_pass.clear()
+                self.attention.layers.clear()
         self.names_of_pass.append(name)
         repeats = self.names_of_pass.count(name)
         return name if repeats == 1 else f"{name}#{repeats}", len(self.names_of_pass) - 1  # a module applied again
@@ -380,7 +385,7 @@ class _Watch(TorchFunctionMode):
             raise CaptureError(
                 f"no attention of {type(self.model).__name__} was seen: the model was not run inside the block, or "
                 "its attention is none of scaled_dot_product_attention, multi_head_attention_forward (torch.nn."
-                "functional), and softmax(query @ key) @ value with matmul, bmm or einsum"
+                "functional), and softmax(query @ key) @ value with matmul, bmm or einsum; or it ran in another thread"
             )
         if self.edit is not None and not self.edit_met:
             raise CaptureError(

@@ -52,10 +52,13 @@ def box_by_layer(
     return _clean(ax)
 
 
-def distribution_by_layer(counts: Array, edges: Array, label: str, ax: Axes | None = None) -> Axes:
+def distribution_by_layer(
+    counts: Array, edges: Array, label: str, ax: Axes | None = None, medians: Array | None = None
+) -> Axes:
     """One ridge a layer, all on one scale, from histogram counts [layer, bin] over equal bins edges [bin + 1].
 
-    The height is the square root of the share in a bin, so that a peak leaves the rest visible.
+    The height is the square root of the share in a bin, so that a peak leaves the rest visible. medians: [layer], where
+    they are known better than to a bin.
     """
     ax = ax or new_axes()
     num_layers = len(counts)
@@ -78,7 +81,7 @@ def distribution_by_layer(counts: Array, edges: Array, label: str, ax: Axes | No
         ax.stairs(top, bounds, baseline=base, fill=True, color=color, alpha=0.85, zorder=2)
         ax.stairs(top, bounds, baseline=base, color="white", linewidth=0.6, zorder=3)
         if counts[layer].any():
-            middle = np.interp(0.5, np.append(0, cumulative[layer]), edges)
+            middle = np.interp(0.5, np.append(0, cumulative[layer]), edges) if medians is None else medians[layer]
             ax.plot([middle, middle], [base, base + 0.45], color=MEDIAN, linewidth=2, zorder=4)
     ax.set_yticks(range(1, num_layers + 1), [str(layer) for layer in range(num_layers, 0, -1)])
     ax.set_ylim(0.9, num_layers + 1.05)

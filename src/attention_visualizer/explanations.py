@@ -80,17 +80,22 @@ def _explain_one(
             for layer, gradient in zip(layers, found, strict=True)
         ]
     with torch.no_grad():
-        return _methods(layers, gradients, query, options), chosen
+        return _methods(layers, gradients, query, options, whole=len(layers) == len(attention)), chosen
 
 
 def _methods(
-    layers: list[AttentionLayer], gradients: list[Tensor] | None, query: Query | None, options: RolloutOptions
+    layers: list[AttentionLayer],
+    gradients: list[Tensor] | None,
+    query: Query | None,
+    options: RolloutOptions,
+    whole: bool,
 ) -> dict[str, Tensor]:
+    """whole: these are all layers of the model, so that what runs through all of them can be followed."""
     last = layers[-1]
     assert last.geometry is not None
     geometry = last.geometry
     asked = query
-    if asked is None or (asked == "cls" and not geometry.num_prefix_tokens):
+    if asked is None or (asked == "cls" and (not geometry.num_prefix_tokens or geometry.class_token == "absent")):
         asked = measures.readout_query(geometry)
 
     def on_image(rows: Tensor) -> Tensor:
@@ -102,8 +107,10 @@ def _methods(
     # The lengths are averaged over heads, so this is one number for each pair of tokens.
     name = "value-weighted" if last.projection is not None else "value-weighted, before projection"
     maps = {"attention, last layer": on_image(last.weights), name: on_image(weighted)}
-    one_stream = geometry.window is None and all(
-        layer.geometry == geometry and layer.weights.shape[-2] == layer.weights.shape[-1] for layer in layers
+    one_stream = (
+        whole
+        and geometry.window is None
+        and all(layer.geometry == geometry and layer.weights.shape[-2] == layer.weights.shape[-1] for layer in layers)
     )
     if one_stream:
         rolled = measures.attention_rollout((layer.weights for layer in layers), options.fusion, options.discard)

@@ -122,6 +122,10 @@ def load(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
             raise UserError(f"{path} lacks the weights {name}: it is of another model than {type(model).__name__}")
         if weights[name].shape != tensor.shape:
             shapes = f"{list(weights[name].shape)}, expected {list(tensor.shape)}"
+            if "pos_embed" in name:
+                raise UserError(
+                    f"{path} has {name} of shape {shapes}: it is of another image size, or of another model"
+                )
             raise UserError(f"{path} has {name} of shape {shapes}: it is of another model")
     unknown = [name for name in weights if name not in expected]
     if unknown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attention_visualizer.errors import UserError
 
 Size = tuple[int, int]  # height, width
+ClassToken = Literal["read", "unread", "absent"]
 LARGEST_CHANNELS = 16  # of images; a convolution of more works on features
 
 
@@ -21,6 +22,8 @@ class Geometry:
     """Token layout of one attention layer's keys: `num_prefix_tokens` (class token, registers), then a row-major grid.
 
     grid: patches as (height, width); patch_size: pixels as (height, width).
+    class_token: the first prefix token is one, and the classification reads it ("read") or pools the patches instead
+    ("unread"); "absent" where the prefix tokens are registers only.
     window: patches as (height, width) where attention stays inside windows; the windows of an image then follow each
     other in the batch, row by row, over a grid that was rolled by `shift` towards its start.
     """
@@ -30,6 +33,7 @@ class Geometry:
     patch_size: Size
     window: Size | None = None
     shift: Size = (0, 0)
+    class_token: ClassToken = "read"
 
     @property
     def num_patches(self) -> int:
@@ -88,6 +92,7 @@ class StatedLayout:
     patch_size: Size | None
     num_prefix_tokens: int | None
     grid: Size | None
+    class_token: ClassToken = "read"
 
 
 def find_geometry(model: nn.Module) -> Geometry | None:
@@ -95,7 +100,7 @@ def find_geometry(model: nn.Module) -> Geometry | None:
     layout = stated_layout(model)
     if layout.grid is None or layout.patch_size is None or layout.num_prefix_tokens is None:
         return None
-    return Geometry(layout.grid, layout.num_prefix_tokens, layout.patch_size)
+    return Geometry(layout.grid, layout.num_prefix_tokens, layout.patch_size, class_token=layout.class_token)
 
 
 def stated_layout(model: nn.Module) -> StatedLayout:
@@ -110,7 +115,8 @@ def stated_layout(model: nn.Module) -> StatedLayout:
         if grid is None and image_size is not None and patch_size is not None:
             grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
         if patch_size is not None:
-            return StatedLayout(patch_size, num_prefix_tokens(model, module), grid)
+            prefix = num_prefix_tokens(model, module)
+            return StatedLayout(patch_size, prefix, grid, class_token_of(module) if prefix else "read")
     return StatedLayout(None, num_prefix_tokens(model, model), None)
 
 
@@ -160,10 +166,23 @@ def num_prefix_tokens(model: nn.Module, owner: nn.Module) -> int | None:
     return 0
 
 
+def class_token_of(owner: nn.Module) -> ClassToken:
+    """As far as timm's and Hugging Face's attributes tell that it is not read."""
+    if hasattr(owner, "cls_token") and owner.cls_token is None:
+        return "absent"
+    pools = getattr(owner, "global_pool", None) in ("avg", "avgmax", "max", "map")
+    return "unread" if pools or getattr(getattr(owner, "config", None), "use_mean_pooling", False) else "read"
+
+
 PREFIX_TOKENS = {
     *("cls_token", "class_token", "class_embedding", "cls_embedding"),
     *("dist_token", "distillation_token", "register_tokens", "reg_token"),
 }
+
+
+def states_windows(module: nn.Module) -> bool:
+    name, library = type(module).__name__.lower(), type(module).__module__.partition(".")[0]
+    return library in ("timm", "torchvision", "transformers") or "window" in name or "swin" in name
 
 
 def as_size(value: Any) -> Size | None:
@@ -205,15 +224,18 @@ class GeometryFinder:
             if self.given.num_tokens != keys:
                 self.refused = keys
                 return None
+            self.check(images)
             self.used = True
             return self.given
         prefix = self.stated.num_prefix_tokens
-        if prefix is None or self.reordered:
+        kinds = [type(module).__name__.lower() for module in callers]
+        decoding = any("decoder" in kind and "encoder" not in kind for kind in kinds)
+        if prefix is None or self.reordered or decoding:  # a decoder's tokens are queries, or not in their places
             return None
         if images is None:
             if self.dynamic or self.stated.grid is None or self.stated.patch_size is None:
                 return None
-            plain = Geometry(self.stated.grid, prefix, self.stated.patch_size)
+            plain = Geometry(self.stated.grid, prefix, self.stated.patch_size, class_token=self.stated.class_token)
             return plain if plain.num_tokens == keys else None
         whole = list(self._whole_grids((images[-2], images[-1])))
         windows = shape[0] // max(images[0], 1)
@@ -232,7 +254,7 @@ class GeometryFinder:
         for before in dict.fromkeys((prefix, 0)):
             for grid, patch_size in grids:
                 if before + math.prod(grid) == keys:
-                    return Geometry(grid, before, patch_size)
+                    return Geometry(grid, before, patch_size, class_token=self.stated.class_token if before else "read")
         return None
 
     def _whole_grids(self, image: Size) -> Iterator[tuple[Size, Size]]:
@@ -254,6 +276,19 @@ class GeometryFinder:
             if math.prod(grid) > 1:
                 yield grid, (height, width)
 
+    def check(self, images: torch.Size | None) -> None:
+        """Raises UserError if the given geometry does not cover images of that size."""
+        assert self.given is not None
+        if images is None:
+            return
+        sides = zip(self.given.grid, self.given.patch_size, images[-2:], strict=True)
+        if any(abs(count * pixels - side) >= max(pixels, 2) for count, pixels, side in sides):
+            grid, patch = self.given.grid, self.given.patch_size
+            raise UserError(
+                f"the given geometry covers {grid[0] * patch[0]} x {grid[1] * patch[1]} pixels, but the images have "
+                f"{images[-2]} x {images[-1]}: give another grid or patch_size"
+            )
+
     def finish(self) -> None:
         """Raises UserError if the given geometry fitted none of the layers."""
         if self.given is not None and not self.used:
@@ -268,7 +303,9 @@ def window_geometry(
     shape: torch.Size, callers: Sequence[nn.Module], grids: Sequence[tuple[Size, Size]], num_images: int
 ) -> Geometry | None:
     """Of a layer whose batch holds windows, from the window size and shift that the modules around it state."""
-    sizes = (as_size(getattr(module, "window_size", None)) for module in callers)
+    # Where other libraries say window_size, it may be of scattered patches (CrossFormer).
+    known = [module for module in callers if states_windows(module)]
+    sizes = (as_size(getattr(module, "window_size", None)) for module in known)
     window = next((size for size in sizes if size is not None), None)
     if window is None or math.prod(window) != shape[-1] or num_images == 0 or shape[0] % num_images:
         return None

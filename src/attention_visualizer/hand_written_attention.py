@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attention_visualizer.attention_calls import (
@@ -89,7 +89,8 @@ class HandWrittenAttention:
             if found is not None and found[1].kind == "scores":
                 self.known[output] = Followed("weights", softmax_axis(output, args, kwargs))
         elif function in SCORES and (found is None or found[1].kind == "scores"):
-            if isinstance(output, Tensor) and output.ndim >= 2 and output.is_floating_point():
+            learnt = any(isinstance(tensor, nn.Parameter) for tensor in tensors_of((*args, *kwargs.values())))
+            if not learnt and isinstance(output, Tensor) and output.ndim >= 2 and output.is_floating_point():
                 self.known[output] = Followed("scores", score_axis(function, output, args))
         elif found is not None and not (found[1].kind == "scores" and _makes_features(function, found, args, kwargs)):
             self._follow(function, *found, output, args, kwargs)

@@ -26,7 +26,15 @@ def switch_off(layer: str, head: int | None = None) -> Edit:
 
 def replace_by_mean(layer: str, head: int | None, mean: Tensor) -> Edit:
     """The head attends the same way on every image. mean: [head, query, key], over the images of a data set."""
-    return NamedEdit(layer, head, lambda weights: (mean if head is None else mean[head]).to(weights).expand_as(weights))
+
+    def averaged(weights: Tensor) -> Tensor:
+        own = mean if head is None else mean[head]
+        if own.shape != weights.shape[1:]:
+            wanted = list(weights.shape[1:])
+            raise UserError(f"the mean for {layer} has shape {list(own.shape)}, its weights {wanted}, batch left out")
+        return own.to(weights).expand_as(weights)
+
+    return NamedEdit(layer, head, averaged)
 
 
 def make_uniform(layer: str, head: int | None = None) -> Edit:
@@ -58,6 +66,8 @@ class NamedEdit:
             return weights
         if self.head is None:
             return self.change(weights)
+        if not 0 <= self.head < weights.shape[1]:
+            raise UserError(f"{layer.name} has {weights.shape[1]} heads: give head=0 to {weights.shape[1] - 1}")
         edited = weights.clone()
         edited[:, self.head] = self.change(weights[:, self.head])
         return edited

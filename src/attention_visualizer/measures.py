@@ -54,8 +54,8 @@ def query_attention(weights: Tensor, geometry: Geometry, query: Query) -> Tensor
 
 
 def readout_query(geometry: Geometry) -> Literal["cls", "patches"]:
-    """The query set that the classification reads: the class token where there is one, else all patches."""
-    return "cls" if geometry.num_prefix_tokens else "patches"
+    """The query set that the classification reads: the class token if it reads one, else all patches."""
+    return "cls" if geometry.num_prefix_tokens and geometry.class_token == "read" else "patches"
 
 
 def patch_attention(query_weights: Tensor, geometry: Geometry) -> Tensor:

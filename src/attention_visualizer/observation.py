@@ -83,7 +83,7 @@ class _Collector:
             self.left_out.append(layer.name)
             return
         query = measures.readout_query(geometry) if self.query is None else self.query
-        if query == "cls" and not geometry.num_prefix_tokens:
+        if query == "cls" and (not geometry.num_prefix_tokens or geometry.class_token == "absent"):
             query = "patches"  # of the layers before the class token joins
         self.layers.append((layer.name, geometry))
         self.asked.append(query)
@@ -130,15 +130,15 @@ def observe(
         raise UserError("query=cls: this model has no class token: use query=patches")
     columns = collector.columns
     grid = max((each.grid for each in geometries), key=lambda grid: grid[0] * grid[1])
-    asked = collector.asked[-1]
+    asked, left_out = collector.asked[-1], tuple(collector.left_out)
     predicted, probability = predict(output if has_head(model) else None, len(images))
     return Observation(
         asked,
         geometries,
         names,
-        tuple(collector.left_out),
+        left_out,
         head_maps=stacked([on_grid(maps, grid) for maps in columns["maps"]]),
-        rollouts=stacked(columns["rollouts"]) if len(columns["rollouts"]) == len(names) else None,
+        rollouts=stacked(columns["rollouts"]) if len(columns["rollouts"]) == len(names) + len(left_out) else None,
         entropy=stacked(columns["entropy"]),
         self_attention=stacked(columns["self"]) if set(collector.asked) == {"cls"} else None,
         distance=stacked(columns["distance"]),

@@ -104,7 +104,7 @@ class LabelledImages:
 @dataclass(frozen=True)
 class InputFormat:
     """What a model of any origin takes: pixels as (height, width), the share of a picture's shorter side that is cut
-    out of its middle, and the mean and deviation of each channel in 0..1 units."""
+    out of its middle, and the mean and deviation of each channel in 0..1 units, with whether the model states them."""
 
     size: Size
     channels: int
@@ -112,6 +112,7 @@ class InputFormat:
     std: tuple[float, ...]
     crop_share: float = 1.0
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    stated: bool = True
 
     @classmethod
     def of(cls, model: nn.Module, size: Size | int | None = None) -> InputFormat:
@@ -133,7 +134,7 @@ class InputFormat:
         if len(mean) != channels:
             mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
         smooth: Literal["bicubic", "bilinear"] = "bilinear" if timm.get("interpolation") == "bilinear" else "bicubic"
-        return cls(stated, channels, mean, std, float(timm.get("crop_pct", 1.0)), smooth)
+        return cls(stated, channels, mean, std, float(timm.get("crop_pct", 1.0)), smooth, "mean" in timm)
 
 
 @dataclass(frozen=True)

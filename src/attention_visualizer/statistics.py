@@ -210,7 +210,7 @@ class AttentionStatistics:
 
 
 NO_GEOMETRY = (
-    "it is not known where this model's tokens lie on the image: say it with "
+    "it is not known where this model's tokens lie on the image: say it from Python with "
     "geometry=Geometry(grid=(rows, columns), num_prefix_tokens=..., patch_size=(height, width))"
 )
 

@@ -35,8 +35,8 @@ class AttentionVisualizer:
     model_path: a .ckpt, .pth or .safetensors file. Where it does not exist, a warning is given and random weights
     are shown, and every figure says so; a file that is not a usable checkpoint raises UserError.
     model: a PyTorch module instead, from whatever library; it is put into eval mode. Then `images` says which pictures:
-    a folder of them in any size. What the model does not state itself is given by `geometry` (where tokens lie), and
-    `image_format` (size, channels and normalisation of its images).
+    a folder of them in any size. What the model does not state itself is given by `geometry` (where tokens lie),
+    `image_size` (pixels, one number or height and width), or `image_format` (size, channels and normalisation).
     device: "auto", "cpu" or "cuda". output_dir: None is attention_analysis/ in the current folder, or, if that holds
     the analysis of another model, attention_analysis_<model>/.
     data_dir: where MNIST is; None is where the model was trained, or the environment variable MNIST_DIR.
@@ -52,11 +52,14 @@ class AttentionVisualizer:
         model: nn.Module | None = None,
         images: str | Path | None = None,
         geometry: Geometry | None = None,
+        image_size: int | tuple[int, int] | None = None,
         image_format: InputFormat | None = None,
         class_names: Sequence[str] = (),
     ) -> None:
         if (model_path is None) == (model is None):
             raise UserError("give either model_path= (a checkpoint of this project) or model= (any PyTorch ViT)")
+        if model is not None and not isinstance(model, nn.Module):
+            raise UserError(f"model={model!r:.60} is no PyTorch module: give the model itself, or model_path=")
         if model is not None and images is None:
             raise UserError("model= needs pictures to look at: give images=<folder>")
         self.model_path = Path(model_path) if model_path is not None else Path(type(model).__name__)
@@ -66,6 +69,7 @@ class AttentionVisualizer:
         self._model = model
         self._images = images
         self._geometry = geometry
+        self._image_size = image_size
         self._image_format = image_format
         self._class_names = class_names
         self._study: Study | None = None
@@ -93,7 +97,9 @@ class AttentionVisualizer:
     def _find_pictures(self, weights: preparation.Weights) -> Pictures:
         if self._images is None:
             return preparation.test_pictures(weights, preparation.load_data(weights.loaded, self.data_dir))
-        return preparation.folder_pictures(weights, str(self._images), self._image_format, self._class_names)
+        return preparation.folder_pictures(
+            weights, str(self._images), self._image_format, self._class_names, self._image_size
+        )
 
     def get_test_samples(self, num_samples: int = 8) -> list[tuple[Tensor, int | None]]:
         """Images float32 [channel, height, width] in 0..1 with their classes (None where they are not known), by the

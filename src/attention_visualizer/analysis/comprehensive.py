@@ -14,6 +14,7 @@ from attention_visualizer.analysis import CHAPTERS, write_chapters
 from attention_visualizer.analysis.study import Study
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.model import VisionTransformer
+from attention_visualizer.pictures import InputFormat, PictureFolder
 
 # What an analysis writes. Figures of an earlier one of the same weights stay; of others, they would mislead.
 OURS = re.compile(
@@ -62,11 +63,12 @@ def summarise(study: Study, command: str, language: str) -> report.Summary:
         "samples": "; ".join(sample.source for sample in study.samples)
         + (CHOSEN if pictures.labels is not None else ""),
     }
-    if study.reconstruction_error:
-        facts["proof"] = (
-            "the maps are the model's own: weights times values differ from its own attention output by at most "
-            f"{study.reconstruction_error:.1e}"
-        )
+    error = study.reconstruction_error
+    facts["proof"] = "the maps are the model's own: weights times values differ from its own attention output " + (
+        f"by at most {error:.1e}" if error else "by nothing"
+    )
+    if isinstance(pictures, PictureFolder):
+        facts["input"] = describe_input(pictures.format)
     notes = [study.face_note] if study.face_note else []
     if study.first_look.left_out:
         names = ", ".join(study.first_look.left_out)
@@ -74,6 +76,16 @@ def summarise(study: Study, command: str, language: str) -> report.Summary:
     broken = getattr(pictures, "broken", {})
     notes += [f"{name} could not be read and is left out ({reason})" for name, reason in broken.items()]
     return report.Summary("Attention analysis", facts, notes, command, language)
+
+
+def describe_input(format: InputFormat) -> str:
+    mean, std = ([f"{value:.3g}" for value in values] for values in (format.mean, format.std))
+    cut = "" if format.crop_share == 1 else f", the middle {format.crop_share:.0%} of each side"
+    origin = "" if format.stated else " (those of ImageNet, because the model states none)"
+    return (
+        f"{format.size[0]} x {format.size[1]} pixels{cut}; mean {', '.join(mean)} and deviation {', '.join(std)} "
+        f"of the channels are taken out{origin}"
+    )
 
 
 CHOSEN = " (unless named: in test-set order, the first of each class, then the second of each, ...)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from attention_visualizer import attention_figures as figures
 from attention_visualizer.analysis.study import Sample, Study
@@ -13,7 +12,8 @@ from attention_visualizer.explanations import explain
 from attention_visualizer.panels import Picture
 
 
-def picture(study: Study, subject: Subject, sample: Sample) -> Picture:
+def explanations(study: Study, sample: Sample) -> dict[str, np.ndarray]:
+    """Method -> [grid height, grid width]."""
     found = explain(
         study.model,
         study.model_input(sample.image[None]),
@@ -21,15 +21,24 @@ def picture(study: Study, subject: Subject, sample: Sample) -> Picture:
         geometry=study.given_geometry,
         rollout=study.rollout,
     )
-    maps = {name: np.asarray(maps[0]) for name, maps in found.maps.items()}
+    return {name: np.asarray(maps[0]) for name, maps in found.maps.items()}
+
+
+def picture(study: Study, subject: Subject, sample: Sample) -> Picture:
+    maps = explanations(study, sample)
     headline = f"By method: {figures.query_name(subject.query)}"
     return figures.method_comparison(subject, maps, headline, f"{sample.source}: {subject.verdict}", study.face_note)
 
 
 def write(study: Study) -> Chapter:
-    text = TEXT.format(rollout=describe_rollout(study))
-    with torch.random.fork_rng(devices=[]):
-        return Chapter("Method by method", text, study.save_for_samples(picture, "attention_methods"))
+    shown = explanations(study, study.samples[0])
+    sentences = [
+        text.format(rollout=describe_rollout(study))
+        for start, text in SAID.items()
+        if any(n.startswith(start) for n in shown)
+    ]
+    text = " ".join([INTRODUCTION, *sentences, CONCLUSION])
+    return Chapter("Method by method", text, study.save_for_samples(picture, "attention_methods"))
 
 
 def describe_rollout(study: Study) -> str:
@@ -38,9 +47,15 @@ def describe_rollout(study: Study) -> str:
     return f"{fusion} over heads{cut}"
 
 
-TEXT = """The same image and query by five methods, each renormalised over the patches, so that white is an even share.
-**Attention** of the last layer, mean over heads. **Value-weighted** attention (Kobayashi et al., 2020): the length of
-what each patch adds, A v W_O, where attention alone counts a patch that carries nothing. **Rollout** (Abnar and
-Zuidema, 2020; {rollout}) follows attention through all layers. **Gradient x attention** keeps what raises the score of
-the predicted class. **Relevance** (Chefer et al., ICCV 2021) does so through all layers. Methods that do not apply to
-this model are left out. They disagree: none of them is a proof of what the answer rests on."""
+INTRODUCTION = """The same image and query by several methods, each renormalised over the patches, so that white is an
+even share."""
+SAID = {
+    "attention": "**Attention** of the last layer, mean over heads.",
+    "value-weighted": "**Value-weighted** attention (Kobayashi et al., 2020): the length of what each patch adds, "
+    "A v W_O (A v where the model's output projection is not known); attention alone also counts a patch that carries "
+    "nothing.",
+    "rollout": "**Rollout** (Abnar and Zuidema, 2020; {rollout}) follows attention through all layers.",
+    "gradient": "**Gradient x attention** keeps what raises the score of the predicted class.",
+    "relevance": "**Relevance** (Chefer et al., ICCV 2021) does so through all layers.",
+}
+CONCLUSION = """They can disagree: none of them is a proof of what the answer rests on."""

@@ -22,7 +22,7 @@ from attention_visualizer.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.checkpoint_choice import choose_checkpoint
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
-from attention_visualizer.geometry import Geometry
+from attention_visualizer.geometry import Geometry, Size
 from attention_visualizer.history import AttentionHistory
 from attention_visualizer.images import DatasetDescription, read_image
 from attention_visualizer.measures import Fusion, Query
@@ -134,7 +134,11 @@ def test_pictures(weights: Weights, data: ImageDataModule) -> LabelledImages:
 
 
 def folder_pictures(
-    weights: Weights, folder: str, image_format: InputFormat | None = None, class_names: Sequence[str] = ()
+    weights: Weights,
+    folder: str,
+    image_format: InputFormat | None = None,
+    class_names: Sequence[str] = (),
+    image_size: Size | int | None = None,
 ) -> PictureFolder:
     """A folder's pictures as the model takes them. Raises UserError where there are none."""
     model = weights.model
@@ -148,7 +152,7 @@ def folder_pictures(
     num_classes = getattr(model, "num_classes", None)
     return PictureFolder.find(
         folder,
-        image_format or InputFormat.of(model),
+        image_format or InputFormat.of(model, image_size),
         num_classes=num_classes if isinstance(num_classes, int) and num_classes else None,
         class_names=class_names,
     )
@@ -191,7 +195,11 @@ def prepare(
         device=chosen_device,
     )
     study.samples = find_samples(study, subjects)
-    study.first_look  # noqa: B018 - mistakes in the query and unknown layouts surface now
+    seen = study.first_look  # mistakes in the query and unknown layouts surface now
+    if seen.left_out:
+        shown, num_layers = len(seen.layer_names), len(seen.layer_names) + len(seen.left_out)
+        notes.append(f"only the {shown} of {num_layers} layers whose keys have a place on the image")
+        study.face_note = "; ".join(notes)
     return study
 
 

@@ -121,7 +121,8 @@ def figure(measured: Measured, images: str, face_note: str) -> Figure:
         charts.box_by_layer(
             summary.quantiles(QUANTILES), labels[name], axes[0, column], uniform[name], "uniform attention"
         )
-        charts.distribution_by_layer(summary.counts.sum(axis=1), summary.edges, labels[name], axes[1, column])
+        medians = summary.quantiles((0.5,))[:, 0]
+        charts.distribution_by_layer(summary.counts.sum(axis=1), summary.edges, labels[name], axes[1, column], medians)
     charts.finish(drawn, f"Attention over {images}, all heads", face_note)
     return drawn
 
