@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -233,6 +234,25 @@ def test_rollout_steps_are_the_rollouts_so_far() -> None:
         torch.testing.assert_close(so_far, measures.attention_rollout(iter(layers[:number])))
 
 
+@pytest.mark.parametrize("fusion", ["mean", "max", "min"])
+@pytest.mark.parametrize("discard", [0.0, 0.35, 0.9])
+def test_rollout_with_other_fusions_drops_the_least_of_each_row_of_each_image(fusion: Any, discard: float) -> None:
+    layers = [random_weights(SEED, seed=seed) for seed in range(4)]
+    expected = []
+    for image in range(len(layers[0])):
+        rollout = np.eye(17)
+        for layer in layers:
+            joined = getattr(np, fusion)(layer[image].double().numpy(), axis=0)
+            for row in joined:  # each row has its own least
+                row[np.argsort(row)[: int(discard * 17)]] = 0
+            step = joined + np.eye(17)
+            rollout = step / step.sum(axis=1, keepdims=True) @ rollout
+        expected.append(rollout)
+    found = measures.attention_rollout(layers, fusion, discard)
+    np.testing.assert_allclose(found, np.stack(expected), atol=1e-6)
+    np.testing.assert_allclose(found.sum(dim=-1), 1.0, atol=1e-5)
+
+
 def test_rollout_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one layer"):
         measures.attention_rollout([])
@@ -285,3 +305,65 @@ def test_each_image_and_head_is_measured_by_itself(
         alone = measure(weights[image : image + 1, head : head + 1], geometry)
         torch.testing.assert_close(together[image : image + 1, head : head + 1], alone)
     assert torch.equal(weights, before)
+
+
+# --- sinks, divergence, values, gradients ---
+
+
+def test_uniform_attention_has_no_sink_and_copies_do_not_diverge() -> None:
+    np.testing.assert_allclose(measures.sink_strength(uniform(SEED), SEED), 1 / 17, rtol=1e-6)
+    np.testing.assert_allclose(measures.head_divergence(uniform(SEED), SEED), 0, atol=1e-7)
+
+
+def test_a_sink_is_what_the_most_attended_key_receives_from_all_queries() -> None:
+    weights = random_weights(OBLONG)
+    expected = weights.double().numpy().mean(axis=2)
+    np.testing.assert_allclose(measures.column_mass(weights), expected, rtol=1e-5)
+    np.testing.assert_allclose(measures.sink_strength(weights, OBLONG), expected.max(axis=-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("geometry", [SEED, OBLONG], ids=["class token", "oblong"])
+def test_divergence_is_the_mean_jensen_shannon_divergence_from_the_other_heads(geometry: Geometry) -> None:
+    weights = random_weights(geometry)
+    rows = measures.query_attention(weights, geometry, measures.readout_query(geometry)).double().numpy()
+    found = measures.head_divergence(weights, geometry)
+    heads = rows.shape[1]
+    for image in range(len(rows)):
+        for head in range(heads):
+            others = [
+                scipy.spatial.distance.jensenshannon(rows[image, head], rows[image, other]) ** 2
+                for other in range(heads)
+                if other != head
+            ]
+            assert float(found[image, head]) == pytest.approx(np.mean(others), abs=1e-6)
+    assert torch.isnan(measures.head_divergence(weights[:, :1], geometry)).all()
+
+
+def test_value_weighted_attention_is_the_length_of_what_is_added() -> None:
+    weights = random_weights(OBLONG)
+    images, heads, queries, keys = weights.shape
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(images, heads, keys, 3, generator=generator)
+    projection = torch.randn(11, heads * 3, generator=generator)
+    plain = measures.value_weighted_attention(weights, values)
+    projected = measures.value_weighted_attention(weights, values, projection)
+    for image, head, query, key in product(range(images), range(heads), (0, queries - 1), range(keys)):
+        added = weights[image, head, query, key] * values[image, head, key]
+        assert float(plain[image, head, query, key]) == pytest.approx(float(added.norm()), rel=1e-4)
+        after = projection[:, 3 * head : 3 * head + 3] @ added
+        assert float(projected[image, head, query, key]) == pytest.approx(float(after.norm()), rel=1e-4)
+
+
+def test_relevance_adds_what_is_positive_mean_over_heads() -> None:
+    layers = [random_weights(OBLONG, seed=seed) for seed in range(3)]
+    gradients = [torch.randn_like(layer, generator=None) for layer in layers]
+    found = None
+    for weights, gradient in zip(layers, gradients, strict=True):
+        found = measures.relevance_step(found, weights, gradient)
+    assert found is not None
+    for image in range(len(layers[0])):
+        relevance = np.eye(layers[0].shape[-1])
+        for weights, gradient in zip(layers, gradients, strict=True):
+            product_ = (weights[image] * gradient[image]).double().numpy()
+            relevance = relevance + np.maximum(product_, 0).mean(axis=0) @ relevance
+        np.testing.assert_allclose(found[image], relevance, rtol=1e-4, atol=1e-6)

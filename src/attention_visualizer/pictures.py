@@ -157,7 +157,7 @@ class PictureFolder:
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(
-                f"images={folder}: {'this is a file, not' if folder.exists() else 'there is no such'} folder"
+                f"images={folder}: {'this is a file, not a folder' if folder.exists() else 'there is no such folder'}"
             )
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         pictures = cls(folder, format, (), **known)
@@ -219,8 +219,11 @@ def read_picture(path: str | Path, format: InputFormat) -> Tensor:
         raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
     height, width = format.size
     resampling = Image.Resampling.BILINEAR if format.interpolation == "bilinear" else Image.Resampling.BICUBIC
-    fitted = ImageOps.fit(picture, (round(width / format.crop_share), round(height / format.crop_share)), resampling)
-    left, top = (fitted.width - width) // 2, (fitted.height - height) // 2
+    # As the transforms of timm and torchvision do: the shorter side is brought to its length, the middle cut out.
+    share = max(int(width / format.crop_share) / picture.width, int(height / format.crop_share) / picture.height)
+    scaled = max(width, int(picture.width * share + 1e-6)), max(height, int(picture.height * share + 1e-6))
+    fitted = picture.resize(scaled, resampling)
+    left, top = round((fitted.width - width) / 2), round((fitted.height - height) / 2)
     cut = fitted.crop((left, top, left + width, top + height))
     pixels = torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8).view(height, width, -1)
     return pixels.permute(2, 0, 1).contiguous()
