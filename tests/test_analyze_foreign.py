@@ -142,7 +142,7 @@ def test_a_model_that_was_really_trained(trained: tuple[Path, float]) -> None:
         model=model, images=place / "digits", image_format=form, output_dir=place / "trained", class_names="0123456789"
     )
     report = Path(visualizer.run_comprehensive_analysis()).read_text()
-    right = sum(f"{label}_{number}.png: predicted {label} (" in report for number, label in names(place / "digits"))
+    right = sum(f"{label}\\_{number}.png: predicted {label} (" in report for number, label in names(place / "digits"))
     assert right >= 3 and "random weights" not in report
     assert {"attention_methods_sample_4.png", "attention_statistics.png"} <= listing(place / "trained")
 
