@@ -59,14 +59,19 @@ class TrainedRun:
 
 
 def run_train(*arguments: str, folder: Path, **environment: str) -> Outcome:
-    """`python train.py ...` in `folder`, without the seconds that a new process takes to import everything."""
+    """`python train.py ...` in `folder`, within this process."""
+    return run_script("train.py", *arguments, folder=folder, environment=ENVIRONMENT | environment)
+
+
+def run_script(name: str, *arguments: str, folder: Path, environment: dict[str, str]) -> Outcome:
+    """`python <name> ...` in `folder`, without the seconds that a new process takes to import everything."""
     out, err = io.StringIO(), io.StringIO()
     handlers, level = logging.root.handlers[:], logging.root.level
     argv, before = sys.argv, dict(os.environ)
     interrupt = signal.getsignal(signal.SIGINT)
-    sys.argv = [str(PROJECT / "train.py"), *arguments]
+    sys.argv = [str(PROJECT / name), *arguments]
     os.environ.clear()
-    os.environ.update(ENVIRONMENT | environment)
+    os.environ.update(environment)
     exit_code = 0
     try:
         with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

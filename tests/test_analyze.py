@@ -3,18 +3,13 @@ and for every mistake one line and nothing else."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import json
-import logging
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
@@ -44,6 +39,7 @@ from attention_visualizer.mnist_files import MnistUnavailable
 from attention_visualizer.model import VisionTransformer
 from attention_visualizer.observation import observe
 from attention_visualizer.storage import RunFolder, write_json
+from tests.runs import Outcome, run_script
 
 PROJECT = Path(__file__).resolve().parents[1]
 LAYERS, HEADS = 3, 2
@@ -161,39 +157,10 @@ def work(tmp_path: Path, digits: ImageDataModule) -> Workplace:
 # --- the command ---
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the shell sees of a program."""
-
-    exit_code: int
-    out: str
-    err: str
-
-
 def analyze(*arguments: str, folder: Path) -> Outcome:
-    """`python analyze.py ...` in `folder`, without the seconds that a new process takes to import everything."""
-    out, err = io.StringIO(), io.StringIO()
-    argv, environment = sys.argv, dict(os.environ)
-    handlers, level = logging.root.handlers[:], logging.root.level
-    sys.argv = [str(PROJECT / "analyze.py"), *arguments]
-    for name in ("HYDRA_FULL_ERROR", "MNIST_DIR"):
-        os.environ.pop(name, None)
-    exit_code = 0
-    try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                runpy.run_path(sys.argv[0], run_name="__main__")
-            except SystemExit as error:
-                exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
-            except Exception:
-                exit_code = 1
-                traceback.print_exc()
-    finally:
-        sys.argv = argv
-        os.environ.clear()
-        os.environ.update(environment)
-        logging.root.handlers[:], logging.root.level = handlers, level
-    return Outcome(exit_code, out.getvalue(), err.getvalue())
+    """`python analyze.py ...` in `folder`, within this process and its environment."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("HYDRA_FULL_ERROR", "MNIST_DIR")}
+    return run_script("analyze.py", *arguments, folder=folder, environment=environment)
 
 
 def succeed(*arguments: str, folder: Path) -> Outcome:
