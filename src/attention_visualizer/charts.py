@@ -85,7 +85,7 @@ def distribution_by_layer(
             ax.plot([middle, middle], [base, base + 0.45], color=MEDIAN, linewidth=2, zorder=4)
     ax.set_yticks(range(1, num_layers + 1), [str(layer) for layer in range(num_layers, 0, -1)])
     ax.set_ylim(0.9, num_layers + 1.05)
-    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.xaxis.set_major_locator(MaxNLocator(4))  # labels of small shares are long
     ax.set_ylabel("layer (height: √share; red: median)")
     ax.set_xlabel(label)
     return _clean(ax)
