@@ -336,3 +336,18 @@ def test_statistics_of_no_images_are_refused() -> None:
 def test_no_warning_is_given(recwarn: Any) -> None:
     feed(AttentionStatistics(), random_weights()).compute()["entropy"].quantiles((0.5,))
     assert len(recwarn) == 0
+
+
+def test_quantiles_of_few_images_are_exact_and_of_many_come_from_the_histogram() -> None:
+    parts = [random_weights(seed=seed) for seed in range(7)]
+    few = feed(feed(AttentionStatistics(), parts[0]), parts[1])
+    values = np.concatenate([reference(part)["entropy"] for part in parts[:2]])
+    expected = np.quantile(values[:, 0].flatten(), (0.25, 0.5))
+    np.testing.assert_allclose(few.compute()["entropy"].quantiles((0.25, 0.5))[0], expected, rtol=1e-5)
+    merged = feed(AttentionStatistics(), parts[0])
+    merged.merge(feed(AttentionStatistics(), parts[1]))
+    assert_same(merged.compute(), few.compute())
+    for part in parts[2:]:
+        feed(few, part)
+    summary = few.compute()["entropy"]
+    assert summary.few is None and summary.n == 7 * IMAGES

@@ -292,6 +292,7 @@ class AttentionLogger(Callback):
                 for distribution in distributions:
                     for sums in distribution.state():
                         sums.copy_(trainer.strategy.reduce(sums, reduce_op="sum"))
+                    distribution.few = None  # each process has its own
                     distribution.largest = trainer.strategy.reduce(distribution.largest, reduce_op="max")
                     distribution.smallest = -trainer.strategy.reduce(-distribution.smallest, reduce_op="max")
 

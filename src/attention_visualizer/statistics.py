@@ -20,12 +20,14 @@ from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 
 NUM_BINS = 512
+FEW = 256  # images of which the values themselves are kept
 
 
 class Distribution:
     """Histogram, sum and sum of squares of values in a known range, for each head.
 
-    Quantiles come from the histogram, so they are exact to one bin: (high - low) / NUM_BINS.
+    Quantiles come from the histogram, so they are exact to one bin: (high - low) / NUM_BINS. Of few images the values
+    are kept as well, in `few`; None as soon as there are more.
     """
 
     def __init__(self, num_heads: int, low: float, high: float, device: torch.device | str = "cpu") -> None:
@@ -33,6 +35,7 @@ class Distribution:
         self.counts = torch.zeros(num_heads, NUM_BINS, dtype=torch.float64, device=device)
         self.sums = torch.zeros(num_heads, dtype=torch.float64, device=device)
         self.sums_of_squares = torch.zeros(num_heads, dtype=torch.float64, device=device)
+        self.few: list[Tensor] | None = []
         self.smallest = torch.full((num_heads,), math.inf, dtype=torch.float64, device=device)
         self.largest = torch.full((num_heads,), -math.inf, dtype=torch.float64, device=device)
 
@@ -42,12 +45,19 @@ class Distribution:
         bins = ((values - self.low) * (NUM_BINS / (self.high - self.low))).long().clamp_(0, NUM_BINS - 1)
         bins = bins + torch.arange(num_heads, device=values.device) * NUM_BINS
         self.counts += torch.bincount(bins.flatten(), minlength=num_heads * NUM_BINS).view_as(self.counts)
+        self._keep([values])
         values = values.double()
         self.sums += values.sum(dim=0)
         self.sums_of_squares += values.square().sum(dim=0)
         if len(values):
             self.smallest = torch.minimum(self.smallest, values.amin(dim=0))
             self.largest = torch.maximum(self.largest, values.amax(dim=0))
+
+    def _keep(self, values: list[Tensor] | None) -> None:
+        if self.few is not None:
+            self.few = None if values is None else [*self.few, *values]
+            if self.few is not None and sum(map(len, self.few)) > FEW:
+                self.few = None
 
     def state(self) -> list[Tensor]:
         """The sums that `merge` and a reduction over processes add up."""
@@ -56,6 +66,7 @@ class Distribution:
     def merge(self, other: Distribution) -> None:
         for mine, theirs in zip(self.state(), other.state(), strict=True):
             mine += theirs
+        self._keep(other.few)
         self.smallest = torch.minimum(self.smallest, other.smallest)
         self.largest = torch.maximum(self.largest, other.largest)
 
@@ -65,7 +76,8 @@ class Summary:
     """One measure over images, by layer and head.
 
     mean, deviation: [layer, head], NaN where a layer has fewer heads or the measure does not apply; counts: [layer,
-    head, bin] over edges: [bin + 1]; extremes: [layer, 2], the smallest and largest value; n: images.
+    head, bin] over edges: [bin + 1]; extremes: [layer, 2], the smallest and largest value; n: images. few: all values
+    of each layer, where there are few.
     """
 
     mean: NDArray[np.float64]
@@ -74,9 +86,13 @@ class Summary:
     edges: NDArray[np.float64]
     extremes: NDArray[np.float64]
     n: int
+    few: tuple[NDArray[np.float64], ...] | None = None
 
     def quantiles(self, shares: tuple[float, ...]) -> NDArray[np.float64]:
         """Over images and heads together: [layer, share]."""
+        if self.few is not None:
+            nothing = np.full(len(shares), np.nan)
+            return np.stack([np.quantile(values, shares) if len(values) else nothing for values in self.few])
         binned = np.stack([histogram_quantiles(layer.sum(axis=0), self.edges, shares) for layer in self.counts])
         # Where all values lie within one bin, its edges would say more than they do.
         return np.clip(binned, self.extremes[:, :1], self.extremes[:, 1:])
@@ -232,7 +248,15 @@ def _summary(distributions: list[Distribution]) -> Summary:
             deviation[layer, heads] = np.sqrt(np.maximum(squares / valid - mean[layer, heads] ** 2, 0.0))
         counts[layer, heads] = _on_edges(each.counts.cpu().numpy(), each.high, edges)
         extremes.append([float(each.smallest.min()), float(each.largest.max())])
-    return Summary(mean, deviation, counts, edges, np.array(extremes), int(n))
+    few = [each.few for each in distributions]
+    kept = None
+    if all(values is not None for values in few):
+        kept = tuple(
+            torch.cat(values).flatten().double().cpu().numpy() if values else np.empty(0)
+            for values in few
+            if values is not None
+        )
+    return Summary(mean, deviation, counts, edges, np.array(extremes), int(n), kept)
 
 
 def _on_edges(counts: NDArray[np.float64], high: float, edges: NDArray[np.float64]) -> NDArray[np.float64]:
