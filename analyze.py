@@ -101,20 +101,15 @@ def check_types(options: dict[str, Any]) -> None:
         kinds = (float, int) if kind is float else kind
         right = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
         if not (right or (value is None and optional)):
-            wanted = {
-                int: "a whole number",
-                float: "a number",
-                list: "a list such as [1,2]",
-                bool: "true or false",
-                str: "a text",
-            }[kind]
-            raise UserError(f"{name}={value}: give {wanted}")
+            raise UserError(f"{name}={value}: give {KINDS[kind]}")
     if any(not isinstance(index, int) or isinstance(index, bool) for index in options["samples"] or []):
         raise UserError(f"samples={options['samples']}: give whole numbers, such as samples=[12,57]")
 
 
 def check_sources(options: dict[str, Any]) -> None:
     """Raises UserError for fields that speak of different models or pictures."""
+    if options["images"] == "":
+        raise UserError("images= is empty: name a folder of pictures")
     if options["model_from"] is None:
         return
     if options["images"] is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,22 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from attention_visualizer import AttentionVisualizer, Geometry
+from attention_visualizer import AttentionVisualizer, Geometry, panels
 from attention_visualizer.capture import capture
+from attention_visualizer.data import ImageDataModule, normalise
 from attention_visualizer.errors import UserError
-from attention_visualizer.pictures import InputFormat
-from tests.test_analyze import analyze, embedded_figures, listing, read_report, succeed
+from attention_visualizer.pictures import InputFormat, read_picture
+from tests.test_analyze import (
+    Workplace,
+    analyze,
+    contains,
+    embedded_figures,
+    listing,
+    random_model,
+    read_report,
+    succeed,
+)
+from tests.test_analyze import digits as digits  # a fixture
 
 SMALL = "model_from=timm:test_vit"  # 160 pixels, 10 x 10 patches, 2 heads
 
@@ -91,6 +104,10 @@ def test_every_figure_and_number_for_a_model_from_a_file(place: Path) -> None:
         assert said in report
     assert "3 pictures" in report and "broken.jpg could not be read" in report and "by at most" in report
     assert "random weights" not in report and "accuracy" not in report.lower()
+    for number, name in enumerate(("china.png", "flower.png", "inner/grey.png")):
+        shown = read_picture(place / "photos" / name, InputFormat.of(model)).permute(1, 2, 0).numpy()
+        figure = np.asarray(Image.open(place / f"out/attention_methods_sample_{number}.png").convert("RGB"))
+        assert contains(figure, panels.resize(shown, 112, 112)), name
     found = statistics_of(place / "out")
     pictures = [
         Image.open(place / "photos" / name).convert("RGB") for name in ("china.png", "flower.png", "inner/grey.png")
@@ -111,6 +128,55 @@ def test_a_second_analysis_is_the_same(place: Path) -> None:
     for path in (place / "one").iterdir():
         if path.suffix != ".md":  # which names the folder
             assert path.read_bytes() == (place / "two" / path.name).read_bytes(), path.name
+
+
+def test_figures_inside_the_folder_are_not_looked_at_the_next_time(tmp_path: Path) -> None:
+    """images=. and the usual output folder: else a second analysis is of the first one's figures."""
+    Image.fromarray(sklearn.datasets.load_sample_image("china.jpg")).resize((96, 64)).save(tmp_path / "china.png")
+    found = []
+    for _ in range(2):
+        succeed(SMALL, "ckpt=random", "images=.", "chapters=[patterns,statistics]", folder=tmp_path)
+        found.append((tmp_path / "attention_analysis_random/attention_statistics.json").read_bytes())
+    assert found[0] == found[1] and b"1 pictures" in found[0]
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos" / os.fsdecode(b"caf\xe9\nphoto | <b>.png"))
+    (tmp_path / "photos" / os.fsdecode(b"broken\xe9.png")).write_bytes(b"nothing")
+    succeed(SMALL, "ckpt=random", "images=photos", "chapters=[patterns]", "format=svg", folder=tmp_path)
+    assert "photo \\| &lt;b>.png" in read_report(tmp_path / "attention_analysis_random")
+
+
+def test_what_a_query_does_not_reach_is_left_out(place: Path) -> None:
+    """The last layer's patch queries have no effect on the class token: a panel of zeros would say "nothing here"."""
+    arguments = (SMALL, "ckpt=random", "images=photos", "num_samples=1", "chapters=[methods]")
+    widths = {}
+    for query in ("cls", "[2,3]"):
+        output = f"methods{len(widths)}"
+        succeed(*arguments, f"query={query}", f"output_dir={output}", folder=place)
+        assert ("**Gradient x attention**" in read_report(place / output)) == (query == "cls")
+        widths[query] = Image.open(place / output / "attention_methods_sample_0.png").width
+    assert widths["cls"] - widths["[2,3]"] == 118
+
+
+def test_this_projects_own_model_on_a_folder(tmp_path: Path, digits: ImageDataModule) -> None:
+    """As its own test images, when the pictures are those."""
+    model = random_model()
+    Workplace(tmp_path, digits).add_run("2025-01-02_03-04-05-000006", model)
+    (tmp_path / "photos").mkdir()
+    images, labels = digits.splits["test"]
+    for number in range(3):
+        Image.fromarray(images[number, 0].numpy()).save(tmp_path / f"photos/{labels[number]}_{number}.png")
+    succeed("images=photos", "output_dir=out", "chapters=[patterns,statistics]", folder=tmp_path)
+    with torch.no_grad():
+        probabilities, predicted = model(normalise(images[:3], digits.description)).softmax(dim=1).max(dim=1)
+    report = read_report(tmp_path / "out")
+    for number in range(3):
+        verdict = f"predicted {int(predicted[number])} ({float(probabilities[number]):.1%})"
+        assert f"{labels[number]}\\_{number}.png: {verdict}" in report
+    found = statistics_of(tmp_path / "out")
+    assert found["images"] == 3 and found["accuracy"] is None
 
 
 def test_windows_have_no_rollout_and_say_so(place: Path) -> None:
@@ -155,6 +221,14 @@ MISTAKES = {
     ("model_from=timm:test_vit", "ckpt=random"): "say which pictures with images=<folder>",
     (SMALL, "images=photos"): "say which weights with ckpt=<file>",
     (SMALL, "images=photos", "ckpt=random", "run=runs/one"): "speak of different models",
+    (SMALL, "images=''", "ckpt=random"): "images= is empty",
+    ("images=photos", "ckpt=best"): "no checkpoint yet in runs/",
+    (SMALL, "images=photos/china.png", "ckpt=random"): "this is a file, not a folder",
+    (SMALL, "images=photos", "ckpt=random", "rollout_discard=-0.1"): "give a share from 0",
+    (SMALL, "images=photos", "ckpt=random", "rollout_discard=nan"): "give a share from 0",
+    (SMALL, "images=photos", "ckpt=random", "image=photos"): "this is a folder",
+    (SMALL, "images=photos", "ckpt=random", "chapters=[nothing]"): "choose from patterns",
+    ("model_from=timm:test_vit.nothing", "images=photos", "ckpt=random"): "timm cannot build this model",
     (SMALL, "images=nowhere", "ckpt=random"): "there is no such folder",
     (SMALL, "images=photos", "ckpt=none.pth"): "does not exist",
     (SMALL, "images=photos", "ckpt=random", "class=3"): "class= needs pictures whose classes are known",
@@ -235,6 +309,52 @@ class Scrambled(Silent):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.answer(self.layer(self.cut(images).flatten(2).mT[:, :7])[:, 0])
+
+
+def test_pictures_that_the_model_cannot_take_are_one_line(place: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=7, dynamic_img_size=False)
+    for options in ({"image_size": 96}, {"image_format": InputFormat((160, 160), 1, (0.5,), (0.5,))}):
+        visualizer = AttentionVisualizer(model=model, images=place / "photos", **options, output_dir=place / "odd")
+        with pytest.raises(
+            UserError, match=r"VisionTransformer cannot take pictures of .*: in Python, say .*image_size="
+        ):
+            visualizer.run_comprehensive_analysis()
+    assert not (place / "odd").exists()
+
+
+def test_models_of_one_class_have_folders_of_their_own(place: Path, tmp_path: Path) -> None:
+    """None may write over another's figures; the same model writes into its own again."""
+    outputs = []
+    with contextlib.chdir(tmp_path):
+        for seed in (1, 2, 1):
+            torch.manual_seed(seed)
+            visualizer = AttentionVisualizer(model=timm.create_model("test_vit"), images=place / "photos")
+            ((image, label), *_) = visualizer.get_test_samples(1)
+            visualizer.visualize_attention_patterns(image, label)
+            outputs.append(visualizer.study.output)
+    assert outputs[0] == outputs[2] != outputs[1]
+
+
+class Custom(AttentionVisualizer):
+    def logits(self) -> Tensor:
+        return self.load_optimal_model()(torch.stack([image for image, _ in self.get_test_samples(2)]))
+
+
+def test_a_subclass_that_goes_on_to_another_model(place: Path, tmp_path: Path) -> None:
+    """What was said of the first one (three channels, its size) does not hold for this project's."""
+    form = InputFormat((160, 160), 3, (0.5,) * 3, (0.5,) * 3)
+    visualizer = Custom(
+        model=timm.create_model("test_vit"),
+        images=place / "photos",
+        geometry=Geometry((10, 10), 1, (16, 16)),
+        image_format=form,
+        class_names=["a", "b"],
+        output_dir=tmp_path / "out",
+    )
+    assert visualizer.logits().shape == (2, 1000)
+    save_file(random_model().state_dict(), tmp_path / "own.safetensors", {"config": json.dumps(random_model().config)})
+    report = visualizer.run_comprehensive_analysis(tmp_path / "own.safetensors").read_text()
+    assert "4 x 4 patches of 7 x 7 pixels" in report and "3 layers x 2 heads" in report
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from attention_visualizer.errors import UserError
 from attention_visualizer.explanations import explain
 from attention_visualizer.model import VisionTransformer
 from attention_visualizer.observation import RolloutOptions
@@ -53,9 +54,27 @@ def explicit_attention(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor]
     return model.head(tokens[:, 0] if model.num_prefix_tokens else tokens.mean(dim=1)), maps
 
 
+def explicit_torchvision(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The same for torchvision's, whose attention is nn.MultiheadAttention."""
+    maps = []
+    tokens = model._process_input(images)
+    tokens = torch.cat([model.class_token.expand(len(tokens), -1, -1), tokens], dim=1) + model.encoder.pos_embedding
+    for block in model.encoder.layers:
+        attention = block.self_attention
+        joined = nn.functional.linear(block.ln_1(tokens), attention.in_proj_weight, attention.in_proj_bias)
+        query, key, value = joined.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
+        maps.append(weights)
+        tokens = tokens + attention.out_proj((weights @ value).transpose(1, 2).flatten(2))
+        tokens = tokens + block.mlp(block.ln_2(tokens))
+    return model.heads(model.encoder.ln(tokens)[:, 0]), maps
+
+
 def by_the_paper(model: Any, image: Tensor, target: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """R and (gradient * attention)^+ of the last layer, mean over heads: [query, key], in loops over heads."""
-    logits, maps = explicit_attention(model, image[None])
+    explicit = explicit_torchvision if isinstance(model, torchvision.models.VisionTransformer) else explicit_attention
+    logits, maps = explicit(model, image[None])
+    torch.testing.assert_close(logits, model(image[None]), rtol=1e-4, atol=1e-4)  # it is the same model
     gradients = torch.autograd.grad(logits[0, target], maps)
     relevance = np.eye(maps[0].shape[-1])
     for attention, gradient in zip(maps, gradients, strict=True):
@@ -78,16 +97,31 @@ MODELS: dict[str, tuple[Any, Any]] = {
         ),
         1,
     ),
+    "this project's default": (lambda: spread_out(VisionTransformer(num_heads=HEADS)), 1),
+    "torchvision's": (
+        lambda: spread_out(torchvision.models.VisionTransformer(15, 5, 3, HEADS, 14, 11, num_classes=7)),
+        1,
+    ),
 }
 
 
+def pictures_for(model: nn.Module) -> Tensor:
+    if isinstance(model, VisionTransformer):
+        return pictures(1, model.config["img_size"], model.config["img_size"])
+    return pictures(3, 15, 15) if isinstance(model, torchvision.models.VisionTransformer) else pictures()
+
+
 @pytest.mark.parametrize(("build", "prefix"), MODELS.values(), ids=MODELS.keys())
-@pytest.mark.parametrize("frozen", [False, True])
-def test_relevance_and_gradient_attention_are_those_of_the_equations(build: Any, prefix: int, frozen: bool) -> None:
-    model = build()
-    images = pictures(1, 15, 15) if isinstance(model, VisionTransformer) else pictures()
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_relevance_and_gradient_attention_are_those_of_the_equations(
+    build: Any, prefix: int, frozen: bool, dtype: torch.dtype
+) -> None:
+    model = build().to(dtype)
+    images = pictures_for(model)
     reads_patches = not prefix or getattr(model, "global_pool", "token") == "avg"
-    expected = {"relevance": [], "gradient x attention": []}
+    images = images.to(dtype)
+    expected: dict[str, list[NDArray[Any]]] = {"relevance": [], "gradient x attention": []}
     for image in images:
         target = int(model(image[None]).argmax())
         for name, found in zip(expected, by_the_paper(model, image, target), strict=True):
@@ -98,7 +132,9 @@ def test_relevance_and_gradient_attention_are_those_of_the_equations(build: Any,
     found = explain(model, images)
     for name, rows in expected.items():
         scale = np.abs(rows).max()
-        np.testing.assert_allclose(found.maps[name].reshape(IMAGES, -1), rows, atol=1e-5 * max(scale, 1), err_msg=name)
+        assert scale > 1e-4
+        bound = scale * (1e-5 if dtype == torch.float32 else 1e-9)
+        np.testing.assert_allclose(found.maps[name].reshape(IMAGES, -1), rows, atol=bound, rtol=0, err_msg=name)
     assert found.target.tolist() == model(images).argmax(dim=1).tolist()
     assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
 
@@ -111,6 +147,43 @@ def test_the_class_can_be_chosen() -> None:
     for number, image in enumerate(images):
         relevance, _ = by_the_paper(model, image, int(target[number]))
         np.testing.assert_allclose(found.maps["relevance"][number].flatten(), relevance[0, 1:], atol=1e-5)
+
+
+def test_a_class_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=r"target=7: give a class from 0 to 6"):
+        explain(timm_model(), pictures(), torch.tensor([0, 7, 1]))
+
+
+def test_the_query_can_be_chosen() -> None:
+    """Of a patch, the last layer's gradient is 0: nothing that it asks for there reaches the class token."""
+    model, images = timm_model(reg_tokens=4), pictures()
+    patch, patches = explain(model, images, query=(2, 1)), explain(model, images, query="patches")
+    assert not patch.maps["gradient x attention"].any()
+    for number, image in enumerate(images):
+        relevance, _ = by_the_paper(model, image, int(patch.target[number]))
+        scale = np.abs(relevance[:, 5:]).max()
+        np.testing.assert_allclose(
+            patch.maps["relevance"][number].flatten(), relevance[5 + 2 * 2 + 1, 5:], atol=1e-5 * scale
+        )
+        np.testing.assert_allclose(
+            patches.maps["relevance"][number].flatten(), relevance[5:, 5:].mean(axis=0), atol=1e-5 * scale
+        )
+
+
+@pytest.mark.parametrize(("fusion", "discard"), [("mean", 0.0), ("max", 0.4), ("min", 0.7)])
+def test_rollout_is_that_of_the_models_own_attention(fusion: Any, discard: float) -> None:
+    model, images = timm_model(reg_tokens=4), pictures()
+    found = explain(model, images, rollout=RolloutOptions(fusion, discard)).maps["rollout"]
+    _, maps = explicit_attention(model, images)
+    for number in range(IMAGES):
+        rollout = np.eye(11)
+        for layer in maps:
+            step = getattr(np, fusion)(layer[number].detach().double().numpy(), axis=0)
+            for row in step:
+                row[np.argsort(row)[: int(discard * 11)]] = 0
+            step = (step + np.eye(11)) / (step + np.eye(11)).sum(axis=1, keepdims=True)
+            rollout = step @ rollout
+        np.testing.assert_allclose(found[number].flatten(), rollout[0, 5:], atol=1e-6)
 
 
 def test_values_are_weighed_with_the_projection_where_it_is_known() -> None:
@@ -183,8 +256,12 @@ def test_layers_without_a_place_stop_what_runs_through_all_layers() -> None:
 
 def test_images_do_not_affect_each_other_and_nothing_is_left_behind() -> None:
     model, images = timm_model(), pictures()
+    model.head.weight.grad = torch.full_like(model.head.weight, 3)
+    model.blocks[1].train()
     state = torch.get_rng_state()
     together, alone = explain(model, images), explain(model, images[1:2])
     for name, maps in together.maps.items():
         np.testing.assert_allclose(maps[1:2], alone.maps[name], atol=1e-6)
+    assert [module.training for module in model.blocks] == [False, True, False]
+    assert (model.head.weight.grad == 3).all() and model.norm.weight.grad is None
     assert torch.equal(state, torch.get_rng_state()) and torch._C._len_torch_function_stack() == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import socket
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -60,6 +62,29 @@ def test_the_weights_tell_classes_channels_and_size(tmp_path: Path, options: dic
     assert_same(built, model)
 
 
+def test_a_distilled_model_has_two_classifiers(tmp_path: Path) -> None:
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    built = foreign_models.build("timm:deit_tiny_distilled_patch16_224", str(tmp_path / "weights.safetensors"))
+    assert_same(built, model)
+
+
+def test_weights_as_they_were_first_published(tmp_path: Path) -> None:
+    """Swin's own names of the head and of the layers that join patches, and its tables of indices; seven classes."""
+    name = "swin_tiny_patch4_window7_224"
+    model = timm.create_model(name, num_classes=7).eval()
+    published = {}
+    for key, tensor in model.state_dict().items():
+        key = key.replace("head.fc.", "head.")
+        if "downsample" in key:
+            stage = int(key.split(".")[1])
+            key = key.replace(f"layers.{stage}.", f"layers.{stage - 1}.")
+        published[key] = tensor
+    published["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.int64)
+    torch.save({"model": published}, tmp_path / "swin.pth")
+    assert_same(foreign_models.build(f"timm:{name}", str(tmp_path / "swin.pth")), model)
+
+
 def test_random_weights_come_from_the_seed_and_leave_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     one, same, other = (foreign_models.build(f"timm:{NAME}", "random", seed) for seed in (0, 0, 1))
@@ -74,6 +99,8 @@ def test_random_weights_come_from_the_seed_and_leave_the_random_state_alone() ->
         ("vit_tiny", "write timm:<name>"),
         ("torchvision:vit_b_16", "write timm:<name>"),
         ("timm:", "write timm:<name>"),
+        ("timm:../../etc", "timm has no such model"),
+        ("timm:test_vit.no_such_weights", r"timm cannot build this model \(Invalid pretrained tag"),
         ("timm:vit_tiny_patch16_223", "timm has no such model; it has, among others, .*vit_tiny_patch16_224"),
     ],
 )
@@ -95,7 +122,10 @@ def wrong_weights() -> dict[str, tuple[Any, str]]:
         "another shape": (state | {"blocks.0.mlp.fc1.weight": torch.ones(3, 3)}, "it is of another model"),
         "another image size": (state | {"pos_embed": torch.ones(1, 7, 64)}, "it is of another image size, or of"),
         "not finite": (state | {"norm.bias": torch.full((64,), torch.nan)}, "NaN or infinite values in norm.bias"),
-        "no weights": ({"epoch": 3}, "expected"),
+        "no weights": ({"epoch": 3}, "holds 'epoch' where weights were expected: save the model's state_dict"),
+        "nothing": ({}, "holds no dictionary of weights"),
+        "a list": ([torch.ones(2)], "holds no dictionary of weights"),
+        "sparse": (state | {"norm.bias": torch.ones(64).to_sparse()}, "sparse"),
         "a giant": (state | {"norm.bias": torch.zeros(1).expand(10**12)}, "claims"),
         "harmful": ({"model": Harmful()}, "loading them could run code"),
     }
@@ -122,6 +152,12 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("no weights at all")
     with pytest.raises(UserError, match="is not a file of weights"):
         foreign_models.build(f"timm:{NAME}", str(tmp_path / "text.pth"))
+    torch.save(trained().state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"old\.pth was written by a PyTorch before 1\.6: load it and save it again"):
+        foreign_models.build(f"timm:{NAME}", str(tmp_path / "old.pth"))
+    torch.save(trained(), tmp_path / "module.pth")
+    with pytest.raises(UserError, match="save a state dict instead"):
+        foreign_models.build(f"timm:{NAME}", str(tmp_path / "module.pth"))
     torch.save(trained().state_dict(), tmp_path / "whole.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-100])
     with pytest.raises(UserError, match="truncated or corrupt"):
@@ -136,6 +172,34 @@ def test_without_a_network_there_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError, match=r"cannot be downloaded \(no route to host\): give a file") as caught:
         foreign_models.build(f"timm:{NAME}", "pretrained")
     assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_it_does_not_try_for_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's client by itself tries ten times and prints each of them."""
+
+    def unknown(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    def wait(_: float) -> None:
+        raise AssertionError("it waits to try again")
+
+    for variable in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("time.sleep", wait)
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    with pytest.raises(
+        UserError, match="the weights of test_vit cannot be downloaded .*: give a file of them as ckpt="
+    ):
+        foreign_models.build(f"timm:{NAME}", "pretrained")
+    assert capfd.readouterr() == ("", "") and huggingface_hub.constants.HF_HUB_OFFLINE == offline
+
+
+def test_a_model_that_was_never_published_with_weights() -> None:
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        foreign_models.build("timm:vit_tiny_r_s16_p8_224.augreg_in21k_nothing", "pretrained")
 
 
 def test_without_timm_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,6 +253,25 @@ def test_rollout_with_other_fusions_drops_the_least_of_each_row_of_each_image(fu
     np.testing.assert_allclose(found.sum(dim=-1), 1.0, atol=1e-5)
 
 
+def test_a_discarded_share_is_not_lost_to_rounding() -> None:
+    """0.29 * 100 is a little less than 29."""
+    row = torch.arange(1.0, 101.0)
+    rollout = measures.attention_rollout([(row / row.sum()).expand(1, 1, 100, 100)], "mean", 0.29)
+    assert int((rollout[0, 99] == 0).sum()) == 29
+
+
+def test_a_sharp_head_shows_under_maximum_and_is_hidden_under_minimum() -> None:
+    """By hand: one head looks at key 1 alone, the other evenly at all four."""
+    weights = torch.full((1, 2, 4, 4), 0.25)
+    weights[0, 0] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    for fusion, row in (
+        ("max", [1.25 / 2.75, 1 / 2.75, 0.25 / 2.75, 0.25 / 2.75]),
+        ("min", [1 / 1.25, 0.25 / 1.25, 0, 0]),
+    ):
+        rolled = measures.attention_rollout([weights], fusion)  # type: ignore[arg-type]
+        np.testing.assert_allclose(rolled[0, 0], row, rtol=1e-6)
+
+
 def test_rollout_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one layer"):
         measures.attention_rollout([])
@@ -339,6 +358,35 @@ def test_divergence_is_the_mean_jensen_shannon_divergence_from_the_other_heads(g
     assert torch.isnan(measures.head_divergence(weights[:, :1], geometry)).all()
 
 
+def test_divergences_between_each_two_heads() -> None:
+    weights = random_weights(NO_PREFIX)
+    rows = weights.double().numpy().mean(axis=2)
+    found = measures.head_divergences(weights, NO_PREFIX)
+    for image, one, other in product(range(2), range(3), range(3)):
+        expected = scipy.spatial.distance.jensenshannon(rows[image, one], rows[image, other]) ** 2
+        assert float(found[image, one, other]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_heads_without_a_common_key_diverge_by_ln_two() -> None:
+    weights = torch.zeros(1, 3, 17, 17)
+    for head in range(3):
+        weights[0, head, :, 5 * head] = 1.0
+    np.testing.assert_allclose(measures.head_divergence(weights, SEED), math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(measures.sink_strength(weights, SEED), 1.0)
+
+
+def test_windows_are_measured_one_by_one_and_averaged_by_image() -> None:
+    """Two images of six windows of 2 x 3 patches, over a grid of 4 x 9."""
+    geometry = Geometry((4, 9), 0, (7, 11), (2, 3))
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(12, 3, 6, 6, generator=generator).mul(3).softmax(dim=-1)
+    by_window = weights.double().numpy().mean(axis=2).max(axis=-1)
+    found = geometry.per_image(measures.sink_strength(weights, geometry))
+    np.testing.assert_allclose(found, by_window.reshape(2, 6, 3).mean(axis=1), rtol=1e-5)
+    alone = [measures.head_divergence(weights[n : n + 1], geometry) for n in range(12)]
+    torch.testing.assert_close(measures.head_divergence(weights, geometry), torch.cat(alone))
+
+
 def test_value_weighted_attention_is_the_length_of_what_is_added() -> None:
     weights = random_weights(OBLONG)
     images, heads, queries, keys = weights.shape
@@ -356,7 +404,8 @@ def test_value_weighted_attention_is_the_length_of_what_is_added() -> None:
 
 def test_relevance_adds_what_is_positive_mean_over_heads() -> None:
     layers = [random_weights(OBLONG, seed=seed) for seed in range(3)]
-    gradients = [torch.randn_like(layer, generator=None) for layer in layers]
+    generator = torch.Generator().manual_seed(7)
+    gradients = [torch.randn(layer.shape, generator=generator) for layer in layers]
     found = None
     for weights, gradient in zip(layers, gradients, strict=True):
         found = measures.relevance_step(found, weights, gradient)

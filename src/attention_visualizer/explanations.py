@@ -74,6 +74,8 @@ def _explain_one(
     chosen = -1
     if logits is not None:
         chosen = int(logits.argmax(dim=1)) if target is None else target
+        if not 0 <= chosen < logits.shape[1]:
+            raise UserError(f"target={chosen}: give a class from 0 to {logits.shape[1] - 1}")
         found = torch.autograd.grad(logits[0, chosen], [layer.weights for layer in layers], allow_unused=True)
         gradients = [
             torch.zeros_like(layer.weights) if gradient is None else gradient

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
+import os
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,13 @@ from attention_visualizer.checkpoint import (
     check_weights,
     existing_file,
     finite_weights,
+    first_line,
     read_safetensors,
     read_torch,
 )
 from attention_visualizer.errors import UserError
 
+LEGACY = b"\x80\x02\x8a"  # how torch.save's files began before PyTorch 1.6
 NESTED = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "teacher")
 
 
@@ -39,24 +46,57 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
     except ImportError:
         raise UserError(f"model_from={model_from} needs timm: python -m pip install timm") from None
     if not timm.is_model(name.split(".")[0]):
-        similar = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5] or timm.list_models("vit_*patch16_224")[:5]
+        similar = difflib.get_close_matches(name, timm.list_models(), 5) or timm.list_models("vit_*patch16_224")[:5]
         raise UserError(f"model_from={model_from}: timm has no such model; it has, among others, {', '.join(similar)}")
     if ckpt == "pretrained":
         try:
-            return timm.create_model(name, pretrained=True).eval()
+            with no_useless_retries():
+                return timm.create_model(name, pretrained=True).eval()
         except Exception as error:  # the hub's own kinds, requests' and the operating system's
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise UserError(
-                f"ckpt=pretrained: the weights of {name} cannot be downloaded ({reason}): give a file of them as ckpt="
+                f"ckpt=pretrained: the weights of {name} cannot be downloaded ({first_line(error)}): "
+                "give a file of them as ckpt="
             ) from error
     weights = None if ckpt == "random" else read_weights(ckpt)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        options = {} if weights is None else options_told_by(weights, timm.create_model, name)
-        model: nn.Module = timm.create_model(name, **options)
+        try:
+            options = {} if weights is None else options_told_by(weights, timm.create_model, name)
+            model: nn.Module = timm.create_model(name, **options)
+        except Exception as error:  # whatever a model's own constructor raises
+            raise UserError(f"model_from={model_from}: timm cannot build this model ({first_line(error)})") from error
     if weights is not None:
         load(model, weights, Path(ckpt))
     return model.eval()
+
+
+@contextmanager
+def no_useless_retries() -> Iterator[None]:
+    """Without a network, Hugging Face's client tries again for a minute and prints each time: it then gets to use what
+    is in its cache alone, as with HF_HUB_OFFLINE=1."""
+    logger = logging.getLogger("huggingface_hub")
+    constants: Any = sys.modules.get("huggingface_hub.constants")
+    before = logger.level, getattr(constants, "HF_HUB_OFFLINE", None)
+    logger.setLevel(logging.CRITICAL)
+    if before[1] is False and not reaches_hub(str(constants.ENDPOINT)):
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        logger.setLevel(before[0])
+        if constants is not None:
+            constants.HF_HUB_OFFLINE = before[1]
+
+
+def reaches_hub(address: str) -> bool:
+    """False where the name of the hub cannot be looked up, and no proxy does so instead."""
+    if any(name.lower() in ("https_proxy", "http_proxy", "all_proxy") for name in os.environ):
+        return True
+    try:
+        socket.getaddrinfo(address.partition("://")[2].split("/")[0].split(":")[0], 443)
+    except OSError:
+        return False
+    return True
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -69,11 +109,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 content: Any = read_torch(file)
             elif start[8:] == b"{":
                 content = read_safetensors(path)["model_state_dict"]
+            elif start.startswith(LEGACY):
+                raise UserError("was written by a PyTorch before 1.6: load it and save it again with a newer one")
             else:
                 raise UserError(f"is not a file of weights: {EXPECTED}")
         for name in NESTED:
             if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
                 content = content[name]
+        if isinstance(content, Mapping):
+            strange = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
+            if strange is not None:
+                raise UserError(f"holds {strange!r:.60} where weights were expected: save the model's state_dict()")
         weights = bare_names(content)
         # Counters and index tables beside the weights are whole numbers.
         check_weights(weights, path.stat().st_size, (*WEIGHT_TYPES, torch.int64, torch.int32, torch.bool))
@@ -88,15 +134,18 @@ def options_told_by(weights: Mapping[str, Tensor], create: Any, name: str) -> di
         plain = create(name)
     options: dict[str, Any] = {}
     config: dict[str, Any] = plain.pretrained_cfg or {}
-    classifier = config.get("classifier")
-    if isinstance(classifier, str):
-        head = weights.get(f"{classifier}.weight")
-        own = plain.state_dict().get(f"{classifier}.weight")
-        if own is not None:
-            options["num_classes"] = 0 if head is None else head.shape[0]
-    first = config.get("first_conv")
-    if isinstance(first, str) and f"{first}.weight" in weights and weights[f"{first}.weight"].ndim == 4:
-        options["in_chans"] = weights[f"{first}.weight"].shape[1]
+    # A distilled model has two classifiers of one size.
+    classifier, first = (
+        names[0] if isinstance(names, tuple | list) else names
+        for names in (config.get("classifier"), config.get("first_conv"))
+    )
+    renamed = translated(weights, plain)
+    if f"{classifier}.weight" in plain.state_dict():
+        head = renamed.get(f"{classifier}.weight")
+        options["num_classes"] = 0 if head is None else head.shape[0]
+    convolution = renamed.get(f"{first}.weight")
+    if convolution is not None and convolution.ndim == 4:
+        options["in_chans"] = convolution.shape[1]
     grid = getattr(getattr(plain, "patch_embed", None), "grid_size", None)
     positions, own_positions = weights.get("pos_embed"), plain.state_dict().get("pos_embed")
     if grid is not None and positions is not None and own_positions is not None:
@@ -107,16 +156,21 @@ def options_told_by(weights: Mapping[str, Tensor], create: Any, name: str) -> di
     return options
 
 
-def load(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Raises UserError with the first differences unless the weights fit the model exactly."""
-    # Translates the names of a model's first publication into timm's, as timm does for its own downloads.
+def translated(weights: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """The names of a model's first publication as timm's, as timm does for its own downloads."""
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if translate is None or weights.keys() == model.state_dict().keys():
+        return weights
+    try:
+        return translate(dict(weights), model)
+    except Exception:  # it knows the layouts that it knows; what does not fit is told when it is loaded
+        return weights
+
+
+def load(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError with the first differences unless the weights fit the model exactly."""
+    weights = translated(weights, model)
     expected = model.state_dict()
-    if translate is not None and weights.keys() != expected.keys():
-        try:
-            weights = translate(dict(weights), model)
-        except Exception:  # it knows the layouts that it knows; the comparison below says what is wrong
-            pass
     for name, tensor in expected.items():
         if name not in weights:
             raise UserError(f"{path} lacks the weights {name}: it is of another model than {type(model).__name__}")

@@ -135,7 +135,7 @@ def rollout_step(rollout: Tensor | None, weights: Tensor, fusion: Fusion = "mean
         attention = weights.mean(dim=1)
     else:
         attention = weights.amax(dim=1) if fusion == "max" else weights.amin(dim=1)
-    num_discarded = int(discard * attention.shape[-1])
+    num_discarded = int(discard * attention.shape[-1] + 1e-9)  # 0.29 * 100 is a little less than 29
     if num_discarded:
         least = attention.topk(num_discarded, dim=-1, largest=False).indices
         attention = attention.scatter(-1, least, 0.0)

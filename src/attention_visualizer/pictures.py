@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from PIL import Image, ImageOps
@@ -19,6 +19,8 @@ from attention_visualizer.images import DatasetDescription, grey_pixels, normali
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+Fit = Literal["center", "squash", "border"]
+LONGEST = 100  # times the other side: of a longer picture only the middle is scaled, as it might not fit the memory
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -104,7 +106,11 @@ class LabelledImages:
 @dataclass(frozen=True)
 class InputFormat:
     """What a model of any origin takes: pixels as (height, width), the share of a picture's shorter side that is cut
-    out of its middle, and the mean and deviation of each channel in 0..1 units, with whether the model states them."""
+    out of its middle, and the mean and deviation of each channel in 0..1 units, with whether the model states them.
+
+    fit: how a picture of another shape is brought to the model's: its middle is cut out ("center"), it is stretched
+    ("squash"), or all of it is shown on a ground of the mean colour ("border").
+    """
 
     size: Size
     channels: int
@@ -113,6 +119,7 @@ class InputFormat:
     crop_share: float = 1.0
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     stated: bool = True
+    fit: Fit = "center"
 
     @classmethod
     def of(cls, model: nn.Module, size: Size | int | None = None) -> InputFormat:
@@ -134,7 +141,8 @@ class InputFormat:
         if len(mean) != channels:
             mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
         smooth: Literal["bicubic", "bilinear"] = "bilinear" if timm.get("interpolation") == "bilinear" else "bicubic"
-        return cls(stated, channels, mean, std, float(timm.get("crop_pct", 1.0)), smooth, "mean" in timm)
+        fit: Any = timm.get("crop_mode") if timm.get("crop_mode") in get_args(Fit) else "center"
+        return cls(stated, channels, mean, std, float(timm.get("crop_pct", 1.0)), smooth, "mean" in timm, fit)
 
 
 @dataclass(frozen=True)
@@ -152,25 +160,32 @@ class PictureFolder:
     broken: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def find(cls, folder: str | Path, format: InputFormat, **known: Any) -> PictureFolder:
-        """Raises UserError for a folder without pictures. Files that are no pictures are named in `broken`."""
+    def find(
+        cls, folder: str | Path, format: InputFormat, skip: Callable[[Path], bool] = lambda path: False, **known: Any
+    ) -> PictureFolder:
+        """Raises UserError for a folder without pictures. Files that cannot be read are named in `broken`.
+
+        skip: for files that are not to be looked at.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(
                 f"images={folder}: {'this is a file, not a folder' if folder.exists() else 'there is no such folder'}"
             )
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        found = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file() and not skip(path)
+        )
         pictures = cls(folder, format, (), **known)
         readable = []
         for path in found:
             try:
-                with Image.open(path) as file:
-                    file.load()
+                decoded(path, format.channels)
                 readable.append(path)
             except Exception as error:  # Pillow raises many kinds for broken files
-                pictures.broken[str(path.relative_to(folder))] = f"{type(error).__name__}: {error}"
+                reason = str(error).replace(str(path), path.name)
+                pictures.broken[printable(path.relative_to(folder))] = printable(f"{type(error).__name__}: {reason}")
         if not readable:
-            broken = f"; {len(found)} cannot be read, such as {found[0].name}" if found else ""
+            broken = f"; {len(found)} cannot be read, such as {printable(found[0].name)}" if found else ""
             raise UserError(f"images={folder}: there are no pictures in it (such as .png or .jpg){broken}")
         for name in pictures.broken:
             log.warning("%s cannot be read and is left out", folder / name)
@@ -178,7 +193,7 @@ class PictureFolder:
 
     @property
     def title(self) -> str:
-        return f"pictures in {self.folder.name}"
+        return printable(f"pictures in {self.folder.absolute().name}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -188,7 +203,7 @@ class PictureFolder:
         return len(self.files)
 
     def name(self, number: int) -> str:
-        return str(self.files[number].relative_to(self.folder))
+        return printable(self.files[number].relative_to(self.folder))
 
     def read(self, numbers: Iterable[int]) -> Tensor:
         return torch.stack([read_picture(self.files[number], self.format) for number in numbers])
@@ -199,31 +214,60 @@ class PictureFolder:
         return (to_unit(pictures) - mean) / std
 
 
-def read_picture(path: str | Path, format: InputFormat) -> Tensor:
-    """uint8 [channel, height, width]: scaled so that the middle part fills the size, cut there, turned upright.
+def printable(text: str | Path) -> str:
+    """For figures and reports: file names can hold line breaks and bytes that are no text."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
 
-    Transparency lies on white. Raises UserError for a file that is not a picture.
+
+def decoded(path: str | Path, channels: int) -> Image.Image:
+    """The picture upright, transparency on white, as grey (one channel) or RGB. Raises what Pillow raises."""
+    with Image.open(path) as file:
+        picture: Image.Image = ImageOps.exif_transpose(file)
+        if picture.mode.startswith(("I", "F")):  # more than 8 bits a pixel
+            picture = Image.fromarray(grey_pixels(picture))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("L" if channels == 1 else "RGB")
+
+
+def read_picture(path: str | Path, format: InputFormat) -> Tensor:
+    """uint8 [channel, height, width]: decoded, scaled and cut as timm's and torchvision's transforms do.
+
+    Raises UserError for a file that is not a picture.
     """
     try:
-        with Image.open(path) as file:
-            picture: Image.Image = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(("I", "F")):  # more than 8 bits a pixel
-                picture = Image.fromarray(grey_pixels(picture))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("L" if format.channels == 1 else "RGB")
+        picture = decoded(path, format.channels)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file: give the path of a picture") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder: give the path of a picture") from None
     except Exception as error:  # Pillow raises many kinds for broken files
         raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
+    pixels = torch.frombuffer(bytearray(fitted(picture, format).tobytes()), dtype=torch.uint8)
+    return pixels.view(*format.size, -1).permute(2, 0, 1).contiguous()
+
+
+def fitted(picture: Image.Image, format: InputFormat) -> Image.Image:
+    """The picture in the model's size."""
     height, width = format.size
+    wanted = int(width / format.crop_share), int(height / format.crop_share)
+    if format.fit == "center" and max(picture.size) > LONGEST * min(picture.size):
+        longest = LONGEST * min(picture.size)
+        picture = ImageOps.fit(picture, (min(picture.width, longest), min(picture.height, longest)))
+    shares = wanted[0] / picture.width, wanted[1] / picture.height
+    if format.fit != "squash":
+        shares = (min(shares) if format.fit == "border" else max(shares),) * 2
+    rounded = int if format.fit == "center" and wanted[0] == wanted[1] else round  # as torchvision, as timm
+    scaled = [max(1, rounded(side * share + 1e-6)) for side, share in zip(picture.size, shares, strict=True)]
+    if format.fit == "center":
+        scaled = [max(width, scaled[0]), max(height, scaled[1])]
     resampling = Image.Resampling.BILINEAR if format.interpolation == "bilinear" else Image.Resampling.BICUBIC
-    # As the transforms of timm and torchvision do: the shorter side is brought to its length, the middle cut out.
-    share = max(int(width / format.crop_share) / picture.width, int(height / format.crop_share) / picture.height)
-    scaled = max(width, int(picture.width * share + 1e-6)), max(height, int(picture.height * share + 1e-6))
-    fitted = picture.resize(scaled, resampling)
-    left, top = round((fitted.width - width) / 2), round((fitted.height - height) / 2)
-    cut = fitted.crop((left, top, left + width, top + height))
-    pixels = torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8).view(height, width, -1)
-    return pixels.permute(2, 0, 1).contiguous()
+    picture = picture.resize((scaled[0], scaled[1]), resampling)
+    if scaled[0] < width or scaled[1] < height:
+        ground = tuple(round(255 * mean) for mean in format.mean)
+        canvas = Image.new(picture.mode, (max(width, scaled[0]), max(height, scaled[1])), ground)
+        canvas.paste(picture, ((canvas.width - scaled[0]) // 2, (canvas.height - scaled[1]) // 2))
+        picture = canvas
+    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+    return picture.crop((left, top, left + width, top + height))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import warnings
@@ -34,9 +35,10 @@ class AttentionVisualizer:
 
     model_path: a .ckpt, .pth or .safetensors file. Where it does not exist, a warning is given and random weights
     are shown, and every figure says so; a file that is not a usable checkpoint raises UserError.
-    model: a PyTorch module instead, from whatever library; it is put into eval mode. Then `images` says which pictures:
-    a folder of them in any size. What the model does not state itself is given by `geometry` (where tokens lie),
-    `image_size` (pixels, one number or height and width), or `image_format` (size, channels and normalisation).
+    model: a PyTorch module instead, from whatever library; it is put into eval mode and moved to the device, and stays
+    so. Then `images` says which pictures: a folder of them in any size. What the model does not state itself is given
+    by `geometry` (where tokens lie), `image_size` (pixels, one number or height and width), or `image_format` (size,
+    channels and normalisation).
     device: "auto", "cpu" or "cuda". output_dir: None is attention_analysis/ in the current folder, or, if that holds
     the analysis of another model, attention_analysis_<model>/.
     data_dir: where MNIST is; None is where the model was trained, or the environment variable MNIST_DIR.
@@ -73,6 +75,7 @@ class AttentionVisualizer:
         self._image_format = image_format
         self._class_names = class_names
         self._study: Study | None = None
+        self._digest = ""  # of a given model's weights
 
     def load_optimal_model(self) -> nn.Module:
         """The model, in eval mode on the device; read once."""
@@ -142,6 +145,8 @@ class AttentionVisualizer:
         Another `model_path` than before switches to that model.
         """
         if model_path is not None and Path(model_path) != self.model_path:
+            if self._model is not None:  # what was said of it does not hold for the other one
+                self._geometry, self._image_size, self._image_format, self._class_names = None, None, None, ()
             self.model_path, self._model, self._study = Path(model_path), None, None
         self._claim_output()
         given = repr(str(self.model_path)) if self._model is None else f"model=model, images={str(self._images)!r}"
@@ -165,7 +170,10 @@ class AttentionVisualizer:
 
     def _read_weights(self) -> preparation.Weights:
         if self._model is not None:
-            return preparation.Weights(self._model.eval(), f"{type(self._model).__name__} as given")
+            self._digest = digest_of(self._model)
+            return preparation.Weights(
+                self._model.eval(), f"{type(self._model).__name__} as given, sha256 {self._digest}"
+            )
         if not self.model_path.exists():
             message = f"{self.model_path} does not exist: RANDOM WEIGHTS are shown, which have learnt nothing"
             warnings.warn(message, UserWarning, stacklevel=4)
@@ -189,7 +197,7 @@ class AttentionVisualizer:
         return next(path for path in itertools.chain(named, numbered) if self._owner(path) in (None, self._identity()))
 
     def _identity(self) -> str:
-        return str(self.model_path.absolute())
+        return str(self.model_path.absolute()) if self._model is None else f"{self.model_path} {self._digest}"
 
     @staticmethod
     def _owner(folder: Path) -> str | None:
@@ -199,6 +207,14 @@ class AttentionVisualizer:
     def _claim_output(self) -> None:
         self.study.output.mkdir(parents=True, exist_ok=True)
         storage.write_json(self.study.output / OWNER, {"model": self._identity()})
+
+
+def digest_of(model: nn.Module) -> str:
+    """The first 16 digits of a hash of all its numbers, to tell models of one class apart."""
+    digest = hashlib.sha256()
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def as_sample(image: Any, label: int | None, number: int) -> Sample:

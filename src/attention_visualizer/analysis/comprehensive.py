@@ -11,16 +11,10 @@ import numpy as np
 
 from attention_visualizer import report, storage
 from attention_visualizer.analysis import CHAPTERS, write_chapters
-from attention_visualizer.analysis.study import Study
+from attention_visualizer.analysis.study import OURS, Study
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.model import VisionTransformer
 from attention_visualizer.pictures import InputFormat, PictureFolder
-
-# What an analysis writes. Figures of an earlier one of the same weights stay; of others, they would mislead.
-OURS = re.compile(
-    r"(attention_(pattern|heads|methods)|layer_comparison)_sample_\d+\.(png|pdf|svg)"
-    r"|attention_(statistics(_by_head)?|evolution)\.(png|pdf|svg|webp|csv|json)"
-)
 
 
 def write_analysis(
@@ -34,6 +28,7 @@ def write_analysis(
     kept = {figure.name for chapter in written.values() for figure in chapter.figures}
     kept |= {f"{report.STATISTICS}.json"}
     kept |= {f"{report.STATISTICS}.csv"} if any(chapter.records for chapter in written.values()) else set()
+    # Figures of an earlier analysis of the same weights stay; of others, they would mislead.
     for old in study.output.iterdir():
         if OURS.fullmatch(old.name) and old.name not in kept and earlier != identity(study.weights):
             old.unlink()

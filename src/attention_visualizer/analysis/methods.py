@@ -13,7 +13,10 @@ from attention_visualizer.panels import Picture
 
 
 def explanations(study: Study, sample: Sample) -> dict[str, np.ndarray]:
-    """Method -> [grid height, grid width]."""
+    """Method -> [grid height, grid width].
+
+    Without maps of nothing but zeros: the gradient of a query of the last layer that no score depends on.
+    """
     found = explain(
         study.model,
         study.model_input(sample.image[None]),
@@ -21,7 +24,7 @@ def explanations(study: Study, sample: Sample) -> dict[str, np.ndarray]:
         geometry=study.given_geometry,
         rollout=study.rollout,
     )
-    return {name: np.asarray(maps[0]) for name, maps in found.maps.items()}
+    return {name: np.asarray(maps[0]) for name, maps in found.maps.items() if maps[0].any()}
 
 
 def picture(study: Study, subject: Subject, sample: Sample) -> Picture:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from attention_visualizer import foreign_models
-from attention_visualizer.analysis.study import FileFormat, HeadLayers, Sample, Study
-from attention_visualizer.checkpoint import LoadedCheckpoint, load_checkpoint
+from attention_visualizer.analysis.study import OURS, FileFormat, HeadLayers, Sample, Study
+from attention_visualizer.capture import CaptureError
+from attention_visualizer.checkpoint import LoadedCheckpoint, first_line, load_checkpoint
 from attention_visualizer.checkpoint_choice import choose_checkpoint
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
@@ -28,7 +29,7 @@ from attention_visualizer.images import DatasetDescription, read_image
 from attention_visualizer.measures import Fusion, Query
 from attention_visualizer.mnist_files import MnistUnavailable
 from attention_visualizer.model import VisionTransformer
-from attention_visualizer.observation import RolloutOptions
+from attention_visualizer.observation import Observation, RolloutOptions
 from attention_visualizer.pictures import InputFormat, LabelledImages, PictureFolder, Pictures, read_picture
 from attention_visualizer.storage import RunFolder, short_path
 
@@ -153,6 +154,7 @@ def folder_pictures(
     return PictureFolder.find(
         folder,
         image_format or InputFormat.of(model, image_size),
+        skip=lambda path: bool(OURS.fullmatch(path.name)),  # an earlier analysis inside the folder
         num_classes=num_classes if isinstance(num_classes, int) and num_classes else None,
         class_names=class_names,
     )
@@ -195,12 +197,26 @@ def prepare(
         device=chosen_device,
     )
     study.samples = find_samples(study, subjects)
-    seen = study.first_look  # mistakes in the query and unknown layouts surface now
+    seen = look(study)
     if seen.left_out:
         shown, num_layers = len(seen.layer_names), len(seen.layer_names) + len(seen.left_out)
         notes.append(f"only the {shown} of {num_layers} layers whose keys have a place on the image")
         study.face_note = "; ".join(notes)
     return study
+
+
+def look(study: Study) -> Observation:
+    """The first look, where mistakes in the query, unknown layouts and pictures of a wrong size surface."""
+    try:
+        return study.first_look
+    except (UserError, CaptureError):
+        raise
+    except Exception as error:  # whatever the model's own forward raises
+        channels, height, width = study.pictures.shape
+        raise UserError(
+            f"{type(study.model).__name__} cannot take pictures of {height} x {width} pixels with {channels} channels "
+            f"({first_line(error)}): in Python, say what it takes with image_size= or image_format="
+        ) from error
 
 
 def find_history(run: RunFolder | None) -> AttentionHistory | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,11 @@ from attention_visualizer.pictures import Pictures
 
 FileFormat = Literal["png", "pdf", "svg"]
 HeadLayers = Literal["all", "last"]
+# What an analysis writes.
+OURS = re.compile(
+    r"(attention_(pattern|heads|methods)|layer_comparison)_sample_\d+\.(png|pdf|svg)"
+    r"|attention_(statistics(_by_head)?|evolution)\.(png|pdf|svg|webp|csv|json)"
+)
 LARGEST_DRAWN = 224  # pixels a side, twice those of a tile
 
 
