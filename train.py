@@ -19,7 +19,7 @@ from lightning import Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from attention_visualizer import checkpoint, command_line, configuration, storage, training
+from attention_visualizer import allocator, checkpoint, command_line, configuration, storage, training
 from attention_visualizer.capture import CaptureError
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.configuration import arguments
@@ -60,6 +60,7 @@ def train(config: DictConfig, sweeping: bool) -> float:
 
     # Whatever can be wrong is found out here, before a folder is made or touched.
     configuration.check_options(config)
+    allocator.keep_freed_memory()
     seed_everything(config.seed, verbose=False)
     data = ImageDataModule(**arguments(config, "data", ImageDataModule), seed=config.seed)
     model = VisionTransformer(**arguments(config, "model", VisionTransformer))
@@ -109,6 +110,8 @@ def train(config: DictConfig, sweeping: bool) -> float:
         checkpoints={path.stem: str(path.relative_to(folder.path)) for path in (folder.best, folder.last)},
     )
     print(f"Run folder: {folder.path}")
+    if config.compile:
+        model.compile(mode="reduce-overhead" if trainer.strategy.root_device.type == "cuda" else "default")
     metrics = training.fit(trainer, classifier, data, folder, config.ckpt_path)
     if config.test or (config.test is None and not sweeping):
         metrics |= training.test_best(trainer, classifier, data, folder)
@@ -152,6 +155,8 @@ def build_trainer(config: DictConfig, folder: storage.RunFolder, resumed_step: i
         for logger in loggers:
             logger.experiment  # noqa: B018 (opens it now, so that a wrong argument shows before any work)
         callbacks = [hydra.utils.instantiate(callback) for callback in (config.callbacks or {}).values()]
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(training.ProgressBar(refresh_rate=10))
         trainer = Trainer(
             **arguments(config, "trainer", Trainer),
             plugins=checkpoint.AtomicCheckpointIO(),

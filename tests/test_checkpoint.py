@@ -119,6 +119,32 @@ def test_every_kind_of_model_comes_back(tmp_path: Path, positional_embedding: An
     assert torch.equal(loaded.build_model()(images), model(images))
 
 
+@pytest.mark.parametrize("written", ["a.ckpt", "a.pth", "bare.pth"])
+def test_a_model_with_a_convolutional_stem_comes_back(tmp_path: Path, written: str) -> None:
+    sizes = {**SIZES, "img_size": 12, "patch_size": 4, "stem": "convolutions"}
+    model = VisionTransformer(**sizes).eval()
+    contents = {
+        "a.ckpt": content_of(model),
+        "a.pth": {"model_state_dict": model.state_dict(), "config": model.config},
+        "bare.pth": model.state_dict(),
+    }
+    torch.save(contents[written], tmp_path / written)
+    if written == "bare.pth":
+        # Without a configuration the defaults are taken.
+        with pytest.raises(UserError, match=r"weights of model\.\w+="):
+            load_checkpoint(tmp_path / written)
+        return
+    images = torch.randn(1, 2, 12, 12)
+    assert torch.equal(load_checkpoint(tmp_path / written).build_model()(images), model(images))
+
+
+def test_a_checkpoint_from_before_there_were_stems_has_patches(model: VisionTransformer, tmp_path: Path) -> None:
+    content = content_of(model)
+    del content["attention_visualizer"]["model"]["stem"]
+    torch.save(content, tmp_path / "old.ckpt")
+    assert load_checkpoint(tmp_path / "old.ckpt").model_config["stem"] == "patches"
+
+
 def test_hash_tells_files_apart(model: VisionTransformer, saved: Path, tmp_path: Path) -> None:
     other = changed(model, tmp_path / "other.ckpt", lambda content: content | {"epoch": 5})
     assert load_checkpoint(saved).sha256 == load_checkpoint(saved).sha256 != load_checkpoint(other).sha256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -133,13 +135,50 @@ def test_dropout_is_a_function_of_the_seed_and_the_number_of_the_batch(tmp_path:
     assert not torch.equal(first[0] == 0, first[2] == 0)  # the same images in the second epoch
 
 
+class Gradients(Callback):
+    """Remembers the largest gradient and the norm of all before each step of the optimiser."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        gradients = [parameter.grad.flatten() for parameter in pl_module.parameters() if parameter.grad is not None]
+        if gradients:
+            everything = torch.cat(gradients)
+            self.seen.append((float(everything.abs().max()), float(everything.norm())))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("algorithm", "expected"), [("norm", 0.01), ("value", 0.01), (None, 0.01)])
+def test_gradients_are_clipped_with_a_fused_optimiser(
+    tmp_path: Path, precision: Any, algorithm: str | None, expected: float
+) -> None:
+    watch = Gradients()
+    clipping: dict[str, Any] = {"gradient_clip_val": expected, "gradient_clip_algorithm": algorithm}
+    fitted = trainer(tmp_path, max_steps=3, precision=precision, callbacks=[watch], **clipping)
+    fitted.fit(Classifier(Dropped(), CLASSES), loader(21, 7))
+    assert fitted.optimizers[0].defaults["fused"] is True
+    largest, norm = zip(*watch.seen, strict=True)
+    clipped = largest if algorithm == "value" else norm
+    assert clipped == pytest.approx([expected] * len(clipped), rel=1e-3) and len(clipped) >= 2
+
+
+def test_loss_and_learning_rate_are_logged_at_the_steps_that_loggers_take(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    module = Classifier(Dropped(), CLASSES)
+    trainer(tmp_path, max_epochs=2, log_every_n_steps=2, logger=logger).fit(module, loader(21, 7))
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open(newline="")))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == [1, 3, 5]
+    assert [int(row["step"]) for row in rows if row["train/learning_rate"]] == [1, 3, 5]
+
+
 # --- loss and metrics ------------------------------------------------------------------------------------------
 
 
 def test_loss_smooths_labels_as_in_the_paper(tmp_path: Path) -> None:
     logits = torch.randn(7, CLASSES, generator=torch.Generator().manual_seed(1))
     module = Classifier(Fixed(logits), CLASSES, label_smoothing=0.2)
-    fitted = trainer(tmp_path, max_steps=1)
+    fitted = trainer(tmp_path, max_steps=1, log_every_n_steps=1)
     fitted.fit(module, loader(7, 7))
     labels = torch.arange(7) % CLASSES
     # Szegedy et al., 2016: the target is (1 - s) one-hot plus s / classes everywhere.
@@ -179,7 +218,7 @@ def test_the_block_is_saved_with_the_accuracy_as_a_plain_number(tmp_path: Path) 
     module.on_save_checkpoint(saved)
     accuracy = saved["attention_visualizer"].pop("validation_accuracy")
     assert type(accuracy) is float and accuracy == float(fitted.callback_metrics["validation/accuracy"])
-    assert saved == {"attention_visualizer": {"format": 1}}
+    assert saved == {"attention_visualizer": {"format": 1, "precision": "32-true"}}
     assert module.checkpoint_block == {"format": 1}
 
 

@@ -15,13 +15,14 @@ import yaml
 from hydra.utils import get_class
 from lightning import Trainer
 from omegaconf import OmegaConf
+from torch import nn
 
 from attention_visualizer import data
 from attention_visualizer.callbacks import AttentionLogger
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.model import VisionTransformer
-from tests.runs import BARE, BRIEF, PROJECT, compose_train, run_folders, run_train
+from tests.runs import BARE, BRIEF, PROJECT, compose_train, read_checkpoint, run_folders, run_train
 
 CONF = PROJECT / "conf"
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
@@ -97,6 +98,7 @@ def test_group_choices_choose() -> None:
     assert set(compose_train().callbacks) == {"attention_logger"}
     assert compose_train("trainer=cpu").trainer.accelerator == "cpu"
     assert compose_train("trainer=gpu").trainer.accelerator == "gpu"
+    assert compose_train("trainer=gpu").trainer.precision == "bf16-mixed"
     assert compose_train("trainer=bf16").trainer.precision == "bf16-mixed"
     assert compose_train("trainer=bf16").trainer.gradient_clip_val == compose_train().trainer.gradient_clip_val
 
@@ -130,7 +132,13 @@ def chosen(group: str) -> str:
 
 def another(name: str, value: Any) -> Any:
     """A value of the same type that is not the default."""
-    words = {"positional_embedding": "sincos", "pooling": "mean", "name": "digits", "fallback": None}
+    words = {
+        "positional_embedding": "sincos",
+        "pooling": "mean",
+        "stem": "convolutions",
+        "name": "digits",
+        "fallback": None,
+    }
     if name in words:
         return words[name]
     if isinstance(value, bool):
@@ -187,7 +195,7 @@ def command_of(experiment: Path) -> list[str]:
 
 
 def test_there_is_an_experiment_for_every_ablation() -> None:
-    asked = {"debug", "width", "depth", "heads", "patch_size", "dropout", "positions", "pooling"}
+    asked = {"debug", "width", "depth", "heads", "patch_size", "dropout", "positions", "pooling"} | {"seed", "accurate"}
     assert asked <= {path.stem for path in EXPERIMENTS}
 
 
@@ -211,6 +219,23 @@ def test_experiments_train(experiment: Path, tmp_path: Path) -> None:
     configs = [OmegaConf.load(sweep / row["run"] / "config.yaml") for row in rows]
     for field, values in swept.items():
         assert {str(OmegaConf.select(config, field)) for config in configs} == set(str(values).split(","))
+
+
+def test_a_compiled_model_trains_and_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def compile_quickly(model: nn.Module, mode: str) -> None:
+        modes.append(mode)
+        nn.Module.compile(model, backend="aot_eager")  # graphs as always, without minutes of C++
+
+    monkeypatch.setattr(VisionTransformer, "compile", compile_quickly)
+    outcome = run_train(*BRIEF, "compile=true", "trainer.limit_train_batches=3", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    assert modes == ["default"] and "warning" not in outcome.err.lower()
+    (run,) = run_folders(tmp_path)
+    names = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+    assert "model.head.weight" in names and not any("_orig_mod" in name for name in names)
+    assert (run / "attention_history.npz").is_file()
 
 
 @pytest.mark.parametrize("choice", ["callbacks=ema", "trainer=bf16", "trainer=cpu"])

@@ -26,15 +26,12 @@ from attention_visualizer import mnist_files
 from attention_visualizer.data import (
     DatasetDescription,
     ImageDataModule,
-    augment_batch,
     normalise,
     read_image,
     stratified_split,
 )
 from attention_visualizer.errors import UserError
 from attention_visualizer.mnist_files import MnistUnavailable, download, load_mnist, parse_idx
-
-STILL = {"rotation": 0.0, "translation": 0.0, "scaling": 0.0, "shear": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -354,55 +351,6 @@ def test_a_batch_larger_than_the_training_split_is_refused() -> None:
         ImageDataModule(name="digits", batch_size=1298).load()
 
 
-# --- augmentation ----------------------------------------------------------------------------------------------
-
-
-def test_augmentation_by_nothing_changes_nothing() -> None:
-    images = torch.randint(0, 256, (5, 3, 11, 13), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    same = augment_batch(images, torch.Generator(), **STILL)
-    torch.testing.assert_close(same, images / 255, atol=1e-5, rtol=0)
-
-
-def test_augmentation_repeats_with_its_generator_and_differs_between_images() -> None:
-    images = torch.rand(1, 1, 28, 28).expand(7, 1, 28, 28)
-    strong = {"rotation": 20.0, "translation": 3.0, "scaling": 0.2, "shear": 0.2}
-    first, again, other = (augment_batch(images, torch.Generator().manual_seed(seed), **strong) for seed in (5, 5, 6))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert len({image.numpy().tobytes() for image in first}) == 7
-
-
-@pytest.mark.parametrize(
-    ("movement", "reach"),  # pixels that a dot 10 to the right of the centre may move by
-    [({"rotation": 30.0}, 5.3), ({"translation": 4.0}, 5.7), ({"scaling": 0.2}, 2.05), ({"shear": 0.3}, 0.2)],
-)
-def test_augmentation_stays_within_its_bounds_and_uses_them(movement: dict[str, float], reach: float) -> None:
-    height, width = 41, 53  # not square, so that mixed-up axes show
-    rows, columns = torch.meshgrid(torch.arange(height) - 20.0, torch.arange(width) - 26.0, indexing="ij")
-    dot = torch.exp(-(rows**2 + (columns - 10) ** 2) / 4)
-    images = dot.expand(499, 1, height, width)
-    moved = augment_batch(images, torch.Generator().manual_seed(2), **{**STILL, **movement})[:, 0]
-    mass = moved.sum(dim=(1, 2))
-    y, x = (moved * rows).sum(dim=(1, 2)) / mass, (moved * columns).sum(dim=(1, 2)) / mass
-    distance = torch.hypot(y, x - 10)
-    assert distance.max() < reach
-    if "shear" in movement:  # a dot at the centre's height stays
-        return
-    assert distance.max() > 0.85 * reach
-    if "rotation" in movement:
-        torch.testing.assert_close(torch.hypot(y, x), torch.full_like(x, 10), atol=0.05, rtol=0)
-        assert y.min() < -4 and y.max() > 4
-
-
-def test_shear_moves_sideways_what_lies_below() -> None:
-    rows, columns = torch.meshgrid(torch.arange(41) - 20.0, torch.arange(53) - 26.0, indexing="ij")
-    dot = torch.exp(-((rows - 10) ** 2 + columns**2) / 4)
-    moved = augment_batch(dot.expand(199, 1, 41, 53), torch.Generator().manual_seed(2), **{**STILL, "shear": 0.3})[:, 0]
-    mass = moved.sum(dim=(1, 2))
-    y, x = (moved * rows).sum(dim=(1, 2)) / mass, (moved * columns).sum(dim=(1, 2)) / mass
-    torch.testing.assert_close(y, torch.full_like(y, 10), atol=0.05, rtol=0)
-    assert 2.7 < x.abs().max() < 3.05
-
-
 # --- batches ---------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +384,19 @@ def test_evaluation_keeps_every_image_in_order() -> None:
     images, labels = data.splits["test"]
     assert torch.equal(torch.cat([labels for _, labels in batches]), labels)
     assert torch.equal(torch.cat([pixels for pixels, _ in batches]), normalise(images, data.description))
+
+
+def test_augmentation_fades_out_at_the_end_of_training() -> None:
+    data = ImageDataModule(name="digits", batch_size=211, fade=0.25)
+    data.load()
+    assert data.strength(10**6) == 1.0  # without a trainer, nobody knows where the end is
+    limits = {"world_size": 1, "global_rank": 0, "limit_train_batches": 1.0, "accumulate_grad_batches": 2}
+    data.trainer = SimpleNamespace(max_epochs=4, max_steps=-1, **limits)  # type: ignore[assignment]
+    assert [data.strength(done) for done in (0, 18, 21, 24, 30)] == [1.0, 1.0, 0.5, 0.0, 0.0]  # of 4 x 6 batches
+    data.trainer = SimpleNamespace(max_epochs=4, max_steps=4, **limits)  # type: ignore[assignment]
+    assert [data.strength(done) for done in (6, 7, 8)] == [1.0, 0.5, 0.0]
+    data.trainer = SimpleNamespace(max_epochs=-1, max_steps=-1, **limits)  # type: ignore[assignment]
+    assert data.strength(10**6) == 1.0
 
 
 def test_processes_share_the_images_without_overlap() -> None:
@@ -551,7 +512,9 @@ def test_a_batch_that_was_interrupted_is_repeated(tmp_path: Path, uninterrupted:
 
 def test_limited_epochs_begin_each_order_anew_and_resume(tmp_path: Path, uninterrupted: tuple[Recorder, Path]) -> None:
     limited = fit(save_to=tmp_path, limit=4)
-    assert limited.seen == [seen for seen in uninterrupted[0].seen if seen[0] < 4]
+    beginnings = [seen for seen in uninterrupted[0].seen if seen[0] < 4]
+    assert limited.seen[:8] == beginnings[:8]  # in the third epoch, the augmentation fades out in both at its own pace
+    assert len(limited.seen) == 12
     assert fit(resume=tmp_path / "batch6.ckpt", limit=4).seen == limited.seen[6:]
 
 

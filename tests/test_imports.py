@@ -25,7 +25,9 @@ LEVELS = {
         "model",
         "data",
         "images",
+        "augmentation",
         "mnist_files",
+        "allocator",
         "classifier",
         "attention_calls",
         "hand_written_attention",
@@ -179,9 +181,39 @@ def test_the_front_door_only_passes_names_on() -> None:
 def test_capturing_starts_neither_lightning_nor_matplotlib() -> None:
     """Seen from a fresh interpreter, where what torch itself imports counts too."""
     heavy = sorted(FRAMEWORK | DRAWING | CONFIGURATION)
-    script = f"import sys, attention_visualizer; print([name for name in {heavy} if name in sys.modules])"
+    script = (
+        "import sys; from attention_visualizer import CaptureError, Geometry, VisionTransformer, capture, intervene; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("argument", ["--help", "num_samples=few", "no_such_field=1"])
+def test_help_and_a_wrong_argument_need_no_torch(argument: str, tmp_path: Path) -> None:
+    script = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(sorted({"torch", "lightning", "matplotlib"} & sys.modules.keys()))
+"""
+    command = [sys.executable, "-c", script, str(REPOSITORY / "analyze.py"), argument]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (0 if argument == "--help" else 2), done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_capture_is_the_function_whatever_was_imported_before() -> None:
+    script = """
+import attention_visualizer.capture
+from attention_visualizer import capture
+import attention_visualizer.model_search
+print(callable(capture), attention_visualizer.capture is capture)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["True", "True"]
 
 
 def test_imports_are_read_wherever_they_stand() -> None:

@@ -155,6 +155,48 @@ def test_dropout_is_the_identity_in_eval_mode_and_passes_the_masked_gradient() -
     torch.testing.assert_close(values.grad * values, dropped)
 
 
+@pytest.mark.parametrize("shape", [(1,), (5,), (3, 7, 11)])
+def test_dropout_repeats_with_the_seed_for_any_number_of_elements(shape: tuple[int, ...]) -> None:
+    masks = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        masks.append([Dropout(0.5).train()(torch.ones(shape)) for _ in range(8)])
+    first, again, other = (torch.stack(mask) for mask in masks)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.std(dim=0).max() > 0  # each call draws anew
+
+
+def test_in_bfloat16_gradients_are_those_of_float32_but_for_rounding() -> None:
+    model = randomise(VisionTransformer(**(SMALL | {"dropout": 0.0}))).train()
+    images, labels = images_for(5, channels=2, size=15), torch.tensor([0, 1, 2, 4, 6])
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(images)
+        assert logits.dtype == (torch.bfloat16 if enabled else torch.float32)
+        F.cross_entropy(logits.float(), labels).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))  # type: ignore[union-attr]
+    cosine = F.cosine_similarity(gradients[0], gradients[1], dim=0)
+    assert 0.995 < cosine < 1.0
+
+
+def test_attention_on_the_cpu_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    types = []
+    fused = F.scaled_dot_product_attention
+
+    def seen(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        result = fused(query, *arguments, **options)
+        types.append((query.dtype, result.dtype))
+        return result
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        VisionTransformer(**SMALL)(images_for(2, channels=2, size=15))
+    VisionTransformer(**SMALL).bfloat16()(images_for(2, channels=2, size=15).bfloat16())
+    assert set(types) == {(torch.float32, torch.float32)} and len(types) == 6
+
+
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_training_computes_only_the_class_token_in_the_last_block_and_nothing_changes(num_layers: int) -> None:
     model = randomise(VisionTransformer(**(SMALL | {"dropout": 0.0, "num_layers": num_layers})))
@@ -185,6 +227,26 @@ def test_patches_are_projected_as_by_a_convolution() -> None:
     images = images_for(2, channels=2, size=15)
     convolved = patch_embed.proj(images).flatten(2).transpose(1, 2)
     torch.testing.assert_close(patch_embed(images), convolved, rtol=0, atol=1e-5)
+
+
+def test_a_convolutional_stem_makes_a_token_of_each_patch_and_sees_a_little_beyond() -> None:
+    model = VisionTransformer(patch_size=4, stem="convolutions", pooling="mean").eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 850_000
+    stem = model.patch_embed
+    image = torch.zeros(1, 1, 28, 28)
+    changed = image.clone()
+    changed[..., 4:8, 8:12] = 1.0  # the patch in row 1, column 2
+    with torch.no_grad():
+        before, after = stem(image), stem(changed)
+    assert before.shape == (1, 49, 128)
+    moved = (after != before).any(dim=2).view(7, 7)
+    assert moved[1, 2] and not moved[3:].any() and not moved[:, 4:].any() and not moved[:, :1].any()
+    assert 1 < moved.sum() <= 9
+
+
+def test_a_convolutional_stem_needs_a_patch_that_is_a_power_of_two() -> None:
+    with pytest.raises(UserError, match=r"model\.patch_size=7 must be 2, 4, 8"):
+        VisionTransformer(stem="convolutions")
 
 
 def test_sincos_positions_follow_the_formula() -> None:

@@ -35,6 +35,7 @@ WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FOLDER_FLAG = 0x10  # of a zip member's external attributes
 LARGEST_GRID = 256  # patches a side; beyond it attention would not fit any memory
 DEFAULT_CONFIG = {name: field.default for name, field in inspect.signature(VisionTransformer).parameters.items()}
+ADDED_FIELDS = {"stem": "patches"}  # which checkpoints of version 2.0.0 do not have yet
 EXPECTED = "expected a checkpoint written by torch.save (.ckpt, .pth, .pt) or a .safetensors file"
 
 
@@ -220,6 +221,8 @@ def interpret_block(content: Mapping[str, Any]) -> dict[str, Any]:
         found = block.get("format") if isinstance(block, Mapping) else block
         raise UserError(f"is of format {found!r:.60}, this version reads {FORMAT}: update attention-visualizer")
     config = block.get("model")
+    if isinstance(config, Mapping):
+        config = ADDED_FIELDS | dict(config)
     if not isinstance(config, Mapping) or set(config) != set(DEFAULT_CONFIG):
         odd = set(config) ^ set(DEFAULT_CONFIG) if isinstance(config, Mapping) else {"model"}
         raise UserError(f"has unknown or missing model fields: {sorted(map(str, odd))!r:.90}")
@@ -309,6 +312,9 @@ def config_told_by(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         if len(shapes.get(name, ())) != rank:
             raise UserError(f"is of another architecture: no VisionTransformer of this project ({name} is not there)")
     _, in_channels, _, patch_size = shapes["patch_embed.proj.weight"]
+    convolutions = [shapes[name] for name in shapes if re.fullmatch(r"patch_embed\.convolutions\.\d+\.weight", name)]
+    if convolutions:
+        in_channels, patch_size = convolutions[0][1], 2 ** len(convolutions)
     num_classes, embed_dim = shapes["head.weight"]
     told: dict[str, Any] = {
         "patch_size": patch_size,
@@ -318,6 +324,7 @@ def config_told_by(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
         "mlp_dim": shapes["blocks.0.mlp.fc1.weight"][0],
         "pooling": "cls" if "cls_token" in shapes else "mean",
+        "stem": "convolutions" if convolutions else "patches",
     }
     if "pos_embed" in shapes:
         told["positional_embedding"] = "learned"

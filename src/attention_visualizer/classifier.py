@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
@@ -61,11 +63,13 @@ class Classifier(LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        self.train_accuracy(logits, labels)
-        self.log("train/loss", loss, prog_bar=True)
         self.last_loss = loss.detach()
+        self.train_accuracy.update(logits, labels)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            # Handing over what no logger takes costs time, too.
+            self.log("train/loss", loss, prog_bar=True)
+            self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -80,25 +84,24 @@ class Classifier(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         logits = self(images)
-        self.validation_accuracy(logits, labels)
+        self.validation_accuracy.update(logits, labels)
         self.log("validation/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log("validation/accuracy", self.validation_accuracy, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         logits = self(images)
-        self.test_accuracy(logits, labels)
+        self.test_accuracy.update(logits, labels)
         self.test_confusion.update(logits, labels)
         self.log("test/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log("test/accuracy", self.test_accuracy)
 
     def configure_optimizers(self) -> Any:
-        # Lightning does not clip gradients of a fused optimiser in mixed precision.
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, self.weight_decay),
             lr=self.learning_rate,
             betas=self.betas,
-            fused="mixed" not in str(self.trainer.precision),
+            fused=self.trainer.scaler is None,  # a fused one scales the gradients back after they would be clipped
         )
         num_steps = int(self.trainer.estimated_stepping_batches)
         warmup_steps = max(1, round(self.warmup_share * num_steps))
@@ -111,12 +114,27 @@ class Classifier(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does, which refuses fused optimisers in every mixed precision, also where nothing is scaled."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            kind = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, kind)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.checkpoint_block is None:
             return
         accuracy = self.trainer.callback_metrics.get("validation/accuracy")
         checkpoint["attention_visualizer"] = {
             **self.checkpoint_block,
+            "precision": str(self.trainer.precision),
             "validation_accuracy": None if accuracy is None else float(accuracy),
         }
 

@@ -36,6 +36,7 @@ class TrainOptions:
     logger: Any = None
     seed: int = 0  # of weights, order, augmentation and dropout; the data split has its own
     ckpt_path: str | None = None  # a run's last.ckpt: resume into that run's folder
+    compile: bool = False  # the model by torch.compile while training: for GPUs; it slows CPUs down
     test: bool | None = None  # test best.ckpt at the end; null: yes, but not for a sweep's jobs
     runs_dir: str = "runs"
     run_folder: str | None = None  # set by the program, for loggers and callbacks to refer to

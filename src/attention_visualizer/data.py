@@ -23,11 +23,11 @@ from rich.panel import Panel
 from torch import Tensor
 
 from attention_visualizer import progress
+from attention_visualizer.augmentation import augment_batch
 from attention_visualizer.errors import UserError
 from attention_visualizer.images import (
     DatasetDescription,
     DatasetName,
-    augment_batch,
     is_number,
     is_whole,
     normalise,
@@ -39,7 +39,6 @@ __all__ = [  # with what users of the data need of `images`
     "BatchLoader",
     "DatasetDescription",
     "ImageDataModule",
-    "augment_batch",
     "normalise",
     "read_image",
     "stratified_split",
@@ -161,7 +160,9 @@ class ImageDataModule(LightningDataModule):
     error. batch_size: training images a step and process (None: the data set's own number). eval_batch_size: images
     a step without gradients. split_seed: which images are for validation. seed: order and augmentation of training
     images. augment: whether training images are moved at random, within rotation (degrees), translation (pixels),
-    scaling (share of the size) and shear (pixels sideways for each pixel down), to either side.
+    scaling (share of the size) and shear (pixels sideways for each pixel down), to either side, and by a smooth
+    displacement of deviation elastic (pixels). fade: the last part of training, as a share, in which all of these
+    fall to zero.
     Raises UserError for values that make no sense.
     """
 
@@ -175,10 +176,12 @@ class ImageDataModule(LightningDataModule):
         split_seed: int = 0,
         seed: int = 0,
         augment: bool = True,
-        rotation: float = 10.0,
-        translation: float = 2.0,
-        scaling: float = 0.1,
-        shear: float = 0.1,
+        rotation: float = 15.0,
+        translation: float = 2.5,
+        scaling: float = 0.15,
+        shear: float = 0.15,
+        elastic: float = 0.5,
+        fade: float = 0.25,
     ) -> None:
         super().__init__()
         _require("name", name, name in get_args(DatasetName), " or ".join(get_args(DatasetName)))
@@ -194,6 +197,8 @@ class ImageDataModule(LightningDataModule):
         _require("translation", translation, is_number(translation, 0, 28), "pixels from 0 to 28")
         _require("scaling", scaling, is_number(scaling, 0, 0.9), "a share from 0 to 0.9")
         _require("shear", shear, is_number(shear, 0, 1), "a share from 0 to 1")
+        _require("elastic", elastic, is_number(elastic, 0, 28), "pixels from 0 to 28")
+        _require("fade", fade, is_number(fade, 0, 1), "a share from 0 to 1")
         self.name: DatasetName = name
         self.data_dir = Path(data_dir or os.environ.get("MNIST_DIR") or "data").expanduser()
         self.fallback = None if fallback == "null" else fallback
@@ -201,7 +206,14 @@ class ImageDataModule(LightningDataModule):
         self.split_seed = split_seed
         self.seed = seed
         self.augment = augment
-        self.movement = {"rotation": rotation, "translation": translation, "scaling": scaling, "shear": shear}
+        self.movement = {
+            "rotation": rotation,
+            "translation": translation,
+            "scaling": scaling,
+            "shear": shear,
+            "elastic": elastic,
+        }
+        self.fade = fade
         self.splits: Splits = {}
         self._batch_size = batch_size
         self._description: DatasetDescription | None = None
@@ -305,8 +317,17 @@ class ImageDataModule(LightningDataModule):
             pixels = images[chosen]
             if self.augment:
                 generator = generator_for("augmentation", self.seed, epoch, batch, rank)
-                pixels = augment_batch(pixels, generator, **self.movement)
+                strength = self.strength(epoch * self.batches_per_epoch + batch)
+                movement = {name: amount * strength for name, amount in self.movement.items()}
+                pixels = augment_batch(pixels, generator, **movement)
             yield normalise(pixels, self.description), labels[chosen]
+
+    def strength(self, batches_done: int) -> float:
+        """Of the augmentation: 1, and falling to 0 in the last `fade` of a training whose length is known."""
+        total = None if self.trainer is None else progress.total_batches(self.trainer, self.batches_per_epoch)
+        if total is None or self.fade == 0.0:
+            return 1.0
+        return min(1.0, max(0.0, (1.0 - batches_done / total) / self.fade))
 
     def evaluation_batches(self, split: str) -> Iterator[Batch]:
         """All images of a split in their order; each process has every world-size-th of them."""

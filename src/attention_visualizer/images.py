@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -107,31 +105,6 @@ def to_unit(images: Tensor) -> Tensor:
 def normalise(images: Tensor, description: DatasetDescription) -> Tensor:
     """uint8, or floats in 0..1, to the float32 that the model is trained on, of the same shape."""
     return (to_unit(images) - description.mean) / description.std
-
-
-def augment_batch(
-    images: Tensor, generator: torch.Generator, rotation: float, translation: float, scaling: float, shear: float
-) -> Tensor:
-    """Moves each image [batch, channel, height, width] by an affine map of its own; float32 in 0..1, zeros outside.
-
-    Each amount is the bound of a uniform draw to either side: rotation in degrees, translation in pixels along each
-    axis, scaling as a share of the size, shear as pixels sideways for each pixel down. The draws come from
-    `generator` alone, so they do not depend on the device of the images.
-    """
-    batch, _, height, width = images.shape
-    draws = 2 * torch.rand(5, batch, generator=generator, device=generator.device) - 1
-    draws = draws.to(images.device)
-    angle = draws[0] * math.radians(rotation)
-    size = 1 + draws[1] * scaling
-    slant = draws[2] * shear
-    cosine, sine = angle.cos() / size, angle.sin() / size
-    # Maps a pixel of the result to where it is read: rotation times shear, divided by the size. The grid runs from
-    # -1 to 1 along both axes, hence the aspect ratios and the division by half the sides.
-    across = torch.stack([cosine, (cosine * slant - sine) * height / width, draws[3] * translation * 2 / width])
-    down = torch.stack([sine * width / height, sine * slant + cosine, draws[4] * translation * 2 / height])
-    maps = torch.stack([across, down]).permute(2, 0, 1)  # (B, 2, 3)
-    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-    return F.grid_sample(to_unit(images), grid, align_corners=False)
 
 
 def read_image(path: str | Path, description: DatasetDescription) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from attention_visualizer.errors import UserError
 
 PositionalEmbedding = Literal["learned", "sincos", "none"]
 Pooling = Literal["cls", "mean"]
+Stem = Literal["patches", "convolutions"]
 
 
 class PatchEmbedding(nn.Module):
@@ -36,6 +38,28 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
+class ConvolutionalStem(nn.Module):
+    """Patches that overlap (Xiao et al., 2021): 3 x 3 convolutions of stride 2 until one place is `patch_size` pixels
+    from the next, then a projection: [batch, channel, height, width] -> [batch, patch, embed].
+
+    The channels double with each convolution and end at half the width.
+    """
+
+    def __init__(self, in_channels: int, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = (patch_size, patch_size)
+        halvings = patch_size.bit_length() - 1
+        widths = [in_channels, *(max(1, embed_dim >> (halvings - step)) for step in range(halvings))]
+        layers: list[nn.Module] = []
+        for width, wider in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Conv2d(width, wider, kernel_size=3, stride=2, padding=1), nn.GELU()]
+        self.convolutions = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(widths[-1], embed_dim, kernel_size=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(self.convolutions(images)).flatten(2).transpose(1, 2)
+
+
 class Dropout(nn.Module):
     """Dropout with a cheap mask on the CPU, where one Bernoulli draw an element is a quarter of a training step.
 
@@ -51,11 +75,18 @@ class Dropout(nn.Module):
             return values
         if values.device.type != "cpu":
             return F.dropout(values, self.share)
-        count = values.numel()
-        bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
         dropped = min(round(self.share * 2**16), 2**16 - 1)
-        kept = (bits >= dropped - 2**15).view(values.shape)
-        return values * kept.to(values.dtype).mul_(2**16 / (2**16 - dropped))
+        # The comparison leaves 0 and 1 in place of the bits: by way of a boolean mask it takes four times as long.
+        kept = random_bits(values.shape).ge_(dropped - 2**15).to(values.dtype)
+        return values * kept.mul_(2**16 / (2**16 - dropped))
+
+
+@torch.compiler.disable  # its generator is NumPy's
+def random_bits(shape: torch.Size) -> Tensor:
+    """Uniform int16 of a shape from a generator seeded by PyTorch's, whose own takes twice as long."""
+    seed = int(torch.randint(2**63 - 1, ()))
+    words = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4))
+    return torch.from_numpy(words.view(np.int16)[: shape.numel()]).view(shape)
 
 
 class Attention(nn.Module):
@@ -79,13 +110,25 @@ class Attention(nn.Module):
             (query,) = self.split_heads(F.linear(tokens[:, :num_queries], weights[0], biases[0]), 1)
             key, value = self.split_heads(F.linear(tokens, weights[1], biases[1]), 2)
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        mixed = attend(query, key, value, dropout)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))  # (B, T, embed)
 
     def split_heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
         batch, length, width = projected.shape
         split = projected.view(batch, length, parts, self.num_heads, width // (parts * self.num_heads))
         return split.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, head_dim)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """The fused attention [batch, head, query, head_dim]; on the CPU always in float32.
+
+    There, its backward pass in bfloat16 takes ten times as long and would be most of a training step.
+    """
+    if query.device.type != "cpu" or query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    with torch.autocast("cpu", enabled=False):
+        mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), dropout_p=dropout)
+    return mixed.to(query.dtype)
 
 
 class Mlp(nn.Module):
@@ -121,9 +164,9 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Images [batch, channel, height, width] -> logits [batch, class].
 
-    img_size and patch_size are pixels of a square; `pooling="cls"` prepends a class token and classifies from
-    it, "mean" has none and classifies from the mean patch. `dropout` sits after the embedding, after the
-    attention projection and in the MLP; `attention_dropout` drops attention weights.
+    img_size and patch_size are pixels of a square; `stem` says how patches become tokens; `pooling="cls"` prepends a
+    class token and classifies from it, "mean" has none and classifies from the mean patch. `dropout` sits after the
+    embedding, after the attention projection and in the MLP; `attention_dropout` drops attention weights.
     Raises UserError for sizes that do not fit together.
     """
 
@@ -137,10 +180,11 @@ class VisionTransformer(nn.Module):
         num_heads: int = 4,
         num_layers: int = 6,
         mlp_dim: int = 256,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
         attention_dropout: float = 0.0,
         positional_embedding: PositionalEmbedding = "learned",
         pooling: Pooling = "cls",
+        stem: Stem = "patches",
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -156,6 +200,7 @@ class VisionTransformer(nn.Module):
             "attention_dropout": attention_dropout,
             "positional_embedding": positional_embedding,
             "pooling": pooling,
+            "stem": stem,
         }
         validate_model_config(self.config)
         self.pooling = pooling
@@ -163,7 +208,8 @@ class VisionTransformer(nn.Module):
         self.num_prefix_tokens = 1 if pooling == "cls" else 0
         num_tokens = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
 
-        self.patch_embed = PatchEmbedding(in_channels, embed_dim, patch_size)
+        embedding = PatchEmbedding if stem == "patches" else ConvolutionalStem
+        self.patch_embed = embedding(in_channels, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pooling == "cls" else None
         self.pos_embed: Tensor | None = None
         if positional_embedding == "learned":
@@ -220,13 +266,18 @@ def validate_model_config(config: dict[str, Any]) -> None:
         # NaN fails both comparisons.
         if isinstance(value, bool) or not (isinstance(value, int | float) and 0.0 <= value < 1.0):
             raise UserError(f"model.{name}={value!r}: give a share from 0 up to, but not, 1")
-    for name, choices in (("positional_embedding", PositionalEmbedding), ("pooling", Pooling)):
+    for name, choices in (("positional_embedding", PositionalEmbedding), ("pooling", Pooling), ("stem", Stem)):
         if config[name] not in get_args(choices):
             raise UserError(f"model.{name}={config[name]!r}: choose one of {', '.join(get_args(choices))}")
     if config["img_size"] % config["patch_size"]:
         raise UserError(
             f"model.patch_size={config['patch_size']} does not divide img_size={config['img_size']}: "
             f"choose a divisor ({', '.join(str(d) for d in divisors(config['img_size']))})"
+        )
+    if config["stem"] == "convolutions" and config["patch_size"] & (config["patch_size"] - 1):
+        raise UserError(
+            f"model.stem=convolutions halves the image again and again: model.patch_size={config['patch_size']} must "
+            "be 2, 4, 8 or another power of two"
         )
     if config["embed_dim"] % config["num_heads"]:
         raise UserError(

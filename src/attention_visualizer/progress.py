@@ -9,3 +9,13 @@ def batches_done(trainer: Trainer) -> int:
     """Training batches behind `trainer`, over all epochs and, where it resumed, over all its runs."""
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(total.processed)
+
+
+def total_batches(trainer: Trainer, batches_per_epoch: int) -> int | None:
+    """Training batches from the start of training to its end; None where that is not set beforehand."""
+    limits = []
+    if trainer.max_epochs not in (None, -1):
+        limits.append(trainer.max_epochs * batches_per_epoch)
+    if trainer.max_steps != -1:
+        limits.append(trainer.max_steps * trainer.accumulate_grad_batches)
+    return min(limits, default=None)

@@ -9,8 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -21,6 +21,17 @@ from attention_visualizer.classifier import Classifier
 from attention_visualizer.data import DatasetDescription, ImageDataModule
 from attention_visualizer.errors import UserError
 from attention_visualizer.storage import RunFolder
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, which draws itself and asks for the loss (on a GPU, waits for it) at every training batch
+    whatever its `refresh_rate`; this one does at every `refresh_rate`-th."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % self.refresh_rate == 0 or batch_idx + 1 == self.total_train_batches:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class RunCheckpoint(ModelCheckpoint):
