@@ -29,7 +29,7 @@ class Classifier(LightningModule):
         self,
         model: nn.Module,
         num_classes: int,
-        learning_rate: float = 1.5e-3,
+        learning_rate: float = 2e-3,
         weight_decay: float = 0.05,
         beta1: float = 0.9,
         beta2: float = 0.99,

@@ -180,8 +180,8 @@ class ImageDataModule(LightningDataModule):
         translation: float = 2.5,
         scaling: float = 0.15,
         shear: float = 0.15,
-        elastic: float = 0.5,
-        fade: float = 0.25,
+        elastic: float = 0.6,
+        fade: float = 0.3,
     ) -> None:
         super().__init__()
         _require("name", name, name in get_args(DatasetName), " or ".join(get_args(DatasetName)))
