@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from attention_visualizer import command_line, storage
-from attention_visualizer.analysis import CHAPTERS, check_chapters, comprehensive, preparation
-from attention_visualizer.capture import CaptureError
 from attention_visualizer.errors import UserError
-from attention_visualizer.observation import RolloutOptions
-from attention_visualizer.pictures import Pictures
+
+# All else is imported when it is needed: it loads torch, for which --help and a misspelt field shall not wait.
+if TYPE_CHECKING:
+    from attention_visualizer.analysis.preparation import Weights
+    from attention_visualizer.pictures import Pictures
 
 # What each field of conf/analyze.yaml may be; null is allowed where it is the default.
 TYPES = {
@@ -48,19 +49,27 @@ OPTIONAL = ("run", "model_from", "images", "samples", "class", "image", "chapter
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
 def main(config: DictConfig) -> None:
+    options: Any = OmegaConf.to_container(config, resolve=True)
     try:
-        analyze(config)
+        check_types(options)
+        check_sources(options)
+    except UserError as error:
+        command_line.fail(error)
+    from attention_visualizer.capture import CaptureError
+
+    try:
+        analyze(options)
     except (UserError, CaptureError) as error:
         command_line.fail(error)
 
 
-def analyze(config: DictConfig) -> None:
+def analyze(options: dict[str, Any]) -> None:
+    from attention_visualizer.analysis import CHAPTERS, check_chapters, comprehensive, preparation
+    from attention_visualizer.observation import RolloutOptions
+
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    options: Any = OmegaConf.to_container(config, resolve=True)
-    check_types(options)
     options["chapters"] = list(CHAPTERS) if options["chapters"] is None else options["chapters"]
     check_chapters(options["chapters"])
-    check_sources(options)
     if options["model_from"] is None:
         weights = preparation.find_weights(options["ckpt"], options["run"], options["runs_dir"])
     else:
@@ -123,7 +132,7 @@ def check_sources(options: dict[str, Any]) -> None:
         raise UserError("model_from= and run= speak of different models: leave one out")
 
 
-def reproducing_overrides(weights: preparation.Weights) -> list[str]:
+def reproducing_overrides(weights: Weights) -> list[str]:
     """This command's overrides with the checkpoint by its path: "best" may mean another one tomorrow."""
     overrides = [str(override) for override in HydraConfig.get().overrides.task]
     if weights.random or weights.loaded is None:
@@ -132,7 +141,7 @@ def reproducing_overrides(weights: preparation.Weights) -> list[str]:
     return [f"ckpt={storage.short_path(weights.loaded.path)}", *others]
 
 
-def output_folder(output_dir: str | None, weights: preparation.Weights) -> Path:
+def output_folder(output_dir: str | None, weights: Weights) -> Path:
     if output_dir is not None:
         if not output_dir:
             raise UserError("output_dir= is empty: name a folder")

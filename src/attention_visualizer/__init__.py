@@ -1,15 +1,16 @@
 """See what a Vision Transformer attends to, while it trains and afterwards."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from attention_visualizer.capture import CaptureError, capture, intervene
-from attention_visualizer.errors import UserError
-from attention_visualizer.geometry import Geometry
-from attention_visualizer.model import VisionTransformer
 
 if TYPE_CHECKING:
     from attention_visualizer.callbacks import AttentionLogger
+    from attention_visualizer.capture import CaptureError, capture, intervene
+    from attention_visualizer.errors import UserError
+    from attention_visualizer.geometry import Geometry
+    from attention_visualizer.model import VisionTransformer
     from attention_visualizer.visualizer import AttentionVisualizer
 
 __all__ = [
@@ -23,11 +24,32 @@ __all__ = [
     "intervene",
 ]
 
-# Imported when first used: capturing needs neither Lightning nor matplotlib, which take seconds.
-_LATER = {"AttentionLogger": "callbacks", "AttentionVisualizer": "visualizer"}
+# Imported when first used: a command's --help needs no torch, capturing neither Lightning nor matplotlib.
+_MODULES = {
+    "AttentionLogger": "callbacks",
+    "AttentionVisualizer": "visualizer",
+    "CaptureError": "capture",
+    "Geometry": "geometry",
+    "UserError": "errors",
+    "VisionTransformer": "model",
+    "capture": "capture",
+    "intervene": "capture",
+}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+class _FrontDoor(ModuleType):
+    """Python puts each imported module into its package, where `capture` shall always be the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{self.__name__}.{_MODULES[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+
+sys.modules[__name__].__class__ = _FrontDoor

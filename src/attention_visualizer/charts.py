@@ -6,7 +6,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -95,6 +94,8 @@ def heat_map(
     values: Array, label: str, ax: Axes | None = None, low: float | None = None, high: float | None = None
 ) -> Axes:
     """Layers down, heads across; each cell with its number where there is room."""
+    import seaborn  # it brings SciPy's statistics and pandas: a second that only heat maps wait for
+
     ax = ax or new_axes()
     seaborn.heatmap(
         values,
@@ -166,6 +167,8 @@ def lines_over_training(
 def confusion_matrix(counts: Array, class_names: list[str], ax: Axes | None = None) -> Axes:
     """Images by true (down) and predicted class; colour is the share of the true class, errors in tenths of a percent
     still visible because the diagonal is left out of the colour."""
+    import seaborn
+
     ax = ax or new_axes()
     errors = counts.astype(float) / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     np.fill_diagonal(errors, np.nan)

@@ -14,7 +14,6 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor, nn
 
 from attention_visualizer import storage
@@ -129,15 +128,22 @@ class Study:
     def save(self, figure: Picture | Figure, stem: str) -> str:
         """Writes a figure whole or not at all; returns its file name."""
         path = self.output / f"{stem}.{self.file_format}"
-        # Text stays text in SVG files.
-        with storage.atomic_path(path) as temporary, matplotlib.rc_context({"svg.fonttype": "none"}):
-            if isinstance(figure, Figure):
-                figure.savefig(temporary, dpi=150)
-            elif self.file_format == "png":
-                Image.fromarray(figure.to_rgb()).save(temporary)
+        with storage.atomic_path(path) as temporary:
+            if isinstance(figure, Picture) and self.file_format == "png":
+                temporary.write_bytes(png(figure.to_rgb()))
             else:
-                figure.to_figure().savefig(temporary)
+                # Text stays text in SVG files.
+                with matplotlib.rc_context({"svg.fonttype": "none"}):
+                    drawn = figure if isinstance(figure, Figure) else figure.to_figure()
+                    drawn.savefig(temporary, dpi=150 if drawn is figure else "figure")
         return path.name
+
+
+def png(rgb: np.ndarray) -> bytes:
+    """uint8 [height, width, 3] as a PNG file. Plain surfaces need no filter, and without one it takes half the time."""
+    options = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE, cv2.IMWRITE_PNG_COMPRESSION, 3]
+    _, encoded = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)
+    return encoded.tobytes()
 
 
 def batch_size(shape: tuple[int, int, int]) -> int:

@@ -1,0 +1,187 @@
+"""How long the programs take to start: beside the least that their libraries take.
+
+    python benchmarks/start_up.py
+    python benchmarks/start_up.py commands --repeats 7 --markdown
+    python benchmarks/start_up.py --quick
+
+commands: from the shell to the answer, for --help, for a wrong argument and for the end of the first training step
+(real MNIST where MNIST_DIR or data/ has it, else scikit-learn's digits), each beside the shortest program with the
+same libraries that does the like.
+imports: whose modules the time of `train.py --help` and of `analyze.py` goes into, by `-X importtime`,
+which itself makes imports slower.
+Each start is a process of its own; repeats are interleaved, and a number is their median with the smallest and the
+largest behind it. One turn before them warms the disk cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tables import machine, table, versions
+
+PROJECT = Path(__file__).resolve().parent.parent
+PARTS = ("commands", "imports")
+LEAST_SHARE = 0.03  # of the imports; what takes less is summed up
+
+HYDRA = """
+import hydra
+@hydra.main(version_base="1.3", config_path=None)
+def main(config):
+    pass
+main()
+"""
+FIRST_STEP = """
+import torch
+from hydra import main
+from lightning import LightningModule, Trainer
+class Smallest(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+    def training_step(self, batch, index):
+        return self.layer(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+data = torch.utils.data.DataLoader(torch.rand(8, 4))
+Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit(Smallest(), data)
+"""
+# Ends a program with the first training step, whatever it is that trains.
+UNTIL_FIRST_STEP = """
+import os, runpy, sys
+from lightning import LightningModule
+LightningModule.on_train_batch_end = lambda *_: os._exit(7)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A program and how it ends. `peer` is the text of the shortest one, in `peer_title`'s words."""
+
+    title: str
+    arguments: tuple[str, ...]
+    exit_code: int
+    peer_title: str
+    peer: str
+    peer_arguments: tuple[str, ...] = ()
+    first_step: bool = False
+
+
+STARTS = (
+    Start("analyze.py --help", ("analyze.py", "--help"), 0, "a Hydra program's --help", HYDRA, ("--help",)),
+    Start("analyze.py num_samples=x", ("analyze.py", "num_samples=x"), 2, "an empty Hydra program", HYDRA),
+    Start("analyze.py ckpt=nowhere.ckpt", ("analyze.py", "ckpt=nowhere.ckpt"), 2, "import torch", "import torch"),
+    Start("train.py --help", ("train.py", "--help"), 0, "import hydra, lightning", "import hydra, lightning"),
+    Start("train.py model.embed_dim=x", ("train.py", "model.embed_dim=x"), 2, "the same", "import hydra, lightning"),
+    Start("train.py, first step", ("train.py",), 7, "Lightning, linear layer", FIRST_STEP, first_step=True),
+)
+
+
+def mnist_folder() -> Path:
+    return Path(os.environ.get("MNIST_DIR") or "data").absolute()
+
+
+def seconds_of(start: Start, ours: bool) -> float:
+    """In an empty folder, from the start of the process to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        if ours:
+            program, arguments = str(PROJECT / start.arguments[0]), list(start.arguments[1:])
+            if start.first_step and not any(mnist_folder().rglob("train-images-idx3-ubyte*")):
+                arguments.append("data=digits")
+        else:
+            program, arguments = str(Path(folder) / "peer.py"), list(start.peer_arguments)
+            Path(program).write_text(start.peer)
+        if start.first_step:
+            arguments = [program, *arguments]
+            program = str(Path(folder) / "until_first_step.py")
+            Path(program).write_text(UNTIL_FIRST_STEP)
+        environment = os.environ | {"MNIST_DIR": str(mnist_folder())}
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, program, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+        )
+        seconds = time.perf_counter() - began
+    expected = start.exit_code if ours or start.first_step else 0
+    if done.returncode != expected:
+        raise SystemExit(f"{start.title}: exit code {done.returncode} instead of {expected}\n{done.stderr}")
+    return seconds
+
+
+def commands_table(starts: Sequence[Start], repeats: int, markdown: bool) -> str:
+    found: dict[tuple[Start, bool], list[float]] = {(start, which): [] for start in starts for which in (False, True)}
+    for turn in range(repeats + (repeats > 1)):
+        print(f"turn {turn} ...", file=sys.stderr)
+        for (start, is_ours), seconds in found.items():
+            seconds.append(seconds_of(start, is_ours))
+    rows = []
+    for start in starts:
+        peer, ours = found[start, False][-repeats:], found[start, True][-repeats:]
+        ratio = statistics.median(ours) / statistics.median(peer)
+        rows.append((start.title, spread(ours), start.peer_title, spread(peer), f"{ratio:.2f}"))
+    return table(("command", "seconds", "peer", "seconds", "ratio"), rows, markdown)
+
+
+def spread(numbers: Sequence[float]) -> str:
+    return f"{statistics.median(numbers):.2f} ({min(numbers):.2f} to {max(numbers):.2f})"
+
+
+def imports_table(command: str, markdown: bool) -> str:
+    """Seconds by package, each counting only its own modules' lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        program, *arguments = command.split()
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", str(PROJECT / program), *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+    times: Counter[str] = Counter()
+    for own, module in re.findall(r"^import time: +(\d+) \| +\d+ \| +([\w.]+)$", done.stderr, re.MULTILINE):
+        times[module.split(".")[0]] += int(own)
+    total = times.total()
+    rows = [(name, f"{own / 1e6:.2f}", f"{own / total:.0%}") for name, own in times.most_common()]
+    shown = rows[: sum(own >= LEAST_SHARE * total for own in times.values())]
+    rest = total - sum(own for _, own in times.most_common(len(shown)))
+    shown += [("all others", f"{rest / 1e6:.2f}", f"{rest / total:.0%}"), ("together", f"{total / 1e6:.2f}", "")]
+    return table((f"imports of {command}", "seconds", "share"), shown, markdown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="two commands, once: shows that it runs")
+    parser.add_argument("--repeats", type=int, default=5, help="of each command (default: 5)")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+
+    print(f"{versions('torch', 'lightning', 'torchmetrics', 'hydra-core')}; {machine()}\n", flush=True)
+    if arguments.quick:
+        print(commands_table(STARTS[:2], 1, arguments.markdown))
+        return
+    for part in arguments.parts or PARTS:
+        if part == "commands":
+            print(commands_table(STARTS, arguments.repeats, arguments.markdown))
+        else:
+            # The checkpoint is looked for after all that the analysis needs has been imported.
+            for command in ("train.py --help", "analyze.py ckpt=nowhere.ckpt"):
+                print(imports_table(command, arguments.markdown), end="\n\n")
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
