@@ -1,4 +1,4 @@
-"""Freed memory stays in the process: the next step's tensors cause no page faults."""
+"""Freed memory stays in the process: the next training step causes no page faults."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ import pytest
 PROGRAM = """
 import resource, sys, torch
 from attention_visualizer.allocator import keep_freed_memory
+from attention_visualizer.model import VisionTransformer
+
 if sys.argv[1] == "keep":
     keep_freed_memory()
-
-def step():
-    kept = [torch.ones(2**19) for _ in range(40)]  # 2 MiB each
-
-for _ in range(3):
-    step()
+torch.set_num_threads(1)
+model, images = VisionTransformer(num_layers=4).train(), torch.zeros(128, 1, 28, 28)
+for _ in range(4):
+    model(images).sum().backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    model(images).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 """
 
 
-def page_faults(way: str) -> int:
+def page_faults(way: str) -> float:
+    """Of a training step."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, way], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return float(done.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the options")
 def test_the_next_step_gets_the_same_memory_without_page_faults() -> None:
-    assert page_faults("keep") < 100
-    assert page_faults("leave") > 10_000  # else there is nothing to mend, and the module can go
+    left = page_faults("leave")
+    assert left > 300  # else there is nothing to mend, and the module can go
+    assert page_faults("keep") < 0.3 * left
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

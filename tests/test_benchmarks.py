@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attention_visualizer.checkpoint import load_checkpoint
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -33,7 +35,18 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("capture_cost")
 
 
-@pytest.mark.parametrize("script", ["model_families.py", "capture_cost.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "model_families.py",
+        "capture_cost.py",
+        "watching.py",
+        "analysing.py",
+        "start_up.py",
+        "training.py",
+        "accuracy.py",
+    ],
+)
 def test_help_says_how_to_run_it_also_without_torch_and_timm(script: str) -> None:
     # -S: without site-packages, so that nothing but Python is there.
     result = subprocess.run([sys.executable, "-S", str(FOLDER / script), "--help"], capture_output=True, text=True)
@@ -109,3 +122,77 @@ def test_a_part_that_does_not_exist_is_an_error() -> None:
     result = run("capture_cost.py", "everything")
     assert result.returncode == 2
     assert "default, base, depth, paper" in result.stderr
+
+
+def test_what_watching_costs_is_measured_in_real_runs() -> None:
+    result = run("watching.py", "--quick", "--markdown")
+    assert result.returncode == 0, result.stderr
+    assert "| an early frame | - | 0." in result.stdout
+    assert "| all statistics | 0." in result.stdout
+
+
+def test_the_analysis_is_measured_beside_a_forward_pass_and_matplotlib() -> None:
+    result = run("analysing.py", "statistics", "figures", "--quick", "--markdown")
+    assert result.returncode == 0, result.stderr
+    assert "| plain forward pass |" in result.stdout and "| statistics of analyze.py |" in result.stdout
+    assert "| matplotlib: subplots, imshow, savefig |" in result.stdout and "| figures of analyze.py |" in result.stdout
+
+
+def test_a_start_is_measured_beside_its_libraries() -> None:
+    result = run("start_up.py", "--quick", "--markdown")
+    assert result.returncode == 0, result.stderr
+    assert "| analyze.py --help |" in result.stdout and "| analyze.py num_samples=x |" in result.stdout
+
+
+def test_training_is_measured_beside_the_peers() -> None:
+    result = run("training.py", "peers", "--quick", "--markdown")
+    assert result.returncode == 0, result.stderr
+    assert "| train.py | " in result.stdout and "| vit-pytorch, plain loop, images in memory | " in result.stdout
+
+
+def test_the_parts_of_a_step_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    training = importlib.import_module("training")
+    now = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    watch = training.Stopwatch()
+    with watch.part("step"):
+        now[0] += 1.0
+        with watch.part("forward"):
+            now[0] += 2.0
+        now[0] += 4.0
+        with watch.part("forward"):
+            now[0] += 8.0
+    now[0] += 16.0  # outside of every part
+    assert dict(watch.seconds) == {"step": 5.0, "forward": 10.0}
+
+
+def test_matrix_products_of_a_step_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    found = importlib.import_module("training").measure_products(3)
+    # By hand, in multiplications: each of 17 tokens through qkv, projection and MLP, and the patches' own projection.
+    # In the last block, only the class token has a query, a projection and an MLP. Backward costs twice as much.
+    block = 17 * (128 * 384 + 128 * 128 + 2 * 128 * 256) + 2 * 17 * 17 * 128
+    last = 17 * 128 * 256 + 2 * 128 * 128 + 2 * 128 * 256 + 2 * 17 * 128
+    forward = 16 * 49 * 128 + 5 * block + last + 1280
+    assert found["operations"] == pytest.approx(2 * 3 * forward, rel=0.03)
+
+
+def test_accuracy_is_of_the_last_weights_over_seeds_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    brief = ["data=digits", "model.num_layers=1", "model.mlp_dim=29", "trainer.max_epochs=2"]
+    command = ["accuracy.py", "no-fade", "--seeds", "3", "4", "--folder", str(tmp_path), "--", *brief]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    runs = sorted(tmp_path.glob("no-fade/seed_*/*"))
+    tested = [json.loads((path / "last_weights.json").read_text()) for path in runs]
+    assert len(runs) == 2
+    each = ", ".join(f"{100 * of_run['test']:.2f}" for of_run in tested)
+    assert f"({each})" in result.stdout and "python train.py data.fade=0 data=digits" in result.stdout
+    # The number is the trainer's own for these weights.
+    last = load_checkpoint(runs[0] / "checkpoints" / "last.ckpt")
+    assert last.validation_accuracy == pytest.approx(tested[0]["validation"], abs=1e-6)
+    (runs[1] / "run.json").write_text((runs[1] / "run.json").read_text().replace("completed", "interrupted"))
+    before = (runs[0] / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    again = run(*command)
+    assert again.stdout == result.stdout and again.stderr.count("train.py") == 1
+    assert (runs[0] / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before

@@ -295,7 +295,8 @@ class _Watch(TorchFunctionMode):
         ):  # no calls of the model: an enclosing capture skips them
             call = describe(stated_heads(stack))
             edited = EDITED.get(output)
-            error = largest(call.product - call.expected) if edited is None else edited.error
+            # In place: the product is there for this alone.
+            error = largest(call.product.detach().sub_(call.expected.detach())) if edited is None else edited.error
             self._check(name, error, call.magnitude, call.expected.dtype)
             weights = call.weights if edited is None else edited.weights
             if self.edit is not None:

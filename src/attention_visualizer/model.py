@@ -120,11 +120,11 @@ class Attention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """The fused attention [batch, head, query, head_dim]; on the CPU always in float32.
+    """The fused attention [batch, head, query, head_dim]; on the CPU at least in float32.
 
     There, its backward pass in bfloat16 takes ten times as long and would be most of a training step.
     """
-    if query.device.type != "cpu" or query.dtype == torch.float32:
+    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     with torch.autocast("cpu", enabled=False):
         mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), dropout_p=dropout)

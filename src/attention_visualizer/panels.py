@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,10 @@ class Picture:
             rows, columns = slice(image.y, image.y + image.height), slice(image.x, image.x + image.width)
             canvas[rows, columns] = resize(image.rgb, image.width, image.height, image.smooth)
         drawn = Image.fromarray(canvas)
-        pen = ImageDraw.Draw(drawn)
         for text in self.texts:
-            pen.text((text.x, text.y), text.text, text.color, font(text.size, text.bold), anchor=text.anchor)
+            if text.text:
+                left, top, mask = text_mask(text.text, text.size, text.bold, text.anchor)
+                drawn.paste(text.color, (text.x + left, text.y + top), mask)
         return np.asarray(drawn)
 
     def to_figure(self, dpi: int = 100) -> Figure:
@@ -110,6 +111,16 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
+@lru_cache(maxsize=1024)  # most texts of a picture are those of the one before
+def text_mask(text: str, size: int, bold: bool, anchor: str) -> tuple[int, int, Image.Image]:
+    """Where its left and its top are from the anchor, and how much of each pixel it covers."""
+    left, top, right, bottom = map(round, font(size, bold).getbbox(text, anchor=anchor))
+    mask = Image.new("L", (max(right - left, 1), max(bottom - top, 1)))
+    ImageDraw.Draw(mask).text((-left, -top), text, 255, font(size, bold), anchor=anchor)
+    return left, top, mask
+
+
+@lru_cache(maxsize=1024)
 def text_width(text: str, size: int, bold: bool = False) -> int:
     return int(np.ceil(font(size, bold).getlength(text)))
 
@@ -134,8 +145,17 @@ def resize(rgb: Rgb, width: int, height: int, smooth: bool = False) -> Rgb:
     if rgb.shape[:2] == (height, width):
         return rgb
     shrinks = rgb.shape[0] > height or rgb.shape[1] > width  # a photograph in a small tile: average, or it flickers
-    sharp = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST_EXACT
-    return np.asarray(cv2.resize(rgb, (width, height), interpolation=cv2.INTER_CUBIC if smooth else sharp), np.uint8)
+    if not smooth and not shrinks:
+        return repeated(rgb, width, height)
+    interpolation = cv2.INTER_CUBIC if smooth else cv2.INTER_AREA
+    return np.asarray(cv2.resize(rgb, (width, height), interpolation=interpolation), np.uint8)
+
+
+def repeated(rgb: Rgb, width: int, height: int) -> Rgb:
+    """Each pixel of [..., height, width, channel] repeated: the nearest one, as OpenCV's INTER_NEAREST_EXACT has it."""
+    rows = (2 * np.arange(height) + 1) * rgb.shape[-3] // (2 * height)
+    columns = (2 * np.arange(width) + 1) * rgb.shape[-2] // (2 * width)
+    return rgb.take(rows, axis=-3).take(columns, axis=-2)
 
 
 # --- colour ----------------------------------------------------------------------------------------------------
@@ -218,12 +238,28 @@ def overlay(image: Rgb, attention: Array, num_keys: int) -> Rgb:
     ink = np.clip(strokes(image), LIGHTEST_INK, 1)[..., None]
     colors = attention_scale(num_keys).to_rgb(attention)
     grids = colors.reshape(-1, *colors.shape[-3:])
-    drawn = np.stack([(resize(grid, width, height) * ink + 0.5).astype(np.uint8) for grid in grids])
+    if height >= grids.shape[1] and width >= grids.shape[2]:
+        sized = repeated(grids, width, height)
+    else:
+        sized = np.stack([resize(grid, width, height) for grid in grids])
+    drawn = (sized * ink + np.float32(0.5)).astype(np.uint8)
     return drawn.reshape(*colors.shape[:-3], height, width, 3)
 
 
 def strokes(image: Rgb) -> NDArray[np.float32]:
     """[height, width, 1 or 3] -> [height, width]: 1 where there is no ink, less where there is."""
+    return _strokes(image.tobytes(), image.shape)
+
+
+@lru_cache(maxsize=32)  # the images that are looked at while training are the same each time
+def _strokes(pixels: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    image = np.frombuffer(pixels, np.uint8).reshape(shape)
+    ink = _drawn_strokes(image)
+    ink.flags.writeable = False
+    return ink
+
+
+def _drawn_strokes(image: Rgb) -> NDArray[np.float32]:
     luminance = image.mean(axis=2, dtype=np.float32) / 255
     ground = np.median(np.concatenate([luminance[0], luminance[-1], luminance[:, 0], luminance[:, -1]]))
     if (image == image[..., :1]).all() and not 0.25 < ground < 0.75:  # grey on a plain ground: a drawing

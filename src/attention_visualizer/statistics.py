@@ -33,6 +33,7 @@ class Distribution:
     def __init__(self, num_heads: int, low: float, high: float, device: torch.device | str = "cpu") -> None:
         self.low, self.high = low, high
         self.counts = torch.zeros(num_heads, NUM_BINS, dtype=torch.float64, device=device)
+        self.first_bins = torch.arange(num_heads, device=device) * NUM_BINS  # of the counts in one row
         self.sums = torch.zeros(num_heads, dtype=torch.float64, device=device)
         self.sums_of_squares = torch.zeros(num_heads, dtype=torch.float64, device=device)
         self.few: list[Tensor] | None = []
@@ -43,15 +44,16 @@ class Distribution:
         """values: [batch, head]."""
         num_heads = len(self.counts)
         bins = ((values - self.low) * (NUM_BINS / (self.high - self.low))).long().clamp_(0, NUM_BINS - 1)
-        bins = bins + torch.arange(num_heads, device=values.device) * NUM_BINS
+        bins += self.first_bins
         self.counts += torch.bincount(bins.flatten(), minlength=num_heads * NUM_BINS).view_as(self.counts)
         self._keep([values])
         values = values.double()
         self.sums += values.sum(dim=0)
         self.sums_of_squares += values.square().sum(dim=0)
         if len(values):
-            self.smallest = torch.minimum(self.smallest, values.amin(dim=0))
-            self.largest = torch.maximum(self.largest, values.amax(dim=0))
+            smallest, largest = torch.aminmax(values, dim=0)
+            self.smallest = torch.minimum(self.smallest, smallest)
+            self.largest = torch.maximum(self.largest, largest)
 
     def _keep(self, values: list[Tensor] | None) -> None:
         if self.few is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,19 +45,22 @@ class ValidationWatch:
         self.num_batches += 1
         self._runs.clear()
         completed = False
+        began = time.perf_counter()
         try:
             with (
                 capture(self.found.model, consume=self._take, geometry=self.geometry) as attention,
                 _Unwatched(self._fail),
             ):
+                self.seconds += time.perf_counter() - began
                 yield
                 completed = True
+                began = time.perf_counter()
         except (CaptureError, UserError) as error:  # on leaving: nothing was seen, or a geometry did not fit
             if not completed:
                 raise
             if self._runs:
                 self._fail(error)
-        self.seconds += attention.seconds
+        self.seconds += attention.seconds + time.perf_counter() - began
         self.idle_batches += not self._runs
         self.most_runs = max(self.most_runs, *self._runs.values(), 0)
 
