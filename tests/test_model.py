@@ -229,9 +229,9 @@ def test_patches_are_projected_as_by_a_convolution() -> None:
     torch.testing.assert_close(patch_embed(images), convolved, rtol=0, atol=1e-5)
 
 
-def test_a_convolutional_stem_makes_a_token_of_each_patch_and_sees_a_little_beyond() -> None:
-    model = VisionTransformer(patch_size=4, stem="convolutions", pooling="mean").eval()
-    assert sum(parameter.numel() for parameter in model.parameters()) <= 850_000
+def test_a_convolutional_stem_makes_a_token_of_each_patch_and_sees_as_far_beyond_on_every_side() -> None:
+    model = VisionTransformer(patch_size=4, stem="convolutions", pooling="mean", num_layers=5).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 834_570 <= 850_000
     stem = model.patch_embed
     image = torch.zeros(1, 1, 28, 28)
     changed = image.clone()
@@ -240,13 +240,19 @@ def test_a_convolutional_stem_makes_a_token_of_each_patch_and_sees_a_little_beyo
         before, after = stem(image), stem(changed)
     assert before.shape == (1, 49, 128)
     moved = (after != before).any(dim=2).view(7, 7)
-    assert moved[1, 2] and not moved[3:].any() and not moved[:, 4:].any() and not moved[:, :1].any()
-    assert 1 < moved.sum() <= 9
+    assert moved.sum() == 9 and moved[0:3, 1:4].all()
+    images = torch.zeros(1, 1, 28, 28, requires_grad=True)
+    stem(images)[0, 3 * 7 + 2].sum().backward()
+    assert images.grad is not None
+    rows, columns = images.grad[0, 0].nonzero().unbind(dim=1)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (12 - 4, 15 + 4, 8 - 4, 11 + 4)
 
 
 def test_a_convolutional_stem_needs_a_patch_that_is_a_power_of_two() -> None:
-    with pytest.raises(UserError, match=r"model\.patch_size=7 must be 2, 4, 8"):
-        VisionTransformer(stem="convolutions")
+    for patch_size in (7, 1):
+        with pytest.raises(UserError, match=rf"model\.patch_size={patch_size} must be 2, 4, 8"):
+            VisionTransformer(stem="convolutions", patch_size=patch_size)
+    assert VisionTransformer(stem="convolutions", patch_size=2, img_size=8)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
 
 def test_sincos_positions_follow_the_formula() -> None:

@@ -39,22 +39,23 @@ class PatchEmbedding(nn.Module):
 
 
 class ConvolutionalStem(nn.Module):
-    """Patches that overlap (Xiao et al., 2021): 3 x 3 convolutions of stride 2 until one place is `patch_size` pixels
-    from the next, then a projection: [batch, channel, height, width] -> [batch, patch, embed].
+    """Patches that overlap (after Xiao et al., 2021): a convolution at full resolution, then one of stride 2 for each
+    halving until a token is a patch: [batch, channel, height, width] -> [batch, patch, embed].
 
-    The channels double with each convolution and end at half the width.
+    The channels double with each convolution and end at the width. Even kernels keep each token's window centred on its
+    patch, so that a map shows where its token looks: at 4 pixels, the patch and 4 pixels around it.
     """
 
     def __init__(self, in_channels: int, embed_dim: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = (patch_size, patch_size)
         halvings = patch_size.bit_length() - 1
-        widths = [in_channels, *(max(1, embed_dim >> (halvings - step)) for step in range(halvings))]
-        layers: list[nn.Module] = []
-        for width, wider in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Conv2d(width, wider, kernel_size=3, stride=2, padding=1), nn.GELU()]
+        widths = [max(1, embed_dim >> (halvings - step)) for step in range(halvings + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1), nn.GELU()]
+        for width, wider in zip(widths[:-2], widths[1:-1], strict=True):
+            layers += [nn.Conv2d(width, wider, kernel_size=4, stride=2, padding=1), nn.GELU()]
         self.convolutions = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(widths[-1], embed_dim, kernel_size=1)
+        self.proj = nn.Conv2d(widths[-2], embed_dim, kernel_size=4, stride=2, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(self.convolutions(images)).flatten(2).transpose(1, 2)
@@ -274,7 +275,7 @@ def validate_model_config(config: dict[str, Any]) -> None:
             f"model.patch_size={config['patch_size']} does not divide img_size={config['img_size']}: "
             f"choose a divisor ({', '.join(str(d) for d in divisors(config['img_size']))})"
         )
-    if config["stem"] == "convolutions" and config["patch_size"] & (config["patch_size"] - 1):
+    if config["stem"] == "convolutions" and (config["patch_size"] == 1 or config["patch_size"].bit_count() != 1):
         raise UserError(
             f"model.stem=convolutions halves the image again and again: model.patch_size={config['patch_size']} must "
             "be 2, 4, 8 or another power of two"
