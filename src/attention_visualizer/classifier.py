@@ -57,7 +57,11 @@ class Classifier(LightningModule):
         return self.model(images)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(self.seed * 1_000_003 + batches_done(self.trainer))
+        seed = self.seed * 1_000_003 + batches_done(self.trainer)
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for GPUs anew, for a millisecond
+        else:
+            torch.manual_seed(seed)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -65,9 +69,11 @@ class Classifier(LightningModule):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.last_loss = loss.detach()
         self.train_accuracy.update(logits, labels)
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            # Handing over what no logger takes costs time, too.
+        # Handing over what no logger takes costs time, too; the metric is computed and reset when the epoch ends.
+        logs = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if logs or batch_idx == 0:
+            self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        if logs:
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss

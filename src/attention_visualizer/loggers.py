@@ -21,6 +21,10 @@ class Loggers:
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self.loggers = list(loggers)
+        if any(isinstance(logger, TensorBoardLogger) for logger in self.loggers):
+            from attention_visualizer.event_checksums import use_fast_checksums  # it imports TensorBoard
+
+            use_fast_checksums()
         self._failed: set[tuple[int, str]] = set()
 
     def numbers(self, numbers: dict[str, float], step: int) -> None:

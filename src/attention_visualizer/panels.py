@@ -155,7 +155,7 @@ def repeated(rgb: Rgb, width: int, height: int) -> Rgb:
     """Each pixel of [..., height, width, channel] repeated: the nearest one, as OpenCV's INTER_NEAREST_EXACT has it."""
     rows = (2 * np.arange(height) + 1) * rgb.shape[-3] // (2 * height)
     columns = (2 * np.arange(width) + 1) * rgb.shape[-2] // (2 * width)
-    return rgb.take(rows, axis=-3).take(columns, axis=-2)
+    return rgb.take(columns, axis=-2).take(rows, axis=-3)  # in this order most is copied by whole rows
 
 
 # --- colour ----------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def overlay(image: Rgb, attention: Array, num_keys: int) -> Rgb:
     are those of the scale everywhere else. Returns uint8 [..., height, width, 3].
     """
     height, width = image.shape[:2]
-    ink = np.clip(strokes(image), LIGHTEST_INK, 1)[..., None]
+    ink = np.clip(strokes(image), LIGHTEST_INK, 1)[..., None].repeat(3, axis=2)  # NumPy is slow at widening a last axis
     colors = attention_scale(num_keys).to_rgb(attention)
     grids = colors.reshape(-1, *colors.shape[-3:])
     if height >= grids.shape[1] and width >= grids.shape[2]:
