@@ -9,7 +9,8 @@ own, on MNIST where MNIST_DIR or data/ has it. Validations are whole; of each ep
 and an epoch's length and its early frames follow from the median batch and the median frame. A validation is timed
 from outside, so the numbers hold what the callback's own clock may miss; the last row says how much of it is there.
 validation: passes over 5,000 images in one process, plain, with the proof alone, and with all statistics.
-Ways are interleaved; a number is the median of its repeats, with the smallest and the largest behind it.
+Freed memory is kept in the process, as train.py does. Ways are interleaved; a number is the median of its repeats, with
+the smallest and the largest behind it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def measure_run(watched: bool, quick: bool) -> dict[str, Any]:
     from lightning.pytorch.loggers import TensorBoardLogger
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from attention_visualizer.allocator import keep_freed_memory
     from attention_visualizer.callbacks import AttentionLogger
     from attention_visualizer.classifier import Classifier
     from attention_visualizer.data import ImageDataModule
@@ -50,6 +52,7 @@ def measure_run(watched: bool, quick: bool) -> dict[str, Any]:
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    keep_freed_memory()
     found: dict[str, Any] = {"start": 0.0, "early": [], "validations": [], "clock": []}
 
     class Timed(AttentionLogger):
@@ -171,11 +174,13 @@ def runs_table(repeats: int, quick: bool, markdown: bool) -> str:
 def validation_table(repeats: int, quick: bool, markdown: bool) -> str:
     import torch
 
+    from attention_visualizer.allocator import keep_freed_memory
     from attention_visualizer.capture import capture
     from attention_visualizer.model import VisionTransformer
     from attention_visualizer.model_search import find_model
     from attention_visualizer.validation_watch import ValidationWatch
 
+    keep_freed_memory()
     torch.manual_seed(0)
     count, size = (20, 10) if quick else (5000, 500)
     model = torch.nn.Sequential(VisionTransformer(num_layers=2 if quick else 6)).eval()

@@ -105,7 +105,8 @@ def mean_attention_distance(weights: Tensor, geometry: Geometry) -> Tensor:
     """
     if not asks_for_itself(weights, geometry):
         return torch.full_like(weights[:, :, 0, 0], math.nan)
-    patches = weights[:, :, geometry.num_prefix_tokens :, geometry.num_prefix_tokens :]
+    # Both sums run over it, and a copy in order is a third faster.
+    patches = weights[:, :, geometry.num_prefix_tokens :, geometry.num_prefix_tokens :].contiguous()
     centers = geometry.patch_centers(weights.device).to(weights.dtype)
     distances = torch.cdist(centers, centers)
     weighted = (patches * distances).sum(dim=-1)
