@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shlex
 from pathlib import Path
@@ -55,8 +56,12 @@ def main(config: DictConfig) -> None:
         check_sources(options)
     except UserError as error:
         command_line.fail(error)
+    gc.disable()  # looking for garbage among half a million imported objects is a sixth of the time to import them
+    from attention_visualizer import analysis  # noqa: F401
     from attention_visualizer.capture import CaptureError
 
+    gc.freeze()
+    gc.enable()
     try:
         analyze(options)
     except (UserError, CaptureError) as error:
