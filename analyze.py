@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,16 +57,26 @@ def main(config: DictConfig) -> None:
         check_sources(options)
     except UserError as error:
         command_line.fail(error)
-    gc.disable()  # looking for garbage among half a million imported objects is a sixth of the time to import them
-    from attention_visualizer import analysis  # noqa: F401
+    import_analysis()
     from attention_visualizer.capture import CaptureError
 
-    gc.freeze()
-    gc.enable()
     try:
         analyze(options)
     except (UserError, CaptureError) as error:
         command_line.fail(error)
+
+
+def import_analysis() -> None:
+    """Looking for garbage among half a million imported objects takes a sixth of the time to import them."""
+    if "torch" in sys.modules:
+        return
+    gc.disable()
+    try:
+        from attention_visualizer import analysis  # noqa: F401
+
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def analyze(options: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+collects = gc.isenabled()
 gc.disable()  # looking for garbage among half a million imported objects is a sixth of the time to import them
 
 import logging
@@ -32,7 +33,8 @@ from attention_visualizer.errors import UserError
 from attention_visualizer.model import VisionTransformer
 
 gc.freeze()  # nor are they looked through later: for 0.2 s, in the middle of a step
-gc.enable()
+if collects:
+    gc.enable()
 
 CONF = Path(__file__).resolve().parent / "conf"
 configuration.register_schemas()

@@ -33,12 +33,15 @@ RECIPES = {
     "no-fade": ["data.fade=0"],
     "no-smoothing": ["optimizer.label_smoothing=0"],
 }
+SAME = ["test=false", "data.fallback=null", "callbacks=none", "logger=none", "trainer.enable_progress_bar=false"]
 USUAL = ("default", "default-30", "accurate")
 
 
 def finish(folder: Path, overrides: list[str]) -> Path:
     """The folder of a completed run: one that is there, one that goes on, or a new one."""
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
+    for run in runs:
+        check_settings(run, overrides)
     for run in runs:
         if json.loads((run / "run.json").read_text())["status"] == "completed":
             return run
@@ -47,13 +50,22 @@ def finish(folder: Path, overrides: list[str]) -> Path:
     if started is not None:
         command.append(f"ckpt_path={started / 'checkpoints' / 'last.ckpt'}")
     else:
-        quiet = ["callbacks=none", "logger=none", "trainer.enable_progress_bar=false"]
-        command += [f"runs_dir={folder}", "test=false", "data.fallback=null", *quiet, *overrides]
+        command += [f"runs_dir={folder}", *SAME, *overrides]
     print(" ".join(command), file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise SystemExit(f"training failed with exit code {done.returncode}; run this again to go on")
     return finish(folder, overrides)
+
+
+def check_settings(run: Path, overrides: list[str]) -> None:
+    """Ends the program if a run that is there was of other settings: its number would stand beside this command."""
+    import yaml
+
+    stated = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
+    other = {each for each in stated if not each.startswith("runs_dir=")} ^ {*SAME, *overrides}
+    if other:
+        raise SystemExit(f"{run} differs in {', '.join(sorted(other))}: give another --folder")
 
 
 def tested(run: Path) -> dict[str, Any]:
@@ -75,7 +87,11 @@ def tested(run: Path) -> dict[str, Any]:
                 right = [(model(images).argmax(dim=1) == labels) for images, labels in data.evaluation_batches(split)]
             found[split] = float(torch.cat(right).float().mean())
         kept.write_text(json.dumps(found))
-    return json.loads(kept.read_text()) | {name: manifest["metrics"][name] for name in ("epochs", "seconds")}
+    return (
+        json.loads(kept.read_text())
+        | {name: manifest["metrics"][name] for name in ("epochs", "seconds")}
+        | {"commit": manifest["commit"] or "unknown"}
+    )
 
 
 def percent(shares: list[float]) -> str:
@@ -113,11 +129,12 @@ def main() -> None:
                 " ".join(["python train.py", *chosen]),
                 f"{runs[0]['parameters']:,}",
                 str(runs[0]["epochs"]),
+                ", ".join(sorted({run["commit"][:7] for run in runs})),
                 percent([run["validation"] for run in runs]),
                 percent([run["test"] for run in runs]),
             )
         )
-    header = ("recipe", "command", "parameters", "epochs", "validation, last weights", "test, last weights")
+    header = ("recipe", "command", "parameters", "epochs", "commit", "validation, last weights", "test, last weights")
     print(table(header, rows, arguments.markdown))
 
 

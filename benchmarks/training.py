@@ -6,8 +6,9 @@
 
 peers: `python train.py` with everything that is on by default, except augmentation, which the peers do not have, beside
 (1) Lightning, torchvision transforms, a DataLoader and `nn.TransformerEncoder`, and (2) vit-pytorch in a plain loop.
-All have the default model's architecture (805,130 parameters, vit-pytorch's a few hundred less: it has no biases at the
-projections to queries, keys and values), batch size, dropout 0.1, AdamW and gradient clipping.
+The peers compute in float32. All have the default model's architecture (805,130 parameters, vit-pytorch's a few hundred
+less: it has no biases at the projections to queries, keys and values), batch size, dropout 0.1, AdamW and gradient
+clipping. The peers' dropout also falls on attention weights, where ours has none by default.
 parts: where a step's time goes, and how near it is to the time of its matrix products alone.
 Every measurement is a process of its own, on real MNIST where MNIST_DIR or data/ has it; repeats are interleaved, and a
 number is the median of its repeats with the smallest and the largest behind it.
@@ -396,8 +397,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="a few batches, once: shows that it runs")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
-    parser.add_argument("--batch-size", type=int, default=256, help="images a step (default: 256)")
-    parser.add_argument("--batches", type=int, default=80, help="of a measurement, 10 of them to warm up (default: 80)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step (default: 128)")
+    parser.add_argument("--batches", type=int, default=130, help="of each, 10 of them to warm up (default: 130)")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

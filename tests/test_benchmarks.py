@@ -196,3 +196,7 @@ def test_accuracy_is_of_the_last_weights_over_seeds_and_nothing_is_done_twice(tm
     again = run(*command)
     assert again.stdout == result.stdout and again.stderr.count("train.py") == 1
     assert (runs[0] / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+    # Its number would stand beside a command that did not give it.
+    other = run(*command[:-1], "trainer.max_epochs=1")
+    assert other.returncode == 1 and "give another --folder" in other.stderr
+    assert "differs in trainer.max_epochs=1, trainer.max_epochs=2" in other.stderr

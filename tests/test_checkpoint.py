@@ -138,6 +138,14 @@ def test_a_model_with_a_convolutional_stem_comes_back(tmp_path: Path, written: s
     assert torch.equal(load_checkpoint(tmp_path / written).build_model()(images), model(images))
 
 
+def test_a_stem_without_convolutions_is_refused(tmp_path: Path) -> None:
+    weights = VisionTransformer(**{**SIZES, "img_size": 12, "patch_size": 4, "stem": "convolutions"}).state_dict()
+    weights["patch_embed.convolutions.0.weight"] = torch.zeros(3)
+    torch.save(weights, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=r"patch_embed\.convolutions\.0\.weight is no convolution's"):
+        load_checkpoint(tmp_path / "bare.pth")
+
+
 def test_a_checkpoint_from_before_there_were_stems_has_patches(model: VisionTransformer, tmp_path: Path) -> None:
     content = content_of(model)
     del content["attention_visualizer"]["model"]["stem"]

@@ -39,3 +39,12 @@ def test_a_tensorboard_logger_gets_them(tmp_path: Path, monkeypatch: pytest.Monk
     # Its reader computes the checksums anew, and ends at the first that differs.
     written = EventAccumulator(str(tmp_path / "board")).Reload()
     assert [event.value for event in written.Scalars("number")] == [0.0, 0.5, 1.0]
+
+
+def test_the_writer_uses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    loggers = Loggers([TensorBoardLogger(tmp_path, name="board", version="")])
+    monkeypatch.setattr(record_writer, "masked_crc32c", lambda data: seen.append(len(data)) or masked_crc32c(data))
+    loggers.numbers({"number": 1.0}, 0)
+    loggers.loggers[0].finalize("success")
+    assert 8 in seen and max(seen) > 8  # each record's length, and the records

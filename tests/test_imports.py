@@ -19,7 +19,16 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Top down. A folder's modules belong where the folder is; __init__.py only passes names on.
 LEVELS = {
-    "applications": {"visualizer", "callbacks", "loggers", "training", "analysis", "command_line", "configuration"},
+    "applications": {
+        "visualizer",
+        "callbacks",
+        "loggers",
+        "event_checksums",
+        "training",
+        "analysis",
+        "command_line",
+        "configuration",
+    },
     "views": {"panels", "charts", "attention_figures", "chapter", "report"},
     "core": {
         "model",

@@ -335,6 +335,16 @@ def test_overrides_go_on_top_of_the_runs_own_config(copied: Path, tmp_path: Path
     assert config["trainer"]["max_epochs"] == 3 and config["trainer"]["limit_train_batches"] == 2
 
 
+def test_a_run_from_before_a_field_was_there_goes_on_without_it(copied: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    assert config["data"].pop("elastic") > 0 and config["data"].pop("fade") > 0
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    outcome = run_train(f"ckpt_path={last(copied)}", "trainer.max_epochs=3", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    resumed = yaml.safe_load((copied / "config.yaml").read_text())
+    assert resumed["data"]["elastic"] == resumed["data"]["fade"] == 0
+
+
 def test_resuming_keeps_the_csv_of_the_epochs_before(copied: Path, tmp_path: Path) -> None:
     assert epochs_in_csv(copied) == [0, 1]
     outcome = run_train(f"ckpt_path={last(copied)}", "trainer.max_epochs=3", folder=tmp_path)

@@ -57,7 +57,7 @@ def elastic_displacement(
     pixels the displacement has `deviation` in pixels.
     """
     draws = torch.randn(batch, 2, CONTROL_POINTS**2, generator=generator, device=generator.device)
-    half_sides = torch.tensor([size[1], size[0]])[:, None] / 2
+    half_sides = torch.tensor([size[1], size[0]], device=generator.device)[:, None] / 2
     weights = to_device(draws * (deviation / half_sides), device)
     return (weights @ spline_basis(*size, device)).view(batch, 2, *size).permute(0, 2, 3, 1)
 
@@ -78,4 +78,5 @@ def spline_basis(height: int, width: int, device: torch.device) -> Tensor:
 
 def to_device(draws: Tensor, device: torch.device) -> Tensor:
     """A few numbers from the CPU, without waiting for what a GPU is still doing."""
-    return draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws.to(device)
+    pins = device.type == "cuda" and draws.device.type == "cpu"
+    return draws.pin_memory().to(device, non_blocking=True) if pins else draws.to(device)

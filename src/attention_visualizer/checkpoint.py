@@ -314,6 +314,8 @@ def config_told_by(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     _, in_channels, _, patch_size = shapes["patch_embed.proj.weight"]
     convolutions = [shapes[name] for name in shapes if re.fullmatch(r"patch_embed\.convolutions\.\d+\.weight", name)]
     if convolutions:
+        if len(convolutions[0]) != 4:
+            raise UserError("is of another architecture: patch_embed.convolutions.0.weight is no convolution's")
         in_channels, patch_size = convolutions[0][1], 2 ** len(convolutions)
     num_classes, embed_dim = shapes["head.weight"]
     told: dict[str, Any] = {

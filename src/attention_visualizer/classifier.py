@@ -70,8 +70,9 @@ class Classifier(LightningModule):
         self.last_loss = loss.detach()
         self.train_accuracy.update(logits, labels)
         # Handing over what no logger takes costs time, too; the metric is computed and reset when the epoch ends.
-        logs = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if logs or batch_idx == 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0: no step
+        logs = every > 0 and (self.global_step + 1) % every == 0
+        if logs or batch_idx == 0 or self.trainer.is_last_batch:
             self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
         if logs:
             self.log("train/loss", loss, prog_bar=True)

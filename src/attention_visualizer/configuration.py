@@ -141,6 +141,8 @@ def save(config: DictConfig, folder: storage.RunFolder) -> None:
 
 # What a run cannot change on the way, beside the model and the data set: another order, split or random state.
 FIXED = ("seed", "data.name", "data.batch_size", "data.split_seed")
+# Fields that runs may lack which began before there were any, and what such a run goes on with: as it began.
+BEFORE_THEY_WERE_ADDED = {"data.elastic": 0.0, "data.fade": 0.0}
 
 
 def of_resumed_run(config: DictConfig, conf: Path) -> DictConfig:
@@ -150,6 +152,9 @@ def of_resumed_run(config: DictConfig, conf: Path) -> DictConfig:
         raise UserError(f"{config.ckpt_path} is not inside a run folder: {folder.config_path} is missing")
     own = OmegaConf.load(folder.config_path)
     assert isinstance(own, DictConfig)
+    for name, value in BEFORE_THEY_WERE_ADDED.items():
+        if OmegaConf.select(own, name) is None:
+            OmegaConf.update(own, name, value, force_add=True)
     own = relocated(own, str(own.run_folder), str(folder.path))
     before = {name: OmegaConf.select(own, name) for name in FIXED}
     for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):

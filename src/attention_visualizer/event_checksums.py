@@ -19,4 +19,5 @@ def masked_crc32c(data: bytes) -> int:
 
 def use_fast_checksums() -> None:
     """For all event files that this process writes from now on; the files are the same, byte for byte."""
-    record_writer.masked_crc32c = masked_crc32c
+    if google_crc32c.implementation == "c" and hasattr(record_writer, "masked_crc32c"):
+        record_writer.masked_crc32c = masked_crc32c

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,10 @@ class Loggers:
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self.loggers = list(loggers)
         if any(isinstance(logger, TensorBoardLogger) for logger in self.loggers):
-            from attention_visualizer.event_checksums import use_fast_checksums  # it imports TensorBoard
+            with suppress(ImportError):  # of another TensorBoard, whose own are slower, no more
+                from attention_visualizer.event_checksums import use_fast_checksums
 
-            use_fast_checksums()
+                use_fast_checksums()
         self._failed: set[tuple[int, str]] = set()
 
     def numbers(self, numbers: dict[str, float], step: int) -> None:
