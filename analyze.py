@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import shlex
@@ -75,6 +76,7 @@ def import_analysis() -> None:
         from attention_visualizer import analysis  # noqa: F401
 
         gc.freeze()
+        atexit.register(gc.unfreeze)  # or Triton says at the end that they leaked
     finally:
         gc.enable()
 

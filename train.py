@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 
 collects = gc.isenabled()
@@ -33,6 +34,7 @@ from attention_visualizer.errors import UserError
 from attention_visualizer.model import VisionTransformer
 
 gc.freeze()  # nor are they looked through later: for 0.2 s, in the middle of a step
+atexit.register(gc.unfreeze)  # or Triton says at the end that they leaked
 if collects:
     gc.enable()
 
