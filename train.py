@@ -122,6 +122,7 @@ def train(config: DictConfig, sweeping: bool) -> float:
     )
     print(f"Run folder: {folder.path}")
     if config.compile:
+        classifier.halves = None  # compiled code is made for one thread
         model.compile(mode="reduce-overhead" if trainer.strategy.root_device.type == "cuda" else "default")
     metrics = training.fit(trainer, classifier, data, folder, config.ckpt_path)
     if config.test or (config.test is None and not sweeping):

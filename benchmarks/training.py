@@ -216,10 +216,10 @@ def measure_ours(batch_size: int, batches: int, *overrides: str) -> dict[str, fl
     from lightning.pytorch.strategies import SingleDeviceStrategy
     from omegaconf import open_dict
 
-    from attention_visualizer import callbacks, classifier, data, model
+    from attention_visualizer import callbacks, classifier, data
 
     watch, timer = Stopwatch(), clock()
-    watch.wrap(model.VisionTransformer, "forward", "forward")
+    watch.wrap(classifier.Classifier, "training_logits", "forward")
     watch.wrap(classifier.F, "cross_entropy", "forward")
     watch.wrap(SingleDeviceStrategy, "backward", "backward")
     watch.wrap(torch.nn.utils, "clip_grad_norm_", "optimiser")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from attention_visualizer.errors import UserError
+from attention_visualizer.halves import Halves
 from attention_visualizer.progress import batches_done
 
 
@@ -22,7 +23,8 @@ class Classifier(LightningModule):
 
     warmup_share: part of all steps in which the learning rate rises linearly. Weight decay leaves biases, norms,
     positions and the class token alone. `seed` makes the random state of each batch a function of integers, so a
-    resumed run repeats an uninterrupted one. `checkpoint_block`, where set, is stored in every checkpoint.
+    resumed run repeats an uninterrupted one. `checkpoint_block`, where set, is stored in every checkpoint; with
+    `halves`, the CPU trains on both halves of a batch at once where the model can.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Classifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.seed = seed
         self.checkpoint_block: dict[str, Any] | None = None
+        self.halves: Halves | None = Halves()
         self.last_loss = torch.zeros(())
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -55,6 +58,9 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
+
+    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed = self.seed * 1_000_003 + batches_done(self.trainer)
@@ -65,8 +71,11 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        logits = self(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if self.halves is not None and self.halves.suit(self.model, images):
+            loss, logits = self.halves.loss(self.model, self.training_loss, images, labels)
+        else:
+            logits = self(images)
+            loss = self.training_loss(logits, labels)
         self.last_loss = loss.detach()
         self.train_accuracy.update(logits, labels)
         # Handing over what no logger takes costs time, too; the metric is computed and reset when the epoch ends.

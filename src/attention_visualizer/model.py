@@ -6,6 +6,9 @@ Parameter names are timm's, so weights move between the two without renaming.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -82,11 +85,30 @@ class Dropout(nn.Module):
         return values * kept.mul_(2**16 / (2**16 - dropped))
 
 
-@torch.compiler.disable  # its generator is NumPy's
+class ThreadsGenerator(threading.local):
+    """NumPy's generator of a thread, where it has one of its own: PyTorch's takes twice as long."""
+
+    own: np.random.SFC64 | None = None
+
+
+GENERATOR = ThreadsGenerator()
+
+
+@contextmanager
+def random_numbers_from(seed: int) -> Iterator[None]:
+    """Dropout of this thread draws from a generator of its own, whatever other threads draw."""
+    GENERATOR.own = np.random.SFC64(seed)
+    try:
+        yield
+    finally:
+        GENERATOR.own = None
+
+
+@torch.compiler.disable  # the generator is NumPy's
 def random_bits(shape: torch.Size) -> Tensor:
-    """Uniform int16 of a shape from a generator seeded by PyTorch's, whose own takes twice as long."""
-    seed = int(torch.randint(2**63 - 1, ()))
-    words = np.random.SFC64(seed).random_raw(-(-shape.numel() // 4))
+    """Uniform int16 of a shape, from the thread's generator or from one that PyTorch's seeds."""
+    generator = GENERATOR.own or np.random.SFC64(int(torch.randint(2**63 - 1, ())))
+    words = generator.random_raw(-(-shape.numel() // 4))
     return torch.from_numpy(words.view(np.int16)[: shape.numel()]).view(shape)
 
 
@@ -233,6 +255,11 @@ class VisionTransformer(nn.Module):
             # About as large as the projected patches: at the usual 0.02 the model is blind to positions, and the
             # first epoch goes into growing them.
             nn.init.trunc_normal_(self.pos_embed, std=0.5)
+
+    @property
+    def draws_by_thread(self) -> bool:
+        """Whether `random_numbers_from` covers all random numbers: attention's dropout draws from PyTorch's."""
+        return self.config["attention_dropout"] == 0.0
 
     def embed(self, images: Tensor) -> Tensor:
         """Images to tokens with positions: [batch, channel, height, width] -> [batch, token, embed]."""
