@@ -15,13 +15,11 @@ the machine disturbs them least. A number is the median of the repeats with the 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tables import machine, table, versions
+from parts import in_child, option_parser, parse
+from tables import machine, spread, table, versions
 
 NUM_IMAGES = 10_000
 FEW_IMAGES = 1_000
@@ -280,39 +279,28 @@ def draw_plainly(figure: PlainFigure, size: tuple[int, int], path: Path, layout:
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def measured(part: str, *arguments: int) -> dict[str, list[float]]:
-    """In a child process. This one stays small: a child's peak starts at what its parent holds."""
-    print(f"{part} {' '.join(map(str, arguments))} ...", file=sys.stderr)
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps([part, *arguments])]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(answer.stdout.splitlines()[-1])
-
-
-def spread(numbers: Sequence[float], digits: int) -> str:
-    shown = [f"{number:,.{digits}f}" for number in (statistics.median(numbers), min(numbers), max(numbers))]
-    return f"{shown[0]} ({shown[1]} to {shown[2]})"
-
-
 def statistics_table(num_images: int, repeats: int, markdown: bool) -> str:
-    seconds = measured("statistics", num_images, repeats)
+    seconds = in_child(__file__, "statistics", num_images, repeats)
     speeds = {way: [num_images / each for each in found] for way, found in seconds.items()}
     share = statistics.median(ours / plain for ours, plain in zip(speeds["ours"], speeds["plain"], strict=True))
     rows = [
-        ("plain forward pass", spread(speeds["plain"], 0), "1.00"),
-        ("statistics of analyze.py", spread(speeds["ours"], 0), f"{share:.2f}"),
+        ("plain forward pass", spread(speeds["plain"], ",.0f"), "1.00"),
+        ("statistics of analyze.py", spread(speeds["ours"], ",.0f"), f"{share:.2f}"),
     ]
     return table((f"{num_images:,} images in batches of 500", "images/s", "of plain"), rows, markdown)
 
 
 def figures_table(num_samples: int, repeats: int, markdown: bool) -> str:
-    seconds = measured("figures", num_samples, repeats)
+    seconds = in_child(__file__, "figures", num_samples, repeats)
     titles = {
         "plain": "matplotlib: subplots, imshow, savefig",
         "constrained": 'the same with layout="constrained"',
         "ours": "figures of analyze.py",
     }
     middle = {way: statistics.median(found) for way, found in seconds.items()}
-    rows = [(title, spread(seconds[way], 2), f"{middle[way] / middle['plain']:.2f}") for way, title in titles.items()]
+    rows = [
+        (title, spread(seconds[way], ".2f"), f"{middle[way] / middle['plain']:.2f}") for way, title in titles.items()
+    ]
     return table((f"{4 * num_samples} figures of {num_samples} samples", "seconds", "of matplotlib"), rows, markdown)
 
 
@@ -320,41 +308,31 @@ def memory_table(counts: Sequence[int], repeats: int, markdown: bool) -> str:
     found: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(repeats):
         for count in counts:
-            found[count] += measured("memory", count)["mebibytes"]
+            found[count] += in_child(__file__, "memory", count)["mebibytes"]
     first = statistics.median(found[counts[0]])
     rows = [
-        (f"{count:,} images", spread(numbers, 0), f"{statistics.median(numbers) / first:.2f}")
+        (f"{count:,} images", spread(numbers, ",.0f"), f"{statistics.median(numbers) / first:.2f}")
         for count, numbers in found.items()
     ]
     return table(("a whole analysis of", "peak, MiB", f"of {counts[0]:,} images"), rows, markdown)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="few images, once: shows that it runs")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement (default: 5)")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-
-    if arguments.child:
-        part, *numbers = json.loads(arguments.child)
+    options = parse(option_parser(__doc__, PARTS, "few images", repeats=5), PARTS)
+    if options.child:
+        part, *numbers = options.child
         measure: Any = {"statistics": measure_statistics, "figures": measure_figures, "memory": measure_memory}[part]
         print(json.dumps(measure(*numbers)))
         return
-    unknown = set(arguments.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     print(f"{versions('torch', 'matplotlib', 'opencv-python-headless')}; {machine()}\n", flush=True)
-    repeats, markdown = 1 if arguments.quick else arguments.repeats, arguments.markdown
-    for part in arguments.parts or PARTS:
+    repeats, markdown = options.repeats, options.markdown
+    for part in options.parts:
         if part == "statistics":
-            print(statistics_table(600 if arguments.quick else NUM_IMAGES, repeats, markdown))
+            print(statistics_table(600 if options.quick else NUM_IMAGES, repeats, markdown))
         elif part == "figures":
-            print(figures_table(1 if arguments.quick else 8, repeats, markdown))
+            print(figures_table(1 if options.quick else 8, repeats, markdown))
         else:
-            print(memory_table((20, 600) if arguments.quick else (FEW_IMAGES, NUM_IMAGES), repeats, markdown))
+            print(memory_table((20, 600) if options.quick else (FEW_IMAGES, NUM_IMAGES), repeats, markdown))
         print(flush=True)
 
 

@@ -11,20 +11,17 @@ medians of processor time on one thread, the ways interleaved: other work on the
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
+from parts import in_child, option_parser, parse
 from tables import machine, table, versions
 
 MEBIBYTE = 2**20
@@ -184,12 +181,8 @@ def measure_here(way: str, setup: Setup) -> Cost:
 
 
 def measure(way: str, setup: Setup, environment: dict[str, str] | None = None) -> Cost:
-    """In a child process. This one stays small: a child's peak starts at what its parent holds."""
-    print(f"{setup.name}, depth {setup.depth}, {way} ...", file=sys.stderr)
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps([way, asdict(setup)])]
-    environment = os.environ | (environment or {})
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return Cost(*json.loads(answer.stdout.splitlines()[-1]))
+    title = f"{setup.name}, depth {setup.depth}, {way}"
+    return Cost(*in_child(__file__, way, asdict(setup), title=title, environment=environment))
 
 
 def peak_memory(way: str, setup: Setup) -> int:
@@ -268,34 +261,22 @@ PARTS = ("default", "base", "depth", "paper")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, once: shows that it runs")
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement of time (default: 3)")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-
-    if arguments.child:
-        way, setup = json.loads(arguments.child)
-        cost = measure_here(way, Setup(**setup))
-        print(json.dumps([cost.seconds, cost.peak_bytes, cost.checksum]))
+    options = parse(option_parser(__doc__, PARTS, "a tiny model", repeats=3), PARTS)
+    if options.child:
+        way, setup = options.child
+        print(json.dumps(astuple(measure_here(way, Setup(**setup)))))
         return
-    unknown = set(arguments.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     print(f"{versions('torch', 'timm')}; {machine()}\n", flush=True)
-    if arguments.quick:
-        print(cost_table(QUICK, 1, arguments.markdown))
+    if options.quick:
+        print(cost_table(QUICK, 1, options.markdown))
         return
-    repeats, markdown = arguments.repeats, arguments.markdown
-    for part in arguments.parts or PARTS:
+    for part in options.parts:
         if part == "depth":
-            print(depth_table(NARROW, [4, 12, 24, 48], markdown))
+            print(depth_table(NARROW, [4, 12, 24, 48], options.markdown))
         elif part == "paper":
-            print(paper_table(markdown))
+            print(paper_table(options.markdown))
         else:
-            print(cost_table(DEFAULT if part == "default" else VIT_BASE, repeats, markdown))
+            print(cost_table(DEFAULT if part == "default" else VIT_BASE, options.repeats, options.markdown))
         print(flush=True)
 
 

@@ -15,7 +15,6 @@ largest behind it. One turn before them warms the disk cache.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import statistics
@@ -28,7 +27,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tables import machine, table, versions
+from parts import option_parser, parse
+from tables import machine, spread, table, versions
 
 PROJECT = Path(__file__).resolve().parent.parent
 PARTS = ("commands", "imports")
@@ -129,12 +129,8 @@ def commands_table(starts: Sequence[Start], repeats: int, markdown: bool) -> str
     for start in starts:
         peer, ours = found[start, False][-repeats:], found[start, True][-repeats:]
         ratio = statistics.median(ours) / statistics.median(peer)
-        rows.append((start.title, spread(ours), start.peer_title, spread(peer), f"{ratio:.2f}"))
+        rows.append((start.title, spread(ours, ".2f"), start.peer_title, spread(peer, ".2f"), f"{ratio:.2f}"))
     return table(("command", "seconds", "peer", "seconds", "ratio"), rows, markdown)
-
-
-def spread(numbers: Sequence[float]) -> str:
-    return f"{statistics.median(numbers):.2f} ({min(numbers):.2f} to {max(numbers):.2f})"
 
 
 def imports_table(command: str, markdown: bool) -> str:
@@ -159,27 +155,18 @@ def imports_table(command: str, markdown: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="two commands, once: shows that it runs")
-    parser.add_argument("--repeats", type=int, default=5, help="of each command (default: 5)")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    arguments = parser.parse_args()
-    unknown = set(arguments.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-
+    options = parse(option_parser(__doc__, PARTS, "two commands", repeats=5), PARTS)
     print(f"{versions('torch', 'lightning', 'torchmetrics', 'hydra-core')}; {machine()}\n", flush=True)
-    if arguments.quick:
-        print(commands_table(STARTS[:2], 1, arguments.markdown))
+    if options.quick:
+        print(commands_table(STARTS[:2], 1, options.markdown))
         return
-    for part in arguments.parts or PARTS:
+    for part in options.parts:
         if part == "commands":
-            print(commands_table(STARTS, arguments.repeats, arguments.markdown))
+            print(commands_table(STARTS, options.repeats, options.markdown))
         else:
             # The checkpoint is looked for after all that the analysis needs has been imported.
             for command in ("train.py --help", "analyze.py ckpt=nowhere.ckpt"):
-                print(imports_table(command, arguments.markdown), end="\n\n")
+                print(imports_table(command, options.markdown), end="\n\n")
         print(flush=True)
 
 

@@ -1,9 +1,10 @@
-"""What the benchmarks share: tables as text or Markdown, and what they were measured with."""
+"""How benchmarks print: tables as text or Markdown, medians with their spread, and what they were measured with."""
 
 from __future__ import annotations
 
 import os
 import platform
+import statistics
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -19,6 +20,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) 
     )
 
 
+def spread(numbers: Sequence[float], form: str) -> str:
+    """The median and, behind it, the smallest and the largest, each in the format `form`."""
+    return f"{statistics.median(numbers):{form}} ({min(numbers):{form}} to {max(numbers):{form}})"
+
+
 def versions(*packages: str) -> str:
     """ "torch 2.11.0, timm 1.0.20": those that are installed."""
     found = []
@@ -30,6 +36,6 @@ def versions(*packages: str) -> str:
     return ", ".join(found)
 
 
-def machine() -> str:
+def machine(gpu: str = "no GPU used") -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{platform.system()} {platform.machine()}, {cores} CPU cores, no GPU used"
+    return f"{platform.system()} {platform.machine()}, {cores} CPU cores, {gpu}"

@@ -2,45 +2,56 @@
 
     python benchmarks/training.py
     python benchmarks/training.py peers --repeats 5 --markdown
+    python benchmarks/training.py peers accuracy --device gpu
     python benchmarks/training.py --quick
 
 peers: `python train.py` with everything that is on by default, except augmentation, which the peers do not have, beside
 (1) Lightning, torchvision transforms, a DataLoader and `nn.TransformerEncoder`, and (2) vit-pytorch in a plain loop.
-The peers compute in float32. All have the default model's architecture (805,130 parameters, vit-pytorch's a few hundred
-less: it has no biases at the projections to queries, keys and values), batch size, dropout 0.1, AdamW and gradient
-clipping. The peers' dropout also falls on attention weights, where ours has none by default.
-parts: where a step's time goes, and how near it is to the time of its matrix products alone.
+All have the default model's architecture (805,130 parameters, vit-pytorch's a few hundred less: it has no biases at the
+projections to queries, keys and values), batch size, dropout 0.1, AdamW and gradient clipping. The peers' dropout also
+falls on attention weights, where ours has none by default. Ours goes through the whole first epoch, whose frames of
+early training come at its first 1, 2, 4 ... batches; the peers, which do nothing of that kind, through some batches.
+parts: where a step's time goes, and how near it is to the time of its matrix products alone. On a GPU, these are the
+processor's times, which does not wait for it.
+accuracy: seconds of training, validations and figures included, until 99 % of the validation images are right, and the
+test accuracy of the best epoch at the end.
 Every measurement is a process of its own, on real MNIST where MNIST_DIR or data/ has it; repeats are interleaved, and a
 number is the median of its repeats with the smallest and the largest behind it.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
-import os
-import statistics
-import subprocess
+import math
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tables import machine, table, versions
+from parts import in_child, option_parser, parse
+from tables import machine, spread, table, versions
 
 PROJECT = Path(__file__).resolve().parent.parent
 WARM_UP = 10  # batches that are not timed
-WAYS = {
-    "lightning": "Lightning, torchvision, nn.TransformerEncoder",
-    "vit-pytorch": "vit-pytorch, plain loop, images in memory",
-    "ours": "train.py",
-    "ours-bf16": "train.py trainer=bf16",
-}
+GOAL = 0.99  # validation accuracy
+PLAIN = ("data.augment=false", "model.dropout=0.1")  # as the peers
+LIGHTNING, OURS = ("lightning", "32-true"), ("ours", "32-true")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    batch_size: int
+    batches: int  # WARM_UP of them are not timed
+    device: str  # cpu or gpu
+    quick: bool
 
 
 # --- one measurement, in a process of its own -------------------------------------------------------------------
@@ -55,25 +66,40 @@ def training_images() -> tuple[Any, Any]:
     return data.splits["train"]
 
 
+def now() -> float:
+    """Seconds, when all that a GPU was given is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def clock() -> Any:
-    """A Lightning callback whose `moments` are the times at which training batches ended."""
+    """A Lightning callback that knows when the first batch after warming up began and when the last one ended."""
     from lightning import Callback
 
     class Clock(Callback):
-        def __init__(self) -> None:
-            self.moments: list[float] = []
+        began = ended = 0.0
+        batches = 0
 
-        def on_train_batch_end(self, *_: Any) -> None:
-            self.moments.append(time.perf_counter())
+        def on_train_batch_start(self, *_: Any) -> None:
+            if self.batches == WARM_UP:
+                self.began = now()
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            self.batches += 1
+            if trainer.is_last_batch or self.batches == trainer.max_steps:
+                self.ended = now()
+
+        @property
+        def seconds_a_batch(self) -> float:
+            return (self.ended - self.began) / (self.batches - WARM_UP)
 
     return Clock()
 
 
-def images_per_second(moments: list[float], batch_size: int) -> float:
-    return batch_size * (len(moments) - 1 - WARM_UP) / (moments[-1] - moments[WARM_UP])
-
-
-def measure_lightning(batch_size: int, batches: int, workers: int) -> dict[str, float]:
+def measure_lightning(scale: Scale, precision: str, workers: int) -> dict[str, float]:
     """What a user would write."""
     import lightning
     import torch
@@ -124,27 +150,30 @@ def measure_lightning(batch_size: int, batches: int, workers: int) -> dict[str, 
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1.5e-3, weight_decay=0.05)
 
-    loader = DataLoader(Pictures(), batch_size, True, num_workers=workers, drop_last=True)
+    loader = DataLoader(Pictures(), scale.batch_size, True, num_workers=workers, drop_last=True)
     timer = clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
-            accelerator="cpu",
+            accelerator=scale.device,
+            devices=1,
+            precision=precision,
             max_epochs=-1,
-            max_steps=batches,
+            max_steps=scale.batches,
             gradient_clip_val=1.0,
             default_root_dir=folder,
             callbacks=[timer],
             enable_checkpointing=False,
         )
         trainer.fit(Peer(), loader)
-    return {"images_per_second": images_per_second(timer.moments, batch_size)}
+    return {"images_per_second": scale.batch_size / timer.seconds_a_batch}
 
 
-def measure_vit_pytorch(batch_size: int, batches: int) -> dict[str, float]:
+def measure_vit_pytorch(scale: Scale) -> dict[str, float]:
     import torch
     from vit_pytorch import ViT
 
-    images, labels = training_images()
+    device = "cuda" if scale.device == "gpu" else "cpu"
+    images, labels = (each.to(device) for each in training_images())
     images = (images.float() / 255 - 0.1307) / 0.3081
     model = ViT(
         image_size=28,
@@ -158,20 +187,21 @@ def measure_vit_pytorch(batch_size: int, batches: int) -> dict[str, float]:
         mlp_dim=256,
         dropout=0.1,
         emb_dropout=0.1,
-    )
+    ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.05)
     order = torch.randperm(len(labels))
-    moments = []
-    for batch in range(batches):
-        start = batch * batch_size % (len(labels) - batch_size)
-        chosen = order[start : start + batch_size]
+    began = 0.0
+    for batch in range(scale.batches):
+        if batch == WARM_UP:
+            began = now()
+        start = batch * scale.batch_size % (len(labels) - scale.batch_size)
+        chosen = order[start : start + scale.batch_size]
         loss = torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        moments.append(time.perf_counter())
-    return {"images_per_second": images_per_second(moments, batch_size)}
+    return {"images_per_second": scale.batch_size * (scale.batches - WARM_UP) / (now() - began)}
 
 
 class Stopwatch:
@@ -208,65 +238,107 @@ class Stopwatch:
         setattr(owner, name, timed)
 
 
-def measure_ours(batch_size: int, batches: int, *overrides: str) -> dict[str, float]:
-    """`python train.py`, its parts timed from outside."""
-    import torch
+def run_train(overrides: list[str], *callbacks: Any) -> None:
+    """`python train.py` in this process, with callbacks before its own."""
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
-    from lightning.pytorch.strategies import SingleDeviceStrategy
     from omegaconf import open_dict
-
-    from attention_visualizer import callbacks, classifier, data
-
-    watch, timer = Stopwatch(), clock()
-    watch.wrap(classifier.Classifier, "training_logits", "forward")
-    watch.wrap(classifier.F, "cross_entropy", "forward")
-    watch.wrap(SingleDeviceStrategy, "backward", "backward")
-    watch.wrap(torch.nn.utils, "clip_grad_norm_", "optimiser")
-    watch.wrap(torch.optim.AdamW, "step", "optimiser")
-    watch.wrap(classifier.Classifier, "training_step", "own overhead")
-    watch.wrap(data, "augment_batch", "augmentation")
-    watch.wrap(callbacks.AttentionLogger, "_log_frame", "watching")
-    started: dict[str, float] = {}
 
     sys.path.insert(0, str(PROJECT))
     program: Any = importlib.import_module("train")
     build = program.build_trainer
 
-    def with_clock(*args: Any) -> Any:
+    def with_callbacks(*args: Any) -> Any:
         trainer = build(*args)
-        trainer.callbacks.append(timer)
+        trainer.callbacks[:0] = callbacks
         return trainer
 
-    def begin_after_warm_up(*_: Any) -> None:
-        if len(timer.moments) == WARM_UP + 1:
-            started.update(watch.seconds)
-
-    program.build_trainer = with_clock
-    timer.on_train_batch_start = begin_after_warm_up
+    program.build_trainer = with_callbacks
     with tempfile.TemporaryDirectory() as folder:
-        fixed = ("trainer.max_epochs=1", f"trainer.limit_train_batches={batches}", "test=false", "trainer=cpu")
-        own = [f"data.batch_size={batch_size}", f"runs_dir={folder}", *fixed, *overrides]
-        seen: dict[str, float] = {}
-        timer.on_validation_start = lambda *_: seen.update(watch.seconds)  # it follows the last batch
         with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT / "conf")):
-            config = compose("train", own, return_hydra_config=True)
+            config = compose("train", [f"runs_dir={folder}", *overrides], return_hydra_config=True)
         HydraConfig.instance().set_config(config)
         with open_dict(config):
             del config.hydra
         program.train(config, sweeping=False)
-    total = timer.moments[-1] - timer.moments[WARM_UP]
-    steps = len(timer.moments) - 1 - WARM_UP
-    parts = {name: (seen[name] - started.get(name, 0.0)) / steps for name in seen if name != "own overhead"}
-    parts["own overhead"] = total / steps - sum(parts.values())
-    return {"images_per_second": images_per_second(timer.moments, batch_size), "step": total / steps, **parts}
 
 
-def measure_products(batch_size: int) -> dict[str, float]:
+def device_overrides(scale: Scale, precision: str) -> list[str]:
+    return [f"trainer={scale.device}", f"trainer.precision={precision}", f"data.batch_size={scale.batch_size}"]
+
+
+def measure_ours(scale: Scale, precision: str, *overrides: str) -> dict[str, float]:
+    """The first epoch of `python train.py`, its parts timed from outside."""
+    import torch
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    from attention_visualizer import callbacks, classifier, data
+
+    watch, timer = Stopwatch(), clock()
+    # Halves of a batch go forward and backward at once, so these are one part.
+    watch.wrap(classifier.Halves, "loss", "forward and backward")
+    watch.wrap(classifier.Classifier, "forward", "forward and backward")
+    watch.wrap(classifier.Classifier, "training_loss", "forward and backward")
+    watch.wrap(SingleDeviceStrategy, "backward", "forward and backward")
+    watch.wrap(torch.nn.utils, "clip_grad_norm_", "optimiser")
+    watch.wrap(torch.optim.AdamW, "step", "optimiser")
+    watch.wrap(classifier.Classifier, "training_step", "own overhead")
+    watch.wrap(data, "augment_batch", "augmentation")
+    watch.wrap(callbacks.AttentionLogger, "_log_frame", "watching")
+    begun: dict[str, float] = {}
+    ended: dict[str, float] = {}
+    start = timer.on_train_batch_start
+
+    def begin_after_warm_up(*arguments: Any) -> None:
+        start(*arguments)
+        if timer.batches == WARM_UP:
+            begun.update(watch.seconds)
+
+    timer.on_train_batch_start = begin_after_warm_up
+    timer.on_validation_start = lambda *_: ended.update(watch.seconds)  # it follows the last batch
+    few = [f"trainer.limit_train_batches={scale.batches}"] if scale.quick else []
+    brief = ["trainer.max_epochs=1", "test=false", *few]
+    run_train([*brief, *device_overrides(scale, precision), *overrides], timer)
+    step, steps = timer.seconds_a_batch, timer.batches - WARM_UP
+    parts = {name: (ended[name] - begun.get(name, 0.0)) / steps for name in ended if name != "own overhead"}
+    parts["own overhead"] = step - sum(parts.values())
+    return {"images_per_second": scale.batch_size / step, "step": step, **parts}
+
+
+def measure_accuracy(scale: Scale, precision: str, seed: int) -> dict[str, float]:
+    """A whole run. `seconds` from the first batch to the validation that reached the goal, NaN if none did."""
+    import lightning
+
+    class Watch(lightning.Callback):
+        began = 0.0
+        reached = math.nan
+        ended = 0.0
+        tested = math.nan
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            self.began = self.began or now()
+
+        def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
+            self.ended = now()
+            right = float(module.validation_accuracy.compute())
+            if math.isnan(self.reached) and right >= GOAL:
+                self.reached = self.ended - self.began
+
+        def on_test_epoch_end(self, trainer: Any, module: Any) -> None:
+            self.tested = float(module.test_accuracy.compute())
+
+    watch = Watch()
+    few = ["trainer.max_epochs=1", f"trainer.limit_train_batches={scale.batches}"] if scale.quick else []
+    run_train([f"seed={seed}", *few, *device_overrides(scale, precision)], watch)
+    return {"goal": watch.reached, "seconds": watch.ended - watch.began, "test": watch.tested}
+
+
+def measure_products(batch_size: int, device: str) -> dict[str, float]:
     """The matrix products of one float32 training step, each alone at its own shape and layout, and attention's at
     the rate of the others."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.benchmark import Timer
     from torch.utils.flop_counter import FlopCounterMode
 
     from attention_visualizer.model import VisionTransformer
@@ -294,128 +366,136 @@ def measure_products(batch_size: int) -> dict[str, float]:
     operations = counter.get_total_flops()
     seconds = done = 0.0
     for shapes, times in products.items():
-        left, right = (torch.empty_strided(*shape).normal_() for shape in shapes)
-        out = left @ right
-        laps = []
-        for _ in range(30):
-            began = time.perf_counter()
-            torch.mm(left, right, out=out)
-            laps.append(time.perf_counter() - began)
-        seconds += times * statistics.median(laps)
+        left, right = (torch.empty_strided(*shape, device=device).normal_() for shape in shapes)
+        names = {"torch": torch, "left": left, "right": right, "out": left @ right}
+        timer = Timer("torch.mm(left, right, out=out)", globals=names, num_threads=torch.get_num_threads())
+        seconds += times * timer.blocked_autorange(min_run_time=0.05).median
         done += times * 2 * left.shape[0] * left.shape[1] * right.shape[1]
     rate = done / seconds
     return {"rate": rate, "operations": operations / batch_size, "images_per_second": batch_size * rate / operations}
 
 
-def measure_here(way: str, batch_size: int, batches: int) -> dict[str, float]:
+def measure_here(scale: Scale, way: str, *details: Any) -> dict[str, float]:
     import torch
 
     torch.manual_seed(0)
-    same = ("data.augment=false", "model.dropout=0.1")
-    kinds: dict[str, Callable[[], dict[str, float]]] = {
-        "lightning": lambda: max(
-            (measure_lightning(batch_size, batches, workers) for workers in (0, 1, 2)),
-            key=lambda found: found["images_per_second"],
-        ),
-        "vit-pytorch": lambda: measure_vit_pytorch(batch_size, batches),
-        "ours": lambda: measure_ours(batch_size, batches, *same),
-        "ours-bf16": lambda: measure_ours(batch_size, batches, *same, "trainer=bf16", "trainer.accelerator=cpu"),
-        "defaults": lambda: measure_ours(batch_size, batches),
-        "no dropout": lambda: measure_ours(batch_size, batches, "data.augment=false", "model.dropout=0.0"),
-        "products": lambda: measure_products(batch_size),
+    if way == "lightning":
+        runs = [measure_lightning(scale, details[0], workers) for workers in (0, 1, 2)]
+        return max(runs, key=lambda found: found["images_per_second"])
+    kinds: dict[str, Callable[..., dict[str, float]]] = {
+        "vit-pytorch": measure_vit_pytorch,
+        "ours": measure_ours,
+        "accuracy": measure_accuracy,
     }
-    return kinds[way]()
-
-
-def measure(way: str, batch_size: int, batches: int) -> dict[str, float]:
-    """In a child process."""
-    print(f"{way} ...", file=sys.stderr, flush=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps([way, batch_size, batches])]
-    answer = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    if answer.returncode:
-        raise SystemExit(f"{way} failed:\n{answer.stderr[-2000:]}")
-    return json.loads(answer.stdout.splitlines()[-1])
+    if way == "products":
+        return measure_products(scale.batch_size, "cuda" if scale.device == "gpu" else "cpu")
+    return kinds[way](scale, *details)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-def interleaved(ways: list[str], repeats: int, batch_size: int, batches: int) -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+Way = tuple[str, ...]
+
+
+def interleaved(ways: Sequence[Way], repeats: int, scale: Scale) -> dict[Way, list[dict[str, float]]]:
+    found: dict[Way, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way in ways:
-            found[way].append(measure(way, batch_size, batches))
+            found[way].append(in_child(__file__, asdict(scale), *way, title=" ".join(map(str, way))))
     return found
 
 
-def spread(numbers: list[float], form: str) -> str:
-    return f"{statistics.median(numbers):{form}} ({min(numbers):{form}} to {max(numbers):{form}})"
-
-
-def peers_table(repeats: int, batch_size: int, batches: int, markdown: bool) -> str:
-    found = interleaved(list(WAYS), repeats, batch_size, batches)
+def peers_table(scale: Scale, repeats: int, markdown: bool) -> str:
+    attention_too, compiled = "model.attention_dropout=0.1", "compile=true"
+    ways: dict[Way, str] = {
+        LIGHTNING: "Lightning, torchvision, nn.TransformerEncoder",
+        ("vit-pytorch",): "vit-pytorch, plain loop, images in memory",
+        (*OURS, *PLAIN): "train.py",
+        (*OURS, *PLAIN, attention_too): f"train.py {attention_too}",
+        ("lightning", "bf16-mixed"): "Lightning peer in bfloat16",
+        ("ours", "bf16-mixed", *PLAIN): "train.py trainer=bf16",
+    }
+    if scale.device == "gpu":
+        ways[("ours", "bf16-mixed", *PLAIN, compiled)] = f"train.py trainer=gpu {compiled}"
+    found = interleaved(list(ways), repeats, scale)
     rates = {way: [each["images_per_second"] for each in runs] for way, runs in found.items()}
     rows = []
-    for way, title in WAYS.items():
-        ratios = [ours / peer for ours, peer in zip(rates[way], rates["lightning"], strict=True)]
+    for way, title in ways.items():
+        ratios = [ours / peer for ours, peer in zip(rates[way], rates[LIGHTNING], strict=True)]
         rows.append((title, spread(rates[way], ",.0f"), spread(ratios, ".2f")))
-    header = (f"training, batch {batch_size}, dropout 0.1, no augmentation", "images/s", "of the first")
+    header = (f"training, batch {scale.batch_size}, dropout 0.1, no augmentation", "images/s", "of the first")
     return table(header, rows, markdown)
 
 
-def parts_table(repeats: int, batch_size: int, batches: int, markdown: bool) -> str:
-    ways = ["ours", "no dropout", "defaults", "ours-bf16"]
-    found = interleaved([*ways, "products"], repeats, batch_size, batches)
-    titles = {"ours": "dropout 0.1", "no dropout": "dropout 0", "defaults": "defaults", "ours-bf16": "0.1, bf16"}
-    limits = [each["images_per_second"] for each in found["products"]]
+def parts_table(scale: Scale, repeats: int, markdown: bool) -> str:
+    ways: dict[Way, str] = {
+        (*OURS, *PLAIN): "dropout 0.1",
+        (*OURS, "data.augment=false"): "dropout 0",
+        OURS: "defaults",
+        ("ours", "bf16-mixed", *PLAIN): "0.1, bf16",
+    }
+    found = interleaved([*ways, ("products",)], repeats, scale)
+    limits = [each["images_per_second"] for each in found["products",]]
     rows = []
-    for part in ("forward", "backward", "optimiser", "augmentation", "watching", "own overhead"):
+    for part in ("forward and backward", "optimiser", "augmentation", "watching", "own overhead"):
         shares = [[each.get(part, 0.0) / each["step"] for each in found[way]] for way in ways]
         rows.append((f"{part}, share of a step", *(spread(each, ".1%") for each in shares)))
     rates = {way: [each["images_per_second"] for each in found[way]] for way in ways}
-    rows.append(("images/s", *(spread(rates[way], ",.0f") for way in ways)))
-    near = {
-        way: [rate / limit for rate, limit in zip(rates[way], limits, strict=True)]
-        for way in ways
-        if way != "ours-bf16"
-    }
-    rows.append(("of float32 products' limit", *(spread(near[way], ".0%") if way in near else "-" for way in ways)))
-    arithmetic = found["products"][0]["operations"] / 1e6
+    rows.append(("images/s", *(spread(each, ",.0f") for each in rates.values())))
+    near = [
+        spread([rate / limit for rate, limit in zip(own, limits, strict=True)], ".0%") if way[1] == OURS[1] else "-"
+        for way, own in rates.items()
+    ]
+    rows.append(("of float32 products' limit", *near))
+    arithmetic = found["products",][0]["operations"] / 1e6
     note = (
-        f"\nmatrix products alone: {spread([each['rate'] / 1e9 for each in found['products']], '.0f')} GFLOP/s, "
+        f"\nmatrix products alone: {spread([each['rate'] / 1e9 for each in found['products',]], '.0f')} GFLOP/s, "
         f"{arithmetic:.0f} MFLOP an image, so at most {spread(limits, ',.0f')} images/s"
     )
-    header = (f"train.py, batch {batch_size}", *(titles[way] for way in ways))
-    return table(header, rows, markdown) + "\n" + note
+    return table((f"train.py, batch {scale.batch_size}", *ways.values()), rows, markdown) + "\n" + note
 
 
-PARTS = {"peers": peers_table, "parts": parts_table}
+def accuracy_table(scale: Scale, repeats: int, markdown: bool) -> str:
+    precision = "bf16-mixed" if scale.device == "gpu" else "32-true"
+    runs = [
+        in_child(__file__, asdict(scale), "accuracy", precision, seed, title=f"training, seed {seed}")
+        for seed in range(repeats)
+    ]
+    seconds = [spread([each[name] for each in runs], ".1f") for name in ("goal", "seconds")]
+    row = (f"train.py trainer={scale.device}", *seconds, spread([each["test"] for each in runs], ".2%"))
+    header = ("seconds of training", f"to {GOAL:.0%} of validation", "in all", "test accuracy, best epoch")
+    return table(header, [row], markdown)
+
+
+PARTS = {"peers": peers_table, "parts": parts_table, "accuracy": accuracy_table}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="a few batches, once: shows that it runs")
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
+    parser = option_parser(__doc__, PARTS, "a few batches", repeats=3)
     parser.add_argument("--batch-size", type=int, default=128, help="images a step (default: 128)")
-    parser.add_argument("--batches", type=int, default=130, help="of each, 10 of them to warm up (default: 130)")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-
-    if arguments.child:
-        print(json.dumps(measure_here(*json.loads(arguments.child))))
+    parser.add_argument("--batches", type=int, default=130, help="of the peers, 10 of them to warm up (default: 130)")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="default: cpu")
+    options = parse(parser, PARTS)
+    if options.child:
+        scale, *way = options.child
+        print(json.dumps(measure_here(Scale(**scale), *way)))
         return
-    unknown = set(arguments.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    print(f"{versions('torch', 'torchvision', 'lightning', 'vit-pytorch')}; {machine()}\n", flush=True)
-    repeats, batch_size, batches = arguments.repeats, arguments.batch_size, arguments.batches
-    if arguments.quick:
-        repeats, batch_size, batches = 1, 8, WARM_UP + 4
-    for part in arguments.parts or PARTS:
-        print(PARTS[part](repeats, batch_size, batches, arguments.markdown), flush=True)
-        print(flush=True)
+    if options.quick:
+        options.batch_size, options.batches = 8, WARM_UP + 4
+    scale = Scale(options.batch_size, options.batches, options.device, options.quick)
+    packages = versions("torch", "torchvision", "lightning", "vit-pytorch")
+    print(f"{packages}; {machine() if scale.device == 'cpu' else machine(gpu_name())}\n", flush=True)
+    for part in options.parts:
+        print(PARTS[part](scale, options.repeats, options.markdown), end="\n\n", flush=True)
+
+
+def gpu_name() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no GPU that PyTorch can use: leave --device out")
+    return torch.cuda.get_device_name()
 
 
 if __name__ == "__main__":

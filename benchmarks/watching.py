@@ -15,13 +15,9 @@ the smallest and the largest behind it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -29,7 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tables import machine, table, versions
+from parts import in_child, option_parser, parse
+from tables import machine, spread, table, versions
 
 EPOCHS = 10  # of the run that shares are stated for
 
@@ -113,20 +110,7 @@ def measure_run(watched: bool, quick: bool) -> dict[str, Any]:
     return found
 
 
-def run_in_process(watched: bool, quick: bool) -> dict[str, Any]:
-    print(f"run {'with' if watched else 'without'} AttentionLogger ...", file=sys.stderr, flush=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps([watched, quick])]
-    answer = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    if answer.returncode:
-        raise SystemExit(f"the run failed:\n{answer.stderr[-2000:]}")
-    return json.loads(answer.stdout.splitlines()[-1])
-
-
 # --- tables -----------------------------------------------------------------------------------------------------
-
-
-def spread(numbers: list[float], form: str) -> str:
-    return f"{statistics.median(numbers):{form}} ({min(numbers):{form}} to {max(numbers):{form}})"
 
 
 def shares_of_epochs(plain: dict[str, Any], watched: dict[str, Any]) -> dict[str, float]:
@@ -149,7 +133,7 @@ def shares_of_epochs(plain: dict[str, Any], watched: dict[str, Any]) -> dict[str
 
 
 def runs_table(repeats: int, quick: bool, markdown: bool) -> str:
-    pairs = [(run_in_process(False, quick), run_in_process(True, quick)) for _ in range(repeats)]
+    pairs = [(in_child(__file__, False, quick), in_child(__file__, True, quick)) for _ in range(repeats)]
     plain, watched = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     epochs = [each["batch"] * each["batches"] + each["validations"][1] for each in plain]
     shares = [shares_of_epochs(*pair) for pair in pairs]
@@ -228,24 +212,13 @@ PARTS = {"validation": validation_table, "runs": runs_table}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="a small model, once: shows that it runs")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement (default: 5)")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-
-    if arguments.child:
-        print(json.dumps(measure_run(*json.loads(arguments.child))))
+    options = parse(option_parser(__doc__, PARTS, "a small model", repeats=5), PARTS)
+    if options.child:
+        print(json.dumps(measure_run(*options.child)))
         return
-    unknown = set(arguments.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     print(f"{versions('torch', 'lightning', 'tensorboard')}; {machine()}\n", flush=True)
-    repeats = 1 if arguments.quick else arguments.repeats
-    for part in arguments.parts or PARTS:
-        print(PARTS[part](repeats, arguments.quick, arguments.markdown), end="\n\n", flush=True)
+    for part in options.parts:
+        print(PARTS[part](options.repeats, options.quick, options.markdown), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def test_the_parts_of_a_step_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_matrix_products_of_a_step_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FOLDER)
-    found = importlib.import_module("training").measure_products(3)
+    found = importlib.import_module("training").measure_products(3, "cpu")
     # By hand, in multiplications: each of 17 tokens through qkv, projection and MLP, and the patches' own projection.
     # In the last block, only the class token has a query, a projection and an MLP. Backward costs twice as much.
     block = 17 * (128 * 384 + 128 * 128 + 2 * 128 * 256) + 2 * 17 * 17 * 128

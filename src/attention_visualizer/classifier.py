@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from attention_visualizer.errors import UserError
 from attention_visualizer.halves import Halves
+from attention_visualizer.muon import MuonWithAdamW
 from attention_visualizer.progress import batches_done
 
 
@@ -22,9 +23,10 @@ class Classifier(LightningModule):
     """Trains `model`, which maps images to logits, with AdamW, a linear warm-up and a cosine decay to zero.
 
     warmup_share: part of all steps in which the learning rate rises linearly. Weight decay leaves biases, norms,
-    positions and the class token alone. `seed` makes the random state of each batch a function of integers, so a
-    resumed run repeats an uninterrupted one. `checkpoint_block`, where set, is stored in every checkpoint; with
-    `halves`, the CPU trains on both halves of a batch at once where the model can.
+    positions and the class token alone. With `muon`, Muon trains the blocks' matrices, at the same rate. `seed` makes
+    the random state of each batch a function of integers, so a resumed run repeats an uninterrupted one.
+    `checkpoint_block`, where set, is stored in every checkpoint; with `halves`, the CPU trains on both halves of a
+    batch at once where the model can.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Classifier(LightningModule):
         beta2: float = 0.99,
         warmup_share: float = 0.05,
         label_smoothing: float = 0.05,
+        muon: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -47,6 +50,7 @@ class Classifier(LightningModule):
         self.betas = (beta1, beta2)
         self.warmup_share = warmup_share
         self.label_smoothing = label_smoothing
+        self.muon = muon
         self.seed = seed
         self.checkpoint_block: dict[str, Any] | None = None
         self.halves: Halves | None = Halves()
@@ -113,12 +117,13 @@ class Classifier(LightningModule):
         self.log("test/accuracy", self.test_accuracy)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.weight_decay),
-            lr=self.learning_rate,
-            betas=self.betas,
-            fused=self.trainer.scaler is None,  # a fused one scales the gradients back after they would be clipped
-        )
+        options: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas}
+        options["fused"] = self.trainer.scaler is None  # a fused one scales gradients back after they would be clipped
+        optimizer: torch.optim.Optimizer
+        if self.muon:
+            optimizer = MuonWithAdamW(*muon_groups(self.model, self.weight_decay), **options)
+        else:
+            optimizer = torch.optim.AdamW(parameter_groups(self.model, self.weight_decay), **options)
         num_steps = int(self.trainer.estimated_stepping_batches)
         warmup_steps = max(1, round(self.warmup_share * num_steps))
 
@@ -163,6 +168,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [parameter for name, parameter in named if name not in still], "weight_decay": weight_decay},
         {"params": [parameter for name, parameter in named if name in still], "weight_decay": 0.0},
     ]
+
+
+def muon_groups(model: nn.Module, weight_decay: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(For Muon: the matrices of the blocks, for AdamW: all others), with the same decay."""
+    decaying, still = parameter_groups(model, weight_decay)
+    within = {id(parameter) for name, parameter in model.named_parameters() if "blocks." in name}
+    hidden = [each for each in decaying["params"] if each.ndim == 2 and id(each) in within]
+    if not hidden:
+        raise UserError("optimizer.muon: the model has no matrices in `blocks`, which are what Muon is for")
+    others = [each for each in decaying["params"] if not any(each is matrix for matrix in hidden)]
+    return [{**decaying, "params": hidden}], [{**decaying, "params": others}, still]
 
 
 def validate_recipe(

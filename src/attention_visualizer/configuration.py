@@ -140,9 +140,9 @@ def save(config: DictConfig, folder: storage.RunFolder) -> None:
 # --- resuming --------------------------------------------------------------------------------------------------
 
 # What a run cannot change on the way, beside the model and the data set: another order, split or random state.
-FIXED = ("seed", "data.name", "data.batch_size", "data.split_seed")
+FIXED = ("seed", "data.name", "data.batch_size", "data.split_seed", "optimizer.muon")
 # Fields that runs may lack which began before there were any, and what such a run goes on with: as it began.
-BEFORE_THEY_WERE_ADDED = {"data.elastic": 0.0, "data.fade": 0.0}
+BEFORE_THEY_WERE_ADDED = {"data.elastic": 0.0, "data.fade": 0.0, "optimizer.muon": False}
 
 
 def of_resumed_run(config: DictConfig, conf: Path) -> DictConfig:
