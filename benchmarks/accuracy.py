@@ -37,6 +37,21 @@ SAME = ["test=false", "data.fallback=null", "callbacks=none", "logger=none", "tr
 USUAL = ("default", "default-30", "accurate")
 
 
+def only_one_in(folder: Path) -> Any:
+    """Holds the folder, or ends the program: two that go on with the same run would write into each other's files."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise SystemExit(
+            f"{folder}: another accuracy.py is at work there; wait for it or give another --folder"
+        ) from error
+    return lock
+
+
 def finish(folder: Path, overrides: list[str]) -> Path:
     """The folder of a completed run: one that is there, one that goes on, or a new one."""
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
@@ -117,6 +132,7 @@ def main() -> None:
         parser.error(f"there is no recipe {', '.join(sorted(unknown))}: choose from {', '.join(RECIPES)}")
     print(f"{versions('torch', 'lightning')}; {machine()}\n", flush=True)
     rows = []
+    lock = only_one_in(arguments.folder)
     for recipe in arguments.recipes or USUAL:
         chosen = [*RECIPES[recipe], *overrides]
         runs = [
@@ -134,6 +150,7 @@ def main() -> None:
                 percent([run["test"] for run in runs]),
             )
         )
+    lock.release()
     header = ("recipe", "command", "parameters", "epochs", "commit", "validation, last weights", "test, last weights")
     print(table(header, rows, arguments.markdown))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from attention_visualizer.checkpoint import load_checkpoint
@@ -196,6 +197,9 @@ def test_accuracy_is_of_the_last_weights_over_seeds_and_nothing_is_done_twice(tm
     again = run(*command)
     assert again.stdout == result.stdout and again.stderr.count("train.py") == 1
     assert (runs[0] / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+    with FileLock(tmp_path / ".lock"):
+        busy = run(*command)
+    assert busy.returncode == 1 and "another accuracy.py is at work there" in busy.stderr
     # Its number would stand beside a command that did not give it.
     other = run(*command[:-1], "trainer.max_epochs=1")
     assert other.returncode == 1 and "give another --folder" in other.stderr

@@ -38,6 +38,8 @@ LEVELS = {
         "mnist_files",
         "allocator",
         "classifier",
+        "halves",
+        "muon",
         "attention_calls",
         "hand_written_attention",
         "calling_modules",
@@ -246,3 +248,9 @@ def later():
     assert inside(set(imported("from . import study", "analysis", is_package=True))) == {"analysis.study"}
     assert inside(set(imported("from attention_visualizer import capture", "panels"))) == {"capture"}
     assert inside({"attention_visualizer.AttentionLogger"}) == {""}
+
+
+def test_completion_knows_what_is_imported_when_first_used() -> None:
+    command = "import attention_visualizer as av; print(set(av.__all__) <= set(dir(av)), 'AttentionLogger' in vars(av))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

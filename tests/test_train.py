@@ -263,6 +263,33 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(resumed: Re
         assert_same_training(trained_run().path / "checkpoints" / name, resumed.path / "checkpoints" / name)
 
 
+def test_precision_and_optimiser_are_kept_and_halves_of_batches_go_on_as_they_would_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropout = ("model.dropout=0.1", "model.attention_dropout=0")
+    command = (*TINY, *BARE, *dropout, "trainer=bf16", "trainer.accelerator=cpu", "optimizer=muon", "test=false")
+    brief = ("trainer.max_epochs=2", "trainer.limit_train_batches=4")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    folders = {name: tmp_path / name for name in ("whole", "interrupted")}
+    for folder in folders.values():
+        folder.mkdir()
+    try:
+        assert run_train(*command, *brief, folder=folders["whole"]).exit_code == 0
+        with monkeypatch.context() as patch:
+            interrupt_after(6, patch)
+            assert run_train(*command, *brief, folder=folders["interrupted"]).exit_code != 0
+        path = only_run(folders["interrupted"])
+        outcome = run_train(f"ckpt_path={last(path)}", folder=folders["interrupted"])
+        assert outcome.exit_code == 0, outcome.err
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_training(last(only_run(folders["whole"])), last(path))
+    assert read_checkpoint(last(path))["attention_visualizer"]["precision"] == "bf16-mixed"
+    refused = run_train("optimizer.muon=false", f"ckpt_path={last(path)}", folder=tmp_path)
+    assert refused.exit_code == 2 and "cannot resume a run that began with True" in refused.err
+
+
 def test_a_resumed_run_reports_like_any_other(resumed: Resumed) -> None:
     ours, theirs = TrainedRun(resumed.path, resumed.outcome).manifest, trained_run().manifest
     assert ours["status"] == "completed" and "error" not in ours

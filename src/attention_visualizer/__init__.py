@@ -51,5 +51,9 @@ class _FrontDoor(ModuleType):
         setattr(self, name, value)
         return value
 
+    def __dir__(self) -> list[str]:
+        """For completion in a shell or notebook: what is imported when first used, too."""
+        return sorted({*super().__dir__(), *_MODULES})
+
 
 sys.modules[__name__].__class__ = _FrontDoor

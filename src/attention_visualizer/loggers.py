@@ -7,13 +7,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
-from attention_visualizer.panels import Picture
+from attention_visualizer.panels import Picture, encode_png
 from attention_visualizer.statistics import MEASURES, Summary
 
 
@@ -81,7 +80,7 @@ def log_image(logger: Any, tag: str, rgb: NDArray[np.uint8], step: int) -> None:
 
         # Encoded here: add_image takes three times as long, and so does PNG's usual search for the best filter.
         image = EventSummary.Image(
-            height=rgb.shape[0], width=rgb.shape[1], colorspace=3, encoded_image_string=quick_png(rgb)
+            height=rgb.shape[0], width=rgb.shape[1], colorspace=3, encoded_image_string=encode_png(rgb)
         )
         event = EventSummary(value=[EventSummary.Value(tag=tag, image=image)])
         logger.experiment._get_file_writer().add_summary(event, step)
@@ -89,15 +88,6 @@ def log_image(logger: Any, tag: str, rgb: NDArray[np.uint8], step: int) -> None:
         logger.experiment.log_image(logger.run_id, rgb, key=tag, step=step)
     else:
         logger.log_image(key=tag, images=[rgb], step=step)
-
-
-def quick_png(rgb: NDArray[np.uint8]) -> bytes:
-    """[height, width, 3]: lossless. Flat patches and text need no filter, and are as small with little searching."""
-    options = [cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
-    done, encoded = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)
-    if not done:
-        raise ValueError("OpenCV cannot write PNG")
-    return encoded.tobytes()
 
 
 def add_layout(logger: TensorBoardLogger, layout: dict[str, dict[str, list[Any]]]) -> None:

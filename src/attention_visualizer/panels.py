@@ -405,3 +405,13 @@ def upright(text: str, size: int) -> Rgb:
     image = Image.new("RGB", (text_width(text, size), size + 5), "white")
     ImageDraw.Draw(image).text((0, 0), text, INK, font(size))
     return np.asarray(image.transpose(Image.Transpose.ROTATE_90))
+
+
+def encode_png(rgb: Rgb) -> bytes:
+    """[height, width, 3], lossless. Plain surfaces and text need no filter: without one they are as small, and take
+    half the time."""
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+    done, encoded = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)
+    if not done:
+        raise ValueError("OpenCV cannot write PNG")
+    return encoded.tobytes()

@@ -24,7 +24,7 @@ from attention_visualizer.geometry import Geometry
 from attention_visualizer.history import AttentionHistory
 from attention_visualizer.measures import Query
 from attention_visualizer.observation import Observation, RolloutOptions, observe
-from attention_visualizer.panels import Picture
+from attention_visualizer.panels import Picture, encode_png
 from attention_visualizer.pictures import Pictures
 
 FileFormat = Literal["png", "pdf", "svg"]
@@ -130,20 +130,13 @@ class Study:
         path = self.output / f"{stem}.{self.file_format}"
         with storage.atomic_path(path) as temporary:
             if isinstance(figure, Picture) and self.file_format == "png":
-                temporary.write_bytes(png(figure.to_rgb()))
+                temporary.write_bytes(encode_png(figure.to_rgb()))
             else:
                 # Text stays text in SVG files.
                 with matplotlib.rc_context({"svg.fonttype": "none"}):
                     drawn = figure if isinstance(figure, Figure) else figure.to_figure()
                     drawn.savefig(temporary, dpi=150 if drawn is figure else "figure")
         return path.name
-
-
-def png(rgb: np.ndarray) -> bytes:
-    """uint8 [height, width, 3] as a PNG file. Plain surfaces need no filter, and without one it takes half the time."""
-    options = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE, cv2.IMWRITE_PNG_COMPRESSION, 3]
-    _, encoded = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)
-    return encoded.tobytes()
 
 
 def batch_size(shape: tuple[int, int, int]) -> int:
