@@ -305,8 +305,10 @@ def independent_statistics(model: VisionTransformer, images: Tensor) -> dict[str
     rows, columns = np.divmod(np.arange(16), 4)
     distance = torch.tensor(7 * np.hypot(rows[:, None] - rows, columns[:, None] - columns))
     found: dict[str, list[Tensor]] = {
-        name: [] for name in ("entropy", "maximum", "mean", "distance", "sink", "divergence")
+        name: []
+        for name in ("entropy", "maximum", "mean", "distance", "sink", "divergence", "effective_tokens", "confidence")
     }
+    found |= {"class_token": []} if prefix else {}
     with torch.no_grad():
         tokens = double.embed(images.double())
         for block in double.blocks:
@@ -315,6 +317,10 @@ def independent_statistics(model: VisionTransformer, images: Tensor) -> dict[str
             weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
             readout = weights[:, :, :1] if prefix else weights
             found["entropy"].append(-(readout * readout.log()).sum(dim=-1).mean(dim=-1))
+            found["effective_tokens"].append((readout**-readout).prod(dim=-1).mean(dim=-1))
+            found["confidence"].append(weights.amax(dim=-1).mean(dim=-1))
+            if prefix:
+                found["class_token"].append(weights[:, :, 0, 0])
             found["maximum"].append(readout.mean(dim=2)[..., prefix:].amax(dim=-1))
             found["mean"].append(readout.mean(dim=2)[..., prefix:].mean(dim=-1))
             patches = weights[:, :, prefix:, prefix:]
@@ -333,7 +339,7 @@ def truth(model: VisionTransformer, digits: ImageDataModule) -> dict[str, np.nda
 
 def test_the_numbers_are_those_of_the_whole_test_set(analysis: Analysis, truth: dict[str, np.ndarray]) -> None:
     records = read_records(analysis.output)
-    assert len(records) == 6 * LAYERS * HEADS
+    assert len(records) == 9 * LAYERS * HEADS
     layers = json.loads((analysis.output / "attention_statistics.json").read_text())["chapters"]["statistics"]["layers"]
     for (measure, layer, head), record in records.items():
         values = truth[measure][:, layer - 1, head - 1]
@@ -347,7 +353,7 @@ def test_the_numbers_are_those_of_the_whole_test_set(analysis: Analysis, truth: 
 def test_quantiles_are_those_of_all_images_and_heads(analysis: Analysis, truth: dict[str, np.ndarray]) -> None:
     layers = json.loads((analysis.output / "attention_statistics.json").read_text())["chapters"]["statistics"]["layers"]
     widths = {"entropy": np.log(17), "maximum": 1.0, "mean": 1 / 16, "distance": 7 * np.hypot(3, 3)}
-    widths |= {"sink": 1.0, "divergence": np.log(2)}
+    widths |= {"sink": 1.0, "divergence": np.log(2), "effective_tokens": 17, "confidence": 1.0, "class_token": 1.0}
     for measure, width in widths.items():
         for layer in range(LAYERS):
             for share, value in layers[layer][measure]["quantiles"].items():

@@ -24,9 +24,18 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What a busy reader should take along: one or two sentences in Markdown, and the figure that shows it, by name."""
+
+    text: str
+    figure: str | None = None
+
+
+@dataclass(frozen=True)
 class Chapter:
     """`text` is Markdown; `numbers` goes into attention_statistics.json under the chapter's name, `records` (rows
-    of one tidy table) into attention_statistics.csv."""
+    of one tidy table) into attention_statistics.csv. finding: for the report's first screen; caution: what not to
+    believe, a sentence in Markdown for the same place."""
 
     title: str
     text: str
@@ -34,3 +43,5 @@ class Chapter:
     tables: list[Table] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
+    finding: Finding | None = None
+    caution: str = ""

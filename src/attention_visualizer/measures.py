@@ -93,6 +93,33 @@ def mean_attention(weights: Tensor, geometry: Geometry) -> Tensor:
     return _readout_patches(weights, geometry).mean(dim=-1)
 
 
+def readout_effective_tokens(weights: Tensor, geometry: Geometry) -> Tensor:
+    """exp(entropy) of the readout query, for "patches" the mean over them: [batch, head, query, key] -> [batch, head].
+
+    The mean of exponentials, which is not the exponential of the mean.
+    """
+    if not asks_for_itself(weights, geometry):
+        return effective_tokens(weights).mean(dim=-1)
+    if readout_query(geometry) == "cls":
+        return effective_tokens(weights[:, :, 0])
+    return effective_tokens(weights[:, :, geometry.num_prefix_tokens :]).mean(dim=-1)
+
+
+def head_confidence(weights: Tensor, geometry: Geometry) -> Tensor:
+    """Mean over all queries of the largest weight, over all keys (Voita et al., 2019): -> [batch, head]."""
+    return weights.amax(dim=-1).mean(dim=-1)
+
+
+def reads_class_token(weights: Tensor, geometry: Geometry) -> bool:
+    """Whether the classification reads a class token that attends to itself among the others."""
+    return asks_for_itself(weights, geometry) and readout_query(geometry) == "cls"
+
+
+def class_token_self_attention(weights: Tensor, geometry: Geometry) -> Tensor:
+    """What the class token gives to itself: [batch, head, query, key] -> [batch, head]."""
+    return weights[:, :, 0, 0]
+
+
 def _readout_patches(weights: Tensor, geometry: Geometry) -> Tensor:
     return patch_attention(query_attention(weights, geometry, readout_query(geometry)), geometry)
 

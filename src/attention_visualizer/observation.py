@@ -63,12 +63,12 @@ class Observation:
         return tuple(geometry.num_tokens for geometry in self.geometries)
 
 
-class _Collector:
-    """Takes one layer at a time and keeps only what an Observation holds of it."""
+class ObservationCollector:
+    """Takes one layer at a time and keeps only what an Observation holds of it: for `capture(model, consume=...)`."""
 
-    def __init__(self, query: Query | None, rollout: RolloutOptions) -> None:
+    def __init__(self, query: Query | None = None, rollout: RolloutOptions | None = None) -> None:
         self.query = query
-        self.options = rollout
+        self.options = rollout or RolloutOptions()
         self.layers: list[tuple[str, Geometry]] = []
         self.left_out: list[str] = []
         self.asked: list[Query] = []
@@ -101,6 +101,32 @@ class _Collector:
         first, last = self.layers[0][1], self.layers[-1][1]
         return first == last and last.window is None and weights.shape[-2] == weights.shape[-1]
 
+    def observation(
+        self, predicted: NDArray[Any], probability: NDArray[Any], reconstruction_error: float
+    ) -> Observation:
+        """Of all layers handed over. Raises UserError where the query or every layer's place is not known."""
+        if not self.layers:
+            raise UserError(NO_GEOMETRY)
+        names, geometries = zip(*self.layers, strict=True)
+        if self.query == "cls" and "cls" not in self.asked:
+            raise UserError("query=cls: this model has no class token: use query=patches")
+        columns, left_out = self.columns, tuple(self.left_out)
+        grid = max((each.grid for each in geometries), key=lambda grid: grid[0] * grid[1])
+        return Observation(
+            self.asked[-1],
+            geometries,
+            names,
+            left_out,
+            head_maps=stacked([on_grid(maps, grid) for maps in columns["maps"]]),
+            rollouts=stacked(columns["rollouts"]) if len(columns["rollouts"]) == len(names) + len(left_out) else None,
+            entropy=stacked(columns["entropy"]),
+            self_attention=stacked(columns["self"]) if set(self.asked) == {"cls"} else None,
+            distance=stacked(columns["distance"]),
+            predicted=predicted,
+            probability=probability,
+            reconstruction_error=reconstruction_error,
+        )
+
 
 def geometry_row(weights: Tensor, geometry: Geometry, query: Query) -> Tensor:
     """The query's attention as maps: [batch, head, query, key] -> [image, head, grid height, grid width]."""
@@ -120,32 +146,11 @@ def observe(
     The model should be in eval mode; `geometry` is for models that do not state theirs. Raises CaptureError when its
     attention cannot be seen, and UserError when no layer's place on the image is known.
     """
-    collector = _Collector(query, rollout or RolloutOptions())
+    collector = ObservationCollector(query, rollout)
     with torch.no_grad(), capture(model, consume=collector, geometry=geometry) as attention:
         output = model(images)
-    if not collector.layers:
-        raise UserError(NO_GEOMETRY)
-    names, geometries = zip(*collector.layers, strict=True)
-    if query == "cls" and "cls" not in collector.asked:
-        raise UserError("query=cls: this model has no class token: use query=patches")
-    columns = collector.columns
-    grid = max((each.grid for each in geometries), key=lambda grid: grid[0] * grid[1])
-    asked, left_out = collector.asked[-1], tuple(collector.left_out)
-    predicted, probability = predict(output if has_head(model) else None, len(images))
-    return Observation(
-        asked,
-        geometries,
-        names,
-        left_out,
-        head_maps=stacked([on_grid(maps, grid) for maps in columns["maps"]]),
-        rollouts=stacked(columns["rollouts"]) if len(columns["rollouts"]) == len(names) + len(left_out) else None,
-        entropy=stacked(columns["entropy"]),
-        self_attention=stacked(columns["self"]) if set(collector.asked) == {"cls"} else None,
-        distance=stacked(columns["distance"]),
-        predicted=predicted,
-        probability=probability,
-        reconstruction_error=attention.reconstruction_error,
-    )
+    answers = predict(output if has_head(model) else None, len(images))
+    return collector.observation(*answers, attention.reconstruction_error)
 
 
 def stacked(layers: list[Tensor]) -> NDArray[Any]:

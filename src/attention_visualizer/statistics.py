@@ -160,6 +160,22 @@ MEASURES = (
 # With those that cost more, for what is measured once.
 ALL_MEASURES = (
     *MEASURES,
+    Measure(
+        "effective_tokens",
+        "effective tokens",
+        "keys",
+        measures.readout_effective_tokens,
+        lambda geometry: float(geometry.num_tokens),
+    ),
+    Measure("confidence", "head confidence", "share", measures.head_confidence, lambda _: 1.0),
+    Measure(
+        "class_token",
+        "class token's attention to itself",
+        "share",
+        measures.class_token_self_attention,
+        lambda _: 1.0,
+        measures.reads_class_token,
+    ),
     Measure("sink", "attention sink strength", "share", measures.sink_strength, lambda _: 1.0),
     Measure(
         "divergence",
@@ -176,11 +192,15 @@ class AttentionStatistics:
     """Measures over a stream of images: hand `update` to `capture(model, consume=...)`.
 
     Layers whose place on the image is not known, or that come again with images of another size, are left out;
-    `left_out` has their names. Windows of one image count as one value, their mean.
+    `left_out` has their names. Windows of one image count as one value, their mean. `also`, if given, gets the values
+    as well: of each measure, by its name, and layer, by its position: [image, head].
     """
 
-    def __init__(self, chosen: Sequence[Measure] = MEASURES) -> None:
+    def __init__(
+        self, chosen: Sequence[Measure] = MEASURES, also: Callable[[str, int, Tensor], None] | None = None
+    ) -> None:
         self.measures = tuple(chosen)
+        self.also = also
         self.layer_names: list[str] = []
         self.geometries: list[Geometry] = []
         self.distributions: dict[str, list[Distribution]] = {measure.name: [] for measure in self.measures}
@@ -201,6 +221,8 @@ class AttentionStatistics:
             if measure.applies(layer.weights, layer.geometry):
                 values = layer.geometry.per_image(measure.function(layer.weights, layer.geometry))
                 self.distributions[measure.name][position].update(values)
+                if self.also is not None:
+                    self.also(measure.name, position, values)
         if position == 0:
             self.num_images += len(layer.geometry.per_image(layer.weights[:, :0]))
 
@@ -225,6 +247,28 @@ class AttentionStatistics:
         if not self.layer_names:
             raise UserError(NO_GEOMETRY)
         return {name: _summary(distributions) for name, distributions in self.distributions.items()}
+
+
+class MeanWeights:
+    """The mean of all weights over a stream of images: hand `update` to `capture(model, consume=...)`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # layer name -> [head, query, key], float64
+        self.counts: dict[str, int] = {}
+
+    def update(self, layer: AttentionLayer) -> None:
+        total = layer.weights.sum(dim=0, dtype=torch.float64)
+        self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total
+        self.counts[layer.name] = self.counts.get(layer.name, 0) + len(layer.weights)
+
+    def merge(self, other: MeanWeights) -> None:
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Layer name -> [head, query, key], float32."""
+        return {name: (total / self.counts[name]).float() for name, total in self.sums.items()}
 
 
 NO_GEOMETRY = (

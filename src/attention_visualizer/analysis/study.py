@@ -14,14 +14,18 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attention_visualizer import storage
+from attention_visualizer.analysis.survey import Survey, take_survey
 from attention_visualizer.attention_figures import Subject, class_name
 from attention_visualizer.chapter import FigureFile
+from attention_visualizer.controls import random_weights
 from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.history import AttentionHistory
+from attention_visualizer.inference import stratified
 from attention_visualizer.measures import Query
 from attention_visualizer.observation import Observation, RolloutOptions, observe
 from attention_visualizer.panels import Picture, encode_png
@@ -46,6 +50,20 @@ class Sample:
     source: str
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent where a chapter runs the model many times. pictures: of a stratified subset, None for all;
+    controls: models with random weights."""
+
+    pictures: int | None
+    controls: int
+
+
+QUICK, FULL = Effort(200, 3), Effort(1000, 10)
+CONTROL_PICTURES = 1000  # that each control model looks at
+FIRST_CONTROL = 1000  # the seed of the first control: no run is likely to have it
+
+
 @dataclass
 class Study:
     """pictures: the test set, or what else the model is looked at with. face_note stands on every figure.
@@ -67,12 +85,47 @@ class Study:
     file_format: FileFormat = "png"
     head_layers: HeadLayers = "all"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    effort: Effort = QUICK
+    progress: Callable[[str], None] = lambda doing: None  # told what is being done within a chapter
     reconstruction_error: float = 0.0  # the largest that any capture of this study measured
 
     @cached_property
     def first_look(self) -> Observation:
         """At one picture: which layers there are and how their tokens lie."""
         return self.observe(self.pictures.read([0]))
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Of all pictures."""
+        self.progress(f"attention of {len(self.pictures):,} {self.pictures.kind}s")
+        found = take_survey(
+            self.model, self.batches(), self.pictures.labels, len(self.pictures), self.given_geometry, self.rollout
+        )
+        self.reconstruction_error = max(self.reconstruction_error, found.reconstruction_error)
+        return found
+
+    @cached_property
+    def control_models(self) -> list[nn.Module]:
+        """The same architecture with random weights, so many as `effort` says."""
+        return [random_weights(self.model, FIRST_CONTROL + number) for number in range(self.effort.controls)]
+
+    @cached_property
+    def control_surveys(self) -> list[Survey]:
+        """Of the control models, over a stratified subset of the pictures: `Survey.kept` are rows of that subset."""
+        numbers = self.subset(CONTROL_PICTURES)
+        labels = None if self.pictures.labels is None else self.pictures.labels[torch.from_numpy(numbers)]
+        found = []
+        for position, model in enumerate(self.control_models):
+            self.progress(f"control model {position + 1} of {len(self.control_models)}, random weights")
+            batches = self.batches_of(numbers)
+            found.append(take_survey(model, batches, labels, len(numbers), self.given_geometry, self.rollout))
+        return found
+
+    def subset(self, count: int | None) -> NDArray[np.int64]:
+        """Numbers of so many pictures (None: all), each class in its share, always the same ones."""
+        labels = self.pictures.labels
+        known = np.zeros(len(self.pictures), np.int64) if labels is None else labels.cpu().numpy()
+        return stratified(known, len(self.pictures) if count is None else count)
 
     def observe(self, pictures: Tensor) -> Observation:
         """pictures: uint8 [image, channel, height, width]."""
@@ -86,12 +139,16 @@ class Study:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """All pictures in order, in batches of bounded memory: model inputs, and labels where they are known."""
+        return self.batches_of(range(len(self.pictures)))
+
+    def batches_of(self, numbers: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The same of pictures by their numbers."""
         labels, size = self.pictures.labels, batch_size(self.pictures.shape)
-        for start in range(0, len(self.pictures), size):
-            rows = range(start, min(start + size, len(self.pictures)))
+        for start in range(0, len(numbers), size):
+            rows = [int(number) for number in numbers[start : start + size]]
             yield (
                 self.model_input(self.pictures.read(rows)),
-                None if labels is None else labels[rows.start : rows.stop].to(self.device),
+                None if labels is None else labels[rows].to(self.device),
             )
 
     @cached_property

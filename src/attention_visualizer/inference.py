@@ -1,0 +1,206 @@
+"""What a number from many images is worth: intervals, permutation tests, effect sizes, false discovery control.
+
+The unit here is the image: an interval says how another draw of test images would move a number of this one model. How
+another training run would move it, it does not say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+REPLICATES = 1000
+PERMUTATIONS = 999
+LEVEL = 0.05  # of tests and, as 1 - LEVEL, of intervals
+BLOCK = 64  # permutations at once: bounds memory
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Values with the ends of their 95 % interval, arrays of one shape, and the number of images they are from."""
+
+    value: Array
+    low: Array
+    high: Array
+    n: int
+
+    def __getitem__(self, index: Any) -> Interval:
+        return Interval(self.value[index], self.low[index], self.high[index], self.n)
+
+    def text(self, digits: int = 3, percent: bool = False) -> str:
+        """Of a single value: "0.123 (0.120 to 0.126)"."""
+        if np.isnan(self.value):
+            return "–"
+        scale, unit = (100, " %") if percent else (1, "")
+        value, low, high = (f"{scale * float(each):.{digits}f}" for each in (self.value, self.low, self.high))
+        return f"{value}{unit} ({low} to {high})"
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"value": self.value.tolist(), "low": self.low.tolist(), "high": self.high.tolist(), "n": self.n}
+
+
+class BootstrapMeans:
+    """Means over a stream of images with percentile intervals, in memory that does not grow (Poisson bootstrap:
+    Hanley and MacGibbon, 2006; Chamandy et al., 2012).
+
+    In each replicate each image counts as often as a Poisson variable of mean 1 says; the numbers do not depend on
+    how the stream is cut into batches. groups: so many, each with means of its own.
+    """
+
+    def __init__(self, groups: int = 1, replicates: int = REPLICATES, seed: int = 0) -> None:
+        self.groups, self.replicates = groups, replicates
+        self.generator = np.random.default_rng(seed)
+        self.counts = np.zeros((groups, replicates))
+        self.num_images = np.zeros(groups, dtype=np.int64)
+        self.sums: Array | None = None  # [group, replicate, ...]
+        self.plain: Array | None = None  # [group, ...]
+
+    def update(self, values: Array, groups: Array | None = None) -> None:
+        """values: [image, ...]; groups: [image], below 0 for images of none."""
+        values = np.asarray(values, dtype=np.float64)
+        flat = values.reshape(len(values), -1)
+        if self.sums is None or self.plain is None:
+            self.sums = np.zeros((self.groups, self.replicates, *values.shape[1:]))
+            self.plain = np.zeros((self.groups, *values.shape[1:]))
+        times = self.generator.poisson(1.0, (len(values), self.replicates)).astype(np.float64)
+        members = np.zeros(len(values), dtype=np.int64) if groups is None else np.asarray(groups)
+        for group in np.unique(members[members >= 0]):
+            those = members == group
+            self.sums[group] += (times[those].T @ flat[those]).reshape(self.sums.shape[1:])
+            self.plain[group] += flat[those].sum(axis=0).reshape(self.plain.shape[1:])
+            self.counts[group] += times[those].sum(axis=0)
+            self.num_images[group] += those.sum()
+
+    def of_group(self, group: int = 0) -> Interval:
+        """[...]; NaN of no image."""
+        means, replicates = self._means(group)
+        low, high = percentiles(replicates)
+        return Interval(means, low, high, int(self.num_images[group]))
+
+    def difference(self, first: int, second: int) -> Interval:
+        """Between two groups' means: [...]."""
+        means, replicates = self._means(first)
+        other_means, others = self._means(second)
+        low, high = percentiles(replicates - others)
+        return Interval(means - other_means, low, high, int(self.num_images[[first, second]].sum()))
+
+    def _means(self, group: int) -> tuple[Array, Array]:
+        """[...] and [replicate, ...]. A replicate in which no image counts is NaN and left out of the percentiles."""
+        if self.sums is None or self.plain is None:
+            raise ValueError("there were no images")
+        counts = self.counts[group].reshape(-1, *[1] * (self.sums.ndim - 2))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.plain[group] / self.num_images[group], self.sums[group] / np.where(counts > 0, counts, np.nan)
+
+
+def percentiles(replicates: Array) -> tuple[Array, Array]:
+    """The ends of the 95 % interval of [replicate, ...]: [...] each; NaN where all are."""
+    if not replicates.size or np.isnan(replicates).any():
+        empty = np.full(replicates.shape[1:], np.nan)
+        there = ~np.isnan(replicates).all(axis=0)
+        if not there.any():
+            return empty, empty.copy()
+        low, high = empty, empty.copy()
+        low[there], high[there] = np.nanquantile(replicates[:, there], (LEVEL / 2, 1 - LEVEL / 2), axis=0)
+        return low, high
+    low, high = np.quantile(replicates, (LEVEL / 2, 1 - LEVEL / 2), axis=0)
+    return low, high
+
+
+def bootstrap_mean(values: Array, seed: int = 0, replicates: int = REPLICATES) -> Interval:
+    """Mean over images of [image, ...] with its interval: [...]."""
+    means = BootstrapMeans(1, replicates, seed)
+    means.update(values)
+    return means.of_group()
+
+
+def standardised_mean(values: Array) -> Array:
+    """Cohen's d of paired differences [image, ...]: mean over standard deviation, 0 where nothing varies around 0."""
+    mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
+    return np.divide(mean, deviation, out=np.where(mean == 0, 0.0, np.sign(mean) * np.inf), where=deviation > 0)
+
+
+def permutation_p_value(observed: Array, null: Array) -> Array:
+    """Two-sided, (b + 1) / (B + 1) (Phipson and Smyth, 2010): how often a statistic of permuted data [permutation, ...]
+    lies as far from the permutations' mean as the observed one [...]."""
+    middle = null.mean(axis=0)
+    # A permutation that gives back the data must count, whatever its rounding.
+    distance = np.abs(observed - middle) * (1 - 1e-9)
+    return ((np.abs(null - middle) >= distance).sum(axis=0) + 1) / (len(null) + 1)
+
+
+def permuted_products(
+    attention: Array, content: Array, permutations: int = PERMUTATIONS, seed: int = 0
+) -> tuple[Array, Array]:
+    """Whether attention goes with what is in a place, beyond the place itself.
+
+    attention: [image, head, patch]; content: [image, patch]. The statistic is the mean over images of
+    sum_p attention_p content_p: [head]. In each permutation, images get another image's content, so that places keep
+    their content on average: [permutation, head].
+    """
+    n, heads, patches = attention.shape
+    rows = np.ascontiguousarray(attention.transpose(1, 0, 2).reshape(heads, n * patches), dtype=np.float32)
+    content = content.astype(np.float32)
+    observed = rows @ content.reshape(-1) / n
+    generator = np.random.default_rng(seed)
+    null = np.empty((permutations, heads))
+    for start in range(0, permutations, BLOCK):
+        orders = [generator.permutation(n) for _ in range(min(BLOCK, permutations - start))]
+        mixed = np.stack([content[order].reshape(-1) for order in orders], axis=1)
+        null[start : start + len(orders)] = (rows @ mixed).T / n
+    return observed.astype(np.float64), null
+
+
+def largest_difference_test(
+    first: Array, second: Array, permutations: int = PERMUTATIONS, seed: int = 0
+) -> tuple[Array, Array]:
+    """Where two groups of images differ, at LEVEL for all places together (Westfall and Young, 1993: the largest).
+
+    first, second: [image, ...]. -> the difference of their means [...], and p-values [...] from the largest of all
+    standardised differences under permuted membership.
+    """
+    shape, n = first.shape[1:], len(first)
+    pooled = np.concatenate([first, second]).reshape(n + len(second), -1).astype(np.float64)
+    total = len(pooled)
+    deviation = pooled.std(axis=0)
+    there = deviation > 1e-12
+    scaled = np.zeros_like(pooled)
+    scaled[:, there] = (pooled[:, there] - pooled[:, there].mean(axis=0)) / deviation[there]
+    contrast = np.full(total, -1 / (total - n))
+    contrast[:n] = 1 / n
+    observed = np.abs(contrast @ scaled)
+    generator = np.random.default_rng(seed)
+    contrasts = np.stack([contrast[generator.permutation(total)] for _ in range(permutations)])
+    largest = np.abs(contrasts @ scaled).max(axis=1)
+    p_values = ((largest[:, None] >= observed * (1 - 1e-9)).sum(axis=0) + 1) / (permutations + 1)
+    difference = first.mean(axis=0, dtype=np.float64) - second.mean(axis=0, dtype=np.float64)
+    return difference, p_values.reshape(shape)
+
+
+def false_discovery_control(p_values: Array) -> Array:
+    """p-values adjusted so that those below LEVEL hold at most that share of false ones (Benjamini and Hochberg)."""
+    import scipy.stats
+
+    adjusted = np.full(np.shape(p_values), np.nan)
+    there = ~np.isnan(p_values)
+    if there.any():
+        adjusted[there] = scipy.stats.false_discovery_control(p_values[there])
+    return adjusted
+
+
+def stratified(labels: Array, count: int, seed: int = 0) -> Array:
+    """Numbers of `count` images (or all), each class in its share to one image, in order: [image]."""
+    if count >= len(labels):
+        return np.arange(len(labels))
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(labels))
+    # Sorted by class, every (n / count)-th image is taken.
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    taken = ((np.arange(count) + generator.random()) * len(labels) / count).astype(np.int64)
+    return np.sort(by_class[taken])

@@ -1,0 +1,39 @@
+"""Ink: what is drawn on the empty background of a digit, pixel by pixel and patch by patch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BRIGHT = 128  # of 255, from which a pixel counts as ink
+INKED = 0.04  # the share of a patch's pixels, from which it counts as inked: 2 of 49
+
+
+def ink_pixels(pictures: Tensor) -> Tensor:
+    """Whether each pixel is ink: uint8 [image, channel, height, width] -> bool [image, height, width]."""
+    return pictures.amax(dim=1) >= BRIGHT
+
+
+def patch_shares(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The mean of each patch's pixels: [image, height, width] -> float32 [image, patch]. Patches lie as in a Geometry:
+    row by row, all of one size, pixels beyond the last whole patch left out."""
+    height, width = pixels.shape[1] // grid[0], pixels.shape[2] // grid[1]
+    whole = pixels[:, : grid[0] * height, : grid[1] * width].float()
+    return whole.unflatten(2, (grid[1], width)).unflatten(1, (grid[0], height)).mean(dim=(2, 4)).flatten(1)
+
+
+def ink_amount(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The mean brightness of each patch, 0 to 1: uint8 [image, channel, height, width] -> [image, patch]."""
+    return patch_shares(pictures.amax(dim=1).float() / 255, grid)
+
+
+def inked_patches(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Which patches hold ink: uint8 [image, channel, height, width] -> bool [image, patch]."""
+    return patch_shares(ink_pixels(pictures), grid) >= INKED
+
+
+def grid_cells(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The patch that each pixel lies in: [height, width], int64."""
+    rows = torch.arange(size[0]) * grid[0] // size[0]
+    columns = torch.arange(size[1]) * grid[1] // size[1]
+    return rows[:, None] * grid[1] + columns
