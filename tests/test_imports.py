@@ -48,6 +48,7 @@ LEVELS = {
         "measures",
         "statistics",
         "inference",
+        "head_roles",
         "ink",
         "controls",
         "observation",

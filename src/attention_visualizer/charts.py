@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 BOX, MEDIAN, REFERENCE, NOTE = "#9ecae1", "#b2182b", "#555555", "#be141e"
+BAND, PLACE, CONTENT = "#e3e3e3", "#9ecae1", "#e08214"
 MOST_ANNOTATED = 160  # cells of a heat map that still have room for their number
 
 
@@ -48,7 +49,7 @@ def box_by_layer(
         ax.legend(fontsize=9, facecolor="white", edgecolor="none", framealpha=1)
     ax.set_xlabel("layer (box: middle 50 %, whiskers: 5 to 95 %)")
     ax.set_ylabel(label)
-    return _clean(ax)
+    return clean(ax)
 
 
 def distribution_by_layer(
@@ -87,7 +88,7 @@ def distribution_by_layer(
     ax.xaxis.set_major_locator(MaxNLocator(4))  # labels of small shares are long
     ax.set_ylabel("layer (height: √share; red: median)")
     ax.set_xlabel(label)
-    return _clean(ax)
+    return clean(ax)
 
 
 def heat_map(
@@ -161,7 +162,7 @@ def lines_over_training(
     ax.set_xlabel("training step (logarithmic)")
     ax.set_ylabel(label)
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    return _clean(ax)
+    return clean(ax)
 
 
 def confusion_matrix(counts: Array, class_names: list[str], ax: Axes | None = None) -> Axes:
@@ -197,6 +198,48 @@ def confusion_matrix(counts: Array, class_names: list[str], ax: Axes | None = No
     return ax
 
 
+def forest(at: Array, values: Array, low: Array, high: Array, ax: Axes | None = None, color: str = MEDIAN) -> Axes:
+    """A point with its interval at each height of `at`, and a line at 0."""
+    ax = ax or new_axes()
+    ax.axvline(0, color=REFERENCE, linewidth=1, zorder=1)
+    ax.hlines(at, low, high, color=color, linewidth=1.6, zorder=3)
+    ax.plot(values, at, "o", color=color, markersize=4.5, zorder=4)
+    return ax
+
+
+def square_matrix(
+    values: Array,
+    labels: list[str],
+    label: str,
+    ax: Axes | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Axes:
+    """The same things down and across, without numbers in the cells."""
+    import seaborn
+
+    ax = ax or new_axes()
+    seaborn.heatmap(
+        values,
+        ax=ax,
+        vmin=low,
+        vmax=high,
+        cmap="viridis_r",
+        square=True,
+        xticklabels=labels,
+        yticklabels=labels,
+        cbar_kws={"label": label, "shrink": 0.8},
+    )
+    ax.tick_params(axis="y", rotation=0, labelsize=9)
+    ax.tick_params(axis="x", rotation=90, labelsize=9)
+    return ax
+
+
+def box(ax: Axes, start: float, end: float, color: str = MEDIAN) -> None:
+    """Around rows and columns `start` to `end` of a square matrix."""
+    ax.plot([start, end, end, start, start], [start, start, end, end, start], color=color, linewidth=2, clip_on=False)
+
+
 def finish(figure: Figure, headline: str, face_note: str = "") -> Figure:
     """The headline, and in red what the reader must know of the data or the weights."""
     figure.suptitle(headline, fontsize=14, fontweight="bold", x=0.01, ha="left")
@@ -210,8 +253,9 @@ def layer_colors(num_layers: int) -> list[Any]:
     return [matplotlib.colormaps["viridis_r"](share) for share in np.linspace(0.08, 0.95, num_layers)]
 
 
-def _clean(ax: Axes) -> Axes:
+def clean(ax: Axes, axis: Literal["x", "y", "both"] = "y") -> Axes:
+    """Without the frame's upper and right sides, with faint lines across `axis`."""
     ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    ax.grid(axis=axis, color="#e6e6e6", linewidth=0.7)
     ax.set_axisbelow(True)
     return ax

@@ -36,7 +36,8 @@ HeadLayers = Literal["all", "last"]
 # What an analysis writes.
 OURS = re.compile(
     r"(attention_(pattern|heads|methods)|layer_comparison)_sample_\d+\.(png|pdf|svg)"
-    r"|attention_(statistics(_by_head)?|evolution)\.(png|pdf|svg|webp|csv|json)"
+    r"|attention_(statistics(_by_head)?|evolution|roles|redundancy|atlas(_differences)?|importance|trust|claims|runs)"
+    r"\.(png|pdf|svg|webp|csv|json)"
 )
 LARGEST_DRAWN = 224  # pixels a side, twice those of a tile
 

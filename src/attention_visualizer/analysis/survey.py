@@ -79,6 +79,29 @@ class Survey:
         """The kept maps renormalised over the patches: [kept, layer, head, patch]."""
         return self.maps / np.maximum(self.maps.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
 
+    @property
+    def num_keys(self) -> Array:
+        """Of `rows`, for each layer: the patches of the finest grid, and one for all prefix tokens if there are any."""
+        patches = self.maps.shape[-1]
+        return np.array([patches + (geometry.num_prefix_tokens > 0) for geometry in self.geometries])
+
+    def rows(self, kept: Array | slice = slice(None)) -> Array:
+        """The kept maps as distributions: [kept, layer, head, 1 + patch]; in front, what prefix tokens take together.
+
+        A coarser layer's shares are spread evenly over the finest grid, and windows count alike.
+        """
+        maps = self.maps[kept]
+        rows = np.empty((*maps.shape[:-1], maps.shape[-1] + 1), np.float32)
+        for layer, geometry in enumerate(self.geometries):
+            if geometry.num_prefix_tokens:
+                spread = maps.shape[-1] / np.prod(geometry.grid)
+                rows[:, layer, :, 1:] = maps[:, layer] / spread
+                rows[:, layer, :, 0] = np.clip(1 - rows[:, layer, :, 1:].sum(axis=-1), 0, None)
+            else:
+                rows[:, layer, :, 1:] = maps[:, layer] / maps[:, layer].sum(axis=-1, keepdims=True)
+                rows[:, layer, :, 0] = 0
+        return rows
+
     def mean_of(self, measure: str) -> Interval:
         """[layer, head + 1]; the last column is the mean over heads."""
         return self.means.of_group()[MEASURE_NAMES.index(measure)]

@@ -1,0 +1,131 @@
+"""What single heads follow, always look at, and share with each other, as numbers; and the names that these carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from attention_visualizer import inference, measures
+from attention_visualizer.inference import Interval
+
+Array = NDArray[Any]
+
+# Stated before anything was measured: what a role needs at least. A share of 0.05 is one patch's worth of uniform
+# attention on a 4 x 4 grid; a nat is a factor of 2.7 in the number of patches.
+LEAST_INK = 0.05  # share of the attention on patches
+LEAST_SELECTIVE = 0.5  # nats
+LEAST_ON_CLASS_TOKEN = 0.5  # share of the row
+NEAR = 0.5  # of the distance that uniform attention has
+MOSTLY = 0.8  # the part of a head's selectivity that one cause must have to give it its name
+BEYOND_CONTROLS = 1.5  # times the largest of any head with random weights
+NO_ROLE = "no distinct role"
+
+ALIKE = 0.1  # nats: heads that diverge less on the same picture are called alike
+ROLES = ("ink", "background", "fixed place", "varies with the picture", "class token", "neighbours")
+
+
+@dataclass(frozen=True)
+class Selectivity:
+    """How far a head's row is from uniform, in nats: ln N - mean entropy = place + content.
+
+    place: ln N - H(mean row), what it looks at on every picture; content: H(mean row) - mean H(row) >= 0, what an
+    average map hides. [layer, head] each.
+    """
+
+    place: Interval
+    content: Interval
+
+
+def entropy(rows: Array) -> Array:
+    """Nats, over the last axis."""
+    terms = np.where(rows > 0, rows * np.log(np.maximum(rows, 1e-30)), 0.0)
+    return np.asarray(-np.sum(terms, axis=-1, dtype=np.float64))
+
+
+def ink_followed(shares: Array, inked: Array) -> Array:
+    """How much more each picture's inked patches get than by position: shares [image, ..., patch], inked [image, patch]
+    -> [image, ...].
+
+    The mean over images is sum_p cov(share_p, inked_p): exactly 0 for a head that looks at the same places on every
+    picture, whatever these places are.
+    """
+    centred = (inked - inked.mean(axis=0)).astype(np.float32)
+    centred = centred.reshape(len(inked), *[1] * (shares.ndim - 2), -1)
+    return ((shares - shares.mean(axis=0)) * centred).sum(axis=-1, dtype=np.float64)
+
+
+def selectivity(rows: Array, num_keys: Array, seed: int = 0, replicates: int = 200) -> Selectivity:
+    """rows: distributions [image, layer, head, key]; num_keys: [layer]."""
+    shape = rows.shape[1:]
+    flat = rows.reshape(len(rows), -1)
+    entropies = entropy(rows).reshape(len(rows), -1)
+    highest = np.log(num_keys)[:, None]
+
+    def parts(mean_rows: Array, mean_entropy: Array) -> tuple[Array, Array]:
+        of_mean = entropy(mean_rows.reshape(*mean_rows.shape[:-1], *shape))
+        return highest - of_mean, of_mean - mean_entropy.reshape(of_mean.shape)
+
+    place, content = parts(flat.mean(axis=0, dtype=np.float64), entropies.mean(axis=0))
+    times = np.random.default_rng(seed).poisson(1.0, (replicates, len(rows))).astype(np.float32)
+    times /= times.sum(axis=1, keepdims=True)
+    places, contents = parts((times @ flat).astype(np.float64), times @ entropies)
+    low, high = inference.percentiles(places)
+    content_low, content_high = inference.percentiles(contents)
+    return Selectivity(Interval(place, low, high, len(rows)), Interval(content, content_low, content_high, len(rows)))
+
+
+def name_roles(
+    follows: Interval,
+    p_value: float,
+    place: Interval,
+    content: Interval,
+    class_token: float,
+    distance: float,
+    bounds: dict[str, float],
+) -> list[str]:
+    """The roles that one head's numbers carry: each beyond its bound, its whole interval beyond the least effect."""
+    found = []
+    if abs(follows.value) >= bounds["ink"] and p_value < inference.LEVEL:
+        if follows.low >= LEAST_INK:
+            found.append("ink")
+        elif follows.high <= -LEAST_INK:
+            found.append("background")
+    total = place.value + content.value
+    if place.value >= bounds["place"] and place.low >= LEAST_SELECTIVE and place.value >= MOSTLY * total:
+        found.append("fixed place")
+    if content.value >= bounds["content"] and content.low >= LEAST_SELECTIVE and content.value >= MOSTLY * total:
+        found.append("varies with the picture")
+    if class_token >= bounds["class token"]:
+        found.append("class token")
+    if distance <= NEAR:
+        found.append("neighbours")
+    return found or [NO_ROLE]
+
+
+def divergences(rows: Array) -> Array:
+    """Mean over images of the Jensen-Shannon divergence between every two heads, of all layers: [image, head, key] ->
+    [head, head] in nats."""
+    given = torch.from_numpy(rows)
+    found = torch.stack(
+        [
+            measures.jensen_shannon_divergence(given[:, head : head + 1], given).mean(dim=0, dtype=torch.float64)
+            for head in range(given.shape[1])
+        ]
+    )
+    return found.numpy()
+
+
+def clustered(divergence: Array) -> tuple[Array, Array]:
+    """Order of the heads along the tree of average linkage on the square root of the divergence, which is a distance
+    (Endres and Schindelin, 2003), and each head's cluster: heads of one diverge by less than ALIKE on average."""
+    from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    distance = np.sqrt(np.clip((divergence + divergence.T) / 2, 0, None))
+    np.fill_diagonal(distance, 0)
+    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
+    return leaves_list(tree), fcluster(tree, np.sqrt(ALIKE), "distance")
