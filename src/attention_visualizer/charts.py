@@ -235,6 +235,39 @@ def square_matrix(
     return ax
 
 
+def changes(
+    values: Array,
+    label: str,
+    ax: Axes | None = None,
+    reach: float = 1.0,
+    columns: list[str] | None = None,
+    colorbar: bool = True,
+) -> Axes:
+    """Layers down, heads across, on a scale from -reach (red) over 0 (white) to reach (blue), with numbers."""
+    import seaborn
+
+    ax = ax or new_axes()
+    seaborn.heatmap(
+        values,
+        ax=ax,
+        vmin=-reach,
+        vmax=reach,
+        cmap="RdBu",
+        annot=values.size <= MOST_ANNOTATED,
+        fmt=".1f",
+        annot_kws={"fontsize": 9},
+        linewidths=0.5,
+        cbar=colorbar,
+        cbar_kws={"label": label} if colorbar else None,
+        xticklabels=columns or [str(head + 1) for head in range(values.shape[1])],
+        yticklabels=[str(layer + 1) for layer in range(values.shape[0])],
+    )
+    ax.set_xlabel("head")
+    ax.set_ylabel("layer")
+    ax.tick_params(axis="y", rotation=0)
+    return ax
+
+
 def box(ax: Axes, start: float, end: float, color: str = MEDIAN) -> None:
     """Around rows and columns `start` to `end` of a square matrix."""
     ax.plot([start, end, end, start, start], [start, start, end, end, start], color=color, linewidth=2, clip_on=False)

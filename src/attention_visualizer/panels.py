@@ -223,6 +223,13 @@ def difference_scale(limit: float, title: str) -> ColorScale:
     return ColorScale(title, -limit, limit, ticks, color_table("PuOr_r", 0.08, 0.92))
 
 
+def signed_scale(limit: float, title: str, colors: str) -> ColorScale:
+    """A difference, from -limit to limit, white at 0, in matplotlib's diverging colour map `colors`."""
+    limit = max(limit, 1e-6)
+    ticks = tuple((float(value), f"{value:+.2g}" if value else "0") for value in np.linspace(-limit, limit, 5))
+    return ColorScale(title, -limit, limit, ticks, color_table(colors, 0.08, 0.92))
+
+
 def sequential_scale(low: float, high: float, title: str) -> ColorScale:
     ticks = tuple((float(value), f"{value:.2f}") for value in np.linspace(low, high, 5))
     return ColorScale(title, low, high, ticks, color_table("viridis"))

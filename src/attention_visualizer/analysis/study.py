@@ -60,7 +60,7 @@ class Effort:
     controls: int
 
 
-QUICK, FULL = Effort(200, 3), Effort(1000, 10)
+QUICK, FULL = Effort(500, 3), Effort(2000, 10)
 CONTROL_PICTURES = 1000  # that each control model looks at
 FIRST_CONTROL = 1000  # the seed of the first control: no run is likely to have it
 
