@@ -7,6 +7,7 @@ import gc
 import logging
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,6 @@ TYPES = {
     "samples": list,
     "class": int,
     "wrong": bool,
-    "chapters": list,
     **dict.fromkeys(
         (
             *("ckpt", "run", "runs_dir", "model_from", "images", "image", "head_layers", "rollout_fusion", "format"),
@@ -40,6 +40,7 @@ TYPES = {
 }
 
 
+MIXED = ("query", "chapters", "subset")  # a word or something else, checked where they are used
 KINDS: dict[type, str] = {
     int: "a whole number",
     float: "a number",
@@ -47,7 +48,7 @@ KINDS: dict[type, str] = {
     bool: "true or false",
     str: "a text",
 }
-OPTIONAL = ("run", "model_from", "images", "samples", "class", "image", "chapters", "output_dir", "data_dir")
+OPTIONAL = ("run", "model_from", "images", "samples", "class", "image", "output_dir", "data_dir")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
@@ -83,11 +84,15 @@ def import_analysis() -> None:
 
 def analyze(options: dict[str, Any]) -> None:
     from attention_visualizer.analysis import CHAPTERS, check_chapters, comprehensive, preparation
+    from attention_visualizer.analysis.study import FULL, QUICK
     from attention_visualizer.observation import RolloutOptions
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    options["chapters"] = list(CHAPTERS) if options["chapters"] is None else options["chapters"]
-    check_chapters(options["chapters"])
+    chapters = options["chapters"] if isinstance(options["chapters"], list) else list(CHAPTERS)
+    check_chapters(chapters)
+    effort = FULL if options["chapters"] == "full" else QUICK
+    if options["subset"] is not None:
+        effort = replace(effort, pictures=None if options["subset"] == "all" else options["subset"], work=None)
     if options["model_from"] is None:
         weights = preparation.find_weights(options["ckpt"], options["run"], options["runs_dir"])
     else:
@@ -113,14 +118,15 @@ def analyze(options: dict[str, Any]) -> None:
         options["head_layers"],
         RolloutOptions(options["rollout_fusion"], options["rollout_discard"]),
     )
+    study.effort = effort
     command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
-    report = comprehensive.write_analysis(study, command, options["chapters"])
+    report = comprehensive.write_analysis(study, command, chapters)
     print(f"Report:     {storage.short_path(report)}")
 
 
 def check_types(options: dict[str, Any]) -> None:
     """Raises UserError for a value of the wrong type."""
-    for name in options.keys() - {*TYPES, "query"}:  # added with "+"
+    for name in options.keys() - {*TYPES, *MIXED}:  # added with "+"
         raise UserError(f"{name}: there is no such field; see --help for those there are")
     for name, kind in TYPES.items():
         value = options[name]
@@ -129,6 +135,15 @@ def check_types(options: dict[str, Any]) -> None:
         right = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
         if not (right or (value is None and optional)):
             raise UserError(f"{name}={value}: give {KINDS[kind]}")
+    if not isinstance(options["chapters"], list) and options["chapters"] not in ("quick", "full"):
+        raise UserError(f"chapters={options['chapters']}: give quick, full or a list such as [statistics,roles]")
+    subset = options["subset"]
+    if (
+        subset is not None
+        and subset != "all"
+        and (isinstance(subset, bool) or not isinstance(subset, int) or subset < 2)
+    ):
+        raise UserError(f"subset={subset}: give a whole number of at least 2, or all")
     if any(not isinstance(index, int) or isinstance(index, bool) for index in options["samples"] or []):
         raise UserError(f"samples={options['samples']}: give whole numbers, such as samples=[12,57]")
 

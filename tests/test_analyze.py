@@ -47,7 +47,14 @@ SIZES: dict[str, Any] = {"embed_dim": 22, "num_heads": HEADS, "num_layers": LAYE
 FRAMES = 5
 NOT_MNIST = "data: scikit-learn digits (not MNIST)"
 SAMPLE_FIGURES = ("attention_pattern", "attention_heads", "layer_comparison", "attention_methods")
-STATISTICS_FIGURES = ("attention_statistics", "attention_statistics_by_head")
+STATISTICS_FIGURES = ("attention_statistics", "attention_statistics_by_head", "attention_statistics_by_class")
+FINDINGS_FIGURES = (
+    "attention_atlas",
+    "attention_atlas_differences",
+    "attention_roles",
+    "attention_redundancy",
+    "attention_importance",
+)
 
 
 # --- runs to analyse ---
@@ -224,7 +231,7 @@ def analysis(tmp_path_factory: pytest.TempPathFactory, digits: ImageDataModule, 
 
 def test_every_promised_file_is_written_and_no_other(analysis: Analysis) -> None:
     expected = {f"{stem}_sample_{number}.png" for stem in SAMPLE_FIGURES for number in range(8)}
-    expected |= {f"{stem}.png" for stem in STATISTICS_FIGURES}
+    expected |= {f"{stem}.png" for stem in STATISTICS_FIGURES + FINDINGS_FIGURES}
     expected |= {"attention_evolution.png", "attention_evolution.webp"}
     expected |= {"attention_analysis_report.md", "attention_statistics.csv", "attention_statistics.json"}
     assert set(os.listdir(analysis.output)) == expected
@@ -416,7 +423,6 @@ def test_memory_does_not_grow_with_the_test_set(
     model: VisionTransformer, digits: ImageDataModule, tmp_path: Path
 ) -> None:
     """What the model sees at once is bounded, and nothing of it is kept."""
-    from attention_visualizer.analysis import statistics
     from attention_visualizer.analysis.study import Study
     from attention_visualizer.pictures import LabelledImages
 
@@ -426,11 +432,11 @@ def test_memory_does_not_grow_with_the_test_set(
     sizes: list[int] = []
     handle = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     try:
-        measured = statistics.measure(study, study.batches())
+        survey = study.survey
     finally:
         handle.remove()
     assert sum(sizes) == 1307 and max(sizes) <= 500 and len(sizes) > 2
-    for summary in measured.summaries.values():
+    for summary in survey.summaries.values():
         assert summary.n == 1307 and summary.counts.shape == (LAYERS, HEADS, 512)
 
 
@@ -649,7 +655,9 @@ def test_the_last_layers_heads_alone(one_run: Workplace) -> None:
     assert heights["all"] - heights["last"] == pytest.approx(2 * 134, abs=6)
 
 
-@pytest.mark.parametrize("chapters", [["heads"], ["statistics", "layers"], ["methods"], ["evolution"]])
+@pytest.mark.parametrize(
+    "chapters", [["heads"], ["statistics", "layers"], ["methods"], ["roles", "atlas"], ["importance"], ["evolution"]]
+)
 def test_only_the_chapters_that_were_asked_for(work: Workplace, model: VisionTransformer, chapters: list[str]) -> None:
     work.add_run("2025-01-01_00-00-00-000000", model, with_history=True)
     succeed(f"chapters=[{','.join(chapters)}]", "num_samples=2", "output_dir=deep/out", folder=work.path)
@@ -658,6 +666,9 @@ def test_only_the_chapters_that_were_asked_for(work: Workplace, model: VisionTra
         "layers": {f"layer_comparison_sample_{number}.png" for number in range(2)},
         "methods": {f"attention_methods_sample_{number}.png" for number in range(2)},
         "statistics": {*(f"{stem}.png" for stem in STATISTICS_FIGURES), "attention_statistics.csv"},
+        "atlas": {f"{stem}.png" for stem in FINDINGS_FIGURES[:2]},
+        "roles": {f"{stem}.png" for stem in FINDINGS_FIGURES[2:4]},
+        "importance": {f"{stem}.png" for stem in FINDINGS_FIGURES[4:]},
         "evolution": {"attention_evolution.png", "attention_evolution.webp"},
     }
     expected = {"attention_analysis_report.md", "attention_statistics.json"}.union(*(files[name] for name in chapters))
@@ -681,7 +692,12 @@ def test_vector_formats(work: Workplace, model: VisionTransformer, file_format: 
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         succeed(f"format={file_format}", "num_samples=1", "output_dir=out", folder=work.path)
     figures = sorted((work.path / "out").glob(f"*.{file_format}"))
-    names = [*(f"{stem}_sample_0" for stem in SAMPLE_FIGURES), *STATISTICS_FIGURES, "attention_evolution"]
+    names = [
+        *(f"{stem}_sample_0" for stem in SAMPLE_FIGURES),
+        *STATISTICS_FIGURES,
+        *FINDINGS_FIGURES,
+        "attention_evolution",
+    ]
     assert {path.stem for path in figures} == set(names)
     assert not list((work.path / "out").glob("*.png"))
     assert set(embedded_figures(read_report(work.path / "out"))) == {
@@ -701,7 +717,9 @@ def test_random_weights_stand_on_the_face_of_every_figure(work: Workplace, model
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         succeed("ckpt=random", "format=svg", "num_samples=1", "output_dir=out", folder=work.path)
     figures = sorted((work.path / "out").glob("*.svg"))
-    assert len(figures) == len(SAMPLE_FIGURES) + len(STATISTICS_FIGURES)  # a random model has no history
+    assert len(figures) == len(SAMPLE_FIGURES) + len(STATISTICS_FIGURES) + len(
+        FINDINGS_FIGURES
+    )  # a random model has no history
     for path in figures:
         text = svg_text(path)
         assert "random weights" in text and NOT_MNIST in text, path.name
@@ -824,7 +842,7 @@ def test_without_any_checkpoint_it_says_how_to_train(tmp_path: Path, arguments: 
         ("samples=[1,a]", "samples"),
         ("samples=[7,300]", "from 0 to 299"),
         ("samples=[-1]", "from 0 to 299"),
-        ("chapters=[nope]", "patterns, heads, layers, methods, statistics, evolution"),
+        ("chapters=[nope]", "patterns, heads, layers, methods, statistics, atlas, roles, importance, evolution"),
         ("chapters=[]", "patterns, heads"),
         ("chapters=patterns", "chapters=patterns"),
         ("chapters=[1]", "chapters="),

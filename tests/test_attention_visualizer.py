@@ -99,7 +99,7 @@ for path in model_paths:
 """
 
 SAMPLE_FIGURES = ("attention_pattern", "attention_heads", "layer_comparison", "attention_methods")
-RANDOM = "random weights"
+RANDOM = "random weights (untrained)"
 NOT_MNIST = "scikit-learn digits (not MNIST)"
 
 

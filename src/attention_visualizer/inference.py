@@ -6,6 +6,7 @@ another training run would move it, it does not say.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,37 +80,39 @@ class BootstrapMeans:
 
     def of_group(self, group: int = 0) -> Interval:
         """[...]; NaN of no image."""
+        return self.of(lambda means: means, group)
+
+    def of(self, function: Callable[[Array], Array], group: int = 0) -> Interval:
+        """A function of the means [..., as in `update`] -> [...], with its interval."""
         means, replicates = self._means(group)
-        low, high = percentiles(replicates)
-        return Interval(means, low, high, int(self.num_images[group]))
+        held = self.counts[group] > 0  # of very few images, a replicate may hold none
+        low, high = percentiles(function(replicates[held]))
+        return Interval(np.asarray(function(means)), low, high, int(self.num_images[group]))
 
     def difference(self, first: int, second: int) -> Interval:
         """Between two groups' means: [...]."""
-        means, replicates = self._means(first)
-        other_means, others = self._means(second)
-        low, high = percentiles(replicates - others)
+        (means, replicates), (other_means, others) = self._means(first), self._means(second)
+        held = (self.counts[[first, second]] > 0).all(axis=0)
+        low, high = percentiles(replicates[held] - others[held])
         return Interval(means - other_means, low, high, int(self.num_images[[first, second]].sum()))
 
     def _means(self, group: int) -> tuple[Array, Array]:
-        """[...] and [replicate, ...]. A replicate in which no image counts is NaN and left out of the percentiles."""
+        """[...] and [replicate, ...]."""
         if self.sums is None or self.plain is None:
             raise ValueError("there were no images")
         counts = self.counts[group].reshape(-1, *[1] * (self.sums.ndim - 2))
         with np.errstate(invalid="ignore", divide="ignore"):
-            return self.plain[group] / self.num_images[group], self.sums[group] / np.where(counts > 0, counts, np.nan)
+            return self.plain[group] / self.num_images[group], self.sums[group] / counts
 
 
 def percentiles(replicates: Array) -> tuple[Array, Array]:
-    """The ends of the 95 % interval of [replicate, ...]: [...] each; NaN where all are."""
-    if not replicates.size or np.isnan(replicates).any():
-        empty = np.full(replicates.shape[1:], np.nan)
-        there = ~np.isnan(replicates).all(axis=0)
-        if not there.any():
-            return empty, empty.copy()
-        low, high = empty, empty.copy()
-        low[there], high[there] = np.nanquantile(replicates[:, there], (LEVEL / 2, 1 - LEVEL / 2), axis=0)
-        return low, high
-    low, high = np.quantile(replicates, (LEVEL / 2, 1 - LEVEL / 2), axis=0)
+    """The ends of the 95 % interval of [replicate, ...]: [...] each; NaN where any is."""
+    flat = replicates.reshape(len(replicates), -1)
+    found = np.full((2, flat.shape[1]), np.nan)
+    there = ~np.isnan(flat).any(axis=0)
+    if len(flat) and there.any():
+        found[:, there] = np.quantile(flat[:, there], (LEVEL / 2, 1 - LEVEL / 2), axis=0)
+    low, high = found.reshape(2, *replicates.shape[1:])
     return low, high
 
 

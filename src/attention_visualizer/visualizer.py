@@ -133,11 +133,11 @@ class AttentionVisualizer:
         inputs = self.study.model_input(torch.stack([sample.image for sample in taken]))
         known = [sample.label for sample in taken if sample.label is not None]
         labels = torch.tensor(known, device=inputs.device) if len(known) == len(taken) else None
-        measured = statistics.measure(self.study, [(inputs, labels)])
+        measured = self.study.survey_of([(inputs, labels)], labels, len(taken))
         figure = statistics.figure(measured, f"{len(taken):,} given images", self.study.face_note)
         self._claim_output()
         self.study.save(figure, "attention_statistics")
-        return figure, pd.DataFrame(statistics.records(measured.summaries))
+        return figure, pd.DataFrame(statistics.records(measured))
 
     def run_comprehensive_analysis(self, model_path: str | Path | None = None) -> Path:
         """Every figure, the statistics over the whole test set and the report; returns the report's path.

@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from attention_visualizer.analysis import evolution, heads, layers, methods, patterns, statistics
+from attention_visualizer.analysis import (
+    atlas,
+    evolution,
+    heads,
+    importance,
+    layers,
+    methods,
+    patterns,
+    roles,
+    statistics,
+)
 from attention_visualizer.analysis.study import Study
 from attention_visualizer.chapter import Chapter
 from attention_visualizer.errors import UserError
@@ -17,6 +27,9 @@ CHAPTERS: dict[str, Callable[[Study], Chapter]] = {
     "layers": layers.write,
     "methods": methods.write,
     "statistics": statistics.write,
+    "atlas": atlas.write,
+    "roles": roles.write,
+    "importance": importance.write,
     "evolution": evolution.write,
 }
 

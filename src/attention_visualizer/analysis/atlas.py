@@ -307,7 +307,7 @@ def readout(survey: Survey) -> Literal["cls", "patches"]:
 TEXT = """Mean maps over {n:,} test images, as shares of the attention on patches. A class's mean map follows its mean
 picture, because heads that follow ink do; what classes differ in is shown twice. First as it is: places with a ring
 differ beyond chance, for all layers and patches of a pair together ({permutations} permutations of the classes'
-labels, the largest standardised difference, p < 0.05), and by at least {least:.0%} of the attention. Then without ink:
-each place's attention is predicted from its own ink by a line, and what is left is tested alike (full dots). The line is
-rough: attention may follow ink elsewhere in the picture, so a full dot is a difference that this place's ink does not
-explain, not one that no ink explains."""
+labels, the largest standardised difference, p < 0.05), and by at least {least:.0%} of the attention. Then without
+ink: each place's attention is predicted from its own ink by a line, and what is left is tested alike (full dots). The
+line is rough: attention may follow ink elsewhere in the picture, so a full dot is a difference that this place's ink
+does not explain, not one that no ink explains."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from attention_visualizer import charts, inference
 from attention_visualizer.analysis.roles import head_labels
-from attention_visualizer.analysis.study import Study
+from attention_visualizer.analysis.study import LEAST_PICTURES, Study
 from attention_visualizer.analysis.survey import Survey
 from attention_visualizer.capture import Edit, intervene
 from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
@@ -159,7 +159,12 @@ def write(study: Study) -> Chapter:
     survey = study.survey
     if (survey.predicted < 0).any():
         return Chapter(title, "The model gives no class scores, so there is nothing that could change without a head.")
-    numbers = study.subset(study.effort.pictures)
+    if len(study.pictures) < LEAST_PICTURES:
+        return Chapter(title, f"Left out: it takes at least {LEAST_PICTURES} images to say what an answer needs.")
+    passes = len(WAYS) * len(list(ablations(survey))) + 1
+    numbers = study.subset_for(passes)
+    if numbers is None:
+        return Chapter(title, TOO_MUCH.format(passes=passes))
     found = measure_importance(study, numbers)
     heads = head_labels(survey)
     picked = tuple(np.array([index for index, _ in heads]).T)
@@ -203,7 +208,7 @@ def headline(found: Importance, heads: list[tuple[tuple[int, int], str]]) -> str
         f"{who} needed alone, that is, worth more than {LEAST_PART:.0%} of the class's score when switched off. "
         f"The most needed, head {name}, costs {-float(score.value):.2f} ({-float(score.high):.2f} to "
         f"{-float(score.low):.2f}) of {float(found.score.value):.2f} logits and {-100 * float(accuracy.value):.2f} "
-        f"points of accuracy (n = {found.score.n:,})."
+        f"points of {'accuracy' if found.classes == 'true' else 'agreement with itself'} (n = {found.score.n:,})."
     )
 
 
@@ -310,12 +315,13 @@ def importance_figure(
 
 
 def importance_table(found: Importance, heads: list[tuple[tuple[int, int], str]]) -> Table:
+    right = "accuracy" if found.classes == "true" else "same answer"
     columns = [
         "without",
         "score, switched off",
         "score, averaged",
-        "accuracy, switched off",
-        "accuracy, averaged",
+        f"{right}, switched off",
+        f"{right}, averaged",
         "matters",
     ]
     num_layers, last = found.of_score["zero"].value.shape
@@ -341,9 +347,13 @@ def importance_table(found: Importance, heads: list[tuple[tuple[int, int], str]]
 
 TEXT = """Over {who}, each head is taken away in two ways, all others in place: **switched off** (its weights are 0),
 and **averaged** (it attends on every picture as it does on average, so that only what depends on the picture is lost).
-What changes is the score of the {classes} class (its logit relative to the mean logit), {score} with all heads, and the
-share of right answers, {accuracy}. A head is said to matter if the whole interval of its loss lies beyond {part:.0%} of
-the score, {least:.2f}: {zero} of {count} heads when switched off, {mean} when averaged.{chance}{fixed}{correlations}"""
+What changes is the score of the {classes} class (its logit relative to the mean logit), {score} with all heads, and
+the share of answers that are the {classes} class, {accuracy}. A head is said to matter if the whole interval of its
+loss lies beyond {part:.0%} of the score, {least:.2f}: {zero} of {count} heads when switched off, {mean} when
+averaged.{chance}{fixed}{correlations}"""
+
+TOO_MUCH = """Left out: it takes {passes:,} passes over each image, which is long for a model of this size. `subset=50`
+does it for 50 images."""
 
 CHANCE = """ These answers are no better than chance, so that no head can be needed for them."""
 

@@ -21,6 +21,7 @@ from attention_visualizer.head_roles import (
     LEAST_INK,
     LEAST_ON_CLASS_TOKEN,
     LEAST_SELECTIVE,
+    MOST_PICTURES,
     MOSTLY,
     NEAR,
     NO_ROLE,
@@ -31,14 +32,11 @@ from attention_visualizer.head_roles import (
     entropy,
     ink_followed,
     name_roles,
-    selectivity,
 )
 from attention_visualizer.inference import Interval
 from attention_visualizer.pictures import LabelledImages
 
 Array = NDArray[Any]
-
-MOST_PICTURES = 2000  # for pairs of heads and for intervals of selectivity
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,7 @@ def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Ar
     followed = ink_followed(shares, inked)
     observed, null = inference.permuted_products(shares.reshape(len(shares), -1, shares.shape[-1]), inked, seed=seed)
     p_value = inference.false_discovery_control(inference.permutation_p_value(observed, null))
-    few = evenly(len(survey.maps), MOST_PICTURES)
-    selective = selectivity(survey.rows(few), survey.num_keys, seed)
+    selective = survey.selectivity
     class_token = survey.mean_of("class_token").value[:, :-1]
     distance = relative_distance(survey)
     bounds = role_bounds(controls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ HeadLayers = Literal["all", "last"]
 # What an analysis writes.
 OURS = re.compile(
     r"(attention_(pattern|heads|methods)|layer_comparison)_sample_\d+\.(png|pdf|svg)"
-    r"|attention_(statistics(_by_head)?|evolution|roles|redundancy|atlas(_differences)?|importance|trust|claims|runs)"
+    r"|attention_(statistics(_by_(head|class))?|evolution|roles|redundancy|atlas(_differences)?|importance|trust|claims|runs)"
     r"\.(png|pdf|svg|webp|csv|json)"
 )
 LARGEST_DRAWN = 224  # pixels a side, twice those of a tile
@@ -53,14 +53,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is spent where a chapter runs the model many times. pictures: of a stratified subset, None for all;
-    controls: models with random weights."""
+    """How much is spent where a chapter runs the model many times.
+
+    pictures: of a stratified subset, None for all; controls: models with random weights; work: the most that such a
+    chapter may cost in passes x pictures x parameters x tokens, None for no bound.
+    """
 
     pictures: int | None
     controls: int
+    work: float | None
 
 
-QUICK, FULL = Effort(500, 3), Effort(2000, 10)
+# The default model costs 1.4e7 a picture and pass; two cores do about 5e10 of them in a second.
+QUICK, FULL = Effort(500, 3, 1e12), Effort(2000, 10, 1e13)
+LEAST_PICTURES = 30  # with fewer, intervals say nothing
 CONTROL_PICTURES = 1000  # that each control model looks at
 FIRST_CONTROL = 1000  # the seed of the first control: no run is likely to have it
 
@@ -99,9 +105,13 @@ class Study:
     def survey(self) -> Survey:
         """Of all pictures."""
         self.progress(f"attention of {len(self.pictures):,} {self.pictures.kind}s")
-        found = take_survey(
-            self.model, self.batches(), self.pictures.labels, len(self.pictures), self.given_geometry, self.rollout
-        )
+        return self.survey_of(self.batches(), self.pictures.labels, len(self.pictures))
+
+    def survey_of(
+        self, batches: Iterable[tuple[Tensor, Tensor | None]], labels: Tensor | None, num_pictures: int
+    ) -> Survey:
+        """Of other images: see `take_survey`."""
+        found = take_survey(self.model, batches, labels, num_pictures, self.given_geometry, self.rollout)
         self.reconstruction_error = max(self.reconstruction_error, found.reconstruction_error)
         return found
 
@@ -121,6 +131,18 @@ class Study:
             batches = self.batches_of(numbers)
             found.append(take_survey(model, batches, labels, len(numbers), self.given_geometry, self.rollout))
         return found
+
+    def subset_for(self, passes: int) -> NDArray[np.int64] | None:
+        """Numbers of the pictures for a chapter that runs the model over each `passes` times; None where it would cost
+        more than `effort` allows."""
+        count, work = self.effort.pictures, self.effort.work
+        if work is not None:
+            parameters = sum(parameter.numel() for parameter in self.model.parameters())
+            cost = passes * parameters * max(geometry.num_tokens for geometry in self.first_look.geometries)
+            count = min(len(self.pictures) if count is None else count, int(work / cost))
+            if count < LEAST_PICTURES:
+                return None
+        return self.subset(count)
 
     def subset(self, count: int | None) -> NDArray[np.int64]:
         """Numbers of so many pictures (None: all), each class in its share, always the same ones."""

@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from attention_visualizer import measures
 from attention_visualizer.capture import AttentionLayer, capture
 from attention_visualizer.geometry import Geometry
+from attention_visualizer.head_roles import MOST_PICTURES, Selectivity, selectivity
 from attention_visualizer.inference import BootstrapMeans, Interval, stratified
 from attention_visualizer.observation import Observation, ObservationCollector, RolloutOptions
 from attention_visualizer.prediction import has_head, predict
@@ -102,9 +104,25 @@ class Survey:
                 rows[:, layer, :, 0] = 0
         return rows
 
+    @property
+    def uniform_entropy(self) -> float | None:
+        """None where layers have different numbers of keys."""
+        counts = {geometry.num_tokens for geometry in self.geometries}
+        return measures.uniform_entropy(counts.pop()) if len(counts) == 1 else None
+
+    @cached_property
+    def selectivity(self) -> Selectivity:
+        """Of each head, over at most MOST_PICTURES of the kept ones, evenly spaced."""
+        few = np.unique(np.linspace(0, len(self.kept) - 1, min(len(self.kept), MOST_PICTURES)).astype(np.int64))
+        return selectivity(self.rows(few), self.num_keys)
+
     def mean_of(self, measure: str) -> Interval:
         """[layer, head + 1]; the last column is the mean over heads."""
-        return self.means.of_group()[MEASURE_NAMES.index(measure)]
+        return self._means[MEASURE_NAMES.index(measure)]
+
+    @cached_property
+    def _means(self) -> Interval:
+        return self.means.of_group()
 
 
 def take_survey(
