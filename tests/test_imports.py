@@ -49,6 +49,7 @@ LEVELS = {
         "statistics",
         "inference",
         "head_roles",
+        "perturbation",
         "ink",
         "controls",
         "observation",

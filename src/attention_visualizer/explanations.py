@@ -19,6 +19,8 @@ from attention_visualizer.observation import RolloutOptions
 from attention_visualizer.prediction import has_head, logits_of
 from attention_visualizer.statistics import NO_GEOMETRY
 
+MOST_BYTES = 16 * 2**20  # of weights and values at once; their gradients and the graph take some times that
+
 
 @dataclass(frozen=True)
 class Explanations:
@@ -42,47 +44,56 @@ def explain(
     """Every method that applies to `model`, for the query (None: the one that it reads out) and the class `target`
     [image] (None: the predicted one).
 
-    images: [image, channel, height, width], as the model takes them; one at a time, because gradients need all layers
-    at once. The model should be in eval mode; nothing is left in its parameters. Raises UserError when no layer's place
-    on the image is known.
+    images: [image, channel, height, width], as the model takes them; so many at a time as MOST_BYTES allows, because
+    gradients need all layers at once. The model should be in eval mode; nothing is left in its parameters. Raises
+    UserError when no layer's place on the image is known.
     """
     options = rollout or RolloutOptions()
-    answers = [
-        _explain_one(model, image[None], None if target is None else int(target[number]), query, geometry, options)
-        for number, image in enumerate(images)
-    ]
+    answers: list[tuple[dict[str, Tensor], Tensor]] = []
+    start, size = 0, 1  # the first image alone tells what one takes
+    while start < len(images):
+        asked = None if target is None else target[start : start + size]
+        maps, chosen, taken = _explain(model, images[start : start + size], asked, query, geometry, options)
+        answers.append((maps, chosen))
+        start += size
+        size = max(1, MOST_BYTES * size // taken) if size == 1 else size
     methods = answers[0][0]
-    maps = {method: torch.cat([found[method] for found, _ in answers]).cpu().numpy() for method in methods}
-    return Explanations(maps, np.array([chosen for _, chosen in answers]))
+    joined = {method: torch.cat([found[method] for found, _ in answers]).cpu().numpy() for method in methods}
+    return Explanations(joined, torch.cat([chosen for _, chosen in answers]).cpu().numpy())
 
 
-def _explain_one(
+def _explain(
     model: nn.Module,
-    image: Tensor,
-    target: int | None,
+    images: Tensor,
+    target: Tensor | None,
     query: Query | None,
     geometry: Geometry | None,
     options: RolloutOptions,
-) -> tuple[dict[str, Tensor], int]:
+) -> tuple[dict[str, Tensor], Tensor, int]:
+    """Maps by method, the classes [image], and the bytes that the weights took."""
     with torch.enable_grad(), capture(model, geometry=geometry, gradients=True) as attention:
-        output = model(image)
+        output = model(images)
     logits = logits_of(output) if has_head(model) else None
     layers = [layer for layer in attention if layer.geometry is not None]
     if not layers:
         raise UserError(NO_GEOMETRY)
     gradients: list[Tensor] | None = None
-    chosen = -1
+    chosen = torch.full((len(images),), -1)
     if logits is not None:
-        chosen = int(logits.argmax(dim=1)) if target is None else target
-        if not 0 <= chosen < logits.shape[1]:
-            raise UserError(f"target={chosen}: give a class from 0 to {logits.shape[1] - 1}")
-        found = torch.autograd.grad(logits[0, chosen], [layer.weights for layer in layers], allow_unused=True)
+        chosen = logits.argmax(dim=1) if target is None else target.to(logits.device)
+        outside = chosen[(chosen < 0) | (chosen >= logits.shape[1])]
+        if len(outside):
+            raise UserError(f"target={int(outside[0])}: give a class from 0 to {logits.shape[1] - 1}")
+        # Images do not meet inside the model, so the gradient of the sum is each image's own.
+        score = logits.gather(1, chosen[:, None]).sum()
+        found = torch.autograd.grad(score, [layer.weights for layer in layers], allow_unused=True)
         gradients = [
             torch.zeros_like(layer.weights) if gradient is None else gradient
             for layer, gradient in zip(layers, found, strict=True)
         ]
+    taken = sum(layer.weights.nbytes + layer.values.nbytes for layer in attention)
     with torch.no_grad():
-        return _methods(layers, gradients, query, options, whole=len(layers) == len(attention)), chosen
+        return _methods(layers, gradients, query, options, whole=len(layers) == len(attention)), chosen, taken
 
 
 def _methods(

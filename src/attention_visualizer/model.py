@@ -271,7 +271,10 @@ class VisionTransformer(nn.Module):
         return self.pos_drop(tokens)
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.embed(images)
+        return self.classify(self.embed(images))
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Tokens, all or some of them (the class token first), to logits: [batch, token, embed] -> [batch, class]."""
         for block in self.blocks[:-1]:
             tokens = block(tokens)
         # Only the class token leaves the last block: while training, its other queries are not computed. In eval mode
