@@ -29,7 +29,7 @@ LEVELS = {
         "command_line",
         "configuration",
     },
-    "views": {"panels", "charts", "attention_figures", "chapter", "report"},
+    "views": {"panels", "charts", "run_charts", "attention_figures", "chapter", "report"},
     "core": {
         "model",
         "data",
@@ -48,6 +48,7 @@ LEVELS = {
         "measures",
         "statistics",
         "inference",
+        "head_matching",
         "ink",
         "controls",
         "observation",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from attention_visualizer.analysis import evolution, heads, layers, methods, patterns, statistics
+from attention_visualizer.analysis import evolution, heads, layers, methods, patterns, runs, statistics
 from attention_visualizer.analysis.study import Study
 from attention_visualizer.chapter import Chapter
 from attention_visualizer.errors import UserError
@@ -18,6 +18,7 @@ CHAPTERS: dict[str, Callable[[Study], Chapter]] = {
     "methods": methods.write,
     "statistics": statistics.write,
     "evolution": evolution.write,
+    "runs": runs.write,
 }
 
 
