@@ -14,7 +14,7 @@ from attention_visualizer.charts import MEDIAN, REFERENCE, _clean, new_axes
 from attention_visualizer.inference import Interval
 
 Array = NDArray[Any]
-TRAINED, CONTROL = "#2166ac", "#999999"
+TRAINED, CONTROL, TOO_SMALL = "#2166ac", "#999999", "#ececec"
 
 
 def run_colors(num_runs: int) -> list[Any]:
@@ -24,9 +24,17 @@ def run_colors(num_runs: int) -> list[Any]:
     return [matplotlib.colormaps["viridis"](share) for share in np.linspace(0.05, 0.95, num_runs)]
 
 
-def legend_above(ax: Axes) -> None:
+def legend_above(ax: Axes, columns: int = 2) -> None:
     """Where it covers no value."""
-    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=9, frameon=False, columnspacing=1.2)
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=columns,
+        fontsize=9,
+        frameon=False,
+        columnspacing=1.2,
+        handlelength=1.6,
+    )
 
 
 def partners_by_layer(
@@ -40,10 +48,10 @@ def partners_by_layer(
     for layer in layers:
         ax.scatter(layer + spread, matched[:, layer - 1].ravel(), s=12, color=TRAINED, alpha=0.5, zorder=3)
     for values, label, color, style in (
-        (matched, "best partners, mean", TRAINED, "-"),
-        (shifted, "best partners in the next layer", MEDIAN, ":"),
-        (by_lot, "partners by lot", REFERENCE, "--"),
-        (random, "random weights, best partners", CONTROL, "-."),
+        (matched, "partners", TRAINED, "-"),
+        (shifted, "partners in the next layer", MEDIAN, ":"),
+        (by_lot, "paired by lot", REFERENCE, "--"),
+        (random, "random weights", CONTROL, "-."),
     ):
         if values is not None:
             ax.plot(layers, values.mean(axis=(0, 2)), color=color, linestyle=style, linewidth=2, label=label, zorder=2)
@@ -117,11 +125,11 @@ def by_setting(
     ax: Axes | None = None,
     runs: Sequence[Sequence[float]] = (),
     controls: Sequence[Array] = (),
-    zero: bool = False,
+    minimum: float | None = None,
     scale: float = 1.0,
 ) -> Axes:
     """A dot with its interval for each setting, in order; small dots for its runs where it has several, grey ones for
-    random weights. zero: differences, to be read against 0. scale: 100 for percent."""
+    random weights. minimum: of differences, the smallest that counts, a grey band around 0. scale: 100 for percent."""
     ax = ax or new_axes()
     places = np.arange(len(names))
     for place, each in zip(places, controls, strict=False):
@@ -136,7 +144,8 @@ def by_setting(
         places, value, np.stack([value - low, high - value]).clip(0), fmt="o", color=TRAINED, capsize=4, linewidth=1.6,
         markersize=6, zorder=4,
     )  # fmt: skip
-    if zero:
+    if minimum is not None:
+        ax.axhspan(-minimum * scale, minimum * scale, color=TOO_SMALL, zorder=0)
         ax.axhline(0, color=REFERENCE, linewidth=1)
     ax.set_xticks(places, names)
     ax.set_xlim(-0.5, len(names) - 0.5)

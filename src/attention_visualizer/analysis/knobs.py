@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from attention_visualizer import charts, run_charts
 from attention_visualizer.analysis.other_runs import short_name
 from attention_visualizer.analysis.setting_comparison import (
+    MOST_NAMED,
     QUANTITIES,
     Difference,
     Quantity,
@@ -42,13 +44,13 @@ def write(study: Study, looked: list[Looked]) -> Chapter:
     name = study.save(figure(study, settings, found, n, total), "attention_across_runs")
     knobs = [short_name(knob) for knob in looked[0].run.knobs]
     text = TEXT.format(
-        runs=len(looked), knobs=and_list(knobs), n=n, total=total, kind=kind, first=settings[0].label,
+        runs=len(looked), knobs=and_list(knobs), n=n, total=total, kind=kind, first=settings[0].name,
         controls=study.effort.controls, size=len(found), seeds=how_many_seeds(settings, len(knobs)),
     )  # fmt: skip
     return Chapter(
-        f"Comparing runs: {and_list(knobs)}",
+        f"Comparing runs: {headline(settings)}",
         " ".join([text, said_of(found)]) + remarks_of(looked),
-        [FigureFile(name, CAPTION.format(runs=len(looked), n=n, total=total, kind=kind, first=settings[0].label))],
+        [FigureFile(name, CAPTION.format(runs=len(looked), n=n, total=total, kind=kind, first=settings[0].name))],
         [table_of_runs(looked), table(settings, found)],
         numbers(looked, settings, found),
         finding=Finding(finding(settings, found, and_list(knobs), total), name),
@@ -76,7 +78,7 @@ def said_of(found: Sequence[Difference]) -> str:
     if not shown:
         return f"No difference passes all of this.{untrained}"
     told = "; ".join(
-        f"{each.setting.label}: {each.quantity.label.split(' (')[0]} {signed(each)}" for each in shown[:MOST_SAID]
+        f"{each.setting.name}: {each.quantity.label.split(' (')[0]} {signed(each)}" for each in shown[:MOST_SAID]
     )
     more = f"; {len(shown) - MOST_SAID} more are in the table" if len(shown) > MOST_SAID else ""
     return f"{len(shown)} of {len(found)} differences pass all of this: {told}{more}.{untrained}"
@@ -97,12 +99,12 @@ def finding(settings: Sequence[Setting], found: Sequence[Difference], knobs: str
     largest = (
         ""
         if farthest is None
-        else f" The largest difference in accuracy is {signed(farthest)}, {farthest.setting.label} against "
-        f"{settings[0].label} (n = {total:,})."
+        else f" The largest difference in accuracy is {signed(farthest)}, {farthest.setting.name} against "
+        f"{settings[0].name} (n = {total:,})."
     )
     count = sum(each.stands_out for each in found)
     return (
-        f"Runs that differ in {knobs} ({sample}): {count} of {len(found)} differences from {settings[0].label} in "
+        f"Runs that differ in {knobs} ({sample}): {count} of {len(found)} differences from {settings[0].name} in "
         f"accuracy, entropy, distance and redundancy stand out.{largest}"
     )
 
@@ -112,7 +114,7 @@ def figure(study: Study, settings: Sequence[Setting], found: Sequence[Difference
     shown = [quantity for quantity in QUANTITIES if has_values(settings, quantity)]
     drawn = Figure(figsize=(4.2 * len(shown) + 0.4, 8.2), layout="constrained")
     axes = drawn.subplots(2, len(shown), squeeze=False)
-    names = tick_labels(settings)
+    names, knobs = tick_labels(settings), settings[0].runs[0].knobs
     for column, quantity in enumerate(shown):
         is_accuracy = quantity.name == "accuracy"
         scale = 100.0 if is_accuracy else 1.0
@@ -133,17 +135,19 @@ def figure(study: Study, settings: Sequence[Setting], found: Sequence[Difference
             names[1:],
             "difference in points" if is_accuracy else "difference",
             axes[1, column],
-            zero=True,
+            minimum=quantity.minimum,
             scale=scale,
         )
-        axes[1, column].set_title(f"less that of {settings[0].label}" if len(names[0]) < 40 else "less the first")
-        axes[1, column].title.set_fontsize(11)
+        axes[1, column].set_xlabel(headline(settings) if len(knobs) <= MOST_NAMED else "setting (see the table)")
+        axes[1, column].set_title(f"difference from {settings[0].name}", fontsize=11)
     handles = [
         Line2D([], [], color=run_charts.TRAINED, marker="o", label="runs, with the 95 % interval over pictures"),
         Line2D([], [], color=run_charts.CONTROL, marker="x", linestyle="", label="random weights"),
+        Patch(color=run_charts.TOO_SMALL, label="below the minimum effect"),
     ]
-    drawn.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=10)
-    return charts.finish(drawn, f"What goes with {headline(settings)}", study.face_note)
+    drawn.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=10)
+    count = sum(len(setting.runs) for setting in settings)
+    return charts.finish(drawn, f"What goes with {headline(settings)}: {count} runs", study.face_note)
 
 
 def has_values(settings: Sequence[Setting], quantity: Quantity) -> bool:
@@ -154,7 +158,7 @@ def has_values(settings: Sequence[Setting], quantity: Quantity) -> bool:
 
 def headline(settings: Sequence[Setting]) -> str:
     knobs = [short_name(knob) for knob in settings[0].runs[0].knobs]
-    return and_list(knobs) if len(knobs) <= 3 else f"{len(knobs)} settings"
+    return and_list(knobs) if len(knobs) <= MOST_NAMED else f"{len(knobs)} settings"
 
 
 def tick_labels(settings: Sequence[Setting]) -> list[str]:
@@ -162,9 +166,9 @@ def tick_labels(settings: Sequence[Setting]) -> list[str]:
     knobs = len(settings[0].runs[0].knobs)
     if knobs == 1:
         return [setting.label.partition("=")[2] for setting in settings]
-    if knobs <= 3 and len(settings) <= 6:
+    if knobs <= MOST_NAMED and len(settings) <= 6:
         return [setting.label.replace(", ", "\n") for setting in settings]
-    return [f"({number + 1})" for number in range(len(settings))]
+    return [str(number + 1) for number in range(len(settings))]
 
 
 def and_list(names: Sequence[str]) -> str:
@@ -173,8 +177,11 @@ def and_list(names: Sequence[str]) -> str:
 
 def table(settings: Sequence[Setting], found: Sequence[Difference]) -> Table:
     rows = []
-    for number, setting in enumerate(settings):
-        row = [f"({number + 1}) {setting.label}", str(len(setting.runs))]
+    for setting in settings:
+        row = [
+            f"{setting.name}: {setting.label}" if setting.name != setting.label else setting.name,
+            str(len(setting.runs)),
+        ]
         for quantity in QUANTITIES:
             if quantity.name not in setting.values:
                 row.append("–")
@@ -214,6 +221,7 @@ def numbers(looked: list[Looked], settings: Sequence[Setting], found: Sequence[D
                 "difference": each.interval.numbers(),
                 "adjusted_p": each.adjusted,
                 "largest_of_random_weights": each.limit,
+                "all_runs_on_one_side": each.apart,
                 "stands_out": each.stands_out,
             }
             for each in found
@@ -231,7 +239,8 @@ of keys; where a class token is read, the last layer has no distance. The diverg
 (Jensen-Shannon) is low where heads are redundant. {seeds} A difference from {first} stands out when its bootstrap
 p-value over the pictures, adjusted over all {size} differences, is at most 0.05, when it exceeds the minimum effect
 (0.2 points of accuracy, 0.05 of uniform attention, 0.035 nats) and, for attention, 1.5 times the largest difference
-between {controls} models with random weights of each architecture."""
+between {controls} models with random weights of each architecture; where settings have several runs, all of one must
+lie on one side of all of the other."""
 
 CAUTION = """Intervals in the comparison of runs speak of other pictures, not of other seeds: the same setting trained
 again gives other numbers."""

@@ -14,6 +14,7 @@ import yaml
 from attention_visualizer.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.checkpoint_choice import candidates_in
 from attention_visualizer.errors import UserError
+from attention_visualizer.images import DatasetDescription
 from attention_visualizer.storage import RunFolder, RunGroup, group_at
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
@@ -32,7 +33,7 @@ NO_KNOBS = (
 class OtherRun:
     """One run to compare, or the study's own (`own`).
 
-    knobs: the settings in which the compared runs differ, but for the seed: "model.embed_dim" -> value, None where the
+    knobs: the settings in which the compared runs differ, but for the seed: "model.embed_dim" -> value, "?" where the
     run does not say. seed: None where it is not known. remarks: what a reader must know of how it was chosen.
     """
 
@@ -122,7 +123,8 @@ def of_group(group: RunGroup, file_name: str, remarks: list[str]) -> list[Found]
             continue
         if candidates[0].path.name == other:
             remarks.append(f"{run.name} has no {file_name}: its {other} is compared")
-        found.append(Found(run.name, load_checkpoint(candidates[0].path), run))
+        label = f"{group.path.name}, job {run.name.partition('_')[0]}" if group.is_sweep else run.name
+        found.append(Found(label, load_checkpoint(candidates[0].path), run))
     return found
 
 
@@ -137,6 +139,10 @@ def check_comparable(loaded: LoadedCheckpoint, own: LoadedCheckpoint) -> None:
             )
     if loaded.data is None or own.data is None:
         return
+    try:
+        DatasetDescription.from_dict(loaded.data)
+    except UserError as error:
+        raise UserError(f"runs=: {loaded.path} has a broken {error}") from error
     for field in DATA_FIELDS:
         if loaded.data.get(field) != own.data.get(field):
             raise UserError(
@@ -172,7 +178,7 @@ def described(all_found: Sequence[Found], own: int) -> list[OtherRun]:
             OtherRun(
                 found.label if labels.count(found.label) == 1 else str(found.loaded.path),
                 found.loaded,
-                {name: each.get(name) for name in differing},
+                {name: each.get(name, "?") for name in differing},
                 seed if isinstance(seed, int) else None,
                 accuracy,
                 own=position == own,
@@ -241,7 +247,7 @@ def short_name(knob: str) -> str:
 
 
 def told(value: Any) -> str:
-    return "?" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def told_of(remarks: Sequence[str]) -> str:

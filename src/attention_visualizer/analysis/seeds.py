@@ -81,8 +81,8 @@ def said_of_heads(found: SeedComparison) -> str:
         f"**Heads.** Partners in another seed are {np.mean(gains):.0%} closer (pairs of runs: {min(gains):.0%} to "
         f"{max(gains):.0%}) than heads of the same layer paired by lot. With unrelated heads the best partners reach "
         f"{' and '.join(unrelated) or 'nothing, as there are none'}. What was asked for beforehand is at least "
-        f"{MINIMUM_GAIN:.0%} and {CONTROL_FACTOR:g} times the largest of these, so {found.limit:.0%}, and a permutation "
-        f"test. {verdict} {said_of_close_heads(found)}"
+        f"{MINIMUM_GAIN:.0%} and {CONTROL_FACTOR:g} times the largest of these, so {found.limit:.0%}, and a "
+        f"permutation test. {verdict} {said_of_close_heads(found)}"
     )
 
 
@@ -110,8 +110,8 @@ def said_of_claims(found: SeedComparison, layers: Claims, heads: Claims) -> str:
     sentences = [
         f"**What each seed shows.** By layer, {layers.held()} of {layers.size} differences from random weights have "
         f"one sign in all {found.num_seeds} seeds and exceed the minimum effect in each ({by_quantity(layers)}). "
-        f"By head, after matching, {heads.held()} of {heads.size} differences from the layer's mean do, beyond what matching "
-        f"alone brings about ({by_quantity(heads)})."
+        f"By head, after matching, {heads.held()} of {heads.size} differences from the layer's mean do, beyond what "
+        f"matching alone brings about ({by_quantity(heads)})."
     ]
     if found.num_seeds >= SEED_CLAIMS:
         sentences.append(
@@ -162,11 +162,11 @@ def figure(study: Study, looked: list[Looked], found: SeedComparison) -> Figure:
     for axis, (name, values) in zip(axes[1:], found.values.items(), strict=False):
         reference = None if name == "maximum" else 1.0
         run_charts.layers_by_run(values, names, found.controls[name], QUANTITIES[name][0], axis, reference)
-    run_charts.legend_above(axes[1])
+    run_charts.legend_above(axes[1], columns=4)
     groups = {
-        "best partners": found.pairs,
-        "best partners in the next layer": found.shifted,
-        "random weights, best partners": found.random,
+        "partners": found.pairs,
+        "partners in the next layer": found.shifted,
+        "random weights": found.random,
     }
     run_charts.agreement(
         {

@@ -27,6 +27,9 @@ from attention_visualizer.inference import (
 Array = NDArray[Any]
 
 
+MOST_NAMED = 2  # knobs in the name of a setting
+
+
 @dataclass(frozen=True)
 class Quantity:
     """name: of the measure, or "accuracy"; minimum: the smallest difference that is worth a word."""
@@ -37,7 +40,7 @@ class Quantity:
 
 
 QUANTITIES = (
-    # Twenty of 10,000 test images: what a change of seed alone brings about in the default model.
+    # Twenty of 10,000 test images: more than another seed brings about in the default model (12 over three seeds).
     Quantity("accuracy", "accuracy", 0.002),
     # A twentieth of what uniform attention has.
     Quantity("entropy", "attention entropy (uniform = 1)", 0.05),
@@ -63,10 +66,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs with the same settings. values: quantity -> of their mean; of_runs: quantity -> of each; controls: quantity
-    -> [control], of random weights in this architecture."""
+    """Runs with the same settings.
+
+    label: all that differ; name: the same, or its number if that is long. values: quantity -> of the runs' mean;
+    of_runs: quantity -> of each; controls: quantity -> [control], of random weights in this architecture.
+    """
 
     label: str
+    name: str
     runs: list[OtherRun]
     values: dict[str, Value]
     of_runs: dict[str, list[float]]
@@ -82,7 +89,9 @@ class Setting:
 class Difference:
     """Of one setting from the first in one quantity, over the same pictures.
 
-    limit: the largest difference between their random weights; adjusted: the p-value, over all differences.
+    limit: the largest difference between their random weights; adjusted: the p-value, over all differences; learnt:
+    whether both classify clearly better than random weights; apart: whether all runs of one lie on one side of all
+    runs of the other, as two single runs do.
     """
 
     quantity: Quantity
@@ -91,13 +100,14 @@ class Difference:
     limit: float
     adjusted: float
     learnt: bool
+    apart: bool
 
     @property
     def stands_out(self) -> bool:
         """Beyond what other pictures, random weights and the minimum effect can explain; not beyond another seed."""
         size = abs(float(self.interval.value))
         limit = 0.0 if self.quantity.name == "accuracy" else CONTROL_FACTOR * self.limit
-        return self.learnt and self.adjusted <= LEVEL and size >= max(self.quantity.minimum, limit)
+        return self.learnt and self.apart and self.adjusted <= LEVEL and size >= max(self.quantity.minimum, limit)
 
 
 def compare_settings(looked: Sequence[Looked], controls: Sequence[Sequence[Looked]]) -> list[Setting]:
@@ -105,13 +115,14 @@ def compare_settings(looked: Sequence[Looked], controls: Sequence[Sequence[Looke
     grouped: dict[tuple[str, ...], list[int]] = {}
     for position in sorted(range(len(looked)), key=lambda position: order(looked[position].run)):
         grouped.setdefault(looked[position].run.setting, []).append(position)
-    settings = []
+    settings: list[Setting] = []
     for setting, positions in grouped.items():
         members = [values_of(looked[position]) for position in positions]
         untrained = [values_of(each) for each in controls[positions[0]]]
         settings.append(
             Setting(
                 ", ".join(setting),
+                ", ".join(setting) if len(setting) <= MOST_NAMED else f"setting {len(settings) + 1}",
                 [looked[position].run for position in positions],
                 {name: mean_value([each[name] for each in members]) for name in members[0]},
                 {name: [each[name].mean for each in members] for name in members[0]},
@@ -172,11 +183,13 @@ def differences(settings: Sequence[Setting]) -> list[Difference]:
             learnt = all("accuracy" in each.values and each.has_learnt for each in (first, setting))
             limit = largest_control_difference(first.controls[quantity.name], setting.controls[quantity.name])
             p_values.append(bootstrap_p_value(value.replicates))
-            found.append((quantity, setting, value.interval, limit, learnt))
+            ours, theirs = first.of_runs[quantity.name], setting.of_runs[quantity.name]
+            apart = max(ours) < min(theirs) or max(theirs) < min(ours)
+            found.append((quantity, setting, value.interval, limit, learnt, apart))
     adjusted = false_discovery_control(np.array(p_values, dtype=np.float64))
     return [
-        Difference(quantity, setting, interval, limit, float(p_value), learnt)
-        for (quantity, setting, interval, limit, learnt), p_value in zip(found, adjusted, strict=True)
+        Difference(quantity, setting, interval, limit, float(p_value), learnt, apart)
+        for (quantity, setting, interval, limit, learnt, apart), p_value in zip(found, adjusted, strict=True)
     ]
 
 
