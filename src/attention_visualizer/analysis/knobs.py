@@ -31,6 +31,7 @@ from attention_visualizer.analysis.surveyed_runs import (
     table_of_runs,
 )
 from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
+from attention_visualizer.storage import json_ready
 
 MOST_SAID = 6  # differences that the text names
 
@@ -52,7 +53,7 @@ def write(study: Study, looked: list[Looked]) -> Chapter:
         " ".join([text, said_of(found)]) + remarks_of(looked),
         [FigureFile(name, CAPTION.format(runs=len(looked), n=n, total=total, kind=kind, first=settings[0].name))],
         [table_of_runs(looked), table(settings, found)],
-        numbers(looked, settings, found),
+        json_ready(numbers(looked, settings, found)),
         finding=Finding(finding(settings, found, and_list(knobs), total), name),
         caution=CAUTION,
     )

@@ -31,6 +31,7 @@ from attention_visualizer.analysis.surveyed_runs import (
 )
 from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
 from attention_visualizer.inference import LEVEL, smallest_sign_flip_p
+from attention_visualizer.storage import json_ready
 
 MOST_LISTED = 5  # runs whose values a cell of the table holds one by one
 
@@ -51,7 +52,7 @@ def write(study: Study, looked: list[Looked]) -> Chapter:
         + remarks_of(looked),
         [FigureFile(name, CAPTION.format(count=count, n=n, kind=study.pictures.kind))],
         [table_of_runs(looked), table_of_quantities(found, layers), table_of_heads(found)],
-        numbers(looked, found, layers, heads),
+        json_ready(numbers(looked, found, layers, heads)),
         finding=Finding(finding(found, layers, n, study.pictures.kind), name),
         caution=CAUTION,
     )
