@@ -323,6 +323,15 @@ def test_random_weights_never_give_a_finding(place: Place, first: int) -> None:
     assert "not shown" in seeds.said_of_heads(found)
 
 
+def test_models_of_one_head_have_nothing_to_match(place: Place) -> None:
+    own = place.add("0", untrained(1, num_heads=1, num_layers=1), 0, settings={})
+    place.add("1", untrained(2, num_heads=1, num_layers=1), 1, settings={})
+    chapter = runs.write(place.study("runs/*", own))
+    assert "nothing to match" in chapter.text and chapter.finding is not None
+    assert "come again" not in chapter.finding.text
+    json.dumps(chapter.numbers, allow_nan=False)
+
+
 # --- settings ---
 
 

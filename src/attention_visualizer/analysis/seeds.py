@@ -141,9 +141,14 @@ def finding(found: SeedComparison, layers: Claims, n: int, kind: str) -> str:
     come = "come again" if found.heads_recur else "do not come again recognisably"
     unrelated = max((pair.gain for pair in (*found.shifted, *found.random)), default=0.0)
     entropy = layers.every_seed["entropy"]
-    return (
+    heads = (
         f"Over {found.num_seeds} seeds heads {come}: best partners are {np.mean(gains):.0%} closer than by lot, "
-        f"unrelated heads up to {unrelated:.0%} (n = {n:,} {kind}s). In {int(entropy.sum())} of {len(entropy)} layers "
+        f"unrelated heads up to {unrelated:.0%} (n = {n:,} {kind}s). "
+    )
+    if found.partners.shape[2] == 1:
+        heads = f"Over {found.num_seeds} seeds (n = {n:,} {kind}s): "
+    return (
+        f"{heads}In {int(entropy.sum())} of {len(entropy)} layers "
         "the entropy differs from that of random weights in the same direction in every seed"
         + ("." if found.num_seeds >= SEED_CLAIMS else f" (descriptive: fewer than {SEED_CLAIMS} seeds).")
     )
