@@ -140,7 +140,8 @@ def finding(found: SeedComparison, layers: Claims, n: int, kind: str) -> str:
     gains = [pair.gain for pair in found.pairs]
     come = "come again" if found.heads_recur else "do not come again recognisably"
     unrelated = max((pair.gain for pair in (*found.shifted, *found.random)), default=0.0)
-    entropy = layers.every_seed["entropy"]
+    tested = found.num_seeds >= SEED_CLAIMS
+    entropy = layers.every_seed["entropy"] & ((layers.adjusted["entropy"] <= LEVEL) | (not tested))
     heads = (
         f"Over {found.num_seeds} seeds heads {come}: best partners are {np.mean(gains):.0%} closer than by lot, "
         f"unrelated heads up to {unrelated:.0%} (n = {n:,} {kind}s). "
@@ -150,7 +151,7 @@ def finding(found: SeedComparison, layers: Claims, n: int, kind: str) -> str:
     return (
         f"{heads}In {int(entropy.sum())} of {len(entropy)} layers "
         "the entropy differs from that of random weights in the same direction in every seed"
-        + ("." if found.num_seeds >= SEED_CLAIMS else f" (descriptive: fewer than {SEED_CLAIMS} seeds).")
+        + (f" (adjusted p at most {LEVEL:g})." if tested else f" (descriptive: fewer than {SEED_CLAIMS} seeds).")
     )
 
 
