@@ -20,6 +20,7 @@ from attention_visualizer.errors import UserError
 
 # All else is imported when it is needed: it loads torch, for which --help and a misspelt field shall not wait.
 if TYPE_CHECKING:
+    from attention_visualizer.analysis.other_runs import OtherRun
     from attention_visualizer.analysis.preparation import Weights
     from attention_visualizer.pictures import Pictures
 
@@ -32,7 +33,7 @@ TYPES = {
     **dict.fromkeys(
         (
             *("ckpt", "run", "runs_dir", "model_from", "images", "image", "head_layers", "rollout_fusion", "format"),
-            *("output_dir", "data_dir", "device"),
+            *("output_dir", "data_dir", "device", "runs"),
         ),
         str,
     ),
@@ -48,7 +49,7 @@ KINDS: dict[type, str] = {
     bool: "true or false",
     str: "a text",
 }
-OPTIONAL = ("run", "model_from", "images", "samples", "class", "image", "output_dir", "data_dir")
+OPTIONAL = ("run", "runs", "model_from", "images", "samples", "class", "image", "output_dir", "data_dir")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
@@ -84,6 +85,7 @@ def import_analysis() -> None:
 
 def analyze(options: dict[str, Any]) -> None:
     from attention_visualizer.analysis import CHAPTERS, check_chapters, comprehensive, preparation
+    from attention_visualizer.analysis.other_runs import find_other_runs
     from attention_visualizer.analysis.study import FULL, QUICK
     from attention_visualizer.observation import RolloutOptions
 
@@ -104,6 +106,11 @@ def analyze(options: dict[str, Any]) -> None:
         pictures = preparation.test_pictures(weights, preparation.load_data(weights.loaded, options["data_dir"]))
     else:
         pictures = preparation.folder_pictures(weights, options["images"])
+    others: list[OtherRun] = []
+    if options["runs"] is not None:
+        assert weights.loaded is not None  # see check_sources
+        others = find_other_runs(options["runs"], weights.loaded, weights.run)
+        print(f"Compared:   {len(others)} runs, this one among them")
     subjects = preparation.Subjects(
         options["num_samples"], options["samples"], options["class"], options["wrong"], options["image"]
     )
@@ -119,6 +126,7 @@ def analyze(options: dict[str, Any]) -> None:
         RolloutOptions(options["rollout_fusion"], options["rollout_discard"]),
     )
     study.effort = effort
+    study.others = others
     command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
     report = comprehensive.write_analysis(study, command, chapters)
     print(f"Report:     {storage.short_path(report)}")
@@ -152,6 +160,9 @@ def check_sources(options: dict[str, Any]) -> None:
     """Raises UserError for fields that speak of different models or pictures."""
     if options["images"] == "":
         raise UserError("images= is empty: name a folder of pictures")
+    if options["runs"] is not None and (options["model_from"] is not None or options["ckpt"] == "random"):
+        other = "ckpt=random" if options["ckpt"] == "random" else "model_from="
+        raise UserError(f"runs= compares trained runs of this project: leave out {other} or runs=")
     if options["model_from"] is None:
         return
     if options["images"] is None:

@@ -54,6 +54,7 @@ FINDINGS_FIGURES = (
     "attention_roles",
     "attention_redundancy",
     "attention_importance",
+    "attention_trust",
 )
 
 
@@ -668,7 +669,8 @@ def test_only_the_chapters_that_were_asked_for(work: Workplace, model: VisionTra
         "statistics": {*(f"{stem}.png" for stem in STATISTICS_FIGURES), "attention_statistics.csv"},
         "atlas": {f"{stem}.png" for stem in FINDINGS_FIGURES[:2]},
         "roles": {f"{stem}.png" for stem in FINDINGS_FIGURES[2:4]},
-        "importance": {f"{stem}.png" for stem in FINDINGS_FIGURES[4:]},
+        "importance": {"attention_importance.png"},
+        "trust": {"attention_trust.png"},
         "evolution": {"attention_evolution.png", "attention_evolution.webp"},
     }
     expected = {"attention_analysis_report.md", "attention_statistics.json"}.union(*(files[name] for name in chapters))
@@ -842,7 +844,10 @@ def test_without_any_checkpoint_it_says_how_to_train(tmp_path: Path, arguments: 
         ("samples=[1,a]", "samples"),
         ("samples=[7,300]", "from 0 to 299"),
         ("samples=[-1]", "from 0 to 299"),
-        ("chapters=[nope]", "patterns, heads, layers, methods, statistics, atlas, roles, importance, evolution"),
+        ("chapters=[nope]", "choose from patterns, heads, layers, methods, statistics, atlas, roles"),
+            "chapters=[nope]",
+            "patterns, heads, layers, methods, statistics, atlas, roles, importance, trust, evolution, runs",
+        ),
         ("chapters=[]", "patterns, heads"),
         ("chapters=patterns", "chapters=patterns"),
         ("chapters=[1]", "chapters="),

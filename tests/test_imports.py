@@ -29,7 +29,7 @@ LEVELS = {
         "command_line",
         "configuration",
     },
-    "views": {"panels", "charts", "attention_figures", "chapter", "report"},
+    "views": {"panels", "charts", "run_charts", "attention_figures", "chapter", "report"},
     "core": {
         "model",
         "data",
@@ -50,6 +50,7 @@ LEVELS = {
         "inference",
         "head_roles",
         "perturbation",
+        "head_matching",
         "ink",
         "controls",
         "observation",

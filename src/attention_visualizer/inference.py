@@ -19,6 +19,7 @@ REPLICATES = 1000
 PERMUTATIONS = 999
 LEVEL = 0.05  # of tests and, as 1 - LEVEL, of intervals
 BLOCK = 64  # permutations at once: bounds memory
+MOST_EXACT = 14  # units of which all sign flips are counted
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ class BootstrapMeans:
         low, high = percentiles(replicates[held] - others[held])
         return Interval(means - other_means, low, high, int(self.num_images[[first, second]].sum()))
 
+    def resampled(self, group: int = 0) -> tuple[Array, Array]:
+        """The means [...] and each replicate's [replicate, ...]. In streams of the same images with the same seed an
+        image counts equally often, so that differences between their replicates are paired."""
+        return self._means(group)
+
     def _means(self, group: int) -> tuple[Array, Array]:
         """[...] and [replicate, ...]."""
         if self.sums is None or self.plain is None:
@@ -136,6 +142,39 @@ def permutation_p_value(observed: Array, null: Array) -> Array:
     # A permutation that gives back the data must count, whatever its rounding.
     distance = np.abs(observed - middle) * (1 - 1e-9)
     return ((np.abs(null - middle) >= distance).sum(axis=0) + 1) / (len(null) + 1)
+
+
+def bootstrap_p_value(replicates: Array) -> float:
+    """Whether a difference is 0, two-sided, from its bootstrap replicates [replicate]: twice the share on the rarer
+    side of 0, (b + 1) / (B + 1); NaN where they are."""
+    if np.isnan(replicates).any():
+        return float("nan")
+    rarer = min((replicates <= 0).sum(), (replicates >= 0).sum())
+    return min(1.0, 2 * float(rarer + 1) / (len(replicates) + 1))
+
+
+def sign_flip_test(values: Array, seed: int = 0) -> Array:
+    """Whether the mean of a few units (seeds) differs from 0: two-sided p of [unit, ...] from the sums under all ways
+    to give the units signs (Fisher, 1935). Exact up to MOST_EXACT units, beyond by 2^MOST_EXACT - 1 random ways.
+
+    NaN where a unit has none.
+    """
+    n = len(values)
+    flat = np.asarray(values, dtype=np.float64).reshape(n, -1)
+    if n <= MOST_EXACT:
+        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        signs = np.random.default_rng(seed).choice([-1, 1], (2**MOST_EXACT, n))
+        signs[0] = 1
+    distance = np.abs(flat.sum(axis=0)) * (1 - 1e-9)
+    p_values = (np.abs(signs @ flat) >= distance).mean(axis=0)
+    p_values[np.isnan(flat).any(axis=0)] = np.nan
+    return p_values.reshape(values.shape[1:])
+
+
+def smallest_sign_flip_p(num_units: int) -> float:
+    """That `sign_flip_test` can reach: all units on one side."""
+    return 2.0 ** (1 - min(num_units, MOST_EXACT + 1))
 
 
 def permuted_products(

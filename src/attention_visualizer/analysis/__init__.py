@@ -15,7 +15,9 @@ from attention_visualizer.analysis import (
     methods,
     patterns,
     roles,
+    runs,
     statistics,
+    trust,
 )
 from attention_visualizer.analysis.study import Study
 from attention_visualizer.chapter import Chapter
@@ -30,7 +32,9 @@ CHAPTERS: dict[str, Callable[[Study], Chapter]] = {
     "atlas": atlas.write,
     "roles": roles.write,
     "importance": importance.write,
+    "trust": trust.write,
     "evolution": evolution.write,
+    "runs": runs.write,
 }
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attention_visualizer import storage
+from attention_visualizer.analysis.other_runs import OtherRun
 from attention_visualizer.analysis.survey import Survey, take_survey
 from attention_visualizer.attention_figures import Subject, class_name
 from attention_visualizer.chapter import FigureFile
@@ -36,7 +37,8 @@ HeadLayers = Literal["all", "last"]
 # What an analysis writes.
 OURS = re.compile(
     r"(attention_(pattern|heads|methods)|layer_comparison)_sample_\d+\.(png|pdf|svg)"
-    r"|attention_(statistics(_by_(head|class))?|evolution|roles|redundancy|atlas(_differences)?|importance|trust|claims|runs)"
+    r"|attention_(statistics(_by_(head|class))?|atlas(_differences)?|roles|redundancy|importance|trust|claims|evolution"
+    r"|across_(seeds|runs))"
     r"\.(png|pdf|svg|webp|csv|json)"
 )
 LARGEST_DRAWN = 224  # pixels a side, twice those of a tile
@@ -61,7 +63,7 @@ class Effort:
 
     pictures: int | None
     controls: int
-    work: float | None
+    work: float | None = None
 
 
 # The default model costs 1.4e7 a picture and pass; two cores do about 5e10 of them in a second.
@@ -76,7 +78,8 @@ class Study:
     """pictures: the test set, or what else the model is looked at with. face_note stands on every figure.
 
     weights: what the weights are, in words; query: None for the one that the model reads out; history: of the
-    training, where the checkpoint comes from a run; given_geometry: for models that do not state theirs.
+    training, where the checkpoint comes from a run; given_geometry: for models that do not state theirs; others: the
+    runs to compare, this one among them, empty where none were asked for.
     """
 
     model: nn.Module
@@ -93,6 +96,7 @@ class Study:
     head_layers: HeadLayers = "all"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     effort: Effort = QUICK
+    others: Sequence[OtherRun] = ()
     progress: Callable[[str], None] = lambda doing: None  # told what is being done within a chapter
     reconstruction_error: float = 0.0  # the largest that any capture of this study measured
 
