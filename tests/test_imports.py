@@ -49,6 +49,8 @@ LEVELS = {
         "statistics",
         "inference",
         "ink",
+        "strokes",
+        "matching",
         "controls",
         "observation",
         "explanations",

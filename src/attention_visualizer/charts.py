@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 BOX, MEDIAN, REFERENCE, NOTE = "#9ecae1", "#b2182b", "#555555", "#be141e"
+VERDICTS = {"supported": "#1b7837", "not supported": "#b2182b"}  # others in grey
+FARTHEST = 4.0  # minimum effects that the axis of verdicts shows on either side
 MOST_ANNOTATED = 160  # cells of a heat map that still have room for their number
 
 
@@ -114,6 +116,61 @@ def heat_map(
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
     ax.tick_params(axis="y", rotation=0)
+    return ax
+
+
+def verdict_forest(
+    names: list[str],
+    values: Array,
+    intervals: Array,
+    controls: Array,
+    thresholds: Array,
+    verdicts: list[str],
+    ax: Axes | None = None,
+) -> Axes:
+    """A row a claim: its effect in units of the minimum effect as a dot with its interval, what controls reach as a
+    grey band, what it must reach as a tick, and the verdict in words at the right.
+
+    values, thresholds: [claim]; intervals, controls: [claim, 2], NaN for no control. What lies beyond the axis is an
+    arrow at its end, with its number.
+    """
+    ax = ax or new_axes()
+    left, right = -FARTHEST, FARTHEST
+    for row, (value, interval, band, threshold) in enumerate(zip(values, intervals, controls, thresholds, strict=True)):
+        color = VERDICTS.get(verdicts[row], REFERENCE)
+        if not np.isnan(band).any():
+            ends = np.clip(band, left, right)
+            ax.barh(row, max(ends[1] - ends[0], 0.04), 0.62, ends[0], color="#d9d9d9", zorder=1)
+        if np.isfinite(threshold) and threshold <= right:
+            ax.plot([threshold, threshold], [row - 0.36, row + 0.36], color="black", linewidth=1.6, zorder=2)
+        if np.isnan(value):
+            continue
+        ends = np.clip(interval, left, right)
+        ax.plot(ends, [row, row], color=color, linewidth=2.4, zorder=3, solid_capstyle="butt")
+        if left <= value <= right:
+            ax.plot(value, row, "o", color=color, markersize=7, zorder=4)
+        else:
+            end, marker, side = (right, ">", "right") if value > right else (left, "<", "left")
+            ax.plot(end, row, marker, color=color, markersize=9, zorder=4, clip_on=False)
+            away = -0.22 if side == "right" else 0.22
+            ax.text(end + away, row, f"{value:.1f}", ha=side, va="center", fontsize=9, color=color, zorder=5)
+    for row, verdict in enumerate(verdicts):
+        ax.annotate(
+            verdict,
+            (1.02, row),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=10.5,
+            color=VERDICTS.get(verdict, REFERENCE),
+        )
+    ax.axvline(0, color=REFERENCE, linewidth=1, zorder=0)
+    ax.set_yticks(range(len(names)), names, fontsize=10.5)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_xlim(left - 0.15, right + 0.15)
+    ax.set_xlabel("effect, in units of the minimum effect")
+    _clean(ax)
+    ax.grid(axis="y", visible=False)
+    ax.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     return ax
 
 
