@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 BOX, MEDIAN, REFERENCE, NOTE = "#9ecae1", "#b2182b", "#555555", "#be141e"
 VERDICTS = {"supported": "#1b7837", "not supported": "#b2182b"}  # others in grey
-FARTHEST = 4.0  # minimum effects that the axis of verdicts shows on either side
+BAND = "#d9d9d9"
 MOST_ANNOTATED = 160  # cells of a heat map that still have room for their number
 
 
@@ -131,29 +131,20 @@ def verdict_forest(
     """A row a claim: its effect in units of the minimum effect as a dot with its interval, what controls reach as a
     grey band, what it must reach as a tick, and the verdict in words at the right.
 
-    values, thresholds: [claim]; intervals, controls: [claim, 2], NaN for no control. What lies beyond the axis is an
-    arrow at its end, with its number.
+    values, thresholds: [claim], NaN for none; intervals, controls: [claim, 2], NaN for none. The axis is logarithmic
+    beyond one minimum effect on either side.
     """
     ax = ax or new_axes()
-    left, right = -FARTHEST, FARTHEST
+    ax.set_xscale("symlog", linthresh=1, linscale=0.8)
     for row, (value, interval, band, threshold) in enumerate(zip(values, intervals, controls, thresholds, strict=True)):
         color = VERDICTS.get(verdicts[row], REFERENCE)
         if not np.isnan(band).any():
-            ends = np.clip(band, left, right)
-            ax.barh(row, max(ends[1] - ends[0], 0.04), 0.62, ends[0], color="#d9d9d9", zorder=1)
-        if np.isfinite(threshold) and threshold <= right:
+            ax.barh(row, max(band[1] - band[0], 0.03), 0.62, band[0], color=BAND, zorder=1)
+        if np.isfinite(threshold):
             ax.plot([threshold, threshold], [row - 0.36, row + 0.36], color="black", linewidth=1.6, zorder=2)
-        if np.isnan(value):
-            continue
-        ends = np.clip(interval, left, right)
-        ax.plot(ends, [row, row], color=color, linewidth=2.4, zorder=3, solid_capstyle="butt")
-        if left <= value <= right:
-            ax.plot(value, row, "o", color=color, markersize=7, zorder=4)
-        else:
-            end, marker, side = (right, ">", "right") if value > right else (left, "<", "left")
-            ax.plot(end, row, marker, color=color, markersize=9, zorder=4, clip_on=False)
-            away = -0.22 if side == "right" else 0.22
-            ax.text(end + away, row, f"{value:.1f}", ha=side, va="center", fontsize=9, color=color, zorder=5)
+        if np.isfinite(value):
+            ax.plot(interval, [row, row], "-|", color=color, linewidth=1.8, markersize=10, zorder=3)
+            ax.plot(value, row, "o", color=color, markersize=6, zorder=4)
     for row, verdict in enumerate(verdicts):
         ax.annotate(
             verdict,
@@ -166,8 +157,14 @@ def verdict_forest(
     ax.axvline(0, color=REFERENCE, linewidth=1, zorder=0)
     ax.set_yticks(range(len(names)), names, fontsize=10.5)
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlim(left - 0.15, right + 0.15)
-    ax.set_xlabel("effect, in units of the minimum effect")
+    shown = np.concatenate([np.ravel(each) for each in (values, intervals, controls, thresholds)])
+    farthest = 1.3 * max(np.abs(shown[np.isfinite(shown)]).max(initial=0), 2.5)
+    ax.set_xlim(-farthest, farthest)
+    powers = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick < farthest]
+    ax.set_xticks([*(-tick for tick in reversed(powers)), 0, *powers])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: f"{position:g}".replace("-", "\N{MINUS SIGN}")))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("effect, in units of the minimum effect (logarithmic beyond 1)")
     _clean(ax)
     ax.grid(axis="y", visible=False)
     ax.grid(axis="x", color="#e6e6e6", linewidth=0.7)

@@ -42,7 +42,8 @@ def find_strokes(ink: Array) -> Strokes:
     The skeleton is scikit-image's (Zhang and Suen, 1984). By the crossing number of a skeleton pixel, the strokes that
     leave it (Rutovitz, 1966), 1 is an end and 3 or more a junction. A bend is where the skeleton turns by TURN or more
     between the two directions in which it is left after REACH, at least that far along it from any end and junction.
-    Junctions or bends of pixels at most 3 apart are one, since thinning pulls a crossing apart.
+    Junctions or bends of pixels at most 3 apart are one, since thinning pulls a crossing apart; side branches shorter
+    than REACH are cut off.
     """
     found = [_strokes(ink[start : start + BLOCK]) for start in range(0, len(ink), BLOCK)] or [_strokes(ink)]
     return Strokes(*(np.concatenate(each) for each in zip(*found, strict=True)))
@@ -59,12 +60,12 @@ def amount_in_patches(pixels: Array, grid: tuple[int, int]) -> Array:
 
 
 def _strokes(ink: Array) -> tuple[Array, ...]:
-    skeleton = skeletons(ink)
+    reach = max(2, round(REACH * ink.shape[1]))
+    skeleton = pruned(skeletons(ink), reach - 1)
     crossing = crossing_numbers(skeleton)
     ends = crossing == 1
     # Four strokes that meet at a diagonal leave a block of 2 x 2, of which no pixel has a crossing number above 2.
     junctions = one_of_each((crossing >= 3) | in_blocks(skeleton), crossing, apart=3)
-    reach = max(2, round(REACH * ink.shape[1]))
     near = _along(skeleton, ends | junctions, reach - 1)
     turns = turns_of(skeleton, skeleton & (crossing == 2) & ~near, reach)
     bends = one_of_each(turns >= TURN, turns, apart=3)
@@ -80,13 +81,26 @@ def skeletons(ink: Array) -> Array:
     return np.ascontiguousarray(thin.reshape(padded.shape)[:, 1:-1, 1:-1])
 
 
+def pruned(skeleton: Array, length: int) -> Array:
+    """Without side branches of so many pixels or fewer: thinning leaves such spurs at sharp corners of thick strokes.
+
+    Ends are taken away `length` times and grown back where a branch is left; pieces that vanish whole are kept.
+    """
+    left = skeleton
+    for _ in range(length):
+        left = left & (crossing_numbers(left) != 1)
+    grown = left | _along(skeleton, left & (crossing_numbers(left) == 1), length)
+    return grown | (skeleton & ~scipy.ndimage.binary_propagation(grown, TOUCHING, mask=skeleton))
+
+
 def crossing_numbers(skeleton: Array) -> Array:
     """How often the circle around a skeleton pixel goes from background to ink: [image, height, width]."""
-    neighbours = [_shifted(skeleton, row, column) for row, column in CIRCLE]
-    changes = sum(
-        (first != second).astype(np.int8)
-        for first, second in zip(neighbours, neighbours[1:] + neighbours[:1], strict=True)
-    )
+    height, width = skeleton.shape[1:]
+    padded = _padded(skeleton)
+    circle = [padded[:, 1 + row : 1 + row + height, 1 + column : 1 + column + width] for row, column in CIRCLE]
+    changes = np.zeros(skeleton.shape, dtype=np.int8)
+    for first, second in zip(circle, circle[1:] + circle[:1], strict=True):
+        changes += first ^ second
     return np.where(skeleton, changes // 2, 0)
 
 

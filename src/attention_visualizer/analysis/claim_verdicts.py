@@ -25,6 +25,10 @@ WHOLE = 0.75  # of the inked patches take part, for "the whole digit"
 MOST = 0.5  # of all patches take part, for "everything"
 LEAST_CLASSES = 0.06  # of the maps' variance; Cohen (1988) calls it a medium effect
 FAR = "of the distance of uniform attention"
+LOCALITY_UNKNOWN = (
+    "Nothing is said of locality: it needs the attention distance of shallow and of deep patch queries, and the last "
+    "layer's are not read where a class token is."
+)
 CONTROL_MARGIN = 1.5  # times the largest value that random weights reach
 
 
@@ -79,6 +83,8 @@ class Result:
             return f"{self.value:.3f} says the opposite"
         if self.value < minimum:
             return f"{self.value:.3f} is below the minimum effect of {minimum:g}"
+        if np.isinf(self.threshold):
+            return "there is no model with random weights to compare with"
         if self.value < self.threshold:
             largest = max(map(abs, self.controls))
             return f"{self.value:.3f} is less than {CONTROL_MARGIN:g} times what random weights reach ({largest:.3f})"
@@ -229,12 +235,12 @@ def of_head(
 
 
 def head_number_p_value(beyond: Array, head: int, permutations: int = PERMUTATIONS) -> float:
-    """How often heads drawn at random in each layer are together as far beyond the others as those of one number are:
+    """How often heads drawn at random in each layer are on average as far beyond the others as those of one number:
     [layer, head] -> p. In a model's initial weights all numbers are alike."""
     layers, heads = beyond.shape
     drawn = np.random.default_rng(0).integers(heads, size=(permutations, layers))
-    null = most_layers(beyond[np.arange(layers), drawn])
-    return float(((null >= most_layers(beyond[:, head]) - 1e-12).sum() + 1) / (permutations + 1))
+    null = beyond[np.arange(layers), drawn].mean(axis=1)
+    return float(((null >= beyond[:, head].mean() - 1e-12).sum() + 1) / (permutations + 1))
 
 
 def mean_over(name: str, values: dict[str, Array], layers: Sequence[int]) -> Array:
@@ -284,7 +290,7 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
             )
         )
     else:
-        missing.append("Without the attention distance of shallow and deep patch queries nothing is said of locality.")
+        missing.append(LOCALITY_UNKNOWN)
     claims.append(
         Claim(
             f"Shallow layers ({numbered(shallow)}) attend to edges",
@@ -339,6 +345,8 @@ def head_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
             "switching the head off would tell",
         ),
     ]
+    if "border" not in evidence.values:
+        missing.append("All patches lie at the border, so head 3 is asked about the background only.")
     if evidence.num_heads < len(claims):
         missing.append(f"The model has {evidence.num_heads} heads, so nothing is said of a head of a higher number.")
     return claims[: evidence.num_heads]

@@ -95,9 +95,9 @@ def figure(judgements: list[Judgement], subject: Evidence, num_controls: int, st
         drawn.add_subplot(),
     )
     handles = [
-        Line2D([], [], color=charts.REFERENCE, marker="o", linewidth=2.4, label="weakest requirement, 95 % interval"),
+        Line2D([], [], color=charts.REFERENCE, marker="o", linewidth=1.8, label="weakest requirement, 95 % interval"),
         Line2D([], [], color="black", marker="|", linestyle="none", markersize=12, label="what it must reach"),
-        Patch(color="#d9d9d9", label=f"what {num_controls} models with random weights reach"),
+        Patch(color=charts.BAND, label=f"what {num_controls} models with random weights reach"),
     ]
     drawn.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     headline = f"{TITLE}: n = {subject.n:,} {study.pictures.kind}s"
@@ -221,13 +221,13 @@ def number(value: float) -> float | None:
 
 
 TEXT = f"""Claims that are often made of a digit model's attention maps, each turned into quantities before any model
-was looked at, and judged over {{n:,}} {{kind}}. The attention is the readout query's, renormalised over the patches; "an
-even share" is what a patch gets when all get the same. Depth is told in thirds of the layers.
+was looked at, and judged over {{n:,}} {{kind}}. The attention is the readout query's, renormalised over the patches;
+"an even share" is what a patch gets when all get the same. Depth is told in thirds of the layers.
 
-**More attention than other ink.** End points, junctions (three strokes or more) and bends ({TURN:.0f}° or more) come from
-the skeleton of the ink. A patch that holds one is compared with patches at the same place, in other images, that hold
-about as much ink ({{levels}} levels at each place) but no such point; edges alike, with more edge than the median. Ink
-itself is compared with empty patches at the same place. The test permutes the feature among like patches.
+**More attention than other ink.** End points, junctions (three strokes or more) and bends ({TURN:.0f}° or more) come
+from the skeleton of the ink. A patch that holds one is compared with patches at the same place, in other images, that
+hold about as much ink ({{levels}} levels at each place) but no such point; edges alike, with more edge than the median.
+Ink itself is compared with empty patches at the same place. The test permutes the feature among like patches.
 
 **Heads.** A head's value is the one that a majority of layers reach, and it must stand out from the mean of the layer's
 other heads; the test draws a head at random in each layer. Heads have no identity across seeds: a verdict on "head 1"
@@ -241,6 +241,6 @@ whole digit", {MOST:g} of all patches for "everything"), and it is {CONTROL_MARG
 {{controls}} models of the same architecture with random weights. Random weights follow ink significantly, so
 significance alone never suffices. Intervals and p-values are over images of this one model.{{missing}}"""
 CAPTION = """Claims down, n = {n:,} {kind}. Of each claim the requirement that is farthest from being met, in units of
-its minimum effect. An arrow stands for a value beyond the axis."""
+its minimum effect. Grey: what random weights reach."""
 CAUTION = """A supported claim says where this one model's attention goes, not that its answers rest on it, and "not
 supported" is not a proof of the contrary; verdicts on numbered heads do not carry over to another training run."""
