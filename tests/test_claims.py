@@ -390,6 +390,8 @@ def test_the_chapter(tmp_path: Path) -> None:
     assert not any(name.startswith(("Head 3", "Head 4")) for name in names) and "2 heads" in first.text
     assert all(len(row) == len(table.columns) for table in first.tables for row in table.rows)
     assert json.dumps(first.numbers, allow_nan=False) == json.dumps(written[1].numbers, allow_nan=False)
+    layers = first.numbers["excess_by_layer"]["ink"]
+    assert len(layers) == 2 and all(each["low"] <= each["value"] <= each["high"] for each in layers)
     assert first.finding is not None and "n = 200" in first.finding.text and "because" not in first.text
 
 
@@ -397,6 +399,19 @@ def test_pictures_that_are_no_digits_are_told_in_a_sentence(tmp_path: Path) -> N
     folder = PictureFolder(tmp_path, InputFormat((28, 28), 1, (0.0,), (1.0,)), ())
     found = chapter.write(Study(VisionTransformer(), folder, tmp_path, "none"))
     assert not found.figures and "ink" in found.text
+
+
+def test_strokes_without_junctions(tmp_path: Path) -> None:
+    """What no picture holds cannot be measured, and is not supported; numbers stay JSON."""
+    images = torch.zeros(150, 1, 28, 28, dtype=torch.uint8)
+    for number in range(150):
+        images[number, 0, number % 9 : 15 + number % 11, 4 + number % 17 : 7 + number % 17] = 255
+    model = VisionTransformer(num_layers=1, embed_dim=32).eval()
+    lines = LabelledImages(digits()[0], images, torch.arange(150) % 3)
+    found = chapter.write(Study(model, lines, tmp_path, "random weights", effort=Effort(100, 2)))
+    (row,) = (row for row in found.tables[0].rows if row[0].startswith("Junctions"))
+    assert row[2] == "–" and "could not be measured" in row[-1]
+    json.dumps(found.numbers, allow_nan=False)
 
 
 def test_few_pictures_are_told_in_a_sentence(tmp_path: Path) -> None:

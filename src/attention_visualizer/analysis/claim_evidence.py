@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from attention_visualizer import ink, strokes
-from attention_visualizer.analysis.survey import MEASURE_NAMES, Survey
+from attention_visualizer.analysis.survey import MEASURE_NAMES, Survey, nan_mean
 from attention_visualizer.inference import BLOCK, PERMUTATIONS, REPLICATES
 from attention_visualizer.matching import above_median, excess, permuted_excess, strata_of
 
@@ -107,7 +107,7 @@ def gather(
     n, patches = len(shares), shares.shape[-1]
     relative = shares * np.float32(patches)
     parts = {name: excess(relative, content.features[name], content.strata[name]) for name in content.features}
-    means: dict[str, Array] = {"spread": spread(shares), "coverage": coverage(np.nanmean(shares, axis=2), content)}
+    means: dict[str, Array] = {"spread": spread(shares), "coverage": coverage(over_heads(shares), content)}
     border = border_of(content.grid)
     if not border.all():
         means["border"] = relative[..., border].mean(axis=-1) - relative[..., ~border].mean(axis=-1)
@@ -118,7 +118,7 @@ def gather(
         influences = {name: part.influences for name, part in parts.items()}
         influences |= {name: (each - values[name]) / n for name, each in means.items()}
         replicates = resample(values, influences)
-    layers = np.nanmean(relative, axis=2)
+    layers = over_heads(relative)
     if distances is not None and not np.isnan(distances[0]).all():
         values["distance"], replicates["distance"] = distances
     p_classes = None
@@ -154,6 +154,11 @@ def relative_distances(survey: Survey) -> tuple[Array, Array]:
 def uniform_distance(centers: torch.Tensor) -> float:
     """Between two patches drawn at random, in pixels."""
     return max(float(torch.cdist(centers, centers).mean()), 1e-12)
+
+
+def over_heads(maps: Array) -> Array:
+    """[image, layer, head, patch] -> [image, layer, patch], heads that a layer does not have left out."""
+    return nan_mean(maps.swapaxes(2, 3))
 
 
 def spread(shares: Array) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention_visualizer.analysis.claim_evidence import KEY_POINTS, POINTS, Evidence
+from attention_visualizer.analysis.survey import nan_mean
 from attention_visualizer.inference import LEVEL, PERMUTATIONS, false_discovery_control, percentiles
 
 Array = NDArray[Any]
@@ -185,7 +186,7 @@ def in_layers(feature: str, weights: Array, quantity: str) -> Requirement:
     """Excess attention on a feature, sum over layers of weights x mean over heads."""
 
     def statistic(values: dict[str, Array]) -> Array:
-        return np.nanmean(values[feature], axis=-1) @ weights
+        return nan_mean(values[feature]) @ weights
 
     def p_value(evidence: Evidence) -> float:
         return evidence.permutation_p_value(feature, weights)

@@ -27,7 +27,9 @@ from attention_visualizer.analysis.claim_verdicts import (
     judge,
 )
 from attention_visualizer.analysis.study import CONTROL_PICTURES, Study
+from attention_visualizer.analysis.survey import nan_mean
 from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
+from attention_visualizer.inference import Interval, percentiles
 from attention_visualizer.matching import num_levels
 from attention_visualizer.pictures import LabelledImages
 from attention_visualizer.strokes import TURN
@@ -63,8 +65,8 @@ def write(study: Study) -> Chapter:
         TITLE,
         TEXT.format(**facts),
         [FigureFile(name, CAPTION.format(**facts))],
-        [claim_table(judgements, subject.n), requirement_table(judgements, subject.n)],
-        numbers(judgements, subject.n, len(controls), missing),
+        [claim_table(judgements, subject.n), requirement_table(judgements, subject.n), layer_table(subject)],
+        numbers(judgements, subject, len(controls), missing),
         finding=Finding(finding_text(judgements, subject.n, f"{study.pictures.kind}s", len(controls)), name),
         caution=CAUTION,
     )
@@ -146,6 +148,28 @@ def requirement_table(judgements: list[Judgement], n: int) -> Table:
     return Table(caption, [*COLUMNS, "p", "does it hold"], rows)
 
 
+def by_layer(subject: Evidence) -> dict[str, Interval]:
+    """Feature -> [layer], the excess attention on it, mean over heads, of an even share."""
+    found = {}
+    for name in subject.content.features:
+        low, high = percentiles(nan_mean(subject.replicates[name]))
+        found[name] = Interval(nan_mean(subject.values[name]), low, high, subject.n)
+    return found
+
+
+def layer_table(subject: Evidence) -> Table:
+    columns = ["attention on", *(f"layer {layer + 1}" for layer in range(subject.num_layers))]
+    rows = [
+        [name, *(each[layer].text(2) for layer in range(subject.num_layers))]
+        for name, each in by_layer(subject).items()
+    ]
+    caption = (
+        f"Layer by layer: how much more attention than like patches without it, of an even share, mean over heads, "
+        f"with 95 % intervals, n = {subject.n:,}. Below 0: less."
+    )
+    return Table(caption, columns, rows)
+
+
 def cells(result: Result) -> list[str]:
     """Quantity, value, controls, null and effect."""
     requirement = result.requirement
@@ -180,12 +204,16 @@ def finding_text(judgements: list[Judgement], n: int, kind: str, num_controls: i
     )
 
 
-def numbers(judgements: list[Judgement], n: int, num_controls: int, missing: list[str]) -> dict[str, Any]:
+def numbers(judgements: list[Judgement], subject: Evidence, num_controls: int, missing: list[str]) -> dict[str, Any]:
     """For JSON."""
     return {
-        "images": n,
+        "images": subject.n,
         "controls": num_controls,
         "left_out": missing,
+        "excess_by_layer": {
+            name: [dict(zip(("value", "low", "high"), map(number, ends), strict=True)) for ends in each_layer(interval)]
+            for name, interval in by_layer(subject).items()
+        },
         "claims": [
             {
                 "claim": judgement.claim.name,
@@ -214,6 +242,10 @@ def numbers(judgements: list[Judgement], n: int, num_controls: int, missing: lis
             for judgement in judgements
         ],
     }
+
+
+def each_layer(interval: Interval) -> list[tuple[float, float, float]]:
+    return list(zip(interval.value.tolist(), interval.low.tolist(), interval.high.tolist(), strict=True))
 
 
 def number(value: float) -> float | None:
