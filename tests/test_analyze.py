@@ -55,6 +55,7 @@ FINDINGS_FIGURES = (
     "attention_redundancy",
     "attention_importance",
     "attention_trust",
+    "attention_claims",
 )
 
 
@@ -671,6 +672,7 @@ def test_only_the_chapters_that_were_asked_for(work: Workplace, model: VisionTra
         "roles": {f"{stem}.png" for stem in FINDINGS_FIGURES[2:4]},
         "importance": {"attention_importance.png"},
         "trust": {"attention_trust.png"},
+        "claims": {"attention_claims.png"},
         "evolution": {"attention_evolution.png", "attention_evolution.webp"},
     }
     expected = {"attention_analysis_report.md", "attention_statistics.json"}.union(*(files[name] for name in chapters))

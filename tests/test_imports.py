@@ -52,6 +52,8 @@ LEVELS = {
         "perturbation",
         "head_matching",
         "ink",
+        "strokes",
+        "matching",
         "controls",
         "observation",
         "explanations",

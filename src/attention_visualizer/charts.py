@@ -16,6 +16,7 @@ Array = NDArray[Any]
 
 BOX, MEDIAN, REFERENCE, NOTE = "#9ecae1", "#b2182b", "#555555", "#be141e"
 BAND, PLACE, CONTENT = "#e3e3e3", "#9ecae1", "#e08214"
+VERDICTS = {"supported": "#1b7837", "not supported": "#b2182b"}  # others in grey
 MOST_ANNOTATED = 160  # cells of a heat map that still have room for their number
 
 
@@ -115,6 +116,58 @@ def heat_map(
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
     ax.tick_params(axis="y", rotation=0)
+    return ax
+
+
+def verdict_forest(
+    names: list[str],
+    values: Array,
+    intervals: Array,
+    controls: Array,
+    thresholds: Array,
+    verdicts: list[str],
+    ax: Axes | None = None,
+) -> Axes:
+    """A row a claim: its effect in units of the minimum effect as a dot with its interval, what controls reach as a
+    grey band, what it must reach as a tick, and the verdict in words at the right.
+
+    values, thresholds: [claim], NaN for none; intervals, controls: [claim, 2], NaN for none. The axis is logarithmic
+    beyond one minimum effect on either side.
+    """
+    ax = ax or new_axes()
+    ax.set_xscale("symlog", linthresh=1, linscale=0.8)
+    for row, (value, interval, band, threshold) in enumerate(zip(values, intervals, controls, thresholds, strict=True)):
+        color = VERDICTS.get(verdicts[row], REFERENCE)
+        if not np.isnan(band).any():
+            ax.barh(row, max(band[1] - band[0], 0.03), 0.62, band[0], color=BAND, zorder=1)
+        if np.isfinite(threshold):
+            ax.plot([threshold, threshold], [row - 0.36, row + 0.36], color="black", linewidth=1.6, zorder=2)
+        if np.isfinite(value):
+            ax.plot(interval, [row, row], "-|", color=color, linewidth=1.8, markersize=10, zorder=3)
+            ax.plot(value, row, "o", color=color, markersize=6, zorder=4)
+    for row, verdict in enumerate(verdicts):
+        ax.annotate(
+            verdict,
+            (1.02, row),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=10.5,
+            color=VERDICTS.get(verdict, REFERENCE),
+        )
+    ax.axvline(0, color=REFERENCE, linewidth=1, zorder=0)
+    ax.set_yticks(range(len(names)), names, fontsize=10.5)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    shown = np.concatenate([np.ravel(each) for each in (values, intervals, controls, thresholds)])
+    farthest = 1.3 * max(np.abs(shown[np.isfinite(shown)]).max(initial=0), 2.5)
+    ax.set_xlim(-farthest, farthest)
+    powers = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if tick < farthest]
+    ax.set_xticks([*(-tick for tick in reversed(powers)), 0, *powers])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: f"{position:g}".replace("-", "\N{MINUS SIGN}")))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("effect, in units of the minimum effect (logarithmic beyond 1)")
+    _clean(ax)
+    ax.grid(axis="y", visible=False)
+    ax.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     return ax
 
 

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from attention_visualizer.analysis import (
     atlas,
+    claims,
     evolution,
     heads,
     importance,
@@ -33,6 +34,7 @@ CHAPTERS: dict[str, Callable[[Study], Chapter]] = {
     "roles": roles.write,
     "importance": importance.write,
     "trust": trust.write,
+    "claims": claims.write,
     "evolution": evolution.write,
     "runs": runs.write,
 }

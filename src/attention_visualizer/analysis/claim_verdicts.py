@@ -1,0 +1,400 @@
+"""Claims about attention, what each of them requires, and the verdict: pure functions of evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention_visualizer.analysis.claim_evidence import KEY_POINTS, POINTS, Evidence
+from attention_visualizer.analysis.survey import nan_mean
+from attention_visualizer.inference import LEVEL, PERMUTATIONS, false_discovery_control, percentiles
+
+Array = NDArray[Any]
+Verdict = Literal["supported", "not supported", "cannot be decided by attention alone"]
+
+# The smallest effects that count, fixed before any model was looked at. What has more images always has significance;
+# an effect below these would not be called one by somebody who looks at the maps.
+LEAST_ATTENTION = 0.1  # of an even share: a tenth more attention than if all patches got the same
+LEAST_DISTANCE = 0.1  # of the distance of uniform attention
+LEAST_SPREAD = 0.1  # of the patches, more than the other heads
+WHOLE = 0.75  # of the inked patches take part, for "the whole digit"
+MOST = 0.5  # of all patches take part, for "everything"
+LEAST_CLASSES = 0.06  # of the maps' variance; Cohen (1988) calls it a medium effect
+FAR = "of the distance of uniform attention"
+LOCALITY_UNKNOWN = (
+    "Nothing is said of locality: it needs the attention distance of shallow and of deep patch queries, and the last "
+    "layer's are not read where a class token is."
+)
+CONTROL_MARGIN = 1.5  # times the largest value that random weights reach
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One thing that must hold for a claim. quantity: in words; statistic: from quantities to [...], where quantities
+    may have a first axis for resampled images; minimum: the smallest value that counts.
+
+    of_control: the values that a control model reaches, for a claim about one head those of each of its heads; None
+    where a control is no comparison. p_value: None for that of the resampled images.
+    """
+
+    quantity: str
+    minimum: float
+    statistic: Callable[[dict[str, Array]], Array]
+    of_control: Callable[[dict[str, Array]], Array] | None
+    p_value: Callable[[Evidence], float] | None = None
+    null: str = "images resampled"
+    unit: str = "of an even share"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """undecided_by: why attention cannot decide the claim even where all requirements hold, and what would."""
+
+    name: str
+    requirements: tuple[Requirement, ...]
+    undecided_by: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A requirement's value with its 95 % interval; controls: the values of random weights, () for none; standardised:
+    the value in standard deviations over images; threshold: what the value must reach."""
+
+    requirement: Requirement
+    value: float
+    low: float
+    high: float
+    controls: tuple[float, ...]
+    standardised: float
+    p_value: float
+    threshold: float
+
+    @property
+    def failure(self) -> str:
+        """Why the requirement does not hold, adjusted p-values apart; nothing where it does."""
+        minimum = self.requirement.minimum
+        if np.isnan(self.value):
+            return "it could not be measured"
+        if self.value <= -minimum and self.high < 0:
+            return f"{self.value:.3f} says the opposite"
+        if self.value < minimum:
+            return f"{self.value:.3f} is below the minimum effect of {minimum:g}"
+        if np.isinf(self.threshold):
+            return "there is no model with random weights to compare with"
+        if self.value < self.threshold:
+            largest = max(map(abs, self.controls))
+            return f"{self.value:.3f} is less than {CONTROL_MARGIN:g} times what random weights reach ({largest:.3f})"
+        return "" if self.low > 0 else "its interval includes no effect"
+
+    @property
+    def margin(self) -> float:
+        """The value relative to what it must reach; what could not be measured is the weakest."""
+        return -np.inf if np.isnan(self.value) else self.value / self.threshold
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A claim with all that it requires, the weakest first; p_value: the largest of theirs, since all must hold, and
+    adjusted over all claims."""
+
+    claim: Claim
+    results: tuple[Result, ...]
+    p_value: float
+    adjusted: float
+    verdict: Verdict
+    reason: str
+
+
+def judge(claims: Sequence[Claim], subject: Evidence, controls: Sequence[Evidence]) -> list[Judgement]:
+    """A claim stands where each requirement has an interval without 0, an adjusted p-value below LEVEL, its minimum
+    effect, and CONTROL_MARGIN times what any control reaches. Without a control nothing is supported."""
+    measured = []
+    for claim in claims:
+        results = [measure(requirement, subject, controls) for requirement in claim.requirements]
+        # What fails comes first, the weakest of it ahead.
+        measured.append(tuple(sorted(results, key=lambda result: (not result.failure, result.margin))))
+    p_values = np.array([max(result.p_value for result in results) for results in measured])
+    adjusted = false_discovery_control(p_values)
+    return [
+        Judgement(claim, results, float(p_value), float(after), *verdict_of(claim, results, float(after)))
+        for claim, results, p_value, after in zip(claims, measured, p_values, adjusted, strict=True)
+    ]
+
+
+def verdict_of(claim: Claim, results: Sequence[Result], adjusted: float) -> tuple[Verdict, str]:
+    """The verdict and its reason, as a clause."""
+    weakest = results[0]
+    if weakest.failure:
+        return "not supported", f"{weakest.requirement.quantity}: {weakest.failure}"
+    if not adjusted < LEVEL:
+        likeliest = max(results, key=lambda result: result.p_value)
+        return "not supported", f"{likeliest.requirement.quantity}: p is {adjusted:.3f} after adjustment"
+    if claim.undecided_by:
+        return "cannot be decided by attention alone", claim.undecided_by
+    return "supported", f"all it requires holds; the weakest is {weakest.requirement.quantity}"
+
+
+def measure(requirement: Requirement, subject: Evidence, controls: Sequence[Evidence]) -> Result:
+    value = float(requirement.statistic(subject.values))
+    replicates = np.asarray(requirement.statistic(subject.replicates), dtype=np.float64)
+    low, high = (float(end) for end in percentiles(replicates))
+    reached: tuple[float, ...] = ()
+    threshold = requirement.minimum
+    if requirement.of_control is not None:
+        found = [np.ravel(requirement.of_control(control.values)) for control in controls]
+        reached = tuple(float(each) for values in found for each in values if not np.isnan(each))
+        threshold = max(threshold, CONTROL_MARGIN * max(map(abs, reached), default=np.inf))
+    own = resampled_p_value(replicates) if requirement.p_value is None else requirement.p_value(subject)
+    deviation = float(replicates.std()) * np.sqrt(subject.n)
+    standardised = value / deviation if deviation > 0 else float("nan")
+    return Result(requirement, value, low, high, reached, standardised, 1.0 if np.isnan(own) else own, threshold)
+
+
+def resampled_p_value(replicates: Array) -> float:
+    """Two-sided: how often resampled images give a value on the other side of 0."""
+    beyond = min((replicates <= 0).sum(), (replicates >= 0).sum())
+    return float(min(1.0, 2 * (beyond + 1) / (len(replicates) + 1)))
+
+
+# --- what claims are about ---------------------------------------------------------------------------------------
+
+
+def thirds(num_layers: int) -> tuple[range, range, range]:
+    """Shallow, middle and deep layers; of two layers none is in the middle."""
+    third = max(1, round(num_layers / 3))
+    return range(third), range(third, num_layers - third), range(num_layers - third, num_layers)
+
+
+def most_layers(values: Array) -> Array:
+    """The value that a majority of layers reach: [..., layer] -> [...]."""
+    needed = values.shape[-1] // 2 + 1
+    return np.sort(values, axis=-1)[..., values.shape[-1] - needed]
+
+
+def beyond_others(values: Array) -> Array:
+    """Each head's value less the mean of the layer's other heads': [..., layer, head] -> the same."""
+    others = (np.nansum(values, axis=-1, keepdims=True) - values) / (values.shape[-1] - 1)
+    return values - others
+
+
+def in_layers(feature: str, weights: Array, quantity: str) -> Requirement:
+    """Excess attention on a feature, sum over layers of weights x mean over heads."""
+
+    def statistic(values: dict[str, Array]) -> Array:
+        return nan_mean(values[feature]) @ weights
+
+    def p_value(evidence: Evidence) -> float:
+        return evidence.permutation_p_value(feature, weights)
+
+    return Requirement(quantity, LEAST_ATTENTION, statistic, statistic, p_value, "permuted among like patches")
+
+
+def of_head(
+    name: str,
+    sign: int,
+    head: int,
+    quantity: str,
+    minimum: float = LEAST_ATTENTION,
+    least: float | None = None,
+    unit: str = Requirement.unit,
+) -> tuple[Requirement, Requirement]:
+    """That a head's values are large in most layers, and larger than the other heads'. least: an absolute bound on the
+    first, which a control may well reach."""
+
+    def every(values: dict[str, Array]) -> Array:
+        return most_layers(np.swapaxes(sign * values[name], -1, -2))  # [..., head]
+
+    def every_beyond(values: dict[str, Array]) -> Array:
+        return most_layers(np.swapaxes(beyond_others(sign * values[name]), -1, -2))
+
+    def p_value(evidence: Evidence) -> float:
+        return head_number_p_value(beyond_others(sign * evidence.values[name]), head)
+
+    return (
+        Requirement(
+            f"{quantity} in most layers",
+            minimum if least is None else least,
+            lambda values: every(values)[..., head],
+            every if least is None else None,
+            unit=unit,
+        ),
+        Requirement(
+            f"{quantity} in most layers, beyond the other heads",
+            minimum,
+            lambda values: every_beyond(values)[..., head],
+            every_beyond,
+            p_value,
+            "heads drawn at random in each layer",
+            unit,
+        ),
+    )
+
+
+def head_number_p_value(beyond: Array, head: int, permutations: int = PERMUTATIONS) -> float:
+    """How often heads drawn at random in each layer are on average as far beyond the others as those of one number:
+    [layer, head] -> p. In a model's initial weights all numbers are alike."""
+    layers, heads = beyond.shape
+    drawn = np.random.default_rng(0).integers(heads, size=(permutations, layers))
+    null = beyond[np.arange(layers), drawn].mean(axis=1)
+    return float(((null >= beyond[:, head].mean() - 1e-12).sum() + 1) / (permutations + 1))
+
+
+def mean_over(name: str, values: dict[str, Array], layers: Sequence[int]) -> Array:
+    """[...] from a quantity [..., layer]."""
+    return values[name][..., list(layers)].mean(axis=-1)
+
+
+def distance_gain(values: dict[str, Array], later: Sequence[int], earlier: Sequence[int]) -> Array:
+    return mean_over("distance", values, later) - mean_over("distance", values, earlier)
+
+
+def declared_claims(evidence: Evidence) -> tuple[list[Claim], list[str]]:
+    """The claims that this model can be asked about, and sentences on those that it cannot."""
+    layers, heads = evidence.num_layers, evidence.num_heads
+    claims: list[Claim] = []
+    missing: list[str] = []
+    if layers > 1:
+        claims += depth_claims(evidence, missing)
+    else:
+        missing.append("With one layer there are no shallow and deep ones.")
+    if heads > 1:
+        claims += head_claims(evidence, missing)
+    else:
+        missing.append("With one head there are no others to differ from.")
+    claims += content_claims(evidence, missing)
+    return claims, missing
+
+
+def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
+    shallow, middle, deep = thirds(evidence.num_layers)
+    early, halfway, late = ([layer for layer in part if layer in evidence.depth] for part in (shallow, middle, deep))
+    first, last = weights_of(shallow, evidence.num_layers), weights_of(deep, evidence.num_layers)
+    claims = []
+    if "distance" in evidence.values and early and late:
+
+        def closeness(values: dict[str, Array]) -> Array:
+            return 1 - mean_over("distance", values, early)
+
+        gain = partial(distance_gain, later=late, earlier=early)
+        claims.append(
+            Claim(
+                f"Shallow layers ({numbered(shallow)}) attend locally",
+                (
+                    Requirement("attention distance short of uniform", LEAST_DISTANCE, closeness, closeness, unit=FAR),
+                    Requirement("distance gained from shallow to deep", LEAST_DISTANCE, gain, gain, unit=FAR),
+                ),
+            )
+        )
+    else:
+        missing.append(LOCALITY_UNKNOWN)
+    claims.append(
+        Claim(
+            f"Shallow layers ({numbered(shallow)}) attend to edges",
+            (
+                in_layers("edges", first, "attention on stroke edges"),
+                in_layers("edges", first - last, "attention on edges, shallow less deep"),
+            ),
+        )
+    )
+    if "distance" in evidence.values and early and halfway:
+        gain = partial(distance_gain, later=halfway, earlier=early)
+        claims.append(
+            Claim(
+                f"Middle layers ({numbered(middle)}) integrate",
+                (Requirement("distance gained from shallow to middle", LEAST_DISTANCE, gain, gain, unit=FAR),),
+                "attention reaches farther there, but what is combined is not in the weights: "
+                "reading parts of digits out of each layer's tokens would tell",
+            )
+        )
+
+    def whole(values: dict[str, Array]) -> Array:
+        return mean_over("coverage", values, deep)
+
+    claims.append(
+        Claim(
+            f"Deep layers ({numbered(deep)}) attend to the whole digit",
+            (
+                in_layers("ink", last, "attention on ink"),
+                in_layers("ink", last - first, "attention on ink, deep less shallow"),
+                Requirement("ink that takes part", WHOLE, whole, None, unit="of the inked patches"),
+            ),
+        )
+    )
+    return claims
+
+
+def head_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
+    claims = [
+        Claim("Head 1 attends to the stroke", of_head("ink", 1, 0, "attention on ink")),
+        Claim("Head 2 attends to details and junctions", of_head("junctions", 1, 1, "attention on junctions")),
+        Claim(
+            "Head 3 attends to background and border",
+            (
+                *of_head("ink", -1, 2, "attention on empty patches"),
+                *(of_head("border", 1, 2, "attention on the border") if "border" in evidence.values else ()),
+            ),
+        ),
+        Claim(
+            "Head 4 gathers everything for the answer",
+            of_head("spread", 1, 3, "patches that take part", LEAST_SPREAD, MOST, "of the patches"),
+            "it takes from everywhere, but whether the answer uses it is not in the weights: "
+            "switching the head off would tell",
+        ),
+    ]
+    if "border" not in evidence.values:
+        missing.append("All patches lie at the border, so head 3 is asked about the background only.")
+    if evidence.num_heads < len(claims):
+        missing.append(f"The model has {evidence.num_heads} heads, so nothing is said of a head of a higher number.")
+    return claims[: evidence.num_heads]
+
+
+def content_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
+    everywhere = np.full(evidence.num_layers, 1 / evidence.num_layers)
+    claims = [
+        Claim(
+            "The model recognises key points by itself",
+            (in_layers(KEY_POINTS, everywhere, "attention on any key point"),),
+            "it attends to them, but attending is not recognising: "
+            "moving or erasing such points and watching the answer would tell",
+        ),
+        *(
+            Claim(
+                f"{name.capitalize()} get more attention than other ink",
+                (in_layers(name, everywhere, f"attention on {name}"),),
+            )
+            for name in POINTS
+        ),
+    ]
+    if evidence.p_classes is None:
+        missing.append("Without labels nothing is said of differences between classes.")
+        return claims
+
+    def share(values: dict[str, Array]) -> Array:
+        return values["classes"]
+
+    requirement = Requirement(
+        "variance of the maps between classes, ink regressed out",
+        LEAST_CLASSES,
+        share,
+        share,
+        lambda evidence: 1.0 if evidence.p_classes is None else evidence.p_classes,
+        "permuted labels",
+        "of the variance",
+    )
+    return [*claims, Claim("Attention differs clearly between classes", (requirement,))]
+
+
+def weights_of(layers: range, num_layers: int) -> Array:
+    """[layer]: those of the mean over `layers`."""
+    weights = np.zeros(num_layers)
+    weights[list(layers)] = 1 / len(layers)
+    return weights
+
+
+def numbered(layers: range) -> str:
+    return f"{layers[0] + 1}" if len(layers) == 1 else f"{layers[0] + 1}-{layers[-1] + 1}"
