@@ -165,7 +165,7 @@ def verdict_forest(
     ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: f"{position:g}".replace("-", "\N{MINUS SIGN}")))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("effect, in units of the minimum effect (logarithmic beyond 1)")
-    _clean(ax)
+    clean(ax)
     ax.grid(axis="y", visible=False)
     ax.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     return ax
