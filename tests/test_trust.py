@@ -164,7 +164,7 @@ def test_without_known_classes_the_chapter_is_one_sentence(digits: LabelledImage
 
 
 def test_an_empty_null_is_at_its_level() -> None:
-    """Maps that are no better than the ink: no gain's interval lies above 0 more often than it may (one side, 2.5 %)."""
+    """Maps no better than the ink: an interval lies above 0 no more often than it may (one side, 2.5 %)."""
     generator = np.random.default_rng(0)
     above = [float(inference.bootstrap_mean(generator.standard_normal(50), seed=seed).low) > 0 for seed in range(400)]
     assert 0.005 <= np.mean(above) <= 0.055
