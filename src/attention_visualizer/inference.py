@@ -6,6 +6,7 @@ another training run would move it, it does not say.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,7 @@ class BootstrapMeans:
 
 def percentiles(replicates: Array) -> tuple[Array, Array]:
     """The ends of the 95 % interval of [replicate, ...]: [...] each; NaN where any is."""
-    flat = replicates.reshape(len(replicates), -1)
+    flat = replicates.reshape(len(replicates), math.prod(replicates.shape[1:]))
     found = np.full((2, flat.shape[1]), np.nan)
     there = ~np.isnan(flat).any(axis=0)
     if len(flat) and there.any():
@@ -132,7 +133,7 @@ def bootstrap_mean(values: Array, seed: int = 0, replicates: int = REPLICATES) -
 def standardised_mean(values: Array) -> Array:
     """Cohen's d of paired differences [image, ...]: mean over standard deviation, 0 where nothing varies around 0."""
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
-    return np.divide(mean, deviation, out=np.where(mean == 0, 0.0, np.sign(mean) * np.inf), where=deviation > 0)
+    return np.divide(mean, deviation, out=np.where(mean == 0, 0.0, np.copysign(np.inf, mean)), where=deviation > 0)
 
 
 def permutation_p_value(observed: Array, null: Array) -> Array:

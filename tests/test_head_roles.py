@@ -1,0 +1,126 @@
+"""Roles of heads: closed forms, planted roles, and nothing where the numbers carry nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.stats
+
+from attention_visualizer import head_roles, inference
+from attention_visualizer.head_roles import NO_ROLE, clustered, divergences, ink_followed, name_roles, selectivity
+from attention_visualizer.inference import Interval
+
+BOUNDS = {"ink": 0.05, "place": 0.5, "content": 0.5, "class token": 0.5}
+
+
+def rows_of(generator: np.random.Generator, sharpness: float, shape: tuple[int, ...]) -> np.ndarray:
+    scores = sharpness * generator.standard_normal(shape)
+    weights = np.exp(scores)
+    return (weights / weights.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+
+def test_selectivity_in_closed_form() -> None:
+    keys = 5
+    uniform = np.full((4, keys), 1 / keys)
+    fixed = np.tile(np.eye(keys)[2], (4, 1))
+    moving = np.eye(keys)[[0, 1, 2, 3]]
+    rows = np.stack([uniform, fixed, moving], axis=1)[:, None].astype(np.float32)  # one layer, three heads
+    found = selectivity(rows, np.array([keys]))
+    np.testing.assert_allclose(found.place.value, [[0, np.log(5), np.log(5) - np.log(4)]], atol=1e-6)
+    np.testing.assert_allclose(found.content.value, [[0, 0, np.log(4)]], atol=1e-6)
+
+
+def test_place_and_content_add_up_and_their_intervals_are_those_of_a_full_bootstrap() -> None:
+    generator = np.random.default_rng(0)
+    rows = rows_of(generator, 1.5, (400, 1, 2, 6)) * np.array([3, 1, 1, 1, 1, 1])
+    rows = (rows / rows.sum(axis=-1, keepdims=True)).astype(np.float32)
+    found = selectivity(rows, np.array([6]))
+    mean_entropy = scipy.stats.entropy(rows, axis=-1).mean(axis=0)
+    np.testing.assert_allclose(found.place.value + found.content.value, np.log(6) - mean_entropy, rtol=1e-5)
+    replicates = []
+    for _ in range(600):
+        drawn = rows[generator.integers(0, 400, 400)]
+        of_mean = scipy.stats.entropy(drawn.mean(axis=0), axis=-1)
+        replicates.append([np.log(6) - of_mean, of_mean - scipy.stats.entropy(drawn, axis=-1).mean(axis=0)])
+    low, high = np.quantile(np.array(replicates), [0.025, 0.975], axis=0)
+    for number, interval in enumerate((found.place, found.content)):
+        np.testing.assert_allclose(interval.high - interval.low, high[number] - low[number], rtol=0.15)
+
+
+def test_ink_is_followed_only_beyond_places() -> None:
+    generator = np.random.default_rng(1)
+    inked = generator.random((2000, 4)) < [0.9, 0.5, 0.5, 0.1]
+    place = np.tile([0.7, 0.1, 0.1, 0.1], (2000, 1))  # always where ink usually is
+    follower = inked / np.maximum(inked.sum(axis=1, keepdims=True), 1)
+    avoider = ~inked / np.maximum((~inked).sum(axis=1, keepdims=True), 1)
+    found = ink_followed(np.stack([place, follower, avoider], axis=1), inked).mean(axis=0)
+    assert found[0] == pytest.approx(0, abs=1e-12) and found[1] > 0.2 and found[2] < -0.2
+    covariance = sum(np.cov(follower[:, patch], inked[:, patch], bias=True)[0, 1] for patch in range(4))
+    assert found[1] == pytest.approx(covariance)
+
+
+def interval(value: float, width: float = 0.02) -> Interval:
+    return Interval(np.array(value), np.array(value - width), np.array(value + width), 100)
+
+
+def named(**changes: object) -> list[str]:
+    plain: dict[str, object] = {
+        "follows": interval(0.0),
+        "p_value": 0.001,
+        "place": interval(0.1),
+        "content": interval(0.1),
+        "class_token": 0.1,
+        "distance": 1.0,
+        "bounds": BOUNDS,
+    }
+    return name_roles(**{**plain, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [NO_ROLE]),
+        ({"follows": interval(0.2)}, ["ink"]),
+        ({"follows": interval(-0.2)}, ["background"]),
+        ({"follows": interval(0.04, 0.001)}, [NO_ROLE]),  # significant, but less than the least effect
+        ({"follows": interval(0.06, 0.03)}, [NO_ROLE]),  # the interval reaches below it
+        ({"follows": interval(0.2), "p_value": 0.2}, [NO_ROLE]),
+        ({"follows": interval(0.2), "bounds": BOUNDS | {"ink": 0.25}}, [NO_ROLE]),  # random weights reach as much
+        ({"place": interval(2.0)}, ["fixed place"]),
+        ({"place": interval(2.0), "content": interval(1.0)}, [NO_ROLE]),  # neither is most of it
+        ({"content": interval(1.5)}, ["varies with the picture"]),
+        ({"class_token": 0.6}, ["class token"]),
+        ({"class_token": float("nan"), "distance": float("nan")}, [NO_ROLE]),
+        ({"distance": 0.4}, ["neighbours"]),
+        ({"follows": interval(0.2), "place": interval(2.0)}, ["ink", "fixed place"]),
+    ],
+)
+def test_a_role_is_named_where_the_numbers_carry_it(changes: dict[str, object], expected: list[str]) -> None:
+    assert named(**changes) == expected
+
+
+def test_divergences_are_scipys() -> None:
+    rows = rows_of(np.random.default_rng(2), 2.0, (7, 4, 6))
+    found = divergences(rows)
+    for first in range(4):
+        for second in range(4):
+            each = [scipy.spatial.distance.jensenshannon(row[first], row[second]) ** 2 for row in rows.astype(float)]
+            assert found[first, second] == pytest.approx(np.mean(each), abs=1e-6)
+
+
+def test_like_heads_are_clustered() -> None:
+    generator = np.random.default_rng(3)
+    kinds = rows_of(generator, 3.0, (30, 3, 8))
+    order = np.array([0, 1, 2, 0, 1, 0])
+    noise = rows_of(generator, 0.2, (30, 6, 8))
+    rows = (0.97 * kinds[:, order] + 0.03 * noise).astype(np.float32)
+    leaves, cluster = clustered(divergences(rows))
+    assert sorted(leaves.tolist()) == list(range(6))
+    for first in range(6):
+        for second in range(6):
+            assert (cluster[first] == cluster[second]) == (order[first] == order[second])
+
+
+def test_the_roles_are_named_in_one_place() -> None:
+    assert {"ink", "background", "fixed place"} <= set(head_roles.ROLES) and inference.LEVEL == 0.05

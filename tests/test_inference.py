@@ -1,0 +1,166 @@
+"""Intervals cover, tests reject at their level and find what is planted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from attention_visualizer import inference
+from attention_visualizer.inference import BootstrapMeans, bootstrap_mean, permutation_p_value, permuted_products
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(0)
+    samples = generator.exponential(2.0, (60, 400))  # 400 quantities of 60 images each, skewed
+    interval = bootstrap_mean(samples, replicates=400)
+    covered = ((interval.low <= 2.0) & (interval.high >= 2.0)).mean()
+    assert 0.90 <= covered <= 0.97
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    values = np.random.default_rng(1).gamma(3.0, 1.0, 300)
+    ours = bootstrap_mean(values, replicates=5000)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=5000, random_state=np.random.default_rng(2)
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert float(ours.low) == pytest.approx(theirs.low, abs=0.06 * width)
+    assert float(ours.high) == pytest.approx(theirs.high, abs=0.06 * width)
+    assert float(ours.value) == pytest.approx(values.mean()) and ours.n == 300
+
+
+def test_the_cut_into_batches_changes_nothing() -> None:
+    values = np.random.default_rng(3).standard_normal((37, 2, 3))
+    groups = np.random.default_rng(4).integers(-1, 2, 37)
+    whole, parts = BootstrapMeans(2), BootstrapMeans(2)
+    whole.update(values, groups)
+    for rows in (slice(0, 5), slice(5, 20), slice(20, 37)):
+        parts.update(values[rows], groups[rows])
+    for group in range(2):
+        for end in ("value", "low", "high"):
+            np.testing.assert_allclose(getattr(parts.of_group(group), end), getattr(whole.of_group(group), end))
+        np.testing.assert_allclose(whole.of_group(group).value, values[groups == group].mean(axis=0))
+        assert whole.of_group(group).n == (groups == group).sum()
+
+
+def test_differences_and_functions_of_means() -> None:
+    generator = np.random.default_rng(5)
+    values, groups = generator.standard_normal((4000, 2)) + [1.0, 0.0], np.arange(4000) % 2
+    values[groups == 1] += [0.5, 0.0]
+    means = BootstrapMeans(2)
+    means.update(values, groups)
+    difference = means.difference(1, 0)
+    assert difference.low[0] > 0.4 and difference.high[0] < 0.6 and difference.low[1] < 0 < difference.high[1]
+    error = np.sqrt(1 / 2000 + 1 / 2000)
+    np.testing.assert_allclose(difference.high - difference.low, 2 * 1.96 * error, rtol=0.12)
+    contrast = means.of(lambda means: means[..., 0] - means[..., 1], group=0)
+    assert float(contrast.value) == pytest.approx(float(np.diff(means.of_group(0).value[::-1])[0]))
+    assert float(contrast.high - contrast.low) == pytest.approx(2 * 1.96 * np.sqrt(2 / 2000), rel=0.12)
+
+
+def test_columns_without_a_value_stay_without_one() -> None:
+    values = np.ones((6, 2))
+    values[:, 1] = np.nan
+    found = bootstrap_mean(values)
+    assert found.value[0] == found.low[0] == found.high[0] == 1.0 and np.isnan([found.value[1], found.low[1]]).all()
+    empty = BootstrapMeans(2)
+    empty.update(values[:, :1], np.zeros(6, np.int64))
+    assert np.isnan(empty.of_group(1).value).all() and np.isnan(empty.difference(0, 1).low).all()
+
+
+def test_intervals_as_text() -> None:
+    interval = inference.Interval(np.array(0.12345), np.array(0.1), np.array(0.2), 7)
+    assert interval.text() == "0.123 (0.100 to 0.200)" and interval.text(1, percent=True) == "12.3 % (10.0 to 20.0)"
+    assert inference.Interval(np.array(np.nan), np.array(np.nan), np.array(np.nan), 0).text() == "–"
+
+
+def test_permutation_p_values() -> None:
+    null = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])[:, None]
+    assert permutation_p_value(np.array([3.0]), null).tolist() == [1 / 6]
+    assert permutation_p_value(np.array([-2.0]), null).tolist() == [3 / 6]  # the ties count, on both sides
+    assert permutation_p_value(np.array([0.0]), null).tolist() == [1.0]
+
+
+def blobs(generator: np.random.Generator, n: int, patches: int = 9) -> np.ndarray:
+    """Content whose neighbouring places go together, and whose places differ in how often they hold something."""
+    smooth = generator.standard_normal((n, patches))
+    smooth = smooth + np.roll(smooth, 1, axis=1)
+    return (smooth > np.linspace(-2, 2, patches)).astype(np.float32)
+
+
+def test_the_null_of_products_keeps_what_each_place_has() -> None:
+    generator = np.random.default_rng(0)
+    attention, content = generator.random((80, 3, 9)).astype(np.float32), blobs(generator, 80)
+    observed, null = permuted_products(attention, content, 500)
+    np.testing.assert_allclose(observed, (attention * content[:, None]).sum(axis=-1).mean(axis=0), rtol=1e-5)
+    by_place = (attention.mean(axis=0) * content.mean(axis=0)).sum(axis=-1)
+    np.testing.assert_allclose(null.mean(axis=0), by_place, rtol=0.01)
+
+
+def test_attention_to_places_alone_is_rejected_at_the_level() -> None:
+    """A planted null: heads that prefer the places which usually hold something, whatever this image holds."""
+    generator = np.random.default_rng(1)
+    rejected = []
+    for trial in range(60):
+        content = blobs(generator, 50)
+        attention = generator.dirichlet(np.linspace(3, 0.5, 9), (50, 5)).astype(np.float32)
+        p_values = permutation_p_value(*permuted_products(attention, content, 199, seed=trial))
+        rejected.append(p_values < 0.05)
+    assert 0.02 <= np.mean(rejected) <= 0.085  # 300 tests of 5 %: three standard errors either way
+
+
+def test_attention_to_content_is_found() -> None:
+    generator = np.random.default_rng(2)
+    content = blobs(generator, 120)
+    attention = generator.dirichlet(np.ones(9), (120, 2)).astype(np.float32)
+    attention[:, 1] += 0.1 * content
+    p_values = permutation_p_value(*permuted_products(attention, content, 199))
+    assert p_values[1] == 1 / 200 and p_values[0] > 0.05
+
+
+def test_the_largest_difference_holds_its_level_over_all_places() -> None:
+    generator = np.random.default_rng(3)
+    wrong = []
+    for trial in range(150):
+        groups = generator.standard_normal((2, 25, 3, 7)) * np.linspace(0.1, 5, 7)
+        _, p_values = inference.largest_difference_test(groups[0], groups[1], 99, seed=trial)
+        wrong.append((p_values < 0.05).any())
+    assert 0.01 <= np.mean(wrong) <= 0.11
+
+
+def test_a_difference_is_found_in_its_place_only() -> None:
+    generator = np.random.default_rng(4)
+    first, second = generator.standard_normal((2, 60, 4, 5))
+    first[:, 2, 3] += 1.5
+    difference, p_values = inference.largest_difference_test(first, second, 199)
+    assert difference[2, 3] == pytest.approx(1.5, abs=0.6) and p_values[2, 3] == 1 / 200
+    p_values[2, 3] = 1
+    assert (p_values > 0.05).all()
+    constant = np.ones((10, 2))
+    assert inference.largest_difference_test(constant, constant, 19)[1].tolist() == [1.0, 1.0]
+
+
+def test_false_discovery_control_is_scipys_and_leaves_gaps() -> None:
+    p_values = np.array([[0.001, 0.02, np.nan], [0.04, 0.8, 0.03]])
+    adjusted = inference.false_discovery_control(p_values)
+    there = ~np.isnan(p_values)
+    np.testing.assert_allclose(adjusted[there], scipy.stats.false_discovery_control(p_values[there]))
+    assert np.isnan(adjusted[0, 2]) and np.isnan(inference.false_discovery_control(np.array([np.nan]))).all()
+
+
+def test_standardised_means() -> None:
+    values = np.array([[1.0, 2.0, 0.0], [3.0, 2.0, 0.0], [5.0, 2.0, 0.0]])
+    assert inference.standardised_mean(values).tolist() == [1.5, np.inf, 0.0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 50, 99, 100, 1000])
+def test_a_stratified_choice_has_each_class_in_its_share(count: int) -> None:
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    labels = labels[np.random.default_rng(0).permutation(100)]
+    chosen = inference.stratified(labels, count)
+    taken = min(count, 100)
+    assert len(np.unique(chosen)) == len(chosen) == taken and (np.diff(chosen) > 0).all()
+    shares = np.bincount(labels[chosen], minlength=3)
+    assert np.abs(shares - taken * np.array([0.5, 0.3, 0.2])).max() <= 1
+    assert (chosen == inference.stratified(labels, count)).all()
