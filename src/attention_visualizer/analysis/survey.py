@@ -101,7 +101,7 @@ class Survey:
                 rows[:, layer, :, 0] = np.clip(1 - rows[:, layer, :, 1:].sum(axis=-1), 0, None)
             else:
                 rows[:, layer, :, 1:] = maps[:, layer] / maps[:, layer].sum(axis=-1, keepdims=True)
-                rows[:, layer, :, 0] = 0
+                rows[:, layer, :, 0] = np.where(np.isnan(rows[:, layer, :, 1]), np.nan, 0)
         return rows
 
     @property
