@@ -22,6 +22,9 @@ LEAST_ON_CLASS_TOKEN = 0.5  # share of the row
 NEAR = 0.5  # of the distance that uniform attention has
 MOSTLY = 0.8  # the part of a head's selectivity that one cause must have to give it its name
 BEYOND_CONTROLS = 1.5  # times the largest of any head with random weights
+# For ink, whose control values scatter normally around 0: times their root mean square. Of models with random weights,
+# fewer than one in a hundred then has any head beyond it.
+BEYOND_SCATTER = 5.0
 NO_ROLE = "no distinct role"
 
 MOST_PICTURES = 2000  # for pairs of heads and for intervals of selectivity

@@ -18,6 +18,7 @@ from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
 from attention_visualizer.head_roles import (
     ALIKE,
     BEYOND_CONTROLS,
+    BEYOND_SCATTER,
     LEAST_INK,
     LEAST_ON_CLASS_TOKEN,
     LEAST_SELECTIVE,
@@ -102,26 +103,22 @@ def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Ar
 
 
 def role_bounds(controls: Sequence[tuple[Survey, Array]]) -> dict[str, float]:
-    """What a value must reach: the least effect, or BEYOND_CONTROLS times the largest of any random-weight head."""
-    reached = {"ink": 0.0, "place": 0.0, "content": 0.0, "class token": 0.0}
+    """What a value must reach: the least effect, or what its scatter among heads with random weights asks for."""
+    followed, reached = [], {"place": 0.0, "content": 0.0, "class token": 0.0}
     for survey, inked in controls:
         rows = survey.rows()
         of_mean = entropy(rows.mean(axis=0))
+        followed.append(ink_followed(survey.shares, inked).mean(axis=0))
         values = {
-            "ink": np.abs(ink_followed(survey.shares, inked).mean(axis=0)),
             "place": np.log(survey.num_keys)[:, None] - of_mean,
             "content": of_mean - entropy(rows).mean(axis=0),
             "class token": survey.mean_of("class_token").value[:, :-1],
         }
-        for name, each in values.items():
-            reached[name] = max(reached[name], float(np.nanmax(each, initial=0.0)))
-    least = {
-        "ink": LEAST_INK,
-        "place": LEAST_SELECTIVE,
-        "content": LEAST_SELECTIVE,
-        "class token": LEAST_ON_CLASS_TOKEN,
-    }
-    return {name: max(least[name], BEYOND_CONTROLS * reached[name]) for name in least}
+        reached = {name: max(reached[name], float(np.nanmax(each, initial=0.0))) for name, each in values.items()}
+    least = {"place": LEAST_SELECTIVE, "content": LEAST_SELECTIVE, "class token": LEAST_ON_CLASS_TOKEN}
+    scatter = float(np.sqrt(np.nanmean(np.square(followed)))) if followed else 0.0
+    bounds = {name: max(least[name], BEYOND_CONTROLS * reached[name]) for name in least}
+    return {"ink": max(LEAST_INK, BEYOND_SCATTER * scatter), "ink scatter": scatter, **bounds}
 
 
 def relative_distance(survey: Survey) -> Array:
@@ -170,8 +167,8 @@ def write(study: Study) -> Chapter:
             FigureFile(
                 by_head,
                 "Left: how much more a head gives to inked patches than its mean map would, with 95 % intervals over "
-                f"{len(survey.kept):,} test images; grey: what heads with random weights reach; dashed: the bound for "
-                "a role. Middle: what it looks at on every picture (place), and what changes with the picture "
+                f"{len(survey.kept):,} test images; grey: where 95 % of heads with random weights lie; dashed: the "
+                "bound for a role. Middle: what it looks at on every picture (place), and what changes with the picture "
                 "(content). Right: the roles that the numbers carry.",
             ),
             FigureFile(
@@ -217,8 +214,8 @@ def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, f
     at = np.arange(count)[::-1]
     picked = tuple(there.T)
     follows = roles.follows_ink[picked]
-    reached = roles.bounds["ink"] / BEYOND_CONTROLS
-    left.axvspan(-reached, reached, color=charts.BAND, zorder=0, label="heads with random weights")
+    scatter = 2 * roles.bounds["ink scatter"]
+    left.axvspan(-scatter, scatter, color=charts.BAND, zorder=0, label="heads with random weights (95 %)")
     for bound in (-roles.bounds["ink"], roles.bounds["ink"]):
         left.axvline(bound, color=charts.REFERENCE, linestyle="--", linewidth=1, label="bound for a role" * (bound > 0))
     charts.forest(at, follows.value, follows.low, follows.high, left)
@@ -369,6 +366,7 @@ def text_of(
             place=roles.bounds["place"],
             content=roles.bounds["content"],
             beyond=BEYOND_CONTROLS,
+            scatter=f"{BEYOND_SCATTER:.0f}",
             mostly=MOSTLY,
             near=NEAR,
             token=LEAST_ON_CLASS_TOKEN,
@@ -393,11 +391,12 @@ that always looks at the same places; its p-value comes from giving pictures eac
 discovery control over all heads). How far a head is from uniform is split in two: what its mean map shows (place) and
 what changes from picture to picture (content).
 
-A role is named only where the value is beyond the least effect that was stated beforehand *and* beyond {beyond} times
-what any head of {controls} models with random weights reaches. Following ink or background: {ink:.3f} of the attention
-on patches (least effect {least}). Fixed place: {place:.2f} nats, varies with the picture: {content:.2f} nats, each with
-{mostly:.0%} of the head's selectivity. Class token: {token} of the row. Neighbours: a mean distance below {near} of
-uniform attention's; that of a last layer that only the class token leaves is not counted."""
+A role is named only where the value is beyond the least effect that was stated beforehand *and* beyond what heads of
+{controls} models with random weights have. Following ink or background: {ink:.3f} of the attention on patches (least
+effect {least}; {scatter} times the scatter of random heads around 0). Fixed place: {place:.2f} nats, varies with the
+picture: {content:.2f} nats, each with {mostly:.0%} of the head's selectivity and {beyond} times the largest of any
+random head. Class token: {token} of the row. Neighbours: a mean distance below {near} of uniform attention's; that of a
+last layer that only the class token leaves is not counted."""
 
 REDUNDANCY = """Between two heads the divergence is {mean:.2f} nats on average (0: the same map on every picture, 0.69:
 no patch in common); {shared} (below {alike} nats).{control}"""

@@ -1,0 +1,133 @@
+"""Causal importance: a planted head is found, guessing models need none, and what is too much is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from attention_visualizer.analysis import importance
+from attention_visualizer.analysis.importance import centred, measure_importance, rank_correlation
+from attention_visualizer.analysis.study import Effort, Study
+from attention_visualizer.data import ImageDataModule
+from attention_visualizer.images import DatasetDescription
+from attention_visualizer.model import VisionTransformer
+from attention_visualizer.pictures import LabelledImages
+
+HEADS, LAYERS, N = 3, 2, 90
+SIZES: dict[str, Any] = {
+    "img_size": 8, "patch_size": 4, "embed_dim": 12, "num_heads": HEADS, "num_layers": LAYERS, "mlp_dim": 5,
+    "num_classes": 3,
+}  # fmt: skip
+
+
+class Planted(VisionTransformer):
+    """The answer is what head 2 of the second layer brings to the class token, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(**SIZES)
+        assert self.cls_token is not None and self.pos_embed is not None
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(0.01)
+            self.blocks[1].norm1.weight.fill_(1.0)
+            self.blocks[1].attn.qkv.weight[32:36] = 0.3 * torch.randn(4, 12)  # values of head 2
+            projection = torch.zeros(12, 12)
+            projection[:4, 8:12] = torch.eye(4)
+            self.blocks[1].attn.proj.weight.copy_(projection)
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        before = tokens
+        for block in self.blocks[:-1]:
+            before = block(before)
+        added = self.blocks[-1].attn(self.blocks[-1].norm1(before))[:, 0]
+        return 100 * added[:, :3]
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[VisionTransformer, LabelledImages]:
+    torch.manual_seed(0)
+    model: VisionTransformer = Planted().eval()
+    images = torch.randint(0, 256, (N, 1, 8, 8), dtype=torch.uint8)
+    description = DatasetDescription("digits", 8, 1, ("a", "b", "c"), 0.5, 0.3, {"test": N})
+    pictures = LabelledImages(description, images, torch.zeros(N, dtype=torch.long))
+    with torch.no_grad():
+        labels = model(pictures.model_input(images)).argmax(dim=1)
+    return model, LabelledImages(description, images, labels)
+
+
+def study_of(model: VisionTransformer, pictures: LabelledImages, folder: Path, **effort: Any) -> Study:
+    return Study(model, pictures, folder, "weights", effort=Effort(**{"pictures": 60, "controls": 1} | effort))
+
+
+def test_only_the_planted_head_matters(planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path) -> None:
+    study = study_of(*planted, tmp_path)
+    found = measure_importance(study, study.subset(60))
+    assert found.answers and float(found.accuracy.value) == 1.0 and found.classes == "true"
+    mattering = found.matters("zero")
+    assert mattering[1, 2] and mattering[1, HEADS]  # the head, and its layer
+    mattering[1, [2, HEADS]] = False
+    assert not mattering.any()
+    assert float(found.of_score["zero"].value[1, 2]) == pytest.approx(-float(found.score.value), rel=0.02)
+    chapter = importance.write(study)
+    assert chapter.finding is not None and "1 of 6 heads is needed alone" in chapter.finding.text
+    assert "head 2.3" in chapter.finding.text and (tmp_path / "attention_importance.png").is_file()
+    assert json.dumps(chapter.numbers, allow_nan=False) == json.dumps(importance.write(study).numbers)
+
+
+def test_switching_off_is_a_projection_without_the_heads_columns(
+    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path
+) -> None:
+    torch.manual_seed(4)
+    model = VisionTransformer(**SIZES).eval()
+    study = study_of(model, planted[1], tmp_path)
+    numbers = study.subset(40)
+    found = measure_importance(study, numbers)
+    images = study.model_input(study.pictures.read(numbers.tolist()))
+    labels = planted[1].labels
+    assert labels is not None
+    with torch.no_grad():
+        own = model(images)
+        model.blocks[0].attn.proj.weight[:, 4:8] = 0  # head 1
+        without = model(images)
+    change = centred(without.double().numpy()) - centred(own.double().numpy())
+    rows = np.arange(len(numbers))
+    expected = change[rows, labels[torch.from_numpy(numbers)].numpy()].mean()
+    assert float(found.of_score["zero"].value[0, 1]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_nothing_is_needed_for_a_guess(seed: int, tmp_path: Path) -> None:
+    data = ImageDataModule(name="digits", fallback=None)
+    data.load()
+    pictures = LabelledImages(data.description, data.splits["test"][0][:80], data.splits["test"][1][:80])
+    torch.manual_seed(seed)
+    model = VisionTransformer(embed_dim=12, num_heads=2, num_layers=2, mlp_dim=9).eval()
+    study = study_of(model, pictures, tmp_path)
+    found = measure_importance(study, study.subset(60))
+    assert not found.answers and not any(found.matters(way).any() for way in importance.WAYS)
+    chapter = importance.write(study)
+    assert chapter.finding is not None and "no better than by chance" in chapter.finding.text
+
+
+def test_too_much_work_and_too_few_images_are_left_out(
+    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path
+) -> None:
+    model, pictures = planted
+    much = importance.write(study_of(model, pictures, tmp_path, work=1e5))
+    assert "Left out" in much.text and "subset=50" in much.text and not much.figures
+    few = LabelledImages(pictures.description, pictures.images[:20], pictures.labels[:20])  # type: ignore[index]
+    assert "at least 30 images" in importance.write(study_of(model, few, tmp_path)).text
+
+
+def test_rank_correlation_and_its_null() -> None:
+    assert rank_correlation(np.arange(10.0), np.arange(10.0) ** 3)[0] == pytest.approx(1.0)
+    assert np.isnan(rank_correlation(np.ones(5), np.arange(5.0))).all()
+    generator = np.random.default_rng(0)
+    p_values = [rank_correlation(*generator.standard_normal((2, 12)))[1] for _ in range(60)]
+    assert np.mean(np.array(p_values) < 0.05) <= 0.15
