@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from attention_visualizer import report
 from attention_visualizer.analysis import (
     atlas,
     evolution,
@@ -20,6 +24,10 @@ from attention_visualizer.analysis import (
 from attention_visualizer.analysis.study import Study
 from attention_visualizer.chapter import Chapter
 from attention_visualizer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LONGEST_REASON = 300  # characters
 
 CHAPTERS: dict[str, Callable[[Study], Chapter]] = {
     "patterns": patterns.write,
@@ -41,14 +49,39 @@ def check_chapters(names: Sequence[str]) -> None:
 
 
 def write_chapters(study: Study, names: Sequence[str]) -> dict[str, Chapter]:
-    """Writes the figures of each chapter and returns what the report says of them, with a progress bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    written = {}
+    """Writes the figures of each chapter and returns what the report says of them, with a progress bar.
+
+    A chapter that fails is named on stderr and says in the report why it is missing; the others go on.
+    """
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    written: dict[str, Chapter] = {}
+    told = study.progress
     with Progress(*columns) as progress:
         task = progress.add_task("analysing", total=len(names))
-        for name in names:
-            progress.update(task, description=f"{name:<10}")
-            written[name] = CHAPTERS[name](study)
-            progress.advance(task)
-        progress.update(task, description="done      ")
+
+        def tell(name: str, doing: str) -> None:
+            progress.update(task, description=f"{name:<10} {doing}" if doing else f"{name:<10}")
+
+        try:
+            for name in names:
+                study.progress = partial(tell, name)
+                tell(name, "")
+                try:
+                    chapter = CHAPTERS[name](study)
+                    report.check(written | {name: chapter}, study.output)
+                except Exception as error:  # whatever goes wrong in one chapter is no reason to lose the others
+                    chapter = Chapter(name.capitalize(), "", missing=reason_of(error))
+                    log.debug("chapter %s", name, exc_info=True)
+                    print(f"chapter {name} is missing: {chapter.missing}", file=sys.stderr)
+                written[name] = chapter
+                progress.advance(task)
+            progress.update(task, description="done      ")
+        finally:
+            study.progress = told
     return written
+
+
+def reason_of(error: Exception) -> str:
+    """In one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:LONGEST_REASON]}" if text else type(error).__name__
