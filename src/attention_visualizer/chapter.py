@@ -10,16 +10,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FigureFile:
-    """A figure that was written: its file name inside the output folder, and what it shows, as plain text. of_sample:
-    one of several alike, which a page may fold away."""
+    """A figure that was written: its file name inside the output folder, and what it shows, as plain text."""
 
     name: str
     caption: str
-    of_sample: bool = False
 
     @property
     def stem(self) -> str:
         return Path(self.name).stem
+
+    @property
+    def of_sample(self) -> bool:
+        """One of several alike, `<stem>_sample_<i>`, which a page may fold away."""
+        return re.fullmatch(r".+_sample_\d+", self.stem) is not None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ PAGE = "attention_analysis_report.html"
 STATISTICS = "attention_statistics"
 SCHEMA = 2  # of attention_statistics.json: docs/report.md
 MOST_FINDINGS = 5
-PLACEHOLDER = re.compile(r"(?<!\\)\{(\w+):([^{}]*)\}")
+PLACEHOLDER = re.compile(r"(?<!\\)\{(\w+)(?::([^{}]*))?\}")
+SHOWN = (".png", ".webp")  # kinds of figures that stand in the page; others are linked
+THUMBNAIL_WIDTH = 240  # pixels, in Markdown
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,19 @@ def numbered(chapters: dict[str, Chapter]) -> list[Part]:
 
 
 def check(chapters: dict[str, Chapter], folder: Path) -> None:
-    """Raises ValueError or TypeError for what could not be reported, such as figures that are not in `folder`."""
-    for part in numbered(chapters):
+    """Raises an exception for what could not be reported, such as figures that are not in `folder`."""
+    parts = numbered(chapters)
+    for part in parts:
         for _, figure in part.figures:
             if not (folder / figure.name).is_file():
                 raise ValueError(f"chapter {part.name}: there is no file {figure.name}")
-        for text in (part.chapter.text, part.chapter.caution):
-            part.resolve(text)
-        finding_of(part)
-        json.dumps(storage.json_ready(part.chapter.numbers), allow_nan=False)
+        for _, table in part.tables:
+            if any(len(row) != len(table.columns) for row in table.rows):
+                raise ValueError(f"chapter {part.name}: not all rows of a table have {len(table.columns)} cells")
+    empty = Summary("", {}, [], "")
+    json.dumps(storage.json_ready(statistics(empty, parts)), allow_nan=False)
+    as_csv([record for chapter in chapters.values() for record in chapter.records])
+    markdown(empty, chapters)
 
 
 def write(output: Path, summary: Summary, chapters: dict[str, Chapter], earlier_figures: Iterable[str] = ()) -> Path:
@@ -121,8 +127,6 @@ def statistics(summary: Summary, parts: list[Part], earlier_figures: Iterable[st
     """What attention_statistics.json holds, as docs/report.md describes it."""
     return {
         "schema": SCHEMA,
-        "complete": not any(part.chapter.missing for part in parts),
-        "headline": summary.headline,
         "facts": summary.facts,
         "warnings": summary.warnings,
         "earlier_figures": sorted(earlier_figures),
@@ -132,16 +136,13 @@ def statistics(summary: Summary, parts: list[Part], earlier_figures: Iterable[st
                 "status": "missing" if part.chapter.missing else "complete",
                 "reason": part.chapter.missing or None,
                 "finding": finding_of(part),
-                "caution": part.resolve(part.chapter.caution) or None,
+                "caution": one_line(part.resolve(part.chapter.caution)) or None,
+                "numbers": part.chapter.numbers,
                 "figures": [
-                    {"number": number, "file": figure.name, "caption": figure.caption}
+                    {"number": number, "name": figure.name, "caption": figure.caption}
                     for number, figure in part.figures
                 ],
-                "tables": [
-                    {"number": number, "caption": table.caption, "columns": table.columns, "rows": table.rows}
-                    for number, table in part.tables
-                ],
-                "numbers": part.chapter.numbers,
+                "tables": [{"number": number, "caption": table.caption} for number, table in part.tables],
             }
             for part in parts
         },
@@ -153,7 +154,11 @@ def finding_of(part: Part) -> dict[str, Any] | None:
     if finding is None:
         return None
     number = None if finding.figure is None else part.figure(finding.figure)[0]
-    return {"text": part.resolve(finding.text), "figure": number}
+    return {"text": one_line(part.resolve(finding.text)), "figure": number}
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def as_csv(records: list[dict[str, Any]]) -> str:
@@ -179,9 +184,33 @@ def contents(summary: Summary, parts: list[Part]) -> dict[str, Any]:
         "findings": [part for part in parts if part.chapter.finding is not None][:MOST_FINDINGS],
         "cautions": [part for part in parts if part.chapter.caution],
         "missing": [part for part in parts if part.chapter.missing],
+        "shown": lambda figure: figure.name.endswith(SHOWN),
+        "folded": folded,
+        "more": more,
         "has_records": any(part.chapter.records for part in parts),
         "statistics": STATISTICS,
     }
+
+
+def folded(part: Part) -> list[tuple[tuple[int, FigureFile], list[tuple[int, FigureFile]]]]:
+    """A chapter's figures in their order; each with those that are folded away behind it, the same of other samples."""
+    found: list[tuple[tuple[int, FigureFile], list[tuple[int, FigureFile]]]] = []
+    series = None
+    for number, figure in part.figures:
+        own = figure.stem.rpartition("_")[0] if figure.of_sample else None
+        if own is not None and own == series:
+            found[-1][1].append((number, figure))
+        else:
+            found.append(((number, figure), []))
+        series = own
+    return found
+
+
+def more(others: list[tuple[int, FigureFile]]) -> str:
+    """What a fold says: "The same for 7 more images (Figures 2 to 8)"."""
+    first, last = others[0][0], others[-1][0]
+    span = f"Figure {first}" if first == last else f"Figures {first} to {last}"
+    return f"The same for {len(others)} more image{'s' * (len(others) > 1)} ({span})"
 
 
 def markdown(summary: Summary, chapters: dict[str, Chapter]) -> str:
@@ -193,8 +222,15 @@ def markdown(summary: Summary, chapters: dict[str, Chapter]) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML; `escape_markdown` makes foreign text inert
     )
-    environment.filters |= {"escape_markdown": escape_markdown, "file_address": quote, "fence": fence}
-    return environment.get_template("report.md").render(contents(summary, numbered(chapters)))
+    environment.filters |= {
+        "escape_markdown": escape_markdown,
+        "file_address": quote,
+        "fence": fence,
+        "one_line": one_line,
+    }
+    return environment.get_template("report.md").render(
+        contents(summary, numbered(chapters)), thumbnail_width=THUMBNAIL_WIDTH
+    )
 
 
 def fence(text: str) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from attention_visualizer.chapter import Table
 
-KINDS = {".png": "image/png", ".webp": "image/webp", ".svg": "image/svg+xml"}
+KINDS = {".png": "image/png", ".webp": "image/webp"}  # others are linked
 THUMBNAIL = (480, 300)  # pixels, twice those on the page
 NUMBER = re.compile(r"[-+−<>~]?\s?\d[\d,.]*(\s?%)?(\s\(.*\))?|–|")
 
@@ -51,14 +51,14 @@ def render(contents: dict[str, Any], folder: Path) -> Iterator[str]:
 
 
 def embedded(path: Path) -> str | None:
-    """The picture as an address that holds it; None for kinds that pages cannot show."""
+    """The picture as an address that holds it; None for kinds that are linked."""
     kind = KINDS.get(path.suffix)
     return None if kind is None else data_address(kind, path.read_bytes())
 
 
 def thumbnail(path: Path) -> str | None:
-    """A small copy as an address that holds it; None where there is no quick way to one."""
-    if path.suffix not in (".png", ".webp"):
+    """A small copy as an address that holds it; None for kinds that are linked."""
+    if path.suffix not in KINDS:
         return None
     with Image.open(path) as picture:
         small = picture.convert("RGB")
@@ -74,7 +74,7 @@ def data_address(kind: str, content: bytes) -> str:
 
 def pixels(path: Path) -> tuple[int, int] | None:
     """Width and height, with which a browser keeps the place free."""
-    if path.suffix not in (".png", ".webp"):
+    if path.suffix not in KINDS:
         return None
     with Image.open(path) as picture:
         return picture.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import secrets
@@ -71,7 +72,7 @@ def open_stage(beside: Path, prefix: str) -> tuple[filelock.FileLock, Path]:
 
 
 def clear_leftovers(folder: Path, beside: Path, own: Path) -> None:
-    """Removes the stages of processes that are no more."""
+    """Removes the stages of processes that are no more, after undoing what they had begun to move."""
     for stage in beside.glob(f"{glob.escape(prefix_of(folder))}*"):
         if stage == own or not stage.is_dir():
             continue
@@ -81,7 +82,7 @@ def clear_leftovers(folder: Path, beside: Path, own: Path) -> None:
         except (OSError, filelock.Timeout):
             continue  # somebody is at work
         try:
-            undo(stage, folder)
+            undo(stage)
         finally:
             lock.release()
             shutil.rmtree(stage, ignore_errors=True)
@@ -90,7 +91,8 @@ def clear_leftovers(folder: Path, beside: Path, own: Path) -> None:
 def move_in(new: Path, folder: Path, names: Sequence[str], obsolete: Sequence[str] = ()) -> None:
     """Moves files `names` from `new` (of `staging`) into `folder`, in this order, and removes the `obsolete` ones.
 
-    If anything fails on the way, `folder` is as it was before. Raises UserError for an OSError.
+    If anything fails on the way, `folder` is as it was before; where the process is killed on the way, it is so again
+    when the next `staging` begins. Raises UserError for an OSError.
     """
     stage = new.parent
     try:
@@ -100,15 +102,16 @@ def move_in(new: Path, folder: Path, names: Sequence[str], obsolete: Sequence[st
         for name in (*names, *obsolete):
             if (folder / name).is_file():
                 keep(folder / name, stage / EARLIER / name)
-        storage.write_json(stage / PLAN, list(names))
+        # Relative, so that it still holds when the folder of both was renamed meanwhile.
+        storage.write_json(stage / PLAN, {"folder": os.path.relpath(folder.resolve(), stage), "names": list(names)})
         for name in names:
-            os.replace(new / name, folder / name)
+            move(new / name, folder / name)
         for name in obsolete:
             (folder / name).unlink(missing_ok=True)
         # From here on a killed process leaves the new files: they are all there.
         (stage / PLAN).unlink()
     except BaseException as error:
-        undo(stage, folder)
+        undo(stage)
         if not existed:
             with suppress(OSError):
                 folder.rmdir()
@@ -122,16 +125,31 @@ def move_in(new: Path, folder: Path, names: Sequence[str], obsolete: Sequence[st
 def keep(path: Path, copy: Path) -> None:
     try:
         os.link(path, copy)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without links, or another one
         shutil.copy2(path, copy)
 
 
-def undo(stage: Path, folder: Path) -> None:
+def move(path: Path, to: Path) -> None:
+    try:
+        os.replace(path, to)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with storage.atomic_path(to) as temporary:  # onto another file system
+            shutil.copy2(path, temporary)
+        path.unlink()
+
+
+def undo(stage: Path) -> None:
     """What `move_in` had begun: earlier files come back, new ones that had no forerunner go."""
     if not (stage / PLAN).is_file():
         return
-    for name in storage.read_json(stage / PLAN):
+    plan = storage.read_json(stage / PLAN)
+    folder = Path(os.path.normpath(stage.resolve() / plan["folder"]))
+    if not folder.is_dir():  # somebody removed it since
+        return
+    for name in plan["names"]:
         if not (stage / EARLIER / name).exists() and not (stage / NEW / name).exists():
             (folder / name).unlink(missing_ok=True)
     for path in (stage / EARLIER).iterdir():
-        os.replace(path, folder / path.name)
+        move(path, folder / path.name)

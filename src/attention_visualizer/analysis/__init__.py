@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from attention_visualizer import report
 from attention_visualizer.analysis import (
@@ -53,32 +53,42 @@ def write_chapters(study: Study, names: Sequence[str]) -> dict[str, Chapter]:
 
     A chapter that fails is named on stderr and says in the report why it is missing; the others go on.
     """
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     written: dict[str, Chapter] = {}
     told = study.progress
-    with Progress(*columns) as progress:
-        task = progress.add_task("analysing", total=len(names))
-
-        def tell(name: str, doing: str) -> None:
-            progress.update(task, description=f"{name:<10} {doing}" if doing else f"{name:<10}")
-
-        try:
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("analysing", total=len(names), doing="")
+            study.progress = lambda doing: progress.update(task, doing=doing)
             for name in names:
-                study.progress = partial(tell, name)
-                tell(name, "")
+                progress.update(task, description=name, doing="")
                 try:
                     chapter = CHAPTERS[name](study)
                     report.check(written | {name: chapter}, study.output)
                 except Exception as error:  # whatever goes wrong in one chapter is no reason to lose the others
                     chapter = Chapter(name.capitalize(), "", missing=reason_of(error))
                     log.debug("chapter %s", name, exc_info=True)
-                    print(f"chapter {name} is missing: {chapter.missing}", file=sys.stderr)
                 written[name] = chapter
                 progress.advance(task)
-            progress.update(task, description="done      ")
-        finally:
-            study.progress = told
+            progress.update(task, description="done", doing="")
+    finally:
+        study.progress = told
+        # Not while the bar is drawn, which would take the line to standard output.
+        for name, chapter in written.items():
+            if chapter.missing:
+                print(f"chapter {name} is missing: {chapter.missing}", file=sys.stderr)
     return written
+
+
+def progress_bar() -> Progress:
+    """The chapter, how many are done, and what is being done in this one."""
+    whole = Column(no_wrap=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=11)),
+        BarColumn(20),
+        MofNCompleteColumn(table_column=whole),
+        TimeElapsedColumn(table_column=whole),
+        TextColumn("{task.fields[doing]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+    )
 
 
 def reason_of(error: Exception) -> str:

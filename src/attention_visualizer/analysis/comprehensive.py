@@ -41,7 +41,7 @@ def write_analysis(
 ) -> Written:
     """Writes figures, numbers and the report into the study's output folder, all of them at the end or none.
 
-    If a chapter fails, an earlier complete report of the same weights stays as it is, and what there is goes into
+    If a chapter fails, an earlier report of the same weights stays as it is, and what there is goes into
     <output>_incomplete.
     """
     with staging(study.output) as new:
@@ -50,7 +50,7 @@ def write_analysis(
         missing = {name: chapter.missing for name, chapter in written.items() if chapter.missing}
         target = study.output
         earlier = EarlierAnalysis.of(target)
-        if missing and earlier is not None and earlier.complete and earlier.identity == identity(study.weights):
+        if missing and earlier is not None and earlier.reported and earlier.identity == identity(study.weights):
             target = target.with_name(f"{target.name}_incomplete")
             earlier = EarlierAnalysis.of(target)
         same = earlier is not None and earlier.identity == identity(study.weights)
@@ -67,10 +67,11 @@ def write_analysis(
 
 @dataclass(frozen=True)
 class EarlierAnalysis:
-    """What an output folder says of the analysis in it. identity: of its weights."""
+    """What an output folder says of the analysis in it. identity: of its weights; reported: whether a report is there;
+    figures: that it names."""
 
     identity: str
-    complete: bool
+    reported: bool
     figures: frozenset[str]
 
     @classmethod
@@ -79,10 +80,10 @@ class EarlierAnalysis:
         try:
             told = storage.read_json(folder / f"{report.STATISTICS}.json")
             named = set(told.get("earlier_figures", []))
-            for chapter in told["chapters"].values():
-                named |= {figure["file"] for figure in chapter.get("figures", [])}
-            complete = bool(told.get("complete", True)) and (folder / report.REPORT).is_file()
-            return cls(identity(told["facts"]["weights"]), complete, frozenset(named))
+            if told["schema"] > 1:
+                named |= {figure["name"] for each in told["chapters"].values() for figure in each["figures"]}
+            reported = (folder / report.REPORT).is_file()
+            return cls(identity(told["facts"]["weights"]), reported, frozenset(named))
         except (UserError, LookupError, TypeError, AttributeError):
             return None
 
@@ -113,27 +114,32 @@ def summarise(study: Study, command: str, language: str) -> report.Summary:
         "samples": "; ".join(sample.source for sample in study.samples)
         + (CHOSEN if pictures.labels is not None else ""),
     }
+    accuracy = study.accuracy
+    if accuracy is not None:
+        facts["accuracy"] = f"{accuracy.text(2, percent=True)}, n = {accuracy.n:,}"
     error = study.reconstruction_error
-    versions = ", ".join(f"{name} {storage.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
     facts["proof"] = "the maps are the model's own: weights times values differ from its own attention output " + (
         f"by at most {error:.1e}" if error else "by nothing"
     )
     if isinstance(pictures, PictureFolder):
         facts["input"] = describe_input(pictures.format)
+    versions = ", ".join(f"{name} {storage.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
     facts["software"] = f"{versions}, Python {platform.python_version()}"
-    notes = [study.face_note] if study.face_note else []
+    headline = [facts["model"], facts["data"], *([f"accuracy {facts['accuracy']}"] if accuracy is not None else [])]
+    return report.Summary("Attention analysis", facts, warnings_of(study), command, language, " · ".join(headline))
+
+
+def warnings_of(study: Study) -> list[str]:
+    told = [study.face_note] if study.face_note else []
     if study.first_look.left_out:
         names = ", ".join(study.first_look.left_out)
-        notes.append(f"layers whose keys cannot be placed on the image are left out: {names}")
-    broken = getattr(pictures, "broken", {})
+        told.append(f"layers whose keys cannot be placed on the image are left out: {names}")
+    broken = getattr(study.pictures, "broken", {})
     unread = [f"{name} could not be read and is left out ({reason})" for name, reason in broken.items()]
-    notes += unread[:MOST_UNREAD]
+    told += unread[:MOST_UNREAD]
     if len(unread) > MOST_UNREAD:
-        notes.append(f"{len(unread) - MOST_UNREAD:,} more pictures could not be read and are left out")
-    headline = f"{describe_model(study)} · {facts['data']}"
-    if study.accuracy is not None:
-        headline += f" · accuracy {study.accuracy.text(2, percent=True)}, n = {study.accuracy.n:,}"
-    return report.Summary("Attention analysis", facts, notes, command, language, headline)
+        told.append(f"{len(unread) - MOST_UNREAD:,} more pictures could not be read and are left out")
+    return told
 
 
 def describe_input(format: InputFormat) -> str:

@@ -139,26 +139,33 @@ class Study:
         more than `effort` allows."""
         count, work = self.effort.pictures, self.effort.work
         if work is not None:
-            parameters = sum(parameter.numel() for parameter in self.model.parameters())
-            cost = passes * parameters * max(geometry.num_tokens for geometry in self.first_look.geometries)
-            count = min(len(self.pictures) if count is None else count, int(work / cost))
+            count = min(len(self.pictures) if count is None else count, int(work / self.work_of(passes)))
             if count < LEAST_PICTURES:
                 return None
         return self.subset(count)
 
     @cached_property
     def accuracy(self) -> Interval | None:
-        """The share of all pictures that are classified right; None where that is not known."""
+        """The share of all pictures that are classified right; None where that is not known, or would cost more than
+        `effort` allows."""
         labels = self.pictures.labels
         if labels is None or not has_head(self.model):
             return None
         if "survey" in self.__dict__:
             right = self.survey.right
-            return None if right is None else share_interval(int(right.sum()), len(right))
-        with torch.no_grad():
-            answers = [predict(self.model(batch), len(batch))[0] for batch, _ in self.batches()]
-        predicted = np.concatenate(answers)
-        return None if (predicted < 0).any() else share_interval(int((predicted == labels.numpy()).sum()), len(labels))
+        elif self.work_of(1) * len(self.pictures) <= (self.effort.work or np.inf):
+            with torch.no_grad():
+                answers = [predict(self.model(batch), len(batch))[0] for batch, _ in self.batches()]
+            predicted = np.concatenate(answers)
+            right = None if (predicted < 0).any() else predicted == labels.cpu().numpy()
+        else:
+            right = None
+        return None if right is None else share_interval(int(right.sum()), len(right))
+
+    def work_of(self, passes: int) -> float:
+        """What so many passes over one picture cost: see `Effort`."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return passes * parameters * max(geometry.num_tokens for geometry in self.first_look.geometries)
 
     def subset(self, count: int | None) -> NDArray[np.int64]:
         """Numbers of so many pictures (None: all), each class in its share, always the same ones."""
@@ -217,7 +224,6 @@ class Study:
             FigureFile(
                 self.save(draw(self, subject, sample), f"{stem}_sample_{number}"),
                 f"{sample.source}: {subject.verdict}.",
-                of_sample=True,
             )
             for number, (sample, subject) in enumerate(zip(self.samples, self.subjects, strict=True))
         ]
