@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ THUMBNAIL_WIDTH = 240  # pixels, in Markdown
 
 @dataclass(frozen=True)
 class Summary:
-    """The head of the report: what was analysed. headline: model, data and accuracy in a line; facts: label -> text;
+    """The head of the report: what was analysed. headline: model, data and accuracy, for a line; facts: label -> text;
     command: what makes it again, in `language`."""
 
     title: str
@@ -37,7 +37,7 @@ class Summary:
     warnings: list[str]
     command: str
     language: str = "bash"
-    headline: str = ""
+    headline: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def summarise(study: Study, command: str, language: str) -> report.Summary:
     versions = ", ".join(f"{name} {storage.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
     facts["software"] = f"{versions}, Python {platform.python_version()}"
     headline = [facts["model"], facts["data"], *([f"accuracy {facts['accuracy']}"] if accuracy is not None else [])]
-    return report.Summary("Attention analysis", facts, warnings_of(study), command, language, " · ".join(headline))
+    return report.Summary("Attention analysis", facts, warnings_of(study), command, language, headline)
 
 
 def warnings_of(study: Study) -> list[str]:
