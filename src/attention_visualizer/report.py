@@ -165,15 +165,19 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     """One table of all records; a cell stays empty where a record has no such field."""
     names = dict.fromkeys(name for record in records for name in record)
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows({name: inert(value) for name, value in record.items()} for record in records)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([inert(name) for name in names])
+    writer.writerows([inert(record.get(name, "")) for name in names] for record in records)
     return text.getvalue()
 
 
 def inert(value: Any) -> Any:
-    """Text that spreadsheets would take for a formula gets the apostrophe that makes them show it as text."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
+    """Text in one line, because some readers begin a row at any line break; what spreadsheets would take for a formula
+    gets the apostrophe that makes them show it."""
+    if not isinstance(value, str):
+        return value
+    text = one_line(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def contents(summary: Summary, parts: list[Part]) -> dict[str, Any]:
