@@ -67,6 +67,9 @@ def main(config: DictConfig) -> None:
         analyze(options)
     except (UserError, CaptureError) as error:
         command_line.fail(error)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written, an earlier analysis is as it was", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def import_analysis() -> None:
@@ -128,8 +131,11 @@ def analyze(options: dict[str, Any]) -> None:
     study.effort = effort
     study.others = others
     command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
-    report = comprehensive.write_analysis(study, command, chapters)
-    print(f"Report:     {storage.short_path(report)}")
+    written = comprehensive.write_analysis(study, command, chapters)
+    print(f"Page:       {storage.short_path(written.page)}")
+    print(f"Report:     {storage.short_path(written.report)}")
+    if written.missing:
+        raise SystemExit(1)
 
 
 def check_types(options: dict[str, Any]) -> None:

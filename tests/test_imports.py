@@ -29,7 +29,7 @@ LEVELS = {
         "command_line",
         "configuration",
     },
-    "views": {"panels", "charts", "run_charts", "attention_figures", "chapter", "report"},
+    "views": {"panels", "charts", "run_charts", "attention_figures", "chapter", "report", "report_page"},
     "core": {
         "model",
         "data",
@@ -68,6 +68,7 @@ LEVELS = {
         "progress",
         "errors",
         "storage",
+        "staging",
         "checkpoint",
         "checkpoint_choice",
     },

@@ -130,6 +130,15 @@ def bootstrap_mean(values: Array, seed: int = 0, replicates: int = REPLICATES) -
     return means.of_group()
 
 
+def share_interval(count: int, total: int) -> Interval:
+    """The share of images for which something holds, with its interval (Wilson, 1927), which is not empty where it
+    holds for all."""
+    import scipy.stats
+
+    found = scipy.stats.binomtest(count, total).proportion_ci(1 - LEVEL, method="wilson")
+    return Interval(np.asarray(count / total), np.asarray(found.low), np.asarray(found.high), total)
+
+
 def standardised_mean(values: Array) -> Array:
     """Cohen's d of paired differences [image, ...]: mean over standard deviation, 0 where nothing varies around 0."""
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)

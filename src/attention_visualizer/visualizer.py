@@ -140,7 +140,9 @@ class AttentionVisualizer:
         return figure, pd.DataFrame(statistics.records(measured))
 
     def run_comprehensive_analysis(self, model_path: str | Path | None = None) -> Path:
-        """Every figure, the statistics over the whole test set and the report; returns the report's path.
+        """Every figure, the statistics over the whole test set and the report, in Markdown and HTML; returns the first
+        one's path. A chapter that fails is named on stderr and in the report, which then may lie in
+        <output>_incomplete: see `write_analysis`.
 
         Another `model_path` than before switches to that model.
         """
@@ -154,10 +156,10 @@ class AttentionVisualizer:
             "from attention_visualizer import AttentionVisualizer\n\n"
             f"AttentionVisualizer({given}).run_comprehensive_analysis()"
         )
-        report = write_analysis(self.study, command, tuple(CHAPTERS), language="python")
-        log.info("report written to %s", report)
-        print(f"Report: {report}")
-        return report
+        written = write_analysis(self.study, command, tuple(CHAPTERS), language="python")
+        log.info("report written to %s", written.report)
+        print(f"Report: {written.report}")
+        return written.report
 
     def _draw(self, chapter: Any, stem: str, image: Any, label: int | None, i: int) -> Figure:
         sample = as_sample(image, label, i)

@@ -13,7 +13,7 @@ from attention_visualizer import inference, ink
 from attention_visualizer.analysis.study import Study
 from attention_visualizer.analysis.survey import Survey
 from attention_visualizer.attention_figures import query_name
-from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
+from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table, escape_markdown
 from attention_visualizer.panels import Picture, Tile, attention_scale, overlay, signed_scale, tile_grid
 from attention_visualizer.pictures import LabelledImages
 
@@ -195,7 +195,7 @@ def finding_of(differences: list[Difference], names: list[str], figure: str) -> 
     return Finding(
         f"Between {len(differences)} pairs of easily confused classes, {differing} of {places} places (layer and "
         f"patch) get different attention, {beyond} also when what goes with the place's ink is taken out; most for "
-        f"{names[most.first]} and {names[most.second]} in layer {layer + 1}, "
+        f"{escape_markdown(names[most.first])} and {escape_markdown(names[most.second])} in layer {layer + 1}, "
         f"{most.beyond_ink[layer, patch]:+.3f} of the attention (n = {most.counts[0]} and {most.counts[1]}).",
         figure,
     )

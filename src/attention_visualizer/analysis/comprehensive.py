@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,33 +13,88 @@ import numpy as np
 from attention_visualizer import report, storage
 from attention_visualizer.analysis import CHAPTERS, write_chapters
 from attention_visualizer.analysis.study import OURS, Study
+from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.model import VisionTransformer
 from attention_visualizer.pictures import InputFormat, PictureFolder
+from attention_visualizer.staging import move_in, staging
+
+NUMBERS = (".csv", ".json")
+SOFTWARE = ("attention-visualizer", "torch", "numpy")
+MOST_UNREAD = 5  # pictures that are named
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a report lies, and the chapters that are missing from it, with their reasons."""
+
+    report: Path
+    missing: dict[str, str]
+
+    @property
+    def page(self) -> Path:
+        return self.report.with_name(report.PAGE)
 
 
 def write_analysis(
     study: Study, command: str, chapters: Sequence[str] = tuple(CHAPTERS), language: str = "bash"
-) -> Path:
-    """Writes figures, numbers and the report into the study's output folder; returns the report's path."""
-    study.output.mkdir(parents=True, exist_ok=True)
-    earlier = earlier_weights(study.output)
-    written = write_chapters(study, chapters)
-    path = report.write(study.output, summarise(study, command, language), written)
-    kept = {figure.name for chapter in written.values() for figure in chapter.figures}
-    kept |= {f"{report.STATISTICS}.json"}
-    kept |= {f"{report.STATISTICS}.csv"} if any(chapter.records for chapter in written.values()) else set()
-    # Figures of an earlier analysis of the same weights stay; of others, they would mislead.
-    for old in study.output.iterdir():
-        if OURS.fullmatch(old.name) and old.name not in kept and earlier != identity(study.weights):
-            old.unlink()
-    return path
+) -> Written:
+    """Writes figures, numbers and the report into the study's output folder, all of them at the end or none.
+
+    If a chapter fails, an earlier report of the same weights stays as it is, and what there is goes into
+    <output>_incomplete.
+    """
+    with staging(study.output) as new:
+        with study.saving_to(new):
+            written = write_chapters(study, chapters)
+        missing = {name: chapter.missing for name, chapter in written.items() if chapter.missing}
+        target = study.output
+        earlier = EarlierAnalysis.of(target)
+        if missing and earlier is not None and earlier.reported and earlier.identity == identity(study.weights):
+            target = target.with_name(f"{target.name}_incomplete")
+            earlier = EarlierAnalysis.of(target)
+        same = earlier is not None and earlier.identity == identity(study.weights)
+        figures = sorted(figure.name for chapter in written.values() for figure in chapter.figures)
+        old = files_of_ours(target, earlier)
+        # Figures of an earlier analysis of the same weights stay; of others, they would mislead.
+        kept = sorted(name for name in old - set(figures) if Path(name).suffix not in NUMBERS) if same else []
+        report.write(new, summarise(study, command, language), written, kept)
+        numbers = [name for suffix in NUMBERS if (new / (name := f"{report.STATISTICS}{suffix}")).exists()]
+        files = [*figures, *numbers, report.PAGE, report.REPORT]
+        move_in(new, target, files, [] if same else sorted(old - set(files)))
+    return Written(target / report.REPORT, missing)
 
 
-def earlier_weights(folder: Path) -> str | None:
-    """Which weights the analysis in `folder` is of; None where there is none."""
-    path = folder / f"{report.STATISTICS}.json"
-    return identity(storage.read_json(path)["facts"].get("weights", "")) if path.is_file() else None
+@dataclass(frozen=True)
+class EarlierAnalysis:
+    """What an output folder says of the analysis in it. identity: of its weights; reported: whether a report is there;
+    figures: that it names."""
+
+    identity: str
+    reported: bool
+    figures: frozenset[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> EarlierAnalysis | None:
+        """None where there is none, or one that cannot be read."""
+        try:
+            told = storage.read_json(folder / f"{report.STATISTICS}.json")
+            named = set(told.get("earlier_figures", []))
+            if told["schema"] > 1:
+                named |= {figure["name"] for each in told["chapters"].values() for figure in each["figures"]}
+            reported = (folder / report.REPORT).is_file()
+            return cls(identity(told["facts"]["weights"]), reported, frozenset(named))
+        except (UserError, LookupError, TypeError, AttributeError):
+            return None
+
+
+def files_of_ours(folder: Path, earlier: EarlierAnalysis | None) -> set[str]:
+    """What an analysis left in `folder`, reports apart: figures that it lists itself, and files with a name of ours."""
+    if not folder.is_dir():
+        return set()
+    listed = earlier.figures if earlier is not None else frozenset()
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    return {name for name in names if name in listed or OURS.fullmatch(name)}
 
 
 def identity(weights: str) -> str:
@@ -58,19 +114,32 @@ def summarise(study: Study, command: str, language: str) -> report.Summary:
         "samples": "; ".join(sample.source for sample in study.samples)
         + (CHOSEN if pictures.labels is not None else ""),
     }
+    accuracy = study.accuracy
+    if accuracy is not None:
+        facts["accuracy"] = f"{accuracy.text(2, percent=True)}, n = {accuracy.n:,}"
     error = study.reconstruction_error
     facts["proof"] = "the maps are the model's own: weights times values differ from its own attention output " + (
         f"by at most {error:.1e}" if error else "by nothing"
     )
     if isinstance(pictures, PictureFolder):
         facts["input"] = describe_input(pictures.format)
-    notes = [study.face_note] if study.face_note else []
+    versions = ", ".join(f"{name} {storage.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
+    facts["software"] = f"{versions}, Python {platform.python_version()}"
+    headline = [facts["model"], facts["data"], *([f"accuracy {facts['accuracy']}"] if accuracy is not None else [])]
+    return report.Summary("Attention analysis", facts, warnings_of(study), command, language, headline)
+
+
+def warnings_of(study: Study) -> list[str]:
+    told = [study.face_note] if study.face_note else []
     if study.first_look.left_out:
         names = ", ".join(study.first_look.left_out)
-        notes.append(f"layers whose keys cannot be placed on the image are left out: {names}")
-    broken = getattr(pictures, "broken", {})
-    notes += [f"{name} could not be read and is left out ({reason})" for name, reason in broken.items()]
-    return report.Summary("Attention analysis", facts, notes, command, language)
+        told.append(f"layers whose keys cannot be placed on the image are left out: {names}")
+    broken = getattr(study.pictures, "broken", {})
+    unread = [f"{name} could not be read and is left out ({reason})" for name, reason in broken.items()]
+    told += unread[:MOST_UNREAD]
+    if len(unread) > MOST_UNREAD:
+        told.append(f"{len(unread) - MOST_UNREAD:,} more pictures could not be read and are left out")
+    return told
 
 
 def describe_input(format: InputFormat) -> str:

@@ -167,9 +167,9 @@ def write(study: Study) -> Chapter:
             FigureFile(
                 by_head,
                 "Left: how much more a head gives to inked patches than its mean map would, with 95 % intervals over "
-                f"{len(survey.kept):,} test images; grey: where 95 % of heads with random weights lie; dashed: the "
-                "bound for a role. Middle: what it looks at on every picture (place), and what changes with the picture "
-                "(content). Right: the roles that the numbers carry.",
+                f"{len(survey.kept):,} test images; grey: where 95 % of heads with random weights lie; dashed: "
+                "the bound for a role. Middle: what it looks at on every picture (place), and what changes with "
+                "the picture (content). Right: the roles that the numbers carry.",
             ),
             FigureFile(
                 alike,

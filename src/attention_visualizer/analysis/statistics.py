@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attention_visualizer import charts
 from attention_visualizer.analysis.study import Study
 from attention_visualizer.analysis.survey import MEASURE_NAMES, Survey
-from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
+from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table, escape_markdown
 from attention_visualizer.inference import Interval
 from attention_visualizer.statistics import ALL_MEASURES, Summary
 
@@ -105,7 +105,8 @@ def text_of(survey: Survey, kind: str) -> str:
     if survey.right is not None:
         text += "\n\n" + OUTCOMES.format(wrong=int((~survey.right).sum()), right=int(survey.right.sum()))
     if survey.left_out:
-        text += "\n\n" + LEFT_OUT.format(count=len(survey.left_out), names=", ".join(survey.left_out))
+        names = ", ".join(map(escape_markdown, survey.left_out))
+        text += "\n\n" + LEFT_OUT.format(count=len(survey.left_out), names=names)
     return text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +27,12 @@ from attention_visualizer.controls import random_weights
 from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.history import AttentionHistory
-from attention_visualizer.inference import stratified
+from attention_visualizer.inference import Interval, share_interval, stratified
 from attention_visualizer.measures import Query
 from attention_visualizer.observation import Observation, RolloutOptions, observe
 from attention_visualizer.panels import Picture, encode_png
 from attention_visualizer.pictures import Pictures
+from attention_visualizer.prediction import has_head, predict
 
 FileFormat = Literal["png", "pdf", "svg"]
 HeadLayers = Literal["all", "last"]
@@ -141,12 +143,33 @@ class Study:
         more than `effort` allows."""
         count, work = self.effort.pictures, self.effort.work
         if work is not None:
-            parameters = sum(parameter.numel() for parameter in self.model.parameters())
-            cost = passes * parameters * max(geometry.num_tokens for geometry in self.first_look.geometries)
-            count = min(len(self.pictures) if count is None else count, int(work / cost))
+            count = min(len(self.pictures) if count is None else count, int(work / self.work_of(passes)))
             if count < LEAST_PICTURES:
                 return None
         return self.subset(count)
+
+    @cached_property
+    def accuracy(self) -> Interval | None:
+        """The share of all pictures that are classified right; None where that is not known, or would cost more than
+        `effort` allows."""
+        labels = self.pictures.labels
+        if labels is None or not has_head(self.model):
+            return None
+        if "survey" in self.__dict__:
+            right = self.survey.right
+        elif self.work_of(1) * len(self.pictures) <= (self.effort.work or np.inf):
+            with torch.no_grad():
+                answers = [predict(self.model(batch), len(batch))[0] for batch, _ in self.batches()]
+            predicted = np.concatenate(answers)
+            right = None if (predicted < 0).any() else predicted == labels.cpu().numpy()
+        else:
+            right = None
+        return None if right is None else share_interval(int(right.sum()), len(right))
+
+    def work_of(self, passes: int) -> float:
+        """What so many passes over one picture cost: see `Effort`."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return passes * parameters * max(geometry.num_tokens for geometry in self.first_look.geometries)
 
     def subset(self, count: int | None) -> NDArray[np.int64]:
         """Numbers of so many pictures (None: all), each class in its share, always the same ones."""
@@ -208,6 +231,15 @@ class Study:
             )
             for number, (sample, subject) in enumerate(zip(self.samples, self.subjects, strict=True))
         ]
+
+    @contextmanager
+    def saving_to(self, folder: Path) -> Iterator[None]:
+        """What is saved meanwhile goes into another folder."""
+        output, self.output = self.output, folder
+        try:
+            yield
+        finally:
+            self.output = output
 
     def save(self, figure: Picture | Figure, stem: str) -> str:
         """Writes a figure whole or not at all; returns its file name."""
