@@ -50,6 +50,7 @@ LEVELS = {
         "inference",
         "head_roles",
         "perturbation",
+        "parallel",
         "head_matching",
         "ink",
         "strokes",

@@ -20,6 +20,7 @@ from attention_visualizer.capture import Edit, intervene
 from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
 from attention_visualizer.inference import Interval
 from attention_visualizer.interventions import replace_by_mean, switch_off
+from attention_visualizer.parallel import on_all_cores
 from attention_visualizer.prediction import has_head, logits_of
 
 Array = NDArray[Any]
@@ -76,16 +77,21 @@ def measure_importance(study: Study, numbers: Array) -> Importance:
     right = baseline.argmax(axis=1) == classes
     score_changes = {way: np.full((len(numbers), num_layers, num_heads + 1), np.nan) for way in WAYS}
     accuracy_changes = {way: each.copy() for way, each in score_changes.items()}
-    for way in WAYS:
-        for layer, head in ablations(survey):
-            name = survey.layer_names[layer]
-            study.progress(f"without head {layer + 1}.{head + 1}" if head is not None else f"without layer {layer + 1}")
-            edit = switch_off(name, head) if way == "zero" else replace_by_mean(name, head, survey.mean_weights[name])
-            logits = all_logits(study, numbers, edit)
-            assert logits is not None
-            column = num_heads if head is None else head
-            score_changes[way][:, layer, column] = centred(logits)[rows, classes] - own
-            accuracy_changes[way][:, layer, column] = (logits.argmax(axis=1) == classes).astype(float) - right
+
+    def answers(ablation: tuple[str, int, int | None]) -> Array:
+        way, layer, head = ablation
+        name = survey.layer_names[layer]
+        study.progress(f"without head {layer + 1}.{head + 1}" if head is not None else f"without layer {layer + 1}")
+        edit = switch_off(name, head) if way == "zero" else replace_by_mean(name, head, survey.mean_weights[name])
+        logits = all_logits(study, numbers, edit)
+        assert logits is not None
+        return logits
+
+    tasks = [(way, layer, head) for way in WAYS for layer, head in ablations(survey)]
+    for (way, layer, head), logits in zip(tasks, on_all_cores(answers, tasks, study.device), strict=True):
+        column = num_heads if head is None else head
+        score_changes[way][:, layer, column] = centred(logits)[rows, classes] - own
+        accuracy_changes[way][:, layer, column] = (logits.argmax(axis=1) == classes).astype(float) - right
     return Importance(
         inference.bootstrap_mean(own),
         inference.bootstrap_mean(right.astype(float)),

@@ -31,6 +31,7 @@ from attention_visualizer.inference import Interval, share_interval, stratified
 from attention_visualizer.measures import Query
 from attention_visualizer.observation import Observation, RolloutOptions, observe
 from attention_visualizer.panels import Picture, encode_png
+from attention_visualizer.parallel import on_all_cores
 from attention_visualizer.pictures import Pictures
 from attention_visualizer.prediction import has_head, predict
 
@@ -131,12 +132,12 @@ class Study:
         """Of the control models, over a stratified subset of the pictures: `Survey.kept` are rows of that subset."""
         numbers = self.subset(CONTROL_PICTURES)
         labels = None if self.pictures.labels is None else self.pictures.labels[torch.from_numpy(numbers)]
-        found = []
-        for position, model in enumerate(self.control_models):
-            self.progress(f"control model {position + 1} of {len(self.control_models)}, random weights")
-            batches = self.batches_of(numbers)
-            found.append(take_survey(model, batches, labels, len(numbers), self.given_geometry, self.rollout))
-        return found
+
+        def survey_one(model: nn.Module) -> Survey:
+            return take_survey(model, self.batches_of(numbers), labels, len(numbers), self.given_geometry, self.rollout)
+
+        self.progress(f"{len(self.control_models)} models with random weights")
+        return on_all_cores(survey_one, self.control_models, self.device)
 
     def subset_for(self, passes: int) -> NDArray[np.int64] | None:
         """Numbers of the pictures for a chapter that runs the model over each `passes` times; None where it would cost

@@ -18,6 +18,7 @@ from attention_visualizer.controls import random_weights
 from attention_visualizer.explanations import explain
 from attention_visualizer.inference import Interval
 from attention_visualizer.model import VisionTransformer
+from attention_visualizer.parallel import on_all_cores
 from attention_visualizer.perturbation import OPERATORS, Curves, Operator, Perturbation, ranking_of
 
 Array = NDArray[Any]
@@ -142,11 +143,14 @@ def try_methods(study: Study, model: VisionTransformer, numbers: Array, randomis
         AMOUNT: ranking_of(amount, seed),
     }
     perturbation = Perturbation(model, pictures, classes.cpu().numpy(), study.model_input)
-    curves = {}
-    for name, ranking in rankings.items():
-        for operator in OPERATORS:
-            study.progress(f"{name}: deletion and insertion, {OPERATOR_NAMES[operator]}")
-            curves[name, operator] = perturbation.curves(ranking, operator)
+
+    def put_to_the_test(task: tuple[str, Operator]) -> Curves:
+        name, operator = task
+        study.progress(f"{name}: deletion and insertion, {OPERATOR_NAMES[operator]}")
+        return perturbation.curves(rankings[name], operator)
+
+    tasks = [(name, operator) for name in rankings for operator in OPERATORS]
+    curves = dict(zip(tasks, on_all_cores(put_to_the_test, tasks, study.device), strict=True))
     few = numbers[:: max(1, len(numbers) // RANDOMISED)][:RANDOMISED]
     rows = np.searchsorted(numbers, few)
     likeness: dict[str, Interval] = {}
