@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,12 +26,16 @@ import scipy.spatial.distance  # type: ignore[import-untyped]
 import torch
 from markdown_it import MarkdownIt
 from PIL import Image
+from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor
 
+from attention_visualizer import analysis as analysis_package
 from attention_visualizer import panels
 from attention_visualizer.analysis import preparation
+from attention_visualizer.analysis.study import Study
 from attention_visualizer.attention_figures import moment
+from attention_visualizer.chapter import Chapter, FigureFile
 from attention_visualizer.checkpoint import BLOCK, block_for
 from attention_visualizer.data import ImageDataModule, normalise
 from attention_visualizer.errors import UserError
@@ -40,11 +45,13 @@ from attention_visualizer.model import VisionTransformer
 from attention_visualizer.observation import observe
 from attention_visualizer.storage import RunFolder, write_json
 from tests.runs import Outcome, run_script
+from tests.test_report import documented
 
 PROJECT = Path(__file__).resolve().parents[1]
 LAYERS, HEADS = 3, 2
 SIZES: dict[str, Any] = {"embed_dim": 22, "num_heads": HEADS, "num_layers": LAYERS, "mlp_dim": 29}
 FRAMES = 5
+REPORTS = {"attention_analysis_report.md", "attention_analysis_report.html"}
 NOT_MNIST = "data: scikit-learn digits (not MNIST)"
 SAMPLE_FIGURES = ("attention_pattern", "attention_heads", "layer_comparison", "attention_methods")
 STATISTICS_FIGURES = ("attention_statistics", "attention_statistics_by_head", "attention_statistics_by_class")
@@ -183,13 +190,19 @@ def listing(folder: Path) -> set[str]:
 
 
 def embedded_figures(report: str) -> list[str]:
+    """Also those that Markdown can only link."""
     tokens = MarkdownIt("commonmark").parse(report)
     children = [child for token in tokens for child in token.children or []]
-    return [str(child.attrs["src"]) for child in children if child.type == "image"]
+    addresses = [str(child.attrs.get("src", child.attrs.get("href", ""))) for child in children]
+    return [each for each in addresses if each.endswith((".png", ".webp", ".svg", ".pdf"))]
 
 
 def read_report(output: Path) -> str:
     return (output / "attention_analysis_report.md").read_text(encoding="utf-8")
+
+
+def read_statistics(output: Path) -> dict[str, Any]:
+    return json.loads((output / "attention_statistics.json").read_text(encoding="utf-8"))
 
 
 def read_records(output: Path) -> dict[tuple[str, int, int], dict[str, str]]:
@@ -235,7 +248,12 @@ def test_every_promised_file_is_written_and_no_other(analysis: Analysis) -> None
     expected = {f"{stem}_sample_{number}.png" for stem in SAMPLE_FIGURES for number in range(8)}
     expected |= {f"{stem}.png" for stem in STATISTICS_FIGURES + FINDINGS_FIGURES}
     expected |= {"attention_evolution.png", "attention_evolution.webp"}
-    expected |= {"attention_analysis_report.md", "attention_statistics.csv", "attention_statistics.json"}
+    expected |= {
+        "attention_analysis_report.md",
+        "attention_analysis_report.html",
+        "attention_statistics.csv",
+        "attention_statistics.json",
+    }
     assert set(os.listdir(analysis.output)) == expected
     assert listing(analysis.run.path.parents[1]) == {
         "runs",
@@ -349,7 +367,7 @@ def truth(model: VisionTransformer, digits: ImageDataModule) -> dict[str, np.nda
 def test_the_numbers_are_those_of_the_whole_test_set(analysis: Analysis, truth: dict[str, np.ndarray]) -> None:
     records = read_records(analysis.output)
     assert len(records) == 9 * LAYERS * HEADS
-    layers = json.loads((analysis.output / "attention_statistics.json").read_text())["chapters"]["statistics"]["layers"]
+    layers = read_statistics(analysis.output)["chapters"]["statistics"]["numbers"]["layers"]
     for (measure, layer, head), record in records.items():
         values = truth[measure][:, layer - 1, head - 1]
         assert float(record["mean"]) == pytest.approx(values.mean(), rel=1e-5), (measure, layer, head)
@@ -360,7 +378,7 @@ def test_the_numbers_are_those_of_the_whole_test_set(analysis: Analysis, truth: 
 
 
 def test_quantiles_are_those_of_all_images_and_heads(analysis: Analysis, truth: dict[str, np.ndarray]) -> None:
-    layers = json.loads((analysis.output / "attention_statistics.json").read_text())["chapters"]["statistics"]["layers"]
+    layers = read_statistics(analysis.output)["chapters"]["statistics"]["numbers"]["layers"]
     widths = {"entropy": np.log(17), "maximum": 1.0, "mean": 1 / 16, "distance": 7 * np.hypot(3, 3)}
     widths |= {"sink": 1.0, "divergence": np.log(2), "effective_tokens": 17, "confidence": 1.0, "class_token": 1.0}
     for measure, width in widths.items():
@@ -380,7 +398,7 @@ def test_boxes_of_nearly_uniform_attention_are_no_artefact_of_the_bins(work: Wor
                 parameter.mul_(0.05)
     work.add_run("2025-01-01_00-00-00-000000", model)
     succeed("chapters=[statistics]", "output_dir=out", folder=work.path)
-    layers = json.loads((work.path / "out/attention_statistics.json").read_text())["chapters"]["statistics"]["layers"]
+    layers = read_statistics(work.path / "out")["chapters"]["statistics"]["numbers"]["layers"]
     truth = independent_statistics(model, normalise(work.digits.splits["test"][0], work.digits.description))
     for layer in range(LAYERS):
         told = layers[layer]["entropy"]["quantiles"]
@@ -392,7 +410,7 @@ def test_the_accuracy_is_the_models(analysis: Analysis, model: VisionTransformer
     images, labels = digits.splits["test"]
     with torch.no_grad():
         right = (model(normalise(images, digits.description)).argmax(dim=1) == labels).float().mean()
-    told = json.loads((analysis.output / "attention_statistics.json").read_text())["chapters"]["statistics"]
+    told = read_statistics(analysis.output)["chapters"]["statistics"]["numbers"]
     assert told["accuracy"] == pytest.approx(float(right)) and told["images"] == 300
     assert f"accuracy {right:.2%}" in read_report(analysis.output)
 
@@ -402,11 +420,9 @@ def test_a_second_analysis_gives_the_same_numbers_and_pictures(analysis: Analysi
     succeed(f"ckpt={path}", "num_samples=1", f"output_dir={tmp_path}/again", folder=tmp_path)
     for name in ("attention_statistics.csv", "attention_pattern_sample_0.png", "attention_evolution.webp"):
         assert (tmp_path / "again" / name).read_bytes() == (analysis.output / name).read_bytes(), name
-    chapters = [
-        json.loads((folder / "attention_statistics.json").read_text())["chapters"]
-        for folder in (analysis.output, tmp_path / "again")
-    ]
-    assert chapters[0] == chapters[1]
+    told = [read_statistics(folder)["chapters"] for folder in (analysis.output, tmp_path / "again")]
+    numbers = [{chapter: each["numbers"] for chapter, each in chapters.items()} for chapters in told]
+    assert numbers[0] == numbers[1]
 
 
 def test_mean_pooling_is_measured_at_the_patches(work: Workplace) -> None:
@@ -675,7 +691,9 @@ def test_only_the_chapters_that_were_asked_for(work: Workplace, model: VisionTra
         "claims": {"attention_claims.png"},
         "evolution": {"attention_evolution.png", "attention_evolution.webp"},
     }
-    expected = {"attention_analysis_report.md", "attention_statistics.json"}.union(*(files[name] for name in chapters))
+    expected = {"attention_analysis_report.md", "attention_analysis_report.html", "attention_statistics.json"}.union(
+        *(files[name] for name in chapters)
+    )
     assert set(os.listdir(work.path / "deep/out")) == expected
     report = read_report(work.path / "deep/out")
     assert set(embedded_figures(report)) == {name for name in expected if name.endswith((".png", ".webp"))}
@@ -781,6 +799,193 @@ def test_a_second_analysis_keeps_figures_of_the_same_weights_only(work: Workplac
     assert (output / "notes.txt").exists()
     assert {path.name for path in output.glob("*.png")} == set(embedded_figures(read_report(output)))
     assert not (output / "attention_statistics.csv").exists()
+
+
+# --- when something goes wrong on the way ---
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def reported(work: Workplace, model: VisionTransformer) -> Path:
+    """The output of an analysis of two chapters."""
+    run = work.add_run("2025-01-01_00-00-00-000000", model)
+    succeed("chapters=[patterns,layers]", "num_samples=2", folder=work.path)
+    return run.path / "attention_analysis"
+
+
+def raising(study: Study) -> Chapter:
+    study.progress("what [cannot] be done")
+    raise RuntimeError("no <b>such</b>\nthing | here")
+
+
+def test_a_failing_chapter_is_named_and_the_others_go_on(
+    work: Workplace, model: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work.add_run("2025-01-01_00-00-00-000000", model)
+    monkeypatch.setitem(analysis_package.CHAPTERS, "heads", raising)
+    outcome = analyze("chapters=[patterns,heads,layers]", "num_samples=1", "output_dir=out", folder=work.path)
+    assert outcome.exit_code == 1
+    assert outcome.err == "chapter heads is missing: RuntimeError: no <b>such</b> thing | here\n"
+    assert os.listdir(work.path / "out") and not (work.path / "out_incomplete").exists()
+    told = read_statistics(work.path / "out")["chapters"]
+    assert [each["status"] for each in told.values()] == ["complete", "missing", "complete"]
+    assert told["heads"]["reason"] == "RuntimeError: no <b>such</b> thing | here"
+    page = (work.path / "out/attention_analysis_report.html").read_text()
+    assert "RuntimeError: no &lt;b&gt;such&lt;/b&gt; thing | here" in page and "<b>such" not in page
+    assert "Missing:" in page.split("<nav")[0]
+    assert "Missing:" in read_report(work.path / "out").split("## Contents")[0]
+    assert embedded_figures(read_report(work.path / "out")) == [
+        "attention_pattern_sample_0.png",
+        "layer_comparison_sample_0.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda study: Chapter("Title", "see {figure:none}"),
+        lambda study: Chapter("Title", "", [FigureFile("none.png", "")]),
+        lambda study: Chapter("Title", "", numbers={"a": object()}),
+        lambda study: None,
+        lambda study: 1 / 0,
+    ],
+    ids=["placeholder", "figure", "numbers", "nothing", "exception"],
+)
+def test_whatever_a_chapter_does_wrong_the_others_are_reported(
+    work: Workplace, model: VisionTransformer, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Study], Any]
+) -> None:
+    work.add_run("2025-01-01_00-00-00-000000", model)
+    monkeypatch.setitem(analysis_package.CHAPTERS, "heads", fault)
+    outcome = analyze("chapters=[heads,layers]", "num_samples=1", "output_dir=out", folder=work.path)
+    assert outcome.exit_code == 1 and re.fullmatch(r"chapter heads is missing: \w+: [^\n]+\n", outcome.err)
+    assert embedded_figures(read_report(work.path / "out")) == ["layer_comparison_sample_0.png"]
+
+
+def test_an_incomplete_result_does_not_replace_a_report_of_the_same_weights(
+    reported: Path, work: Workplace, model: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = bytes_in(reported)
+    with monkeypatch.context() as changed:
+        changed.setitem(analysis_package.CHAPTERS, "layers", raising)
+        outcome = analyze("chapters=[heads,layers]", "num_samples=1", folder=work.path)
+    incomplete = reported.with_name("attention_analysis_incomplete")
+    assert outcome.exit_code == 1 and str(incomplete.relative_to(work.path)) in outcome.out
+    assert bytes_in(reported) == before
+    assert {path.name for path in incomplete.glob("*.png")} == {"attention_heads_sample_0.png"}
+    # Of other weights, the report that is there would mislead.
+    content = torch.load(reported.parent / "checkpoints/best.ckpt", weights_only=True)
+    content["state_dict"]["model.head.bias"] += 1
+    torch.save(content, reported.parent / "checkpoints/best.ckpt")
+    monkeypatch.setitem(analysis_package.CHAPTERS, "layers", raising)
+    assert analyze("chapters=[heads,layers]", "num_samples=1", folder=work.path).exit_code == 1
+    assert {path.name for path in reported.glob("*.png")} == {"attention_heads_sample_0.png"}
+    assert "Missing:" in read_report(reported)
+
+
+STOPPED = """
+import os, runpy, signal, sys
+from attention_visualizer import analysis
+def stop(study):
+    assert list(study.output.glob("*.png")), "the chapter before has been written"
+    os.kill(os.getpid(), getattr(signal, name))
+    import time; time.sleep(60)
+analysis.CHAPTERS["layers"] = stop
+name, sys.argv = sys.argv[1], sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGKILL", -signal.SIGKILL), ("SIGINT", 130)])
+def test_an_analysis_that_is_stopped_leaves_the_earlier_one(
+    reported: Path, work: Workplace, name: str, exit_code: int
+) -> None:
+    """In its second chapter, when figures of the first are there."""
+    before = bytes_in(reported)
+    beside = set(os.listdir(reported.parent))
+    arguments = ["chapters=[patterns,layers]", "num_samples=1"]
+    command = [sys.executable, "-c", STOPPED, name, str(PROJECT / "analyze.py"), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MNIST_DIR", "HYDRA_FULL_ERROR")}
+    done = subprocess.run(
+        command, cwd=work.path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == exit_code, done.stderr
+    assert bytes_in(reported) == before
+    left = set(os.listdir(reported.parent)) - beside
+    if name == "SIGINT":
+        assert not left and done.stderr.count("\n") == 1 and "interrupted" in done.stderr
+    else:
+        assert len(left) == 1 and left.pop().startswith(".attention_analysis.partial-")
+        succeed("chapters=[patterns]", "num_samples=2", folder=work.path)
+        assert set(os.listdir(reported.parent)) == beside
+
+
+def test_progress_says_which_chapter_and_what_is_done_in_it(
+    work: Workplace, model: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work.add_run("2025-01-01_00-00-00-000000", model)
+    seen = []
+    made = analysis_package.progress_bar
+
+    def watched() -> Progress:
+        progress = made()
+        monkeypatch.setattr(progress, "update", lambda task, **fields: seen.append(fields))
+        return progress
+
+    monkeypatch.setattr(analysis_package, "progress_bar", watched)
+    monkeypatch.setitem(analysis_package.CHAPTERS, "heads", raising)
+    analyze("chapters=[heads,statistics]", "num_samples=1", "output_dir=out", folder=work.path)
+    assert seen[:3] == [
+        {"description": "heads", "doing": ""},
+        {"doing": "what [cannot] be done"},
+        {"description": "statistics", "doing": ""},
+    ]
+    assert any(fields["doing"].startswith("attention of") for fields in seen[3:])
+    assert seen[-1] == {"description": "done", "doing": ""}
+
+
+HOSTILE = "=1+1|<img src=x onerror=alert(1)> [a](b) `c` {figure:d} $\\frac$"
+
+
+def test_foreign_names_are_text_in_every_file(work: Workplace, model: VisionTransformer) -> None:
+    """A checkpoint may call its classes, and lie, as it likes."""
+    folder = work.path / "=2 <script>alert(2)</script>".replace("/", "|")
+    folder.mkdir()
+    content = content_of(model, work.digits)
+    names = [f"{HOSTILE}{number}" for number in range(10)]
+    content[BLOCK]["data"]["class_names"] = names
+    torch.save(content, folder / "x.ckpt")
+    chapters = "[patterns,statistics,atlas,roles]"
+    succeed(f"ckpt='{folder / 'x.ckpt'}'", f"chapters={chapters}", "num_samples=2", "output_dir=out", folder=work.path)
+    output = work.path / "out"
+    told = read_statistics(output)
+    assert told["chapters"]["atlas"]["numbers"]["class_names"] == names and "<script>" in told["facts"]["weights"]
+    page = (output / "attention_analysis_report.html").read_text()
+    assert "<script" not in page and "<img src=x" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert all(tag.startswith('<img src="data:image/') for tag in re.findall(r"<img[^>]*>", page))
+    text = read_report(output)
+    tokens = [
+        each
+        for token in MarkdownIt("commonmark").enable("table").parse(text)
+        for each in (token, *(token.children or []))
+    ]
+    html = [token.content for token in tokens if token.type in ("html_inline", "html_block")]
+    assert not [each for each in html if "alert" in each or "script" in each]
+    assert not [token for token in tokens if token.type == "link_open" and token.attrs["href"] in ("b", "e")]
+    shown = [child for token in tokens if token.type == "image" for child in token.children or []]
+    assert any(HOSTILE in child.content for child in shown)
+    with (output / "attention_statistics.csv").open(newline="") as file:
+        assert not [cell for row in csv.reader(file) for cell in row if cell[:1] in ("=", "+", "@")]
+
+
+def test_the_numbers_of_every_chapter_are_documented(analysis: Analysis) -> None:
+    told = read_statistics(analysis.output)["chapters"]
+    there = {f"{chapter}.{name}" for chapter, each in told.items() for name in each["numbers"]}
+    assert set(documented("Numbers of the chapters")) == there
+    with (analysis.output / "attention_statistics.csv").open(newline="") as file:
+        assert documented("attention_statistics.csv") == next(csv.reader(file))
 
 
 def test_the_weights_are_left_as_they_were(analysis: Analysis, model: VisionTransformer) -> None:

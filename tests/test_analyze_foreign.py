@@ -80,7 +80,7 @@ def trained(place: Path) -> tuple[Path, float]:
 
 
 def statistics_of(output: Path) -> dict[str, Any]:
-    return json.loads((output / "attention_statistics.json").read_text())["chapters"]["statistics"]
+    return json.loads((output / "attention_statistics.json").read_text())["chapters"]["statistics"]["numbers"]
 
 
 def test_every_figure_and_number_for_a_model_from_a_file(place: Path) -> None:
@@ -94,7 +94,12 @@ def test_every_figure_and_number_for_a_model_from_a_file(place: Path) -> None:
     expected |= {"attention_statistics.png", "attention_statistics_by_head.png"}
     report = read_report(place / "out")
     assert set(embedded_figures(report)) == expected
-    texts = {"attention_analysis_report.md", "attention_statistics.csv", "attention_statistics.json"}
+    texts = {
+        "attention_analysis_report.md",
+        "attention_analysis_report.html",
+        "attention_statistics.csv",
+        "attention_statistics.json",
+    }
     assert listing(place / "out") == expected | texts
     for said in (
         "timm:test\\_vit",
@@ -126,7 +131,7 @@ def test_a_second_analysis_is_the_same(place: Path) -> None:
     for output in ("one", "two"):
         succeed(SMALL, "ckpt=random", "images=photos", "num_samples=1", f"output_dir={output}", folder=place)
     for path in (place / "one").iterdir():
-        if path.suffix != ".md":  # which names the folder
+        if path.suffix not in (".md", ".html"):  # which name the folder
             assert path.read_bytes() == (place / "two" / path.name).read_bytes(), path.name
 
 

@@ -350,3 +350,18 @@ def test_charts_draw_into_the_axes_that_they_are_given() -> None:
     assert charts.box_by_layer(quantiles(), "entropy", axes[1]) is axes[1]
     assert not axes[0].has_data() and axes[1].has_data()
     assert len(figure.axes) == 2
+
+
+def test_dollars_in_names_are_dollars_and_powers_stay_powers() -> None:
+    r"""$\frac$ is no formula, and would end the drawing."""
+    figure = Figure(figsize=(6, 4))
+    names, powers = figure.subplots(1, 2)
+    names.set_yticks([0, 1], [r"$\frac$", "$5 to $7"])
+    names.set_title(r"$\frac$")
+    powers.set_yscale("log")
+    powers.set_ylim(1e-9, 1)
+    charts.without_math(figure)
+    FigureCanvasAgg(figure).draw()
+    assert [label.get_parse_math() for label in names.get_yticklabels()] == [False, False]
+    shown = powers.get_yticklabels()
+    assert len(shown) > 3 and all(label.get_parse_math() and "10^" in label.get_text() for label in shown)

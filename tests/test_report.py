@@ -358,7 +358,7 @@ def test_figures_and_tables_are_numbered_over_the_whole_report(output: Path) -> 
 def test_the_first_screen(output: Path) -> None:
     page = page_of(output)
     first = page.text("header")
-    assert first.startswith("Warning. random weights (untrained) Missing: the chapter Roles .")
+    assert "n = 10,000 Warning. random weights (untrained) Missing: the chapter Roles ." in first
     assert page.text("h1") == "Attention analysis"
     assert page.text("p", **{"class": "headline"}) == f"6 layers {NASTY} accuracy 99.30 %, n = 10,000"
     assert "Head 4.1 follows the ink: 0.19 (0.18 to 0.20), n = 7, Figure 5" in first

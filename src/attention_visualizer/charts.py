@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
@@ -332,6 +333,17 @@ def finish(figure: Figure, headline: str, face_note: str = "") -> Figure:
     if face_note:
         figure.text(0.99, 0.985, face_note, color=NOTE, fontweight="bold", fontsize=11, ha="right", va="top")
     return figure
+
+
+def without_math(figure: Figure) -> None:
+    """Dollars in names, such as those of classes, are dollars; only the powers on logarithmic axes are formulas."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() != "linear":
+                for label in axis.get_ticklabels(which="both"):
+                    label.set_parse_math(True)
 
 
 def layer_colors(num_layers: int) -> list[Any]:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attention_visualizer import storage
+from attention_visualizer import charts, storage
 from attention_visualizer.analysis.other_runs import OtherRun
 from attention_visualizer.analysis.survey import Survey, take_survey
 from attention_visualizer.attention_figures import Subject, class_name
@@ -252,6 +252,7 @@ class Study:
                 # Text stays text in SVG files.
                 with matplotlib.rc_context({"svg.fonttype": "none"}):
                     drawn = figure if isinstance(figure, Figure) else figure.to_figure()
+                    charts.without_math(drawn)
                     drawn.savefig(temporary, dpi=150 if drawn is figure else "figure")
         return path.name
 
