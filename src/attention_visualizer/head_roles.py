@@ -42,8 +42,8 @@ class Selectivity:
 
 
 def entropy(rows: Array) -> Array:
-    """Nats, over the last axis."""
-    terms = np.where(rows > 0, rows * np.log(np.maximum(rows, 1e-30)), 0.0)
+    """Nats, over the last axis; NaN where rows are, such as those of a head that a layer does not have."""
+    terms = np.where(rows == 0, 0.0, rows * np.log(np.maximum(rows, 1e-30)))
     return np.asarray(-np.sum(terms, axis=-1, dtype=np.float64))
 
 
@@ -86,11 +86,14 @@ def name_roles(
     p_value: float,
     place: Interval,
     content: Interval,
-    class_token: float,
-    distance: float,
+    class_token: Interval,
+    distance: Interval,
     bounds: dict[str, float],
 ) -> list[str]:
-    """The roles that one head's numbers carry: each beyond its bound, its whole interval beyond the least effect."""
+    """The roles that one head's numbers carry: each beyond its bound, its whole interval beyond the least effect.
+
+    distance: relative to uniform attention, its bound from above.
+    """
     found = []
     if abs(follows.value) >= bounds["ink"] and p_value < inference.LEVEL:
         if follows.low >= LEAST_INK:
@@ -102,9 +105,9 @@ def name_roles(
         found.append("fixed place")
     if content.value >= bounds["content"] and content.low >= LEAST_SELECTIVE and content.value >= MOSTLY * total:
         found.append("varies with the picture")
-    if class_token >= bounds["class token"]:
+    if class_token.value >= bounds["class token"] and class_token.low >= LEAST_ON_CLASS_TOKEN:
         found.append("class token")
-    if distance <= NEAR:
+    if distance.value <= bounds["distance"] and distance.high <= NEAR:
         found.append("neighbours")
     return found or [NO_ROLE]
 
@@ -128,6 +131,8 @@ def clustered(divergence: Array) -> tuple[Array, Array]:
     from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
     from scipy.spatial.distance import squareform
 
+    if len(divergence) < 2:
+        return np.zeros(len(divergence), np.int64), np.ones(len(divergence), np.int64)  # no tree of one head
     distance = np.sqrt(np.clip((divergence + divergence.T) / 2, 0, None))
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)

@@ -45,7 +45,8 @@ class Roles:
 
     on_ink: share of the attention on patches that inked ones get; follows_ink: how much more than the same head's
     mean map would give them; effect: that as Cohen's d over pictures; p_value: within-position permutation, adjusted.
-    names: the roles that the numbers carry, or NO_ROLE.
+    reached: the most of any head with random weights; bounds: what a role needs; names: the roles that the numbers
+    carry, or NO_ROLE.
     """
 
     on_ink: Interval
@@ -56,6 +57,7 @@ class Roles:
     selectivity: Selectivity
     class_token: Array
     distance: Array  # relative to uniform attention; NaN where patch queries cannot affect the answer
+    reached: dict[str, float]
     bounds: dict[str, float]
     names: list[list[str]]
 
@@ -68,9 +70,10 @@ def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Ar
     observed, null = inference.permuted_products(shares.reshape(len(shares), -1, shares.shape[-1]), inked, seed=seed)
     p_value = inference.false_discovery_control(inference.permutation_p_value(observed, null))
     selective = survey.selectivity
-    class_token = survey.mean_of("class_token").value[:, :-1]
+    class_token = survey.mean_of("class_token")[:, :-1]
     distance = relative_distance(survey)
-    bounds = role_bounds(controls)
+    reached = reached_by(controls)
+    bounds = role_bounds(reached)
     follows = inference.bootstrap_mean(followed, seed)
     p_values = p_value.reshape(num_layers, num_heads)
     names = [
@@ -79,8 +82,8 @@ def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Ar
             float(p_values[layer, head]),
             selective.place[layer, head],
             selective.content[layer, head],
-            float(class_token[layer, head]),
-            float(distance[layer, head]),
+            class_token[layer, head],
+            distance[layer, head],
             bounds,
         )
         for layer in range(num_layers)
@@ -94,16 +97,17 @@ def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Ar
         inference.standardised_mean(followed),
         p_values,
         selective,
-        class_token,
-        distance,
+        class_token.value,
+        distance.value,
+        reached,
         bounds,
         names,
     )
 
 
-def role_bounds(controls: Sequence[tuple[Survey, Array]]) -> dict[str, float]:
-    """What a value must reach: the least effect, or BEYOND_CONTROLS times the largest of any random-weight head."""
-    reached = {"ink": 0.0, "place": 0.0, "content": 0.0, "class token": 0.0}
+def reached_by(controls: Sequence[tuple[Survey, Array]]) -> dict[str, float]:
+    """The largest of any head with random weights; of "distance", how far below uniform attention's it lies."""
+    reached = {"ink": 0.0, "place": 0.0, "content": 0.0, "class token": 0.0, "distance": 0.0}
     for survey, inked in controls:
         rows = survey.rows()
         of_mean = entropy(rows.mean(axis=0))
@@ -112,28 +116,37 @@ def role_bounds(controls: Sequence[tuple[Survey, Array]]) -> dict[str, float]:
             "place": np.log(survey.num_keys)[:, None] - of_mean,
             "content": of_mean - entropy(rows).mean(axis=0),
             "class token": survey.mean_of("class_token").value[:, :-1],
+            "distance": 1 - relative_distance(survey).value,
         }
         for name, each in values.items():
-            reached[name] = max(reached[name], float(np.nanmax(each, initial=0.0)))
+            # Without NaN, of which a layer with fewer heads has some.
+            reached[name] = max(reached[name], float(np.fmax.reduce(each, axis=None, initial=0.0)))
+    return reached
+
+
+def role_bounds(reached: dict[str, float]) -> dict[str, float]:
+    """What a value must reach: the least effect, or BEYOND_CONTROLS times what random weights do. "distance" must lie
+    below its bound."""
     least = {
         "ink": LEAST_INK,
         "place": LEAST_SELECTIVE,
         "content": LEAST_SELECTIVE,
         "class token": LEAST_ON_CLASS_TOKEN,
+        "distance": 1 - NEAR,
     }
-    return {name: max(least[name], BEYOND_CONTROLS * reached[name]) for name in least}
+    bounds = {name: max(least[name], BEYOND_CONTROLS * reached[name]) for name in least}
+    return bounds | {"distance": 1 - bounds["distance"]}
 
 
-def relative_distance(survey: Survey) -> Array:
+def relative_distance(survey: Survey) -> Interval:
     """Mean attention distance over that of uniform attention, [layer, head]; NaN for a last layer that only the class
     token leaves."""
-    values = survey.mean_of("distance").value[:, :-1].copy()
-    for layer, geometry in enumerate(survey.geometries):
-        centers = geometry.patch_centers()
-        values[layer] /= max(float(torch.cdist(centers, centers).mean()), 1e-9)
-    if survey.reads_class_token and len(values) > 1:
-        values[-1] = np.nan
-    return values
+    centers = [geometry.patch_centers() for geometry in survey.geometries]
+    uniform = np.array([max(float(torch.cdist(each, each).mean()), 1e-9) for each in centers])[:, None]
+    if survey.reads_class_token:
+        uniform[-1] = np.nan
+    measured = survey.mean_of("distance")[:, :-1]
+    return Interval(measured.value / uniform, measured.low / uniform, measured.high / uniform, measured.n)
 
 
 def evenly(n: int, most: int) -> Array:
@@ -206,7 +219,8 @@ def head_labels(survey: Survey) -> list[tuple[tuple[int, int], str]]:
 def mean_divergence(rows: Array) -> float:
     """Between any two heads: [image, layer, head, key]."""
     found = divergences(rows.reshape(len(rows), -1, rows.shape[-1]))
-    return float(np.nanmean(found[~np.eye(len(found), dtype=bool)]))
+    apart = found[~np.eye(len(found), dtype=bool)]
+    return float(np.nanmean(apart)) if len(apart) else float("nan")
 
 
 def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, face_note: str) -> Figure:
@@ -217,7 +231,7 @@ def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, f
     at = np.arange(count)[::-1]
     picked = tuple(there.T)
     follows = roles.follows_ink[picked]
-    reached = roles.bounds["ink"] / BEYOND_CONTROLS
+    reached = roles.reached["ink"]
     left.axvspan(-reached, reached, color=charts.BAND, zorder=0, label="heads with random weights")
     for bound in (-roles.bounds["ink"], roles.bounds["ink"]):
         left.axvline(bound, color=charts.REFERENCE, linestyle="--", linewidth=1, label="bound for a role" * (bound > 0))
@@ -370,17 +384,20 @@ def text_of(
             content=roles.bounds["content"],
             beyond=BEYOND_CONTROLS,
             mostly=MOSTLY,
-            near=NEAR,
-            token=LEAST_ON_CLASS_TOKEN,
+            near=roles.bounds["distance"],
+            token=roles.bounds["class token"],
         ),
         f"Heads without a role that the numbers carry: {named[NO_ROLE]} of {len(cluster)}.",
-        REDUNDANCY.format(
-            mean=apart.mean() if len(apart) else float("nan"),
-            alike=ALIKE,
-            shared="no two heads are alike" if not shared else f"{shared} heads have at least one that is alike",
-            control="" if control_divergence is None else CONTROL_DIVERGENCE.format(mean=control_divergence),
-        ),
     ]
+    if len(apart):
+        parts.append(
+            REDUNDANCY.format(
+                mean=apart.mean(),
+                alike=ALIKE,
+                shared="no two heads are alike" if not shared else f"{shared} heads have at least one that is alike",
+                control="" if control_divergence is None else CONTROL_DIVERGENCE.format(mean=control_divergence),
+            )
+        )
     return "\n\n".join(parts)
 
 
@@ -396,10 +413,10 @@ what changes from picture to picture (content).
 A role is named only where the value is beyond the least effect that was stated beforehand *and* beyond {beyond} times
 what any head of {controls} models with random weights reaches. Following ink or background: {ink:.3f} of the attention
 on patches (least effect {least}). Fixed place: {place:.2f} nats, varies with the picture: {content:.2f} nats, each with
-{mostly:.0%} of the head's selectivity. Class token: {token} of the row. Neighbours: a mean distance below {near} of
-uniform attention's; that of a last layer that only the class token leaves is not counted."""
+{mostly:.0%} of the head's selectivity. Class token: {token:.2f} of the row. Neighbours: a mean distance below
+{near:.2f} of uniform attention's; that of a last layer that only the class token leaves is not counted."""
 
 REDUNDANCY = """Between two heads the divergence is {mean:.2f} nats on average (0: the same map on every picture, 0.69:
 no patch in common); {shared} (below {alike} nats).{control}"""
 
-CONTROL_DIVERGENCE = """ Heads with random weights: {mean:.3f}, because all of them are close to uniform."""
+CONTROL_DIVERGENCE = """ Heads with random weights, all of them close to uniform: {mean:.3f}."""
