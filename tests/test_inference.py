@@ -258,6 +258,7 @@ def test_false_discovery_control_is_scipys_and_leaves_gaps() -> None:
 def test_standardised_means() -> None:
     values = np.array([[1.0, 2.0, 0.0], [3.0, 2.0, 0.0], [5.0, 2.0, 0.0]])
     assert inference.standardised_mean(values).tolist() == [1.5, np.inf, 0.0]
+    assert np.isnan(inference.standardised_mean(np.full((3, 1), np.nan))).all()
     paired = np.random.default_rng(0).standard_normal((19, 2)) + 1
     t_values = scipy.stats.ttest_1samp(paired, 0).statistic
     np.testing.assert_allclose(inference.standardised_mean(paired), t_values / np.sqrt(19))

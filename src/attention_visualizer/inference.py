@@ -131,9 +131,12 @@ def bootstrap_mean(values: Array, seed: int = 0, replicates: int = REPLICATES) -
 
 
 def standardised_mean(values: Array) -> Array:
-    """Cohen's d of paired differences [image, ...]: mean over standard deviation, 0 where nothing varies around 0."""
+    """Cohen's d of paired differences [image, ...]: mean over standard deviation, 0 where nothing varies around 0; NaN
+    where that is."""
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
-    return np.divide(mean, deviation, out=np.where(mean == 0, 0.0, np.copysign(np.inf, mean)), where=deviation > 0)
+    # Of NaN, copysign alone would make an infinite effect.
+    constant = np.where((mean == 0) | np.isnan(mean), mean, np.copysign(np.inf, mean))
+    return np.divide(mean, deviation, out=constant, where=deviation > 0)
 
 
 def permutation_p_value(observed: Array, null: Array) -> Array:
