@@ -11,7 +11,7 @@ from attention_visualizer import head_roles, inference
 from attention_visualizer.head_roles import NO_ROLE, clustered, divergences, ink_followed, name_roles, selectivity
 from attention_visualizer.inference import Interval
 
-BOUNDS = {"ink": 0.05, "place": 0.5, "content": 0.5, "class token": 0.5}
+BOUNDS = {"ink": 0.05, "place": 0.5, "content": 0.5, "class token": 0.5, "distance": 0.5}
 
 
 def rows_of(generator: np.random.Generator, sharpness: float, shape: tuple[int, ...]) -> np.ndarray:
@@ -48,6 +48,46 @@ def test_place_and_content_add_up_and_their_intervals_are_those_of_a_full_bootst
         np.testing.assert_allclose(interval.high - interval.low, high[number] - low[number], rtol=0.15)
 
 
+def test_the_intervals_of_place_and_content_cover() -> None:
+    """Heads whose scores are known, so that both parts are known too, from very many pictures."""
+    keys, pictures, trials = 6, 150, 120
+    middle = np.array([2.0, 1.0, 0.5, 0.0, 0.0, -1.0])
+
+    def drawn(generator: np.random.Generator, n: int) -> np.ndarray:
+        scores = np.exp(middle + 1.2 * generator.standard_normal((n, 1, 1, keys)))
+        return scores / scores.sum(axis=-1, keepdims=True)
+
+    many = drawn(np.random.default_rng(20), 400_000)[:, 0, 0]
+    of_mean = scipy.stats.entropy(many.mean(axis=0))
+    truth = {"place": np.log(keys) - of_mean, "content": of_mean - scipy.stats.entropy(many, axis=-1).mean()}
+    generator = np.random.default_rng(21)
+    covered = {"place": 0, "content": 0}
+    for trial in range(trials):
+        found = selectivity(drawn(generator, pictures), np.array([keys]), trial)
+        for part in covered:
+            interval = getattr(found, part)
+            covered[part] += interval.low.item() <= truth[part] <= interval.high.item()
+    assert all(0.88 <= count / trials <= 0.995 for count in covered.values()), covered
+
+
+def test_a_head_that_is_not_there_has_no_selectivity() -> None:
+    """Layers of other models have different numbers of heads: NaN must not look like a head of entropy 0."""
+    rows = rows_of(np.random.default_rng(4), 1.0, (11, 2, 3, 5))
+    rows[:, 1, 2] = np.nan
+    found = selectivity(rows, np.array([5, 5]))
+    for interval in (found.place, found.content):
+        for end in (interval.value, interval.low, interval.high):
+            assert np.argwhere(np.isnan(end)).tolist() == [[1, 2]]
+
+
+def test_entropy_is_scipys_and_of_nothing_nothing() -> None:
+    rows = rows_of(np.random.default_rng(5), 2.0, (7, 2, 5))
+    np.testing.assert_allclose(head_roles.entropy(rows), scipy.stats.entropy(rows, axis=-1), rtol=1e-5)
+    assert head_roles.entropy(np.array([0.0, 1.0, 0.0])) == 0
+    assert head_roles.entropy(np.full(8, 1 / 8)) == pytest.approx(np.log(8))
+    assert np.isnan(head_roles.entropy(np.array([0.5, np.nan, 0.5])))
+
+
 def test_ink_is_followed_only_beyond_places() -> None:
     generator = np.random.default_rng(1)
     inked = generator.random((2000, 4)) < [0.9, 0.5, 0.5, 0.1]
@@ -70,8 +110,8 @@ def named(**changes: object) -> list[str]:
         "p_value": 0.001,
         "place": interval(0.1),
         "content": interval(0.1),
-        "class_token": 0.1,
-        "distance": 1.0,
+        "class_token": interval(0.1),
+        "distance": interval(1.0),
         "bounds": BOUNDS,
     }
     return name_roles(**{**plain, **changes})  # type: ignore[arg-type]
@@ -90,9 +130,13 @@ def named(**changes: object) -> list[str]:
         ({"place": interval(2.0)}, ["fixed place"]),
         ({"place": interval(2.0), "content": interval(1.0)}, [NO_ROLE]),  # neither is most of it
         ({"content": interval(1.5)}, ["varies with the picture"]),
-        ({"class_token": 0.6}, ["class token"]),
-        ({"class_token": float("nan"), "distance": float("nan")}, [NO_ROLE]),
-        ({"distance": 0.4}, ["neighbours"]),
+        ({"class_token": interval(0.6)}, ["class token"]),
+        ({"class_token": interval(0.51)}, [NO_ROLE]),  # the interval reaches below the least effect
+        ({"class_token": interval(0.6), "bounds": BOUNDS | {"class token": 0.7}}, [NO_ROLE]),
+        ({"class_token": interval(float("nan")), "distance": interval(float("nan"))}, [NO_ROLE]),
+        ({"distance": interval(0.4)}, ["neighbours"]),
+        ({"distance": interval(0.49)}, [NO_ROLE]),
+        ({"distance": interval(0.4), "bounds": BOUNDS | {"distance": 0.3}}, [NO_ROLE]),
         ({"follows": interval(0.2), "place": interval(2.0)}, ["ink", "fixed place"]),
     ],
 )
@@ -120,6 +164,21 @@ def test_like_heads_are_clustered() -> None:
     for first in range(6):
         for second in range(6):
             assert (cluster[first] == cluster[second]) == (order[first] == order[second])
+
+
+@pytest.mark.parametrize("heads", [0, 1])
+def test_without_two_heads_there_is_no_tree(heads: int) -> None:
+    leaves, cluster = clustered(np.zeros((heads, heads)))
+    assert leaves.tolist() == list(range(heads)) and cluster.tolist() == [1] * heads
+
+
+def test_heads_are_alike_below_the_bound_only() -> None:
+    just_below, just_above = 0.98 * head_roles.ALIKE, 1.02 * head_roles.ALIKE
+    divergence = np.array([[0, just_below, 0.6], [just_below, 0, 0.6], [0.6, 0.6, 0]])
+    cluster = clustered(divergence)[1]
+    assert cluster[0] == cluster[1] != cluster[2]
+    divergence[0, 1] = divergence[1, 0] = just_above
+    assert len(set(clustered(divergence)[1].tolist())) == 3
 
 
 def test_the_roles_are_named_in_one_place() -> None:

@@ -44,6 +44,19 @@ def test_the_cut_into_batches_changes_nothing() -> None:
         assert whole.of_group(group).n == (groups == group).sum()
 
 
+def test_group_differences_cover_their_truth() -> None:
+    """200 experiments of two groups of 40 and 55 images, far apart in spread; the third group is nobody's."""
+    generator = np.random.default_rng(6)
+    members = np.repeat([0, 1, -1], [40, 55, 20])
+    values = generator.standard_normal((115, 200)) * np.repeat([1.0, 4.0, 9.0], [40, 55, 20])[:, None]
+    values[members == 1] += 3.0
+    means = BootstrapMeans(2, 600)
+    means.update(values, members)
+    difference = means.difference(1, 0)
+    assert difference.n == 95
+    assert 0.9 <= ((difference.low <= 3) & (difference.high >= 3)).mean() <= 0.985
+
+
 def test_differences_and_functions_of_means() -> None:
     generator = np.random.default_rng(5)
     values, groups = generator.standard_normal((4000, 2)) + [1.0, 0.0], np.arange(4000) % 2
@@ -77,9 +90,32 @@ def test_intervals_as_text() -> None:
 
 def test_permutation_p_values() -> None:
     null = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])[:, None]
-    assert permutation_p_value(np.array([3.0]), null).tolist() == [1 / 6]
+    assert permutation_p_value(np.array([9.0]), null).tolist() == [1 / 6]
     assert permutation_p_value(np.array([-2.0]), null).tolist() == [3 / 6]  # the ties count, on both sides
     assert permutation_p_value(np.array([0.0]), null).tolist() == [1.0]
+    assert np.isnan(permutation_p_value(np.array([np.nan]), null)).all()
+
+
+@pytest.mark.parametrize("permutations", [19, 99, 999])
+def test_p_values_are_uniform_where_nothing_is_planted(permutations: int) -> None:
+    """At any number of permutations: with few of them, a null mean without the observed value rejects 6.4 % at 5 %."""
+    generator = np.random.default_rng(permutations)
+    cases = 20_000 if permutations < 999 else 4000
+    observed, null = generator.exponential(1.0, cases), generator.exponential(1.0, (permutations, cases))
+    p_values = permutation_p_value(observed, null)
+    assert set(np.round(p_values * (permutations + 1), 6) % 1) == {0.0}  # (b + 1) / (B + 1)
+    for level in (0.05, 0.2, 0.5):
+        error = np.sqrt(level * (1 - level) / cases)
+        assert (p_values <= level).mean() == pytest.approx(level, abs=4 * error)
+
+
+def test_ties_reject_no_more_often() -> None:
+    generator = np.random.default_rng(7)
+    observed, null = generator.binomial(3, 0.5, 20_000) * 1.0, generator.binomial(3, 0.5, (99, 20_000)) * 1.0
+    p_values = permutation_p_value(observed, null)
+    assert len(np.unique(null)) == 4
+    for level in (0.05, 0.1, 0.15, 0.25, 0.3):
+        assert (p_values <= level).mean() <= level + 4 * np.sqrt(level * (1 - level) / 20_000)
 
 
 def blobs(generator: np.random.Generator, n: int, patches: int = 9) -> np.ndarray:
@@ -96,6 +132,36 @@ def test_the_null_of_products_keeps_what_each_place_has() -> None:
     np.testing.assert_allclose(observed, (attention * content[:, None]).sum(axis=-1).mean(axis=0), rtol=1e-5)
     by_place = (attention.mean(axis=0) * content.mean(axis=0)).sum(axis=-1)
     np.testing.assert_allclose(null.mean(axis=0), by_place, rtol=0.01)
+
+
+def test_a_head_without_a_choice_is_never_significant() -> None:
+    """The same row on every image, or the same content: nothing to permute, and no rounding that looks like a find."""
+    generator = np.random.default_rng(8)
+    for trial in range(20):
+        content = generator.random((300, 49)) < 0.3
+        attention = np.tile(generator.dirichlet(np.ones(49), 3).astype(np.float32), (300, 1, 1))
+        attention[:, 0] = 1 / 49
+        observed, null = permuted_products(attention, content, 99, seed=trial)
+        assert permutation_p_value(observed, null).tolist() == [1.0] * 3
+        np.testing.assert_allclose(observed, (attention[0] * content.mean(axis=0)).sum(axis=-1), rtol=1e-6)
+    moving = generator.dirichlet(np.ones(49), (300, 3)).astype(np.float32)
+    assert permutation_p_value(*permuted_products(moving, np.tile(content[0], (300, 1)), 99)).tolist() == [1.0] * 3
+
+
+def test_permutations_that_give_back_the_data_count() -> None:
+    """Of three images there are six orders: p lies near a multiple of one in six, and never below."""
+    generator = np.random.default_rng(9)
+    for trial in range(50):
+        attention, content = generator.dirichlet(np.ones(7), (3, 2)).astype(np.float32), generator.random((3, 7))
+        p_values = permutation_p_value(*permuted_products(attention, content, 599, seed=trial))
+        assert (p_values > 1 / 6 - 4 * np.sqrt(5 / 36 / 600)).all()
+
+
+def test_a_head_that_is_not_there_has_no_p_value() -> None:
+    attention = np.full((30, 2, 9), np.nan, np.float32)
+    attention[:, 1] = np.random.default_rng(0).dirichlet(np.ones(9), 30)
+    p_values = permutation_p_value(*permuted_products(attention, blobs(np.random.default_rng(1), 30), 19))
+    assert np.isnan(p_values[0]) and p_values[1] > 0
 
 
 def test_attention_to_places_alone_is_rejected_at_the_level() -> None:
@@ -117,6 +183,18 @@ def test_attention_to_content_is_found() -> None:
     attention[:, 1] += 0.1 * content
     p_values = permutation_p_value(*permuted_products(attention, content, 199))
     assert p_values[1] == 1 / 200 and p_values[0] > 0.05
+
+
+def test_blocks_of_permutations_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(10)
+    attention, content = generator.random((20, 3, 9)).astype(np.float32), blobs(generator, 20)
+    expected = permuted_products(attention, content, 70, seed=4)
+    monkeypatch.setattr(inference, "BLOCK", 11)
+    found = permuted_products(attention, content, 70, seed=4)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    shuffled = permuted_products(attention, content, 70, seed=5)[1]
+    assert np.abs(shuffled - expected[1]).max() > 1e-3
 
 
 def test_the_largest_difference_holds_its_level_over_all_places() -> None:
@@ -141,6 +219,34 @@ def test_a_difference_is_found_in_its_place_only() -> None:
     assert inference.largest_difference_test(constant, constant, 19)[1].tolist() == [1.0, 1.0]
 
 
+def test_the_largest_difference_of_one_place_is_scipys_permutation_test() -> None:
+    generator = np.random.default_rng(11)
+    first, second = generator.standard_normal((17, 1)), generator.standard_normal((23, 1))
+    difference, p_values = inference.largest_difference_test(first, second, 4999)
+    theirs = scipy.stats.permutation_test(
+        (first[:, 0], second[:, 0]),
+        lambda one, other: abs(one.mean() - other.mean()),
+        alternative="greater",
+        n_resamples=4999,
+        rng=np.random.default_rng(0),
+    )
+    assert abs(difference[0]) == pytest.approx(theirs.statistic)
+    assert 0.01 < theirs.pvalue < 0.5 and p_values[0] == pytest.approx(theirs.pvalue, abs=0.03)
+
+
+def test_false_discoveries_are_no_more_than_the_level() -> None:
+    """150 places without and 50 with an effect: of what is found, at most 5 % are false, and most effects are found."""
+    generator = np.random.default_rng(12)
+    false, found = [], []
+    for _ in range(300):
+        scores = generator.standard_normal(200)
+        scores[:50] += 4
+        significant = inference.false_discovery_control(2 * scipy.stats.norm.sf(np.abs(scores))) < 0.05
+        false.append(significant[50:].sum() / max(significant.sum(), 1))
+        found.append(significant[:50].mean())
+    assert 0.02 < np.mean(false) <= 0.05 and np.mean(found) > 0.85
+
+
 def test_false_discovery_control_is_scipys_and_leaves_gaps() -> None:
     p_values = np.array([[0.001, 0.02, np.nan], [0.04, 0.8, 0.03]])
     adjusted = inference.false_discovery_control(p_values)
@@ -152,6 +258,16 @@ def test_false_discovery_control_is_scipys_and_leaves_gaps() -> None:
 def test_standardised_means() -> None:
     values = np.array([[1.0, 2.0, 0.0], [3.0, 2.0, 0.0], [5.0, 2.0, 0.0]])
     assert inference.standardised_mean(values).tolist() == [1.5, np.inf, 0.0]
+    assert np.isnan(inference.standardised_mean(np.full((3, 1), np.nan))).all()
+    paired = np.random.default_rng(0).standard_normal((19, 2)) + 1
+    t_values = scipy.stats.ttest_1samp(paired, 0).statistic
+    np.testing.assert_allclose(inference.standardised_mean(paired), t_values / np.sqrt(19))
+
+
+def test_seeds_decide_what_is_drawn() -> None:
+    values = np.random.default_rng(13).standard_normal((30, 2))
+    first, again, other = bootstrap_mean(values, 3), bootstrap_mean(values, 3), bootstrap_mean(values, 4)
+    assert (first.low == again.low).all() and (first.low != other.low).all() and (first.value == other.value).all()
 
 
 @pytest.mark.parametrize("count", [1, 7, 50, 99, 100, 1000])

@@ -96,7 +96,48 @@ def test_only_as_many_maps_are_kept_as_fit(
 def test_without_labels_there_are_no_groups(model: VisionTransformer, images: Tensor) -> None:
     found = survey_of(model, images, 8, None)
     assert found.right is None and found.accuracy is None and (found.labels == -1).all()
-    assert np.isnan(found.means_by_class.of_group(0).value).all() if found.means_by_class.sums is not None else True
+    assert np.isnan(found.means_by_class.of_group(0).value).all() and found.means_by_class.of_group(0).n == 0
+    assert [found.means_by_outcome.of_group(outcome).n for outcome in (0, 1)] == [0, 0]
+
+
+def test_pictures_of_unknown_class_are_in_no_group(model: VisionTransformer, images: Tensor) -> None:
+    labels = torch.where(torch.arange(N) < 6, -1, LABELS)
+    found = survey_of(model, images, 5, labels)
+    assert sum(found.means_by_class.of_group(label).n for label in range(5)) == N - 6
+    assert sum(found.means_by_outcome.of_group(outcome).n for outcome in (0, 1)) == N - 6
+    assert found.right is None  # not of all
+
+
+def test_a_model_without_a_head_is_neither_right_nor_wrong(images: Tensor) -> None:
+    torch.manual_seed(4)
+    sizes: dict[str, Any] = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 10, "depth": 2}
+    headless = timm.create_model("vit_tiny_patch16_224", num_heads=2, num_classes=0, **sizes).eval()
+    found = take_survey(headless, [(part, None) for part in images.split(9)], LABELS, N)
+    assert (found.predicted == -1).all() and np.isnan(found.probability).all()
+    assert found.right is None and found.accuracy is None
+    assert [found.means_by_outcome.of_group(outcome).n for outcome in (0, 1)] == [0, 0]
+    assert [found.means_by_class.of_group(label).n for label in range(5)] == [5, 5, 5, 4, 4]
+
+
+def test_some_picture_is_kept_however_large_its_maps_are(
+    model: VisionTransformer, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_BYTES", 1)
+    found = survey_of(model, images, 6)
+    assert len(found.kept) == len(found.maps) == 1 and found.num_pictures == N
+    assert found.rollouts is not None and found.rollouts.shape == (1, 3, 9)  # though most batches gave nothing
+
+
+def test_rollouts_and_progress_are_of_every_batch(model: VisionTransformer, images: Tensor) -> None:
+    done: list[int] = []
+    found = take_survey(model, [(part, None) for part in images.split(10)], LABELS, N, advance=done.append)
+    assert done == [10, 10, 3]
+    with torch.no_grad(), capture(model) as attention:
+        model(images)
+    for depth in range(1, 4):
+        expected = measures.attention_rollout([layer.weights for layer in list(attention)[:depth]])[:, 0, 1:]
+        assert found.rollouts is not None
+        np.testing.assert_allclose(found.rollouts[:, depth - 1], expected.numpy(), rtol=1e-4)
 
 
 def test_a_model_that_is_always_right_has_no_wrong_group(model: VisionTransformer, images: Tensor) -> None:
@@ -129,3 +170,9 @@ def test_stages_and_windows_are_distributions_on_the_finest_grid() -> None:
     assert found.grid == (56, 56)
     there = ~np.isnan(found.rows()).all(axis=-1)
     np.testing.assert_allclose(found.rows()[there].sum(axis=-1), 1, rtol=1e-4)
+    heads = [3, 6, 12, 24]
+    assert there[0].sum(axis=-1).tolist() == heads and found.rollouts is None
+    assert (~np.isnan(found.selectivity.place.value)).sum(axis=-1).tolist() == heads
+    # What a coarse layer's patch has is spread evenly: the 8 x 8 finest patches below it have the same.
+    last = found.rows()[0, -1, 0, 1:].reshape(7, 8, 7, 8)
+    assert np.ptp(last, axis=(1, 3)).max() == 0 and np.ptp(last) > 0

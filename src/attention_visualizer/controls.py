@@ -18,7 +18,8 @@ def random_weights(model: nn.Module, seed: int) -> nn.Module:
     """
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed the GPUs too, whose state is not put back.
+        torch.default_generator.manual_seed(seed)
         if isinstance(model, VisionTransformer):
             return VisionTransformer(**model.config).eval().to(device)
         fresh = copy.deepcopy(model).cpu()

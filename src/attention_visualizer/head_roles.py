@@ -21,10 +21,9 @@ LEAST_SELECTIVE = 0.5  # nats
 LEAST_ON_CLASS_TOKEN = 0.5  # share of the row
 NEAR = 0.5  # of the distance that uniform attention has
 MOSTLY = 0.8  # the part of a head's selectivity that one cause must have to give it its name
-BEYOND_CONTROLS = 1.5  # times the largest of any head with random weights
-# For ink, whose control values scatter normally around 0: times their root mean square. Of models with random weights,
-# fewer than one in a hundred then has any head beyond it.
-BEYOND_SCATTER = 5.0
+# Times the largest of any head with random weights. At 1.5, 2 to 3 % of other models with random weights would have a
+# head beyond three of them; at 2, fewer than 1 in 100.
+BEYOND_CONTROLS = 2.0
 NO_ROLE = "no distinct role"
 
 MOST_PICTURES = 2000  # for pairs of heads and for intervals of selectivity
@@ -45,8 +44,8 @@ class Selectivity:
 
 
 def entropy(rows: Array) -> Array:
-    """Nats, over the last axis."""
-    terms = np.where(rows > 0, rows * np.log(np.maximum(rows, 1e-30)), 0.0)
+    """Nats, over the last axis; NaN where rows are, such as those of a head that a layer does not have."""
+    terms = np.where(rows == 0, 0.0, rows * np.log(np.maximum(rows, 1e-30)))
     return np.asarray(-np.sum(terms, axis=-1, dtype=np.float64))
 
 
@@ -89,11 +88,14 @@ def name_roles(
     p_value: float,
     place: Interval,
     content: Interval,
-    class_token: float,
-    distance: float,
+    class_token: Interval,
+    distance: Interval,
     bounds: dict[str, float],
 ) -> list[str]:
-    """The roles that one head's numbers carry: each beyond its bound, its whole interval beyond the least effect."""
+    """The roles that one head's numbers carry: each beyond its bound, its whole interval beyond the least effect.
+
+    distance: relative to uniform attention, its bound from above.
+    """
     found = []
     if abs(follows.value) >= bounds["ink"] and p_value < inference.LEVEL:
         if follows.low >= LEAST_INK:
@@ -105,9 +107,9 @@ def name_roles(
         found.append("fixed place")
     if content.value >= bounds["content"] and content.low >= LEAST_SELECTIVE and content.value >= MOSTLY * total:
         found.append("varies with the picture")
-    if class_token >= bounds["class token"]:
+    if class_token.value >= bounds["class token"] and class_token.low >= LEAST_ON_CLASS_TOKEN:
         found.append("class token")
-    if distance <= NEAR:
+    if distance.value <= bounds["distance"] and distance.high <= NEAR:
         found.append("neighbours")
     return found or [NO_ROLE]
 
@@ -131,6 +133,8 @@ def clustered(divergence: Array) -> tuple[Array, Array]:
     from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
     from scipy.spatial.distance import squareform
 
+    if len(divergence) < 2:
+        return np.zeros(len(divergence), np.int64), np.ones(len(divergence), np.int64)  # no tree of one head
     distance = np.sqrt(np.clip((divergence + divergence.T) / 2, 0, None))
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)

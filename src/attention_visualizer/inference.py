@@ -140,18 +140,23 @@ def share_interval(count: int, total: int) -> Interval:
 
 
 def standardised_mean(values: Array) -> Array:
-    """Cohen's d of paired differences [image, ...]: mean over standard deviation, 0 where nothing varies around 0."""
+    """Cohen's d of paired differences [image, ...]: mean over standard deviation, 0 where nothing varies around 0; NaN
+    where that is."""
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
-    return np.divide(mean, deviation, out=np.where(mean == 0, 0.0, np.copysign(np.inf, mean)), where=deviation > 0)
+    # Of NaN, copysign alone would make an infinite effect.
+    constant = np.where((mean == 0) | np.isnan(mean), mean, np.copysign(np.inf, mean))
+    return np.divide(mean, deviation, out=constant, where=deviation > 0)
 
 
 def permutation_p_value(observed: Array, null: Array) -> Array:
     """Two-sided, (b + 1) / (B + 1) (Phipson and Smyth, 2010): how often a statistic of permuted data [permutation, ...]
-    lies as far from the permutations' mean as the observed one [...]."""
-    middle = null.mean(axis=0)
-    # A permutation that gives back the data must count, whatever its rounding.
-    distance = np.abs(observed - middle) * (1 - 1e-9)
-    return ((np.abs(null - middle) >= distance).sum(axis=0) + 1) / (len(null) + 1)
+    lies as far from the mean of all as the observed one [...]; NaN where that is."""
+    # The observed one is among all: else few permutations would reject too often.
+    middle = (null.sum(axis=0) + observed) / (len(null) + 1)
+    # A permutation that gives back the data must count, whatever its rounding, in float32 too.
+    distance = np.abs(observed - middle) * (1 - 1e-5)
+    p_value = ((np.abs(null - middle) >= distance).sum(axis=0) + 1) / (len(null) + 1)
+    return np.where(np.isnan(distance), np.nan, p_value)
 
 
 def bootstrap_p_value(replicates: Array) -> float:
@@ -197,16 +202,20 @@ def permuted_products(
     their content on average: [permutation, head].
     """
     n, heads, patches = attention.shape
-    rows = np.ascontiguousarray(attention.transpose(1, 0, 2).reshape(heads, n * patches), dtype=np.float32)
-    content = content.astype(np.float32)
-    observed = rows @ content.reshape(-1) / n
+    places, usual = attention.mean(axis=0, dtype=np.float64), content.mean(axis=0, dtype=np.float64)
+    by_place = places @ usual  # what all permutations share
+    # Without it, a head that looks at the same places on every image has exactly 0, and no rounding looks like a find.
+    moving = attention - places.astype(np.float32)
+    rows = np.ascontiguousarray(moving.transpose(1, 0, 2).reshape(heads, n * patches), dtype=np.float32)
+    content = (content - usual).astype(np.float32)
+    observed = by_place + rows @ content.reshape(-1) / n
     generator = np.random.default_rng(seed)
     null = np.empty((permutations, heads))
     for start in range(0, permutations, BLOCK):
         orders = [generator.permutation(n) for _ in range(min(BLOCK, permutations - start))]
         mixed = np.stack([content[order].reshape(-1) for order in orders], axis=1)
-        null[start : start + len(orders)] = (rows @ mixed).T / n
-    return observed.astype(np.float64), null
+        null[start : start + len(orders)] = by_place + (rows @ mixed).T / n
+    return observed, null
 
 
 def largest_difference_test(

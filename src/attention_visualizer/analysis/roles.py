@@ -18,7 +18,6 @@ from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
 from attention_visualizer.head_roles import (
     ALIKE,
     BEYOND_CONTROLS,
-    BEYOND_SCATTER,
     LEAST_INK,
     LEAST_ON_CLASS_TOKEN,
     LEAST_SELECTIVE,
@@ -46,7 +45,8 @@ class Roles:
 
     on_ink: share of the attention on patches that inked ones get; follows_ink: how much more than the same head's
     mean map would give them; effect: that as Cohen's d over pictures; p_value: within-position permutation, adjusted.
-    names: the roles that the numbers carry, or NO_ROLE.
+    reached: the most of any head with random weights; bounds: what a role needs; names: the roles that the numbers
+    carry, or NO_ROLE.
     """
 
     on_ink: Interval
@@ -57,6 +57,7 @@ class Roles:
     selectivity: Selectivity
     class_token: Array
     distance: Array  # relative to uniform attention; NaN where patch queries cannot affect the answer
+    reached: dict[str, float]
     bounds: dict[str, float]
     names: list[list[str]]
 
@@ -69,9 +70,10 @@ def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Ar
     observed, null = inference.permuted_products(shares.reshape(len(shares), -1, shares.shape[-1]), inked, seed=seed)
     p_value = inference.false_discovery_control(inference.permutation_p_value(observed, null))
     selective = survey.selectivity
-    class_token = survey.mean_of("class_token").value[:, :-1]
+    class_token = survey.mean_of("class_token")[:, :-1]
     distance = relative_distance(survey)
-    bounds = role_bounds(controls)
+    reached = reached_by(controls)
+    bounds = role_bounds(reached)
     follows = inference.bootstrap_mean(followed, seed)
     p_values = p_value.reshape(num_layers, num_heads)
     names = [
@@ -80,8 +82,8 @@ def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Ar
             float(p_values[layer, head]),
             selective.place[layer, head],
             selective.content[layer, head],
-            float(class_token[layer, head]),
-            float(distance[layer, head]),
+            class_token[layer, head],
+            distance[layer, head],
             bounds,
         )
         for layer in range(num_layers)
@@ -95,42 +97,56 @@ def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Ar
         inference.standardised_mean(followed),
         p_values,
         selective,
-        class_token,
-        distance,
+        class_token.value,
+        distance.value,
+        reached,
         bounds,
         names,
     )
 
 
-def role_bounds(controls: Sequence[tuple[Survey, Array]]) -> dict[str, float]:
-    """What a value must reach: the least effect, or what its scatter among heads with random weights asks for."""
-    followed, reached = [], {"place": 0.0, "content": 0.0, "class token": 0.0}
+def reached_by(controls: Sequence[tuple[Survey, Array]]) -> dict[str, float]:
+    """The largest of any head with random weights; of "distance", how far below uniform attention's it lies."""
+    reached = {"ink": 0.0, "place": 0.0, "content": 0.0, "class token": 0.0, "distance": 0.0}
     for survey, inked in controls:
         rows = survey.rows()
         of_mean = entropy(rows.mean(axis=0))
-        followed.append(ink_followed(survey.shares, inked).mean(axis=0))
         values = {
+            "ink": np.abs(ink_followed(survey.shares, inked).mean(axis=0)),
             "place": np.log(survey.num_keys)[:, None] - of_mean,
             "content": of_mean - entropy(rows).mean(axis=0),
             "class token": survey.mean_of("class_token").value[:, :-1],
+            "distance": 1 - relative_distance(survey).value,
         }
-        reached = {name: max(reached[name], float(np.nanmax(each, initial=0.0))) for name, each in values.items()}
-    least = {"place": LEAST_SELECTIVE, "content": LEAST_SELECTIVE, "class token": LEAST_ON_CLASS_TOKEN}
-    scatter = float(np.sqrt(np.nanmean(np.square(followed)))) if followed else 0.0
+        for name, each in values.items():
+            # Without NaN, of which a layer with fewer heads has some.
+            reached[name] = max(reached[name], float(np.fmax.reduce(each, axis=None, initial=0.0)))
+    return reached
+
+
+def role_bounds(reached: dict[str, float]) -> dict[str, float]:
+    """What a value must reach: the least effect, or BEYOND_CONTROLS times what random weights do. "distance" must lie
+    below its bound."""
+    least = {
+        "ink": LEAST_INK,
+        "place": LEAST_SELECTIVE,
+        "content": LEAST_SELECTIVE,
+        "class token": LEAST_ON_CLASS_TOKEN,
+        "distance": 1 - NEAR,
+    }
     bounds = {name: max(least[name], BEYOND_CONTROLS * reached[name]) for name in least}
-    return {"ink": max(LEAST_INK, BEYOND_SCATTER * scatter), "ink scatter": scatter, **bounds}
+    return bounds | {"distance": 1 - bounds["distance"]}
 
 
-def relative_distance(survey: Survey) -> Array:
+def relative_distance(survey: Survey) -> Interval:
     """Mean attention distance over that of uniform attention, [layer, head]; NaN for a last layer that only the class
     token leaves."""
-    values = survey.mean_of("distance").value[:, :-1].copy()
-    for layer, geometry in enumerate(survey.geometries):
-        centers = geometry.patch_centers()
-        values[layer] /= max(float(torch.cdist(centers, centers).mean()), 1e-9)
-    if survey.reads_class_token and len(values) > 1:
-        values[-1] = np.nan
-    return values
+    centers = [geometry.patch_centers() for geometry in survey.geometries]
+    uniform = np.array([max(float(torch.cdist(each, each).mean()), 1e-9) for each in centers])[:, None]
+    if survey.reads_class_token:
+        uniform[-1] = np.nan
+    measured = survey.mean_of("distance")[:, :-1]
+    return Interval(measured.value / uniform, measured.low / uniform, measured.high / uniform, measured.n)
 
 
 def evenly(n: int, most: int) -> Array:
@@ -167,9 +183,9 @@ def write(study: Study) -> Chapter:
             FigureFile(
                 by_head,
                 "Left: how much more a head gives to inked patches than its mean map would, with 95 % intervals over "
-                f"{len(survey.kept):,} test images; grey: where 95 % of heads with random weights lie; dashed: "
-                "the bound for a role. Middle: what it looks at on every picture (place), and what changes with "
-                "the picture (content). Right: the roles that the numbers carry.",
+                f"{len(survey.kept):,} test images; grey: what heads with random weights reach; dashed: the bound for "
+                "a role. Middle: what it looks at on every picture (place), and what changes with the picture "
+                "(content). Right: the roles that the numbers carry.",
             ),
             FigureFile(
                 alike,
@@ -203,7 +219,8 @@ def head_labels(survey: Survey) -> list[tuple[tuple[int, int], str]]:
 def mean_divergence(rows: Array) -> float:
     """Between any two heads: [image, layer, head, key]."""
     found = divergences(rows.reshape(len(rows), -1, rows.shape[-1]))
-    return float(np.nanmean(found[~np.eye(len(found), dtype=bool)]))
+    apart = found[~np.eye(len(found), dtype=bool)]
+    return float(np.nanmean(apart)) if len(apart) else float("nan")
 
 
 def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, face_note: str) -> Figure:
@@ -214,8 +231,8 @@ def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, f
     at = np.arange(count)[::-1]
     picked = tuple(there.T)
     follows = roles.follows_ink[picked]
-    scatter = 2 * roles.bounds["ink scatter"]
-    left.axvspan(-scatter, scatter, color=charts.BAND, zorder=0, label="heads with random weights (95 %)")
+    reached = roles.reached["ink"]
+    left.axvspan(-reached, reached, color=charts.BAND, zorder=0, label="heads with random weights")
     for bound in (-roles.bounds["ink"], roles.bounds["ink"]):
         left.axvline(bound, color=charts.REFERENCE, linestyle="--", linewidth=1, label="bound for a role" * (bound > 0))
     charts.forest(at, follows.value, follows.low, follows.high, left)
@@ -366,19 +383,21 @@ def text_of(
             place=roles.bounds["place"],
             content=roles.bounds["content"],
             beyond=BEYOND_CONTROLS,
-            scatter=f"{BEYOND_SCATTER:.0f}",
             mostly=MOSTLY,
-            near=NEAR,
-            token=LEAST_ON_CLASS_TOKEN,
+            near=roles.bounds["distance"],
+            token=roles.bounds["class token"],
         ),
         f"Heads without a role that the numbers carry: {named[NO_ROLE]} of {len(cluster)}.",
-        REDUNDANCY.format(
-            mean=apart.mean() if len(apart) else float("nan"),
-            alike=ALIKE,
-            shared="no two heads are alike" if not shared else f"{shared} heads have at least one that is alike",
-            control="" if control_divergence is None else CONTROL_DIVERGENCE.format(mean=control_divergence),
-        ),
     ]
+    if len(apart):
+        parts.append(
+            REDUNDANCY.format(
+                mean=apart.mean(),
+                alike=ALIKE,
+                shared="no two heads are alike" if not shared else f"{shared} heads have at least one that is alike",
+                control="" if control_divergence is None else CONTROL_DIVERGENCE.format(mean=control_divergence),
+            )
+        )
     return "\n\n".join(parts)
 
 
@@ -391,14 +410,13 @@ that always looks at the same places; its p-value comes from giving pictures eac
 discovery control over all heads). How far a head is from uniform is split in two: what its mean map shows (place) and
 what changes from picture to picture (content).
 
-A role is named only where the value is beyond the least effect that was stated beforehand *and* beyond what heads of
-{controls} models with random weights have. Following ink or background: {ink:.3f} of the attention on patches (least
-effect {least}; {scatter} times the scatter of random heads around 0). Fixed place: {place:.2f} nats, varies with the
-picture: {content:.2f} nats, each with {mostly:.0%} of the head's selectivity and {beyond} times the largest of any
-random head. Class token: {token} of the row. Neighbours: a mean distance below {near} of uniform attention's; that of a
-last layer that only the class token leaves is not counted."""
+A role is named only where the value is beyond the least effect that was stated beforehand *and* beyond {beyond} times
+what any head of {controls} models with random weights reaches. Following ink or background: {ink:.3f} of the attention
+on patches (least effect {least}). Fixed place: {place:.2f} nats, varies with the picture: {content:.2f} nats, each with
+{mostly:.0%} of the head's selectivity. Class token: {token:.2f} of the row. Neighbours: a mean distance below
+{near:.2f} of uniform attention's; that of a last layer that only the class token leaves is not counted."""
 
 REDUNDANCY = """Between two heads the divergence is {mean:.2f} nats on average (0: the same map on every picture, 0.69:
 no patch in common); {shared} (below {alike} nats).{control}"""
 
-CONTROL_DIVERGENCE = """ Heads with random weights: {mean:.3f}, because all of them are close to uniform."""
+CONTROL_DIVERGENCE = """ Heads with random weights, all of them close to uniform: {mean:.3f}."""

@@ -160,13 +160,14 @@ def take_survey(
             seen = collector.observation(predicted, probability, attention.reconstruction_error)
             rows = slice(start, start + len(batch))
             if kept is None:
-                kept = stratified(known, MOST_BYTES // bytes_of(seen, len(batch)))
+                kept = stratified(known, max(1, MOST_BYTES // bytes_of(seen, len(batch))))
             observed.append(only(seen, kept[(kept >= rows.start) & (kept < rows.stop)] - start))
             of_batch = table(values, len(batch), seen.head_maps.shape[1], seen.head_maps.shape[2])
             layer_means = nan_mean(of_batch)
             means.update(np.concatenate([of_batch, layer_means[..., None]], axis=-1))
             by_class.update(layer_means, known[rows])
-            by_outcome.update(layer_means, np.where(known[rows] < 0, -1, known[rows] == predicted))
+            unknown = (known[rows] < 0) | (predicted < 0)
+            by_outcome.update(layer_means, np.where(unknown, -1, known[rows] == predicted))
             start += len(batch)
             advance(len(batch))
     summaries = streamed.compute()
@@ -217,7 +218,7 @@ def only(seen: Observation, rows: Array) -> Observation:
 def flat(maps: Array | None) -> Array:
     """[..., grid height, grid width] -> [..., patch]."""
     assert maps is not None
-    return maps.reshape(*maps.shape[:-2], -1)
+    return maps.reshape(*maps.shape[:-2], maps.shape[-2] * maps.shape[-1])  # of no picture too
 
 
 def table(values: dict[tuple[str, int], Tensor], num_images: int, num_layers: int, num_heads: int) -> Array:
