@@ -185,7 +185,8 @@ def contents(summary: Summary, parts: list[Part]) -> dict[str, Any]:
     return {
         "summary": summary,
         "parts": parts,
-        "findings": [part for part in parts if part.chapter.finding is not None][:MOST_FINDINGS],
+        # Of the last chapters: they ask what the first ones only describe.
+        "findings": [part for part in parts if part.chapter.finding is not None][-MOST_FINDINGS:],
         "cautions": [part for part in parts if part.chapter.caution],
         "missing": [part for part in parts if part.chapter.missing],
         "shown": lambda figure: figure.name.endswith(SHOWN),
