@@ -12,6 +12,7 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from attention_visualizer import explanations
 from attention_visualizer.errors import UserError
 from attention_visualizer.explanations import explain
 from attention_visualizer.model import VisionTransformer
@@ -252,6 +253,25 @@ def test_layers_without_a_place_stop_what_runs_through_all_layers() -> None:
     model = timm.create_model("maxvit_rmlp_pico_rw_256", img_size=128, num_classes=3).eval()
     maps = explain(model, torch.randn(1, 3, 128, 128)).maps
     assert "gradient x attention" in maps and not {"rollout", "relevance"} & maps.keys()
+
+
+@pytest.mark.parametrize("build", [each for each, _ in MODELS.values()], ids=MODELS.keys())
+def test_batches_give_what_single_images_give(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build().double()
+    images = pictures_for(model).double().repeat(3, 1, 1, 1) * torch.linspace(0.5, 2, 9)[:, None, None, None]
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    together = explain(model, images)
+    assert sizes == [1, 8]
+    target = torch.from_numpy(together.target)
+    monkeypatch.setattr(explanations, "MOST_BYTES", 1)
+    alone = explain(model, images)
+    assert sizes[2:] == [1] * 9
+    assert together.maps.keys() == alone.maps.keys() and together.target.tolist() == alone.target.tolist()
+    for name, maps in together.maps.items():
+        np.testing.assert_allclose(maps, alone.maps[name], rtol=1e-6, atol=1e-9 * np.abs(maps).max())
+    chosen = explain(model, images, (target + 1) % 7)
+    assert chosen.target.tolist() == ((target + 1) % 7).tolist()
 
 
 def test_images_do_not_affect_each_other_and_nothing_is_left_behind() -> None:
