@@ -415,6 +415,25 @@ def test_the_accuracy_is_the_models(analysis: Analysis, model: VisionTransformer
     assert f"accuracy {right:.2%}" in read_report(analysis.output)
 
 
+@pytest.mark.parametrize("chapters", ["[patterns]", "[statistics]"])
+def test_the_headline_has_the_accuracy_with_its_interval(
+    one_run: Workplace, model: VisionTransformer, digits: ImageDataModule, chapters: str
+) -> None:
+    """Whether or not a chapter looks at all images. Wilson's interval by its own formula."""
+    images, labels = digits.splits["test"]
+    with torch.no_grad():
+        right = model(normalise(images, digits.description)).argmax(dim=1) == labels
+    n, share, z = len(right), right.double().mean().item(), 1.959963984540054
+    centre, scale = share + z**2 / (2 * n), 1 + z**2 / n
+    spread = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    expected = f"{share:.2%} ({low:.2%} to {high:.2%}), n = {n}".replace("%", "").replace(" (", " % (")
+    succeed(f"chapters={chapters}", "num_samples=1", "output_dir=headline", folder=one_run.path)
+    assert read_statistics(one_run.path / "headline")["facts"]["accuracy"] == expected
+    headline = read_report(one_run.path / "headline").split("\n\n")[1]
+    assert headline.endswith(f"accuracy {expected}") and headline.startswith(f"{LAYERS} layers x {HEADS} heads")
+
+
 def test_a_second_analysis_gives_the_same_numbers_and_pictures(analysis: Analysis, tmp_path: Path) -> None:
     path = str(analysis.run.best)
     succeed(f"ckpt={path}", "num_samples=1", f"output_dir={tmp_path}/again", folder=tmp_path)
