@@ -101,18 +101,25 @@ def test_switching_off_is_a_projection_without_the_heads_columns(
     assert float(found.of_score["zero"].value[0, 1]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_nothing_is_needed_for_a_guess(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("seed", "labelled", "said"),
+    [(1, True, "no better than by chance"), (2, True, "no better than by chance"), (1, False, "cannot be said")],
+)
+def test_nothing_is_needed_for_a_guess(seed: int, labelled: bool, said: str, tmp_path: Path) -> None:
+    """Also where classes are not known, and the model's agreement with itself would pass for an answer."""
     data = ImageDataModule(name="digits", fallback=None)
     data.load()
-    pictures = LabelledImages(data.description, data.splits["test"][0][:80], data.splits["test"][1][:80])
+    images, labels = (each[:80] for each in data.splits["test"])
+    pictures = LabelledImages(data.description, images, labels if labelled else None)
     torch.manual_seed(seed)
     model = VisionTransformer(embed_dim=12, num_heads=2, num_layers=2, mlp_dim=9).eval()
     study = study_of(model, pictures, tmp_path)
     found = measure_importance(study, study.subset(60))
     assert not found.answers and not any(found.matters(way).any() for way in importance.WAYS)
     chapter = importance.write(study)
-    assert chapter.finding is not None and "no better than by chance" in chapter.finding.text
+    assert chapter.finding is not None and said in chapter.finding.text
+    if not labelled:  # some would matter, but for that
+        assert (found.of_score["zero"].high < -0.05 * abs(float(found.score.value))).any()
 
 
 def test_too_much_work_and_too_few_images_are_left_out(
@@ -130,4 +137,4 @@ def test_rank_correlation_and_its_null() -> None:
     assert np.isnan(rank_correlation(np.ones(5), np.arange(5.0))).all()
     generator = np.random.default_rng(0)
     p_values = [rank_correlation(*generator.standard_normal((2, 12)))[1] for _ in range(60)]
-    assert np.mean(np.array(p_values) < 0.05) <= 0.15
+    assert 0 < np.mean(np.array(p_values) < 0.1) <= 0.2

@@ -49,8 +49,9 @@ class Importance:
 
     @property
     def answers(self) -> bool:
-        """Whether there is something that heads could be needed for: answers that beat guessing twice over."""
-        return bool(self.accuracy.low > 2 * self.chance and self.score.low > 0)
+        """Whether there is something that heads could be needed for: answers that beat guessing twice over. Where true
+        classes are not known, that is not known either: any model agrees with itself."""
+        return bool(self.classes == "true" and self.accuracy.low > 2 * self.chance and self.score.low > 0)
 
     @property
     def least(self) -> float:
@@ -206,6 +207,11 @@ def headline(found: Importance, heads: list[tuple[tuple[int, int], str]]) -> str
     worst = int(np.argmin(found.of_score["zero"].value[picked]))
     index, name = heads[worst]
     count = int(found.matters("zero")[picked].sum())
+    if not found.answers and found.classes == "predicted":
+        return (
+            "Which heads the answer needs cannot be said where true classes are not known; how the model's own answer "
+            f"changes without each of {len(heads)} heads is shown (n = {found.score.n:,})."
+        )
     if not found.answers:
         return f"The model answers no better than by chance, so no head can be needed (n = {found.score.n:,})."
     who = f"{count or 'None'} of {len(heads)} heads {'is' if count < 2 else 'are'}"
@@ -244,7 +250,7 @@ def text_of(
         mean=int(found.matters("mean")[picked].sum()),
         count=len(heads),
         correlations=CORRELATIONS.format(count=len(heads), told=" and ".join(told)) if told else "",
-        chance="" if found.answers else CHANCE,
+        chance="" if found.answers else UNKNOWN if found.classes == "predicted" else CHANCE,
         fixed=FIXED.format(names=", ".join(fixed), count=len(fixed)) if fixed else "",
     )
 
@@ -362,6 +368,9 @@ TOO_MUCH = """Left out: it takes {passes:,} passes over each image, which is lon
 does it for 50 images."""
 
 CHANCE = """ These answers are no better than chance, so that no head can be needed for them."""
+
+UNKNOWN = """ The true classes are not known, and a model always agrees with itself: that none is said to matter is no
+finding."""
 
 FIXED = """ Of {count} heads at least nine tenths of the loss is gone when they are averaged instead: what they add is
 much the same on every picture ({names})."""
