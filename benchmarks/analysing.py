@@ -76,8 +76,6 @@ def timed(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[fl
 def measure_statistics(num_images: int, repeats: int) -> dict[str, list[float]]:
     import torch
 
-    from attention_visualizer.analysis.statistics import measure
-
     with tempfile.TemporaryDirectory() as folder:
         study = study_in(folder, num_images, 1)
 
@@ -86,7 +84,10 @@ def measure_statistics(num_images: int, repeats: int) -> dict[str, list[float]]:
                 for images, _ in study.batches():
                     study.model(images)
 
-        return timed({"plain": plain, "ours": lambda: measure(study, study.batches())}, repeats)
+        def ours() -> None:
+            study.survey_of(study.batches(), study.pictures.labels, len(study.pictures))
+
+        return timed({"plain": plain, "ours": ours}, repeats)
 
 
 def measure_figures(num_samples: int, repeats: int) -> dict[str, list[float]]:

@@ -909,6 +909,7 @@ import os, runpy, signal, sys
 from attention_visualizer import analysis
 def stop(study):
     assert list(study.output.glob("*.png")), "the chapter before has been written"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     os.kill(os.getpid(), getattr(signal, name))
     import time; time.sleep(60)
 analysis.CHAPTERS["layers"] = stop

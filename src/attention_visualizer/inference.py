@@ -255,6 +255,12 @@ def false_discovery_control(p_values: Array) -> Array:
     return adjusted
 
 
+def well_above(chance: float) -> float:
+    """The share of right answers from which a model has learnt something: a tenth of the way from guessing to knowing,
+    which models with random weights do not reach by their luck."""
+    return chance + (1 - chance) / 10
+
+
 def stratified(labels: Array, count: int, seed: int = 0) -> Array:
     """Numbers of `count` images (or all), each class in its share to one image, in order: [image]."""
     if count >= len(labels):

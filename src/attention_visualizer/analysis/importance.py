@@ -18,7 +18,7 @@ from attention_visualizer.analysis.study import LEAST_PICTURES, Study
 from attention_visualizer.analysis.survey import Survey
 from attention_visualizer.capture import Edit, intervene
 from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
-from attention_visualizer.inference import Interval
+from attention_visualizer.inference import Interval, well_above
 from attention_visualizer.interventions import replace_by_mean, switch_off
 from attention_visualizer.parallel import on_all_cores
 from attention_visualizer.prediction import has_head, logits_of
@@ -49,9 +49,9 @@ class Importance:
 
     @property
     def answers(self) -> bool:
-        """Whether there is something that heads could be needed for: answers that beat guessing twice over. Where true
+        """Whether there is something that heads could be needed for: answers well above guessing. Where true
         classes are not known, that is not known either: any model agrees with itself."""
-        return bool(self.classes == "true" and self.accuracy.low > 2 * self.chance and self.score.low > 0)
+        return bool(self.classes == "true" and self.accuracy.low > well_above(self.chance) and self.score.low > 0)
 
     @property
     def least(self) -> float:

@@ -96,8 +96,9 @@ class MethodTrust:
         if not self.faithful:
             failing = [each for each in self.gains if not (each.value.value >= LEAST_GAIN and each.value.low > 0)]
             return (
-                f"Do not trust {self.name} here: in {len(failing)} of {len(self.gains)} comparisons it does no better "
-                f"than a ranking that knows only the ink (worst: {how}, against {worst.baseline}, {gain})."
+                f"Do not trust {self.name} here: in {len(failing)} of {len(self.gains)} comparisons with rankings "
+                f"that know only the ink, it does not gain what trust needs (worst: {how}, against "
+                f"{worst.baseline}, {gain})."
             )
         if not self.sensitive:
             told = "is not known" if self.likeness is None else f"is {self.likeness[-1].text(2)}"
@@ -175,12 +176,12 @@ def try_methods(study: Study, model: VisionTransformer, numbers: Array, randomis
 
 
 def beats_chance(study: Study, numbers: Array, predicted: Tensor) -> bool:
-    """Whether the share of right answers is above twice that of guessing, with its whole interval."""
+    """Whether the share of right answers is well above that of guessing, with its whole interval."""
     labels, classes = study.pictures.labels, study.pictures.num_classes
     if labels is None or not classes:
         return False
     right = labels[torch.from_numpy(numbers)].cpu() == predicted.cpu()
-    return bool(inference.bootstrap_mean(right.numpy().astype(float)).low > 2 / classes)
+    return bool(inference.bootstrap_mean(right.numpy().astype(float)).low > inference.well_above(1 / classes))
 
 
 def judged(
