@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import atexit
 import gc
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends in silence, not in a traceback
 
 collects = gc.isenabled()
 gc.disable()  # looking for garbage among half a million imported objects is a sixth of the time to import them
@@ -14,6 +18,7 @@ import shlex
 import shutil
 import sys
 import warnings
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +30,24 @@ from lightning import Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from attention_visualizer import allocator, checkpoint, command_line, configuration, storage, training
+from attention_visualizer import (
+    allocator,
+    checkpoint,
+    command_line,
+    configuration,
+    loggers,
+    resuming,
+    storage,
+    training,
+)
 from attention_visualizer.capture import CaptureError
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.configuration import arguments
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
 from attention_visualizer.model import VisionTransformer
+from attention_visualizer.saving import checkpoint_callbacks
+from attention_visualizer.stopping import StopRequest
 
 gc.freeze()  # nor are they looked through later: for 0.2 s, in the middle of a step
 atexit.register(gc.unfreeze)  # or Triton says at the end that they leaked
@@ -53,21 +69,26 @@ def main(config: DictConfig) -> float:
                 command_line.fail(error)
             raise
         # The sweep's other jobs go on; its table names this one.
-        folder = storage.RunFolder(Path(HydraConfig.get().runtime.output_dir))
-        folder.update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
+        with suppress(UserError):
+            storage.RunFolder(job_path()).update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
         logging.getLogger("train").error("job failed: %s", error, exc_info=not isinstance(error, UserError))
         return math.nan
 
 
 def train(config: DictConfig, sweeping: bool) -> float:
     """One run, from a composed config to its report; returns the best validation accuracy, for Hydra's sweepers."""
+    with StopRequest() as stop, ExitStack() as claims:
+        return run(config, sweeping, stop, claims)
+
+
+def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack) -> float:
     quieten()
     resumed = None
     if config.ckpt_path is not None:
         if sweeping:
-            raise UserError("ckpt_path= resumes one run: it does not go with a sweep (-m)")
-        resumed = checkpoint.load_checkpoint(Path(config.ckpt_path))
-        config = configuration.of_resumed_run(config, CONF)
+            raise UserError("ckpt_path= resumes one run: it does not go with a sweep (-m); resume=auto does")
+        resumed = resuming.load_named_checkpoint(Path(config.ckpt_path))
+        config = resuming.of_resumed_run(config, CONF)
 
     # Whatever can be wrong is found out here, before a folder is made or touched.
     configuration.check_options(config)
@@ -87,30 +108,47 @@ def train(config: DictConfig, sweeping: bool) -> float:
         split_seed=data.split_seed,
         seed=config.seed,
     )
-    if resumed is not None:
-        checkpoint.refuse_other_settings(resumed, model.config, description)
     # Defaults that depend on the data set are known now.
     config.data.batch_size = data.batch_size
     config.trainer.max_epochs = config.trainer.max_epochs or data.default_epochs
     evaluation_batches = {"validation": len(data.val_dataloader()), "test": len(data.test_dataloader())}
     configuration.check_schedule(config, data.batches_in(config.trainer.limit_train_batches), evaluation_batches)
 
+    unfinished = None
+    if config.resume == "auto":
+        where = storage.RunFolder(job_path())
+        unfinished = resuming.unfinished_at(where, config) if sweeping else resuming.find_unfinished(config)
+        if sweeping and unfinished is None and (accuracy := resuming.accuracy_of_completed(where, config)) is not None:
+            print(f"Done already: {where.path}")
+            return accuracy
+    if unfinished is not None:
+        folder = unfinished.folder
+        claims.callback(unfinished.lock.release)
+        resumed = unfinished.checkpoint
+        config.ckpt_path = None if resumed is None else str(resumed.path)
+        print(f"Going on with {folder.path}, " + ("from its start" if resumed is None else f"step {resumed.step}"))
     if resumed is not None:
-        folder = storage.RunFolder(Path(config.run_folder))
-    elif sweeping:
-        folder = storage.RunFolder(Path(HydraConfig.get().runtime.output_dir))
-    else:
-        folder = storage.RunFolder.create(Path(config.runs_dir))
+        checkpoint.refuse_other_settings(resumed, model.config, description)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if unfinished is None:
+        storage.check_space(Path(config.run_folder or config.runs_dir), num_parameters)
+        if config.ckpt_path is not None:
+            folder = storage.RunFolder(Path(config.run_folder))
+        elif sweeping:
+            folder = storage.RunFolder(job_path())
+        else:
+            folder = storage.RunFolder.create(Path(config.runs_dir))
+        claims.callback(folder.claim().release)
+    begun = resumed is not None or unfinished is not None
     config.run_folder = str(folder.path)
     try:
-        trainer = build_trainer(config, folder, None if resumed is None else resumed.step)
+        trainer = build_trainer(config, folder, stop, (resumed.step if resumed else -1) if begun else None)
     except BaseException:
-        if resumed is None and not sweeping:
+        if not begun and not sweeping:
             shutil.rmtree(folder.path)  # nothing but empty logs
         raise
 
     configuration.save(config, folder)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     command = shlex.join(["python", *sys.argv])
     storage.start_manifest(
         folder,
@@ -120,19 +158,25 @@ def train(config: DictConfig, sweeping: bool) -> float:
         seed=config.seed,
         checkpoints={path.stem: str(path.relative_to(folder.path)) for path in (folder.best, folder.last)},
     )
-    print(f"Run folder: {folder.path}")
+    print(f"Run folder: {folder.path}", flush=True)
     if config.compile:
         classifier.halves = None  # compiled code is made for one thread
         model.compile(mode="reduce-overhead" if trainer.strategy.root_device.type == "cuda" else "default")
-    metrics = training.fit(trainer, classifier, data, folder, config.ckpt_path)
-    if config.test or (config.test is None and not sweeping):
-        metrics |= training.test_best(trainer, classifier, data, folder)
-    folder.update_manifest(status="completed", metrics=metrics)
+    with training.recorded(folder):
+        metrics = training.fit(trainer, classifier, data, config.ckpt_path)
+        if config.test or (config.test is None and not sweeping):
+            metrics |= training.test_best(trainer, classifier, data, folder)
+        folder.update_manifest(status="completed", metrics=metrics)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
     training.log_hyperparameters(trainer, recorded | {"parameters": num_parameters}, metrics)
     training.print_report(folder, data.description, metrics)
     return float(metrics["validation_accuracy"])
+
+
+def job_path() -> Path:
+    """The folder that Hydra gives to a sweep's job."""
+    return Path(HydraConfig.get().runtime.output_dir)
 
 
 def quieten() -> None:
@@ -141,6 +185,7 @@ def quieten() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
@@ -155,25 +200,29 @@ def check_model_fits_data(model: VisionTransformer, data: ImageDataModule) -> No
             raise UserError(f"model.{name}={mine} does not fit the data set {description.name}, which needs {theirs}")
 
 
-def build_trainer(config: DictConfig, folder: storage.RunFolder, resumed_step: int | None) -> Trainer:
+def build_trainer(
+    config: DictConfig, folder: storage.RunFolder, stop: StopRequest, resumed_step: int | None
+) -> Trainer:
+    """resumed_step: of the checkpoint that training goes on from, -1 for none; None for a new run."""
     if resumed_step is not None and "tensorboard" in (config.logger or {}):
         # Events after the checkpoint, which this run writes again, disappear from the charts.
         OmegaConf.update(config, "logger.tensorboard.purge_step", resumed_step + 1, force_add=True)
     try:
         chosen = [logger for logger in (config.logger or {}).values() if logger is not None]
-        loggers = [hydra.utils.instantiate(logger) for logger in chosen]
+        log_to = [hydra.utils.instantiate(logger) for logger in chosen]
         if resumed_step is not None:
-            training.keep_csv_rows(loggers, resumed_step)
-        for logger in loggers:
+            training.keep_csv_rows(log_to, resumed_step)
+        for logger in log_to:
             logger.experiment  # noqa: B018 (opens it now, so that a wrong argument shows before any work)
+            loggers.guard(logger)
         callbacks = [hydra.utils.instantiate(callback) for callback in (config.callbacks or {}).values()]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(training.ProgressBar(refresh_rate=10))
         trainer = Trainer(
             **arguments(config, "trainer", Trainer),
             plugins=checkpoint.AtomicCheckpointIO(),
-            logger=loggers,
-            callbacks=[*callbacks, *training.checkpoint_callbacks(folder)],
+            logger=log_to,
+            callbacks=[*callbacks, *checkpoint_callbacks(folder, stop)],
             default_root_dir=folder.path,
         )
         if trainer.world_size > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,8 @@ class Classifier(LightningModule):
         self.checkpoint_block: dict[str, Any] | None = None
         self.halves: Halves | None = Halves()
         self.last_loss = torch.zeros(())
-        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        # Plain numbers, which a checkpoint within an epoch can hold.
+        self.train_right, self.train_images = torch.zeros((), dtype=torch.int64), 0
         self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_confusion = MulticlassConfusionMatrix(num_classes)
@@ -81,25 +82,43 @@ class Classifier(LightningModule):
             logits = self(images)
             loss = self.training_loss(logits, labels)
         self.last_loss = loss.detach()
-        self.train_accuracy.update(logits, labels)
-        # Handing over what no logger takes costs time, too; the metric is computed and reset when the epoch ends.
+        self.train_right = self.train_right.to(labels.device) + (logits.detach().argmax(dim=1) == labels).sum()
+        self.train_images += len(labels)
+        # Handing over what no logger takes costs time, too.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0: no step
-        logs = every > 0 and (self.global_step + 1) % every == 0
-        if logs or batch_idx == 0 or self.trainer.is_last_batch:
-            self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
-        if logs:
+        if every > 0 and (self.global_step + 1) % every == 0:
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        if self.train_images:
+            self.log("train/accuracy", float(self.train_right) / self.train_images)
+        self.train_right, self.train_images = torch.zeros_like(self.train_right), 0
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises UserError when the loss or a gradient is NaN or infinite, before it gets into the weights."""
+        # A GPU would have to be waited for at each step: there, `on_validation_epoch_start` finds it.
+        if self.device.type != "cpu" or self.trainer.scaler is not None:
+            return
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if not bool(self.last_loss.isfinite()):
+            self.refuse_divergence("the loss")
+        if not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            self.refuse_divergence("a gradient")
 
     def on_validation_epoch_start(self) -> None:
         """Raises UserError when training has diverged, before such weights are measured or ranked."""
         finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
         if not (finite and bool(self.last_loss.isfinite())):
-            raise UserError(
-                f"training diverged: the loss or a weight is NaN or infinite at step {self.global_step}; "
-                "lower optimizer.learning_rate"
-            )
+            self.refuse_divergence("the loss or a weight")
+
+    def refuse_divergence(self, what: str) -> NoReturn:
+        batch = self.trainer.fit_loop.epoch_loop.batch_idx + 1
+        raise UserError(
+            f"training diverged: {what} is NaN or infinite at step {self.global_step + 1}, which is batch {batch} of "
+            f"epoch {self.current_epoch + 1}; lower optimizer.learning_rate"
+        )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -157,7 +176,15 @@ class Classifier(LightningModule):
             **self.checkpoint_block,
             "precision": str(self.trainer.precision),
             "validation_accuracy": None if accuracy is None else float(accuracy),
+            "train_right": int(self.train_right),
+            "train_images": self.train_images,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        block = checkpoint.get("attention_visualizer", {})
+        right, images = (block.get(name) for name in ("train_right", "train_images"))
+        if isinstance(right, int) and isinstance(images, int):
+            self.train_right, self.train_images = torch.tensor(right), images
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the entry points share: one-line errors, a sweep's table. It and configuration.py know Hydra."""
+"""What the entry points share: one-line errors, a sweep's table. It, configuration.py and resuming.py know Hydra."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +33,13 @@ def run(main: Callable[[], Any]) -> None:
         main()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand errors through instead of printing them
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see train.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         SweepTable.discard_unbegun()
         fail(error)

@@ -1,16 +1,14 @@
-"""The configuration of a training run: schemas from the constructors' signatures, saving it, and resuming with it."""
+"""The configuration of a training run: schemas from the constructors' signatures, checking and saving it."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra_zen import builds
 from lightning import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -36,6 +34,9 @@ class TrainOptions:
     logger: Any = None
     seed: int = 0  # of weights, order, augmentation and dropout; the data split has its own
     ckpt_path: str | None = None  # a run's last.ckpt: resume into that run's folder
+    resume: str | None = (
+        None  # auto: go on with the newest unfinished run of these settings; a new one if there is none
+    )
     compile: bool = False  # the model by torch.compile while training: for GPUs; it slows CPUs down
     test: bool | None = None  # test best.ckpt at the end; null: yes, but not for a sweep's jobs
     runs_dir: str = "runs"
@@ -94,6 +95,10 @@ def check_options(config: DictConfig) -> None:
     decay = (config.callbacks or {}).get("ema", {}).get("decay", 0.0)
     if not (isinstance(decay, int | float) and 0 <= decay < 1):
         raise UserError(f"callbacks.ema.decay={decay}: give a share from 0 up to, but not, 1")
+    if config.resume not in (None, "auto"):
+        raise UserError(f"resume={config.resume}: give auto, or null for a new run; ckpt_path= names a checkpoint")
+    if config.resume is not None and config.ckpt_path is not None:
+        raise UserError("resume=auto finds the run by itself: leave out ckpt_path=, or resume=")
     if not config.runs_dir:
         raise UserError("runs_dir= is empty: name a folder")
     clip = trainer.gradient_clip_val
@@ -135,75 +140,3 @@ def save(config: DictConfig, folder: storage.RunFolder) -> None:
         storage.write_text(composed / "config.yaml", OmegaConf.to_yaml(config))
         storage.write_text(composed / "hydra.yaml", OmegaConf.to_yaml(OmegaConf.create({"hydra": HydraConfig.get()})))
         storage.write_text(composed / "overrides.yaml", OmegaConf.to_yaml(HydraConfig.get().overrides.task))
-
-
-# --- resuming --------------------------------------------------------------------------------------------------
-
-# What a run cannot change on the way, beside the model and the data set: another order, split or random state.
-FIXED = ("seed", "data.name", "data.batch_size", "data.split_seed", "optimizer.muon")
-# Fields that runs may lack which began before there were any, and what such a run goes on with: as it began.
-BEFORE_THEY_WERE_ADDED = {"data.elastic": 0.0, "data.fade": 0.0, "optimizer.muon": False}
-
-
-def of_resumed_run(config: DictConfig, conf: Path) -> DictConfig:
-    """The interrupted run's own config, with this command's overrides on top. conf: the folder of config files."""
-    folder = storage.RunFolder(Path(config.ckpt_path).resolve().parent.parent)
-    if not folder.config_path.is_file():
-        raise UserError(f"{config.ckpt_path} is not inside a run folder: {folder.config_path} is missing")
-    own = OmegaConf.load(folder.config_path)
-    assert isinstance(own, DictConfig)
-    for name, value in BEFORE_THEY_WERE_ADDED.items():
-        if OmegaConf.select(own, name) is None:
-            OmegaConf.update(own, name, value, force_add=True)
-    own = relocated(own, str(own.run_folder), str(folder.path))
-    before = {name: OmegaConf.select(own, name) for name in FIXED}
-    for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):
-        key = override.key_or_group.split("@")[0]
-        if key not in config and "." not in key:
-            raise UserError(f"{key}= cannot be changed when a run is resumed: give the fields that should differ")
-        OmegaConf.update(own, key, OmegaConf.select(config, key), merge=False, force_add=True)
-    for name, value in before.items():
-        if OmegaConf.select(own, name) not in (value, None):
-            raise UserError(f"{name}={OmegaConf.select(own, name)} cannot resume a run that began with {value}")
-        OmegaConf.update(own, name, value)
-    foreign = targets(own) - targets(config) - shipped_targets(conf)
-    if foreign:  # a config file must not decide which code runs
-        raise UserError(f"{folder.config_path} names classes that this program does not know: {', '.join(foreign)}")
-    own.ckpt_path = str(Path(config.ckpt_path).resolve())
-    own.run_folder = str(folder.path)
-    return own
-
-
-def relocated(config: DictConfig, old: str, new: str) -> DictConfig:
-    """The config of a run that may have been moved, or is resumed from another folder than it began in."""
-
-    def follow(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: follow(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [follow(item) for item in value]
-        return new + value[len(old) :] if isinstance(value, str) and value.startswith(old) else value
-
-    return OmegaConf.create(follow(OmegaConf.to_container(config)))
-
-
-def targets(config: Any) -> set[str]:
-    """Every `_target_` in a config."""
-    if OmegaConf.is_config(config):
-        config = OmegaConf.to_container(config, resolve=False)
-    if isinstance(config, dict):
-        own = {str(value) for key, value in config.items() if key == "_target_"}
-        return own.union(*(targets(value) for value in config.values()))
-    return set().union(*(targets(value) for value in config)) if isinstance(config, list) else set()
-
-
-def shipped_targets(conf: Path) -> set[str]:
-    """Every `_target_` in the config files of `conf` and in the schemas."""
-
-    def stored(entry: Any) -> list[Any]:
-        if isinstance(entry, dict):
-            return [node for item in entry.values() for node in stored(item)]
-        return [entry.node]
-
-    files = [OmegaConf.load(file) for file in conf.rglob("*.yaml")]
-    return set().union(*(targets(node) for node in [*files, *stored(ConfigStore.instance().repo)]))

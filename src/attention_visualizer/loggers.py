@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,33 @@ class Loggers:
             self._failed.add((id(logger), kind))
             reason = (str(error) or type(error).__name__).splitlines()[0]
             rank_zero_warn(f"AttentionLogger: {type(logger).__name__} gets no more {kind}: {reason}")
+
+
+def guard(logger: Logger) -> None:
+    """From now on, a logger that cannot write (a full disk) is warned of once and left alone; training goes on."""
+    failed: set[str] = set()
+
+    def guarded(write: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(write)
+        def attempt(*arguments: Any, **named: Any) -> Any:
+            if failed:
+                return None
+            try:
+                return write(*arguments, **named)
+            except OSError as error:
+                failed.add(write.__name__)
+                rank_zero_warn(f"{type(logger).__name__} writes no more: {error.strerror or error}")
+
+        return attempt
+
+    for name in ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint"):
+        setattr(logger, name, guarded(getattr(logger, name)))
+
+
+def flush(loggers: Sequence[Logger]) -> None:
+    """All that was logged goes to the disk, where a kill does not reach it."""
+    for logger in loggers:
+        logger.save()
 
 
 def takes_images(logger: Logger) -> bool:

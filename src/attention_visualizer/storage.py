@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,10 +18,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from attention_visualizer.errors import UserError
 
 TIME_FORMAT = "%Y-%m-%d_%H-%M-%S-%f"  # no "=" and no ":", which command lines and file systems dislike
+PARTIAL = ".{stem}.partial-{token}{suffix}"  # a file that is being written
 TIME_PATTERN = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{1,6}")
+
+
+LOG_BYTES = 20_000_000  # events, history and figures of a run
 
 
 @contextmanager
@@ -31,7 +38,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary file and leaves `path` as it was. An OSError (disk full, read-only folder) becomes a UserError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.with_name(PARTIAL.format(stem=path.stem, token=secrets.token_hex(4), suffix=path.suffix))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -153,6 +160,22 @@ class RunFolder:
         """Whether a run has left its marks here."""
         return self.manifest_path.is_file() or self.checkpoints.is_dir()
 
+    def claim(self) -> filelock.BaseFileLock:
+        """Makes the run this process's own until the lock is released or the process ends, however it does. Raises
+        UserError if another one trains it, or if nothing can be written."""
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise UserError(f"another process is training {self.path}: wait for it, or stop it") from error
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror or error}") from error
+        for folder in (self.path, self.checkpoints):
+            for left in folder.glob(PARTIAL.format(stem="*", token="*", suffix="")):
+                with suppress(OSError):
+                    left.unlink()  # by a process that was killed while it wrote
+        return lock
+
     def read_manifest(self) -> dict[str, Any]:
         """What run.json says; empty if there is none. Raises UserError if it is no JSON object."""
         try:
@@ -183,6 +206,20 @@ def start_manifest(folder: RunFolder, **fields: Any) -> None:
         "commit": git_commit(Path(__file__).parent),
     }
     write_json(folder.manifest_path, manifest | fields)
+
+
+def check_space(folder: Path, num_parameters: int) -> None:
+    """Raises UserError where a run's files would not fit into the file system of `folder`, which need not exist."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    # Weights, averages and Adam's two moments in float32; best, last, and a third while it is being written.
+    needed = 3 * 4 * 4 * num_parameters + LOG_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e6:,.0f} MB left and a run needs about {needed / 1e6:,.0f} MB: make room, or "
+            "choose another place with runs_dir="
+        )
 
 
 def installed_version(package: str) -> str | None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 import shlex
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ from attention_visualizer.data import DatasetDescription, ImageDataModule
 from attention_visualizer.errors import UserError
 from attention_visualizer.storage import RunFolder
 
+STOPPED_BY: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
+
 
 class ProgressBar(RichProgressBar):
     """Lightning's bar, which draws itself and asks for the loss (on a GPU, waits for it) at every training batch
@@ -34,67 +40,64 @@ class ProgressBar(RichProgressBar):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that still knows its best after the run's folder was moved."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        moved = {
-            **state_dict,
-            "dirpath": self.dirpath,
-            "best_model_path": here(state_dict["best_model_path"]),
-            "kth_best_model_path": here(state_dict["kth_best_model_path"]),
-            "best_k_models": {here(path): score for path, score in state_dict["best_k_models"].items()},
-        }
-        super().load_state_dict(moved)
-
-
-def checkpoint_callbacks(folder: RunFolder) -> list[ModelCheckpoint]:
-    """best.ckpt by validation accuracy, and last.ckpt after every validation. The best comes first: it is `fit`'s."""
-    where = str(folder.checkpoints)
-    best = RunCheckpoint(
-        where, filename="best", monitor="validation/accuracy", mode="max", enable_version_counter=False
-    )
-    return [best, RunCheckpoint(where, filename="last", enable_version_counter=False)]
-
-
 def keep_csv_rows(loggers: list[Any], step: int) -> None:
     """Lightning's CSVLogger deletes the file it finds; a resumed run goes on with the rows up to `step`."""
     for logger in loggers:
-        if isinstance(logger, CSVLogger):
-            path = Path(logger.log_dir) / "metrics.csv"
-            rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
-            with warnings.catch_warnings(action="ignore"):
-                writer = logger.experiment
-            for row in rows:
-                if int(row["step"]) <= step:
-                    writer.metrics.append({name: value for name, value in row.items() if value})
-            writer.save()
+        if not isinstance(logger, CSVLogger):
+            continue
+        path = Path(logger.log_dir) / "metrics.csv"
+        kept = path.with_name(".metrics.kept.csv")  # what a kill on the way cannot take
+        source = path if path.is_file() or not kept.is_file() else kept
+        rows, names = [], []
+        if source.is_file():
+            with source.open(newline="") as file:
+                reader = csv.DictReader(file)
+                # The last row may have been cut off by a kill.
+                rows = [row for row in reader if None not in row.values() and is_before(row.get("step"), step)]
+                names = list(reader.fieldnames or [])
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(rows)
+        storage.write_text(kept, text.getvalue())
+        with warnings.catch_warnings(action="ignore"):
+            experiment = logger.experiment
+        if rows:
+            experiment.metrics_keys = names
+            os.replace(kept, path)
+        kept.unlink(missing_ok=True)
 
 
-def fit(
-    trainer: Trainer, classifier: Classifier, data: ImageDataModule, folder: RunFolder, ckpt_path: str | None
-) -> dict[str, Any]:
-    """Trains and returns the metrics; an interrupted or failed run leaves a manifest that says so."""
-    began = time.perf_counter()
+def is_before(text: str | None, step: int) -> bool:
+    return text is not None and text.isdecimal() and int(text) <= step
+
+
+@contextmanager
+def recorded(folder: RunFolder) -> Iterator[None]:
+    """Whatever ends a run early, its manifest says so, and the user how to go on."""
     try:
-        trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
+        yield
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        folder.update_manifest(
-            status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}".rstrip(": ")
-        )
+        reason = STOPPED_BY.get(error.code) if isinstance(error, SystemExit) else None
+        with suppress(UserError):  # on a full disk; what ended the run is what is to be told
+            folder.update_manifest(
+                status="interrupted" if interrupted else "failed",
+                error=reason or f"{type(error).__name__}: {error}".rstrip(": "),
+            )
         if folder.last.exists():
             print(f"\nStopped early. Resume:  python train.py ckpt_path={shlex.quote(str(folder.last))}")
         raise
+
+
+def fit(trainer: Trainer, classifier: Classifier, data: ImageDataModule, ckpt_path: str | None) -> dict[str, Any]:
+    """Trains and returns the metrics. Raises UserError where nothing was validated."""
+    began = time.perf_counter()
+    trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
     saver = trainer.checkpoint_callback
     assert isinstance(saver, ModelCheckpoint)
     if saver.best_model_score is None:
-        message = "training ended before its first validation: nothing was saved; give it more steps or time"
-        folder.update_manifest(status="failed", error=message)
-        raise UserError(message)
+        raise UserError("training ended before its first validation: nothing was saved; give it more steps or time")
     return {
         "validation_accuracy": float(saver.best_model_score),
         "epochs": trainer.current_epoch,

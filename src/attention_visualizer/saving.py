@@ -1,0 +1,90 @@
+"""When checkpoints are written: best.ckpt and last.ckpt, each whole and in step with what was logged."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from attention_visualizer.loggers import flush
+from attention_visualizer.stopping import StopRequest
+from attention_visualizer.storage import RunFolder
+
+SAVE_SECONDS = 60.0  # between checkpoints: what a killed run loses at most; saving the default model takes 0.05
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that still knows its best after the run's folder was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        moved = {
+            **state_dict,
+            "dirpath": self.dirpath,
+            "best_model_path": here(state_dict["best_model_path"]),
+            "kth_best_model_path": here(state_dict["kth_best_model_path"]),
+            "best_k_models": {here(path): score for path, score in state_dict["best_k_models"].items()},
+        }
+        super().load_state_dict(moved)
+
+
+class LastCheckpoint(RunCheckpoint):
+    """Saves after every validation, between two batches whenever `seconds` have passed, and when the user wants to
+    stop. Before any checkpoint is written, all that was logged up to it is on the disk."""
+
+    def __init__(self, folder: RunFolder, stop: StopRequest, seconds: float = SAVE_SECONDS) -> None:
+        super().__init__(str(folder.checkpoints), filename=folder.last.stem, enable_version_counter=False)
+        self.stop = stop
+        self.seconds = seconds
+        self._saved_at = time.monotonic()
+        self._path = str(folder.last)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._saved_at = time.monotonic()
+        self.stop.take()  # Lightning has put a handler of its own before this one
+        self.stop.deferred = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Here, and not at a batch's end: there its own numbers are not logged yet."""
+        due = self.stop.requested is not None or time.monotonic() - self._saved_at >= self.seconds
+        # Gradients that wait for the rest of their batches are in no checkpoint; an epoch's start is its validation's.
+        if not due or batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
+            return
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_checkpoint(trainer, self._path)
+        self.stop.end_if_requested()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if self._last_global_step_saved == trainer.global_step:
+            self.stop.end_if_requested()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self.stop.deferred = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved_at = time.monotonic()
+        flush(trainer.loggers)
+        # A batch that was fetched and has not begun will be fetched again.
+        for count in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+            if isinstance(count, dict):
+                count["ready"] = count["completed"] if count["started"] == count["completed"] else count["ready"]
+
+
+def checkpoint_callbacks(folder: RunFolder, stop: StopRequest) -> list[ModelCheckpoint]:
+    """best.ckpt by validation accuracy, and last.ckpt. The best comes first: it is `fit`'s."""
+    best = RunCheckpoint(
+        str(folder.checkpoints),
+        filename=folder.best.stem,
+        monitor="validation/accuracy",
+        mode="max",
+        enable_version_counter=False,
+    )
+    return [best, LastCheckpoint(folder, stop)]
