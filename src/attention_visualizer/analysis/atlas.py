@@ -305,9 +305,17 @@ def marked(rgb: Array, ring: Array, dot: Array) -> Array:
     """A grid of colours [height, width, 3], enlarged, with marks in its cells."""
     cell = max(12, MARKED_SIZE // max(rgb.shape[:2]))
     drawn = np.ascontiguousarray(rgb.repeat(cell, axis=0).repeat(cell, axis=1))
+    radius, edge = cell // 7, max(1, cell // 18)
     for row, column in np.argwhere(ring | dot):
         center = (int((column + 0.5) * cell), int((row + 0.5) * cell))
-        cv2.circle(drawn, center, cell // 7, (17, 17, 17), -1 if dot[row, column] else max(1, cell // 30), cv2.LINE_AA)
+        width = max(2, cell // 20)
+        # A light edge, for dark cells.
+        if dot[row, column]:
+            cv2.circle(drawn, center, radius + edge, (255, 255, 255), -1, cv2.LINE_AA)
+            cv2.circle(drawn, center, radius, (17, 17, 17), -1, cv2.LINE_AA)
+        else:
+            cv2.circle(drawn, center, radius, (255, 255, 255), width + 2 * edge, cv2.LINE_AA)
+            cv2.circle(drawn, center, radius, (17, 17, 17), width, cv2.LINE_AA)
     return drawn
 
 

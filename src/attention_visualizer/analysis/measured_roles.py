@@ -61,8 +61,7 @@ class Roles:
 
     @property
     def compares_border(self) -> bool:
-        """Whether the interior is often empty; else a head that avoids ink would look like one that seeks the
-        border."""
+        """Whether the interior is often empty; else the comparison would rest on a few patches of unusual pictures."""
         return self.border.n > 0
 
 

@@ -326,8 +326,7 @@ BORDER = """Empty patches at the border are compared with empty ones of the inte
 ink (mean over {n:,} images). Border: {bound:.2f} of an even share more there (least effect {least})."""
 
 SELDOM_EMPTY = """The border is not compared with the interior here: only {empty} of the interior's patches hold no ink
-(mean over {n:,} images), and it takes {often:.0%}, or a head that avoids ink would look like one that seeks the
-border."""
+(mean over {n:,} images). With less than {often:.0%}, the comparison would rest on a few patches of unusual digits."""
 
 NO_INTERIOR = """The border is not compared with the interior: all patches lie at the border."""
 

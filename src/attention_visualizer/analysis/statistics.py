@@ -189,6 +189,8 @@ def head_figure(measured: Survey, images: str, face_note: str) -> Figure:
     axes = drawn.subplots(rows, columns, squeeze=False).flatten()
     for axis, name in zip(axes, shown, strict=False):
         charts.heat_map(means[name], LABELS[name], axis)
+        if name == "distance" and measured.reads_class_token and num_layers > 1:
+            axis.text(num_heads / 2, num_layers - 0.5, "cannot affect the answer", ha="center", va="center", fontsize=9)
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
     charts.finish(drawn, f"By layer and head, means over {images}", face_note)
@@ -301,7 +303,9 @@ def group_figure(survey: Survey, class_names: list[str], images: str, face_note:
     right.set_ylim(-0.7, num_layers - 0.3)
     right.set_ylabel("layer")
     assert survey.right is not None
-    right.set_xlabel(f"entropy when wrong (n = {int((~survey.right).sum()):,}) minus when right (nats)")
+    wrong = int((~survey.right).sum())
+    counts = f"(n = {wrong:,} and {len(survey.right) - wrong:,})"
+    right.set_xlabel(f"entropy when wrong minus when right, nats {counts}")
     charts.clean(right, "x")
     return charts.finish(drawn, f"By class and by outcome, {images}", face_note)
 
