@@ -305,7 +305,7 @@ def group_figure(survey: Survey, class_names: list[str], images: str, face_note:
     assert survey.right is not None
     wrong = int((~survey.right).sum())
     counts = f"(n = {wrong:,} and {len(survey.right) - wrong:,})"
-    right.set_xlabel(f"entropy when wrong minus when right, nats {counts}")
+    right.set_xlabel(f"entropy when wrong minus when right (nats)\n{counts}")
     charts.clean(right, "x")
     return charts.finish(drawn, f"By class and by outcome, {images}", face_note)
 
