@@ -57,6 +57,7 @@ SAMPLE_FIGURES = ("attention_pattern", "attention_heads", "layer_comparison", "a
 STATISTICS_FIGURES = ("attention_statistics", "attention_statistics_by_head", "attention_statistics_by_class")
 FINDINGS_FIGURES = (
     "attention_atlas",
+    "attention_atlas_rollout",
     "attention_atlas_differences",
     "attention_roles",
     "attention_redundancy",
@@ -703,8 +704,8 @@ def test_only_the_chapters_that_were_asked_for(work: Workplace, model: VisionTra
         "layers": {f"layer_comparison_sample_{number}.png" for number in range(2)},
         "methods": {f"attention_methods_sample_{number}.png" for number in range(2)},
         "statistics": {*(f"{stem}.png" for stem in STATISTICS_FIGURES), "attention_statistics.csv"},
-        "atlas": {f"{stem}.png" for stem in FINDINGS_FIGURES[:2]},
-        "roles": {f"{stem}.png" for stem in FINDINGS_FIGURES[2:4]},
+        "atlas": {f"{stem}.png" for stem in FINDINGS_FIGURES[:3]},
+        "roles": {f"{stem}.png" for stem in FINDINGS_FIGURES[3:5]},
         "importance": {"attention_importance.png"},
         "trust": {"attention_trust.png"},
         "claims": {"attention_claims.png"},

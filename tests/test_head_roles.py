@@ -8,10 +8,18 @@ import scipy.spatial.distance
 import scipy.stats
 
 from attention_visualizer import head_roles, inference
-from attention_visualizer.head_roles import NO_ROLE, clustered, divergences, ink_followed, name_roles, selectivity
+from attention_visualizer.head_roles import (
+    NO_ROLE,
+    border_excess,
+    clustered,
+    divergences,
+    ink_followed,
+    name_roles,
+    selectivity,
+)
 from attention_visualizer.inference import Interval
 
-BOUNDS = {"ink": 0.05, "place": 0.5, "content": 0.5, "class token": 0.5, "distance": 0.5}
+BOUNDS = {"ink": 0.05, "place": 0.5, "content": 0.5, "class token": 0.5, "distance": 0.5, "border": 0.5}
 
 
 def rows_of(generator: np.random.Generator, sharpness: float, shape: tuple[int, ...]) -> np.ndarray:
@@ -46,6 +54,10 @@ def test_place_and_content_add_up_and_their_intervals_are_those_of_a_full_bootst
     low, high = np.quantile(np.array(replicates), [0.025, 0.975], axis=0)
     for number, interval in enumerate((found.place, found.content)):
         np.testing.assert_allclose(interval.high - interval.low, high[number] - low[number], rtol=0.15)
+    low, high = np.quantile(np.array(replicates)[:, 1].mean(axis=-1), [0.025, 0.975], axis=0)
+    whole = found.content_of_layers
+    np.testing.assert_allclose(whole.value, found.content.value.mean(axis=1))
+    np.testing.assert_allclose(whole.high - whole.low, high - low, rtol=0.15)
 
 
 def test_the_intervals_of_place_and_content_cover() -> None:
@@ -112,6 +124,7 @@ def named(**changes: object) -> list[str]:
         "content": interval(0.1),
         "class_token": interval(0.1),
         "distance": interval(1.0),
+        "border": interval(0.0),
         "bounds": BOUNDS,
     }
     return name_roles(**{**plain, **changes})  # type: ignore[arg-type]
@@ -137,6 +150,11 @@ def named(**changes: object) -> list[str]:
         ({"distance": interval(0.4)}, ["neighbours"]),
         ({"distance": interval(0.49)}, [NO_ROLE]),
         ({"distance": interval(0.4), "bounds": BOUNDS | {"distance": 0.3}}, [NO_ROLE]),
+        ({"border": interval(0.8)}, ["border"]),
+        ({"border": interval(-0.8)}, [NO_ROLE]),
+        ({"border": interval(0.51)}, [NO_ROLE]),
+        ({"border": interval(0.8), "bounds": BOUNDS | {"border": 0.9}}, [NO_ROLE]),
+        ({"border": interval(float("nan"))}, [NO_ROLE]),  # where the interior is seldom empty
         ({"follows": interval(0.2), "place": interval(2.0)}, ["ink", "fixed place"]),
     ],
 )
@@ -146,11 +164,29 @@ def test_a_role_is_named_where_the_numbers_carry_it(changes: dict[str, object], 
 
 def test_divergences_are_scipys() -> None:
     rows = rows_of(np.random.default_rng(2), 2.0, (7, 4, 6))
-    found = divergences(rows)
+    found, of_images = divergences(rows)
+    apart = ~np.eye(4, dtype=bool)
+    assert of_images.shape == (7,) and of_images.mean() == pytest.approx(found[apart].mean())
+    alone, of_last = divergences(rows[6:])
+    assert of_images[6] == pytest.approx(alone[apart].mean()) and of_last == pytest.approx(of_images[6:])
+    assert np.isnan(divergences(rows[:, :1])[1]).all()
     for first in range(4):
         for second in range(4):
             each = [scipy.spatial.distance.jensenshannon(row[first], row[second]) ** 2 for row in rows.astype(float)]
             assert found[first, second] == pytest.approx(np.mean(each), abs=1e-6)
+
+
+def test_the_border_is_compared_among_empty_patches() -> None:
+    """A 3 x 3 grid, its middle the interior: a head on the corner, one on the middle, a uniform one."""
+    border = np.arange(9) != 4
+    inked = np.zeros((3, 9), dtype=bool)
+    inked[1, 1:4] = True  # five empty ones left at the border
+    inked[2, 4] = True  # no empty one inside
+    shares = np.stack([np.eye(9)[0], np.eye(9)[4], np.full(9, 1 / 9)])[None].repeat(3, axis=0)
+    found = border_excess(shares, inked, border)
+    np.testing.assert_allclose(found[:2], [[9 / 8, -9, 0], [9 / 5, -9, 0]], atol=1e-6)
+    assert np.isnan(found[2]).all()
+    assert np.isnan(border_excess(shares, inked, np.ones(9, dtype=bool))).all()
 
 
 def test_like_heads_are_clustered() -> None:
@@ -159,7 +195,7 @@ def test_like_heads_are_clustered() -> None:
     order = np.array([0, 1, 2, 0, 1, 0])
     noise = rows_of(generator, 0.2, (30, 6, 8))
     rows = (0.97 * kinds[:, order] + 0.03 * noise).astype(np.float32)
-    leaves, cluster = clustered(divergences(rows))
+    leaves, cluster = clustered(divergences(rows)[0])
     assert sorted(leaves.tolist()) == list(range(6))
     for first in range(6):
         for second in range(6):

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from torch import Tensor
 
+from attention_visualizer import inference
 from attention_visualizer.analysis import importance
-from attention_visualizer.analysis.importance import centred, measure_importance, rank_correlation
+from attention_visualizer.analysis.importance import centred, correlate, measure_importance
 from attention_visualizer.analysis.study import Effort, Study
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.images import DatasetDescription
@@ -132,9 +136,52 @@ def test_too_much_work_and_too_few_images_are_left_out(
     assert "at least 30 images" in importance.write(study_of(model, few, tmp_path)).text
 
 
-def test_rank_correlation_and_its_null() -> None:
-    assert rank_correlation(np.arange(10.0), np.arange(10.0) ** 3)[0] == pytest.approx(1.0)
-    assert np.isnan(rank_correlation(np.ones(5), np.arange(5.0))).all()
+def test_correlations_are_adjusted_together() -> None:
+    """Of two quantities and two ways, one pair is planted: its p is that of the smallest of four."""
     generator = np.random.default_rng(0)
-    p_values = [rank_correlation(*generator.standard_normal((2, 12)))[1] for _ in range(60)]
-    assert 0 < np.mean(np.array(p_values) < 0.1) <= 0.2
+    quantities = {"one": generator.standard_normal(30), "two": generator.standard_normal(30)}
+    losses = {"zero": -quantities["one"], "mean": generator.standard_normal(30)}
+    found = correlate(quantities, losses)
+    assert found["one"].value["zero"].value == pytest.approx(-1)
+    alone = {
+        (label, way): inference.rank_correlation(values, losses[way])[1]
+        for label, values in quantities.items()
+        for way in losses
+    }
+    expected = scipy.stats.false_discovery_control(list(alone.values()))
+    assert [found[label].p_value[way] for label, way in alone] == pytest.approx(expected.tolist())
+    assert found["one"].p_value["zero"] == pytest.approx(4 * alone["one", "zero"])
+
+
+def test_all_correlations_are_told(planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path) -> None:
+    chapter = importance.write(study_of(*planted, tmp_path))
+    told = chapter.text.split("Rank correlations")[1]
+    assert told.count("when switched off (p = ") == told.count("when averaged (p = ") == 2 and "6 heads" in told
+
+
+def test_labels_of_points_stay_inside_their_axes(
+    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(*planted, tmp_path)
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Study, "save", lambda self, figure, stem: drawn.append(figure) or stem)
+    importance.write(study)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    annotated = [(axes, text) for axes in figure.axes for text in axes.texts if isinstance(text, Annotation)]
+    assert len(annotated) == 6  # three in each of two panels
+    for axes, text in annotated:
+        box, room = text.get_window_extent(), axes.get_window_extent()
+        assert room.x0 <= box.x0 and box.x1 <= room.x1, text.get_text()
+
+
+def test_an_accuracy_that_nothing_changes_still_has_an_interval(
+    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path
+) -> None:
+    study = study_of(*planted, tmp_path)
+    found = measure_importance(study, study.subset(60))
+    unchanged = found.of_accuracy["mean"][0, 0]
+    assert unchanged.value == 0 and unchanged.low < 0 < unchanged.high and unchanged.n == 60
+    assert found.accuracy.value == 1 and 0.9 < found.accuracy.low < found.accuracy.high == pytest.approx(1)
+    (table,) = importance.write(study).tables
+    assert all("%" not in cell for row in table.rows for cell in row) and "(points)" in table.columns[3]

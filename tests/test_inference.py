@@ -280,3 +280,96 @@ def test_a_stratified_choice_has_each_class_in_its_share(count: int) -> None:
     shares = np.bincount(labels[chosen], minlength=3)
     assert np.abs(shares - taken * np.array([0.5, 0.3, 0.2])).max() <= 1
     assert (chosen == inference.stratified(labels, count)).all()
+
+
+def paired(both: int, gained: int, lost: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    before, after = (
+        np.repeat([1, 0, 1, 0], [both, gained, lost, neither]),
+        np.repeat([1, 1, 0, 0], [both, gained, lost, neither]),
+    )
+    return before.astype(bool), after.astype(bool)
+
+
+def test_shares_have_wilsons_interval() -> None:
+    for count, total in ((0, 7), (3, 7), (7, 7), (499, 500)):
+        found = inference.share_interval(count, total)
+        expected = scipy.stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
+        assert (float(found.low), float(found.high)) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    many = inference.share_interval(np.array([[0, 3, 7]]), 7)
+    assert many.low.shape == (1, 3) and many.low[0, 1] == inference.share_interval(3, 7).low
+
+
+@pytest.mark.parametrize(
+    ("table", "value", "low", "high"),
+    [
+        # By hand from Newcombe's formula, phi = 0: Wilson's intervals of 1 and 1 of 500, added in squares.
+        ((500, 0, 0, 0), 0.0, -0.00762, 0.00762),
+        # Published: Newcombe (1998), Table II; the two studies of Fagerland et al. (2017), chapter 8.
+        ((20, 12, 2, 16), 0.2, 0.0562, 0.3292),
+        ((1, 1, 7, 12), -6 / 21, -0.507, -0.026),
+    ],
+)
+def test_changes_of_shares_have_newcombes_interval(
+    table: tuple[int, int, int, int], value: float, low: float, high: float
+) -> None:
+    before, after = paired(*table)
+    found = inference.share_change(before, after)
+    assert found.n == sum(table) and float(found.value) == pytest.approx(value)
+    assert (float(found.low), float(found.high)) == pytest.approx((low, high), abs=5e-4)
+    # Turned round, the ends change places; columns are each for themselves.
+    back = inference.share_change(after, np.stack([before, after], axis=1))
+    assert (-back.high[0], -back.low[0]) == pytest.approx((float(found.low), float(found.high)))
+    assert back.value[1] == 0 and back.low[1] < 0 < back.high[1]
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.02, 0.05, 0.03), (0.985, 0.0, 0.01, 0.005), (0.5, 0.2, 0.1, 0.2)])
+def test_changes_of_shares_cover_their_truth(shares: tuple[float, ...]) -> None:
+    generator, covered = np.random.default_rng(11), 0
+    for counts in generator.multinomial(200, shares, 400):
+        found = inference.share_change(*paired(*counts))
+        covered += found.low <= shares[1] - shares[2] <= found.high
+    assert covered / 400 >= 0.93
+    if min(shares) > 0.05:
+        assert covered / 400 <= 0.98
+
+
+def test_rank_correlations_are_scipys() -> None:
+    generator = np.random.default_rng(12)
+    first = generator.standard_normal(24).round(1)  # with ties
+    second = first + generator.standard_normal(24)
+    found, p_value = inference.rank_correlation(first, second)
+    expected = scipy.stats.spearmanr(first, second)
+    assert float(found.value) == pytest.approx(expected.statistic) and found.n == 24
+    assert abs(p_value - expected.pvalue) < 0.01
+    assert inference.rank_correlation(np.arange(10.0), np.arange(10.0) ** 3)[0].value == pytest.approx(1)
+    assert np.isnan(inference.rank_correlation(np.ones(5), np.arange(5.0))[1])
+    assert np.isnan(inference.rank_correlation(np.arange(3.0), np.arange(3.0))[0].value)
+
+
+def test_intervals_of_rank_correlations_cover_and_their_p_is_uniform() -> None:
+    """Of a normal pair, whose rank correlation is known: 6 / pi arcsin(r / 2)."""
+    generator, truth = np.random.default_rng(15), 6 / np.pi * np.arcsin(0.3)
+    covered, rejected = 0, 0
+    for _ in range(300):
+        first, noise = generator.standard_normal((2, 24))
+        interval, _ = inference.rank_correlation(first, 0.6 * first + 0.8 * noise, permutations=9)
+        covered += interval.low <= truth <= interval.high
+        rejected += inference.rank_correlation(first, noise, permutations=99)[1] <= 0.1
+    assert 0.89 <= covered / 300 <= 0.985 and 0.03 <= rejected / 300 <= 0.17
+
+
+def test_intervals_of_effect_sizes_cover() -> None:
+    generator = np.random.default_rng(14)
+    symmetric, skewed = generator.standard_normal((120, 300)) + 0.5, generator.exponential(1, (250, 300))
+    for values, truth in ((symmetric, 0.5), (skewed, 1.0)):
+        found = inference.standardised_mean_interval(values)
+        np.testing.assert_allclose(found.value, inference.standardised_mean(values))
+        assert 0.9 <= ((found.low <= truth) & (found.high >= truth)).mean() <= 0.98
+    still = inference.standardised_mean_interval(np.stack([np.zeros(9), np.ones(9), np.full(9, np.nan)], axis=1))
+    assert still.low[0] == still.high[0] == 0 and still.low[1] == np.inf and np.isnan(still.low[2])
+
+
+def test_intervals_in_other_units() -> None:
+    found = inference.Interval(np.array(0.02), np.array(-0.01), np.array(0.05), 9).times(-100)
+    assert found.text(0) == "-2 (-5 to 1)" and found.n == 9
+    assert inference.Interval(np.array(-1e-9), np.array(-0.1), np.array(0.0), 9).text(1) == "0.0 (-0.1 to 0.0)"

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from attention_visualizer.ink import BRIGHT, INKED, grid_cells, ink_amount, ink_pixels, inked_patches, patch_shares
+from attention_visualizer.ink import (
+    BRIGHT,
+    INKED,
+    border_patches,
+    grid_cells,
+    ink_amount,
+    ink_pixels,
+    inked_patches,
+    interior_emptiness,
+    patch_shares,
+)
 
 # A 2 x 3 grid of patches of 2 x 2 pixels, with a row and a column over.
 DRAWN = torch.tensor(
@@ -86,3 +97,17 @@ def test_cells_of_sizes_that_do_not_divide_cover_the_picture() -> None:
         rows, columns = torch.nonzero(cells == cell, as_tuple=True)
         block = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
         assert len(rows) == block  # a rectangle, without gaps
+
+
+def test_the_border_is_the_outermost_patches() -> None:
+    expected = [[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
+    assert border_patches((4, 5)).reshape(4, 5).astype(int).tolist() == expected
+    assert border_patches((2, 7)).all() and border_patches((7, 1)).all()
+
+
+def test_emptiness_is_of_the_interior_alone() -> None:
+    inked = np.zeros((3, 4, 5), dtype=bool)
+    inked[1, 0], inked[1, 1, 1:3] = True, True  # two of six inside
+    inked[2] = True
+    assert interior_emptiness(inked.reshape(3, -1), (4, 5)).tolist() == pytest.approx([1, 4 / 6, 0])
+    assert np.isnan(interior_emptiness(inked[:, :2].reshape(3, -1), (2, 5))).all()

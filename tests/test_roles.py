@@ -17,14 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_visualizer.analysis import roles as chapter
-from attention_visualizer.analysis.roles import Roles, find_roles, ink_of, reached_by, relative_distance, role_bounds
+from attention_visualizer.analysis.measured_roles import (
+    Roles,
+    find_roles,
+    ink_of,
+    reached_by,
+    relative_distance,
+    role_bounds,
+)
 from attention_visualizer.analysis.study import Effort, Study
 from attention_visualizer.chapter import Chapter
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.geometry import Geometry
 from attention_visualizer.head_roles import BEYOND_CONTROLS, LEAST_INK, NO_ROLE
 from attention_visualizer.images import DatasetDescription
-from attention_visualizer.ink import inked_patches
+from attention_visualizer.ink import border_patches, inked_patches
 from attention_visualizer.model import VisionTransformer
 from attention_visualizer.pictures import InputFormat, LabelledImages, PictureFolder
 
@@ -118,15 +125,16 @@ class Planted(nn.Module):
     """Attention with known scores, from the ink of each picture: a function [image, patch] -> [image, query, key] for
     each head of each layer."""
 
-    def __init__(self, *layers: list[Any]) -> None:
+    def __init__(self, *layers: list[Any], grid: tuple[int, int] = GRID) -> None:
         super().__init__()
+        self.grid = grid
         self.layers = nn.ModuleList(PlantedAttention(heads) for heads in layers)
-        self.head = nn.Linear(PATCHES + 1, 10)
+        self.head = nn.Linear(math.prod(grid) + 1, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         description = digits()[0]
         pixels = ((images * description.std + description.mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        inked = inked_patches(pixels, GRID)
+        inked = inked_patches(pixels, self.grid)
         for layer in self.layers:
             seen = layer(inked)
         return self.head(seen[:, 0, 0])
@@ -140,7 +148,7 @@ class PlantedAttention(nn.Module):
     def forward(self, inked: Tensor) -> Tensor:
         keys = torch.stack([head(inked) for head in self.heads], dim=1).transpose(-1, -2)
         # Queries of the identity: the scores are the keys' entries, whatever they are.
-        tokens = torch.eye(PATCHES + 1).expand_as(keys)
+        tokens = torch.eye(keys.shape[-1]).expand_as(keys)
         return F.scaled_dot_product_attention(tokens, keys, tokens, scale=1.0)
 
 
@@ -156,7 +164,7 @@ HEADS: list[list[tuple[Any, list[str]]]] = [
         (partial(towards, 0.12), [NO_ROLE]),
     ],
     [
-        (class_token, ["fixed place", "class token"]),
+        (class_token, ["class token"]),  # whose patches all get the same: no place
         (anywhere, ["varies with the picture"]),
         (near, [NO_ROLE]),
     ],
@@ -182,17 +190,21 @@ def test_planted_heads_get_their_names() -> None:
 def test_what_is_measured_of_planted_heads_is_their_closed_form() -> None:
     found, study = planted_roles(), planted()
     inked = ink_of(study, study.survey.kept, study.survey)
-    assert found.uniform == pytest.approx(inked.mean())
+    assert found.uniform.value == pytest.approx(inked.mean()) and found.uniform.n == 300
     count = inked.sum(axis=1, keepdims=True)
     share = np.where(inked, math.exp(4), 1) / (math.exp(4) * count + PATCHES - count)  # of the patches alone
     assert found.on_ink.value[0, 1] == pytest.approx((share * inked).sum(axis=1).mean(), abs=1e-5)
     by_place = (share.mean(axis=0) * inked.mean(axis=0)).sum()
     assert found.follows_ink.value[0, 1] == pytest.approx((share * inked).sum(axis=1).mean() - by_place, abs=1e-5)
     assert found.on_ink.value[0, 0] == pytest.approx(inked.mean(), abs=1e-6)
-    assert found.class_token[1, 0] == pytest.approx(math.exp(6) / (math.exp(6) + PATCHES), abs=1e-5)
+    assert found.class_token.value[1, 0] == pytest.approx(math.exp(6) / (math.exp(6) + PATCHES), abs=1e-5)
     np.testing.assert_allclose(found.selectivity.place.value[0, [0, 4]], 0, atol=1e-6)
-    one = np.array([math.exp(6), *[1] * PATCHES]) / (math.exp(6) + PATCHES)
-    assert found.selectivity.place.value[0, 3] == pytest.approx(math.log(17) + (one * np.log(one)).sum(), abs=1e-5)
+    one = np.array([math.exp(6), *[1] * (PATCHES - 1)]) / (math.exp(6) + PATCHES - 1)
+    assert found.selectivity.place.value[0, 3] == pytest.approx(math.log(16) + (one * np.log(one)).sum(), abs=1e-5)
+    assert found.selectivity.place.value[1, 0] == pytest.approx(0, abs=1e-6)  # the class token is no place
+    assert (
+        found.entropy.value[0, 0] == pytest.approx(math.log(17)) and found.entropy.low[0, 1] < found.entropy.high[0, 1]
+    )
     # The most that can vary: a patch of its own on every picture, but for what 300 draws leave uneven.
     assert 0.95 * found.selectivity.place.value[0, 3] < found.selectivity.content.value[1, 1]
 
@@ -212,7 +224,7 @@ def test_heads_that_never_look_elsewhere_are_not_significant() -> None:
 def test_heads_that_a_layer_does_not_have_are_in_no_family() -> None:
     found, study = planted_roles(), planted()
     absent = np.array([[False] * 6, [False] * 3 + [True] * 3])
-    for values in (found.p_value, found.follows_ink.value, found.effect, found.selectivity.place.value):
+    for values in (found.p_value, found.follows_ink.value, found.effect.value, found.selectivity.place.value):
         assert (np.isnan(values) == absent).all()
     assert [label for _, label in chapter.head_labels(study.survey)] == [*(f"1.{head}" for head in range(1, 7)),
                                                                         "2.1", "2.2", "2.3"]  # fmt: skip
@@ -246,18 +258,16 @@ def test_no_head_has_a_role_that_random_weights_reach_as_well(head: Any, role: s
     control = study_of(Planted([head], [uniform]), controls=0, given_geometry=GEOMETRY)
     found = roles_of(planted(), (control,))
     lost = {"ink", "background"} if role in ("ink", "background") else {role}  # two signs of one quantity
-    if role in ("class token", "fixed place"):
-        lost.add("fixed place")  # where all goes to the class token, all goes to one place
     expected = [[name for name in names if name not in lost] or [NO_ROLE] for names in EXPECTED]
     assert found.names == expected
 
 
 def test_bounds_are_the_least_effects_or_twice_what_controls_reach() -> None:
     nothing = reached_by([])
-    least = {"ink": 0.05, "place": 0.5, "content": 0.5, "class token": 0.5, "distance": 0.5}
+    least = {"ink": 0.05, "place": 0.5, "content": 0.5, "class token": 0.5, "distance": 0.5, "border": 0.5}
     assert role_bounds(nothing) == least
-    reached = {"ink": 0.06, "place": 0.7, "content": 0.1, "class token": 0.3, "distance": 0.3}
-    expected = {"ink": 0.12, "place": 1.4, "content": 0.5, "class token": 0.6, "distance": 0.4}
+    reached = {"ink": 0.06, "place": 0.7, "content": 0.1, "class token": 0.3, "distance": 0.3, "border": 0.4}
+    expected = {"ink": 0.12, "place": 1.4, "content": 0.5, "class token": 0.6, "distance": 0.4, "border": 0.8}
     assert BEYOND_CONTROLS == 2 and role_bounds(reached) == pytest.approx(expected)
 
 
@@ -346,9 +356,15 @@ def test_the_chapter_says_what_there_is(written: tuple[Chapter, Path]) -> None:
     assert "nan" not in found.text and "{" not in found.text
     assert [(folder / figure.name).stat().st_size > 10_000 for figure in found.figures] == [True, True]
     assert found.finding.figure == found.figures[0].name
-    (table,) = found.tables
-    assert len(table.rows) == 12 and all(len(row) == len(table.columns) for row in table.rows)
-    assert [row[-2] for row in table.rows[8:]] == ["–"] * 4  # the last layer's distances
+    for table in found.tables:
+        assert len(table.rows) == 12 and all(len(row) == len(table.columns) for row in table.rows)
+        assert "300 test images" in table.caption
+    followed, looked = found.tables
+    assert all("–" not in cell for row in followed.rows for cell in row)
+    assert [row[-1] for row in looked.rows[8:]] == ["–"] * 4  # the last layer's distances
+    # Every number has its interval, but for p and where there is none.
+    told = [cell for row in looked.rows for cell in row[1:]] + [cell for row in followed.rows for cell in row[1:4]]
+    assert all(" to " in cell or cell == "–" for cell in told)
 
 
 def test_the_numbers_are_plain_and_the_same_again(written: tuple[Chapter, Path], tmp_path: Path) -> None:
@@ -365,16 +381,107 @@ def test_a_chapter_of_planted_heads(tmp_path: Path) -> None:
     study = planted()
     found = chapter.write(replace(study, output=tmp_path))
     assert found.numbers["roles"] == EXPECTED and "NaN" not in plain(found.numbers)
-    assert len(found.tables[0].rows) == 9
+    assert [len(table.rows) for table in found.tables] == [9, 9]
     assert found.finding is not None
     assert found.finding.text.startswith(
-        "6 of 9 heads have a measured role (1 ink, 1 background, 2 fixed place, 1 varies with the picture, "
+        "6 of 9 heads have a measured role (1 ink, 1 background, 1 fixed place, 1 varies with the picture, "
         "1 class token, 1 neighbours). Head 1.3 moves most with the ink: -0.313"
     )
     # Uniform ones and those that only differ in where patches look are one cluster, and nobody is with the others.
     cluster = found.numbers["cluster"]
     assert cluster[0] == cluster[4] == cluster[5] == cluster[8]
     assert len({cluster[number] for number in (0, 1, 2, 3, 6, 7)}) == 6
+
+
+def test_pairs_and_groups_are_counted_apart() -> None:
+    """Three heads of which one is alike the others, that are not alike each other: two pairs, one group or none."""
+    divergence = np.array([[0, 0.09, 0.12], [0.09, 0, 0.09], [0.12, 0.09, 0]])
+    apart = np.full(7, 0.1)
+    told = chapter.text_of_redundancy(divergence, apart, np.array([1, 1, 1]), None)
+    assert "0.100 (0.100 to 0.100) nats on average over 3 pairs and 7 images" in told
+    assert "2 of the pairs diverge by less than 0.1 nats" in told and "1 group of 3 heads" in told
+    told = chapter.text_of_redundancy(divergence + 0.2, apart, np.array([1, 2, 3]), None)
+    assert "0 of the pairs" in told and "form no group" in told
+    assert chapter.text_of_redundancy(divergence[:1, :1], apart, np.array([1]), None) == ""
+
+
+def test_roles_of_one_head_are_told() -> None:
+    found = planted_roles()
+    there = np.array([[0, 0], [0, 1]])
+    several = replace(found, names=[["ink", "fixed place"], ["ink"]])
+    named = {"ink": 2, "fixed place": 1, NO_ROLE: 0}
+    text = chapter.finding_of(several, named, there, "figure", planted().survey).text
+    assert text.startswith("2 of 2 heads have a measured role (2 ink, 1 fixed place; 1 of them has more than one).")
+
+
+# --- border and interior ---
+
+FINE, MANY = (7, 7), 49
+BORDER = torch.from_numpy(border_patches(FINE))
+
+
+def fine_uniform(inked: Tensor) -> Tensor:
+    return torch.zeros(len(inked), MANY + 1, MANY + 1)
+
+
+def on_border(strength: float, inked: Tensor) -> Tensor:
+    """Empty patches of the border draw attention, or of the interior where strength is negative."""
+    scores = fine_uniform(inked)
+    scores[:, :, 1:] = strength * (BORDER & ~inked)[:, None].float()
+    return scores
+
+
+def off_ink(inked: Tensor) -> Tensor:
+    scores = fine_uniform(inked)
+    scores[:, :, 1:] = -4.0 * inked[:, None].float()
+    return scores
+
+
+def fine_study(*heads: Any, controls: int = 0) -> Study:
+    """On digits of half the size, in the middle."""
+    description, images, labels = digits()
+    small = torch.zeros_like(images)
+    small[..., 7:21, 7:21] = F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
+    model = Planted([*heads], [fine_uniform], grid=FINE)
+    return study_of(
+        model,
+        controls=controls,
+        given_geometry=Geometry(FINE, 1, (4, 4)),
+        pictures=LabelledImages(description, small, labels),
+    )
+
+
+def test_a_head_on_the_border_is_named_where_the_interior_is_often_empty() -> None:
+    study = fine_study(
+        fine_uniform, partial(on_border, 3.0), partial(on_border, -3.0), off_ink, partial(on_border, 0.1)
+    )
+    found = roles_of(study)
+    inked = ink_of(study, study.survey.kept, study.survey)
+    assert found.compares_border and found.emptiness.value == pytest.approx((~inked[:, ~BORDER.numpy()]).mean())
+    assert ["border" in names for names in found.names] == [False, True, False, False, False, False]
+    assert found.border.value[0, [0, 3]] == pytest.approx([0, 0], abs=1e-4)
+    share = math.exp(3) / (math.exp(3) * (BORDER.numpy() & ~inked).sum(axis=1))  # at most, of an empty border patch
+    assert 1 < found.border.value[0, 1] < MANY * share.mean() and found.border.value[0, 2] < -0.9
+    # Random weights that reach as much take the name away.
+    control = fine_study(partial(on_border, 3.0))
+    assert all("border" not in names for names in roles_of(study, (control,)).names)
+
+
+def test_the_border_has_a_column_or_a_sentence(tmp_path: Path) -> None:
+    fine = chapter.write(replace(fine_study(fine_uniform, partial(on_border, 3.0)), output=tmp_path))
+    assert "border" in fine.tables[1].columns[-1] and "300 images that have both" in fine.tables[1].caption
+    assert (
+        "nan" not in fine.text
+        and plain(fine.numbers)
+        and fine.numbers["border"]["value"][0] == pytest.approx(0, abs=1e-4)
+    )
+    coarse = chapter.write(replace(planted(), output=tmp_path))
+    assert "border" not in coarse.tables[1].columns[-1] and coarse.numbers["border"] is None
+    empty = coarse.numbers["interior_emptiness"]["value"]
+    assert empty < 0.5 and f"only {100 * empty:.1f} % (" in coarse.text
+    assert "all patches lie at the border" in chapter.border_text(
+        replace(planted_roles(), emptiness=chapter.Interval(*[np.array(np.nan)] * 3, 300))
+    )
 
 
 def test_the_figure_shows_what_random_weights_reach_not_the_bound() -> None:
@@ -394,7 +501,7 @@ def test_the_figure_shows_what_random_weights_reach_not_the_bound() -> None:
 def test_one_head_alone_has_a_chapter(tmp_path: Path) -> None:
     found = chapter.write(study_of(random_model(0, **SHAPES["one head"]), tmp_path))
     assert found.numbers["heads"] == ["1.1"] and "nan" not in found.text and plain(found.numbers)
-    assert "Between two heads" not in found.text and len(found.tables[0].rows) == 1
+    assert "Between two heads" not in found.text and [len(table.rows) for table in found.tables] == [1, 1]
 
 
 def test_labels_are_not_needed(tmp_path: Path) -> None:

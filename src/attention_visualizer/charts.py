@@ -308,7 +308,7 @@ def changes(
         vmax=reach,
         cmap="RdBu",
         annot=values.size <= MOST_ANNOTATED,
-        fmt=".1f",
+        fmt="z.1f",  # no "-0.0"
         annot_kws={"fontsize": 9},
         linewidths=0.5,
         cbar=colorbar,

@@ -19,6 +19,8 @@ Array = NDArray[Any]
 LEAST_INK = 0.05  # share of the attention on patches
 LEAST_SELECTIVE = 0.5  # nats
 LEAST_ON_CLASS_TOKEN = 0.5  # share of the row
+LEAST_ON_BORDER = 0.5  # of an even share, more than empty patches of the interior get
+OFTEN_EMPTY = 0.5  # share of the interior's patches without ink, from which border and interior are compared
 NEAR = 0.5  # of the distance that uniform attention has
 MOSTLY = 0.8  # the part of a head's selectivity that one cause must have to give it its name
 # Times the largest of any head with random weights. At 1.5, 2 to 3 % of other models with random weights would have a
@@ -27,8 +29,8 @@ BEYOND_CONTROLS = 2.0
 NO_ROLE = "no distinct role"
 
 MOST_PICTURES = 2000  # for pairs of heads and for intervals of selectivity
-ALIKE = 0.1  # nats: heads that diverge less on the same picture are called alike
-ROLES = ("ink", "background", "fixed place", "varies with the picture", "class token", "neighbours")
+ALIKE = 0.1  # nats: two heads that diverge less, on average over pictures, are called alike
+ROLES = ("ink", "background", "fixed place", "varies with the picture", "class token", "neighbours", "border")
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Selectivity:
     """How far a head's row is from uniform, in nats: ln N - mean entropy = place + content.
 
     place: ln N - H(mean row), what it looks at on every picture; content: H(mean row) - mean H(row) >= 0, what an
-    average map hides. [layer, head] each.
+    average map hides. [layer, head] each; content_of_layers: the mean over heads, [layer].
     """
 
     place: Interval
     content: Interval
+    content_of_layers: Interval
 
 
 def entropy(rows: Array) -> Array:
@@ -74,13 +77,25 @@ def selectivity(rows: Array, num_keys: Array, seed: int = 0) -> Selectivity:
     content = of_mean - entropies.mean(axis=0)
     slopes = np.log(np.maximum(mean_row, 1e-30))
     moves = np.einsum("ilhk,lhk->ilh", rows, slopes, optimize=True) - (mean_row * slopes).sum(axis=-1)
-    of_place = inference.bootstrap_mean(moves, seed)
-    of_content = inference.bootstrap_mean(-moves - (entropies - entropies.mean(axis=0)), seed)
-    n = len(rows)
+    content_moves = -moves - (entropies - entropies.mean(axis=0))
+
+    def moved(value: Array, by: Array) -> Interval:
+        around = inference.bootstrap_mean(by, seed)
+        return Interval(value, value + around.low, value + around.high, len(rows))
+
     return Selectivity(
-        Interval(place, place + of_place.low, place + of_place.high, n),
-        Interval(content, content + of_content.low, content + of_content.high, n),
+        moved(place, moves),
+        moved(content, content_moves),
+        moved(nan_mean(content), nan_mean(content_moves)),
     )
+
+
+def nan_mean(values: Array) -> Array:
+    """Mean over the last axis without NaN; NaN where all are."""
+    there = ~np.isnan(values)
+    count = there.sum(axis=-1)
+    total = np.where(there, values, 0.0).sum(axis=-1, dtype=np.float64)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def name_roles(
@@ -90,11 +105,13 @@ def name_roles(
     content: Interval,
     class_token: Interval,
     distance: Interval,
+    border: Interval,
     bounds: dict[str, float],
 ) -> list[str]:
     """The roles that one head's numbers carry: each beyond its bound, its whole interval beyond the least effect.
 
-    distance: relative to uniform attention, its bound from above.
+    follows, place, content, border: of the attention on patches alone, so that what a head gives to the class token
+    has its own name. distance: relative to uniform attention, its bound from above.
     """
     found = []
     if abs(follows.value) >= bounds["ink"] and p_value < inference.LEVEL:
@@ -111,25 +128,44 @@ def name_roles(
         found.append("class token")
     if distance.value <= bounds["distance"] and distance.high <= NEAR:
         found.append("neighbours")
+    if border.value >= bounds["border"] and border.low >= LEAST_ON_BORDER:
+        found.append("border")
     return found or [NO_ROLE]
 
 
-def divergences(rows: Array) -> Array:
-    """Mean over images of the Jensen-Shannon divergence between every two heads, of all layers: [image, head, key] ->
-    [head, head] in nats."""
+def border_excess(shares: Array, inked: Array, border: Array) -> Array:
+    """How much more an empty patch at the border gets than an empty one of the interior, in even shares, of each
+    picture: shares [image, ..., patch], inked [image, patch], border [patch] -> [image, ...]; NaN for pictures that
+    lack one or the other."""
+
+    def on(patches: Array) -> Array:
+        empty = (patches & ~inked).astype(np.float32)
+        count = empty.sum(axis=-1, dtype=np.float64)
+        total = np.einsum("i...p,ip->i...", shares, empty, optimize=True)
+        count = count.reshape(-1, *[1] * (total.ndim - 1))
+        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+    return (on(border) - on(~border)) * shares.shape[-1]
+
+
+def divergences(rows: Array) -> tuple[Array, Array]:
+    """Jensen-Shannon divergence between every two heads, of all layers, in nats: [image, head, key] -> its mean over
+    images [head, head], and its mean over pairs of different heads [image], NaN for one head."""
     given = torch.from_numpy(rows)
-    found = torch.stack(
-        [
-            measures.jensen_shannon_divergence(given[:, head : head + 1], given).mean(dim=0, dtype=torch.float64)
-            for head in range(given.shape[1])
-        ]
-    )
-    return found.numpy()
+    heads = given.shape[1]
+    found, total = [], torch.zeros(len(given), dtype=torch.float64)
+    for head in range(heads):
+        each = measures.jensen_shannon_divergence(given[:, head : head + 1], given).double()
+        found.append(each.mean(dim=0))
+        total += each.sum(dim=1) - each[:, head]
+    of_images = total.numpy() / (heads * (heads - 1) or np.nan)
+    return torch.stack(found).numpy() if found else np.zeros((0, 0)), of_images
 
 
 def clustered(divergence: Array) -> tuple[Array, Array]:
     """Order of the heads along the tree of average linkage on the square root of the divergence, which is a distance
-    (Endres and Schindelin, 2003), and each head's cluster: heads of one diverge by less than ALIKE on average."""
+    (Endres and Schindelin, 2003), and each head's cluster: groups are joined while the mean distance between their
+    heads is at most the square root of ALIKE."""
     from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
     from scipy.spatial.distance import squareform
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ REPLICATES = 1000
 PERMUTATIONS = 999
 LEVEL = 0.05  # of tests and, as 1 - LEVEL, of intervals
 BLOCK = 64  # permutations at once: bounds memory
+NORMAL = NormalDist().inv_cdf(1 - LEVEL / 2)  # 1.96
 MOST_EXACT = 14  # units of which all sign flips are counted
 
 
@@ -36,12 +38,17 @@ class Interval:
         return Interval(self.value[index], self.low[index], self.high[index], self.n)
 
     def text(self, digits: int = 3, percent: bool = False) -> str:
-        """Of a single value: "0.123 (0.120 to 0.126)"."""
+        """Of a single value: "0.123 (0.120 to 0.126)", no "-0.000"."""
         if np.isnan(self.value):
             return "–"
         scale, unit = (100, " %") if percent else (1, "")
-        value, low, high = (f"{scale * float(each):.{digits}f}" for each in (self.value, self.low, self.high))
+        value, low, high = (f"{scale * float(each):z.{digits}f}" for each in (self.value, self.low, self.high))
         return f"{value}{unit} ({low} to {high})"
+
+    def times(self, factor: float) -> Interval:
+        """In another unit, or with the other sign."""
+        ends = factor * self.low, factor * self.high
+        return Interval(factor * self.value, np.minimum(*ends), np.maximum(*ends), self.n)
 
     def numbers(self) -> dict[str, Any]:
         """For JSON."""
@@ -130,13 +137,41 @@ def bootstrap_mean(values: Array, seed: int = 0, replicates: int = REPLICATES) -
     return means.of_group()
 
 
-def share_interval(count: int, total: int) -> Interval:
+def share_interval(count: Array | int, total: int) -> Interval:
     """The share of images for which something holds, with its interval (Wilson, 1927), which is not empty where it
-    holds for all."""
-    import scipy.stats
+    holds for all. count: [...]."""
+    share = np.asarray(count) / total
+    spread = NORMAL**2 / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = np.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return Interval(share, np.maximum(middle - half, 0), np.minimum(middle + half, 1), total)
 
-    found = scipy.stats.binomtest(count, total).proportion_ci(1 - LEVEL, method="wilson")
-    return Interval(np.asarray(count / total), np.asarray(found.low), np.asarray(found.high), total)
+
+def share_change(before: Array, after: Array) -> Interval:
+    """How the share of images for which something holds changes, before [image] to after [image, ...], bool: [...].
+
+    The interval (Newcombe, 1998, Statistics in Medicine 17, 2635: method 10, Wilson's intervals joined by the
+    correlation of the pairs) is not empty where no image changes.
+    """
+    n = len(before)
+    before = np.asarray(before, dtype=bool).reshape(n, *[1] * (after.ndim - 1))
+    both, neither = (before & after).sum(axis=0), (~before & ~after).sum(axis=0)
+    gained, lost = (~before & after).sum(axis=0), (before & ~after).sum(axis=0)
+    new, old = share_interval(both + gained, n), share_interval(both + lost, n)
+    agreement = (both * neither - gained * lost).astype(np.float64)
+    # Corrected for continuity, on the side where pairs agree.
+    agreement = np.where(agreement > 0, np.maximum(agreement - n / 2, 0), agreement)
+    spread = np.sqrt(new.value * (1 - new.value) * old.value * (1 - old.value)) * n**2
+    phi = np.divide(agreement, spread, out=np.zeros(spread.shape), where=spread > 0)
+
+    def joined(first: Array, second: Array) -> Array:
+        # A square, but for rounding.
+        return np.asarray(np.sqrt(np.maximum(first**2 - 2 * phi * first * second + second**2, 0)))
+
+    change = (gained - lost) / n
+    below = joined(new.value - new.low, old.high - old.value)
+    above = joined(new.high - new.value, old.value - old.low)
+    return Interval(change, np.maximum(change - below, -1), np.minimum(change + above, 1), n)
 
 
 def standardised_mean(values: Array) -> Array:
@@ -148,6 +183,19 @@ def standardised_mean(values: Array) -> Array:
     return np.divide(mean, deviation, out=constant, where=deviation > 0)
 
 
+def standardised_mean_interval(values: Array, seed: int = 0) -> Interval:
+    """The same with its interval, from resampled means of the differences and of their squares."""
+    effect = standardised_mean(values)
+    moments = BootstrapMeans(seed=seed)
+    moments.update(np.stack([values, np.square(values)], axis=1))
+    _, replicates = moments.resampled()
+    mean, variance = replicates[:, 0], replicates[:, 1] - replicates[:, 0] ** 2
+    varies = np.ptp(values, axis=0) > 0
+    deviation = np.sqrt(np.where(varies, np.maximum(variance, np.finfo(float).tiny), 1))
+    low, high = percentiles(mean / deviation)
+    return Interval(effect, np.where(varies, low, effect), np.where(varies, high, effect), len(values))
+
+
 def permutation_p_value(observed: Array, null: Array) -> Array:
     """Two-sided, (b + 1) / (B + 1) (Phipson and Smyth, 2010): how often a statistic of permuted data [permutation, ...]
     lies as far from the mean of all as the observed one [...]; NaN where that is."""
@@ -157,6 +205,30 @@ def permutation_p_value(observed: Array, null: Array) -> Array:
     distance = np.abs(observed - middle) * (1 - 1e-5)
     p_value = ((np.abs(null - middle) >= distance).sum(axis=0) + 1) / (len(null) + 1)
     return np.where(np.isnan(distance), np.nan, p_value)
+
+
+def rank_correlation(first: Array, second: Array, permutations: int = PERMUTATIONS) -> tuple[Interval, float]:
+    """Spearman's, over units [unit] such as heads, with its interval (Bonett and Wright, 2000) and p-value by
+    permutation, all pairings where they are few. NaN where there are fewer than four units, or all are equal."""
+    import scipy.stats
+
+    n, nothing = len(first), np.asarray(np.nan)
+    if n < 4 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return Interval(nothing, nothing, nothing, n), float("nan")
+    ranks, others = (scipy.stats.zscore(scipy.stats.rankdata(each)) for each in (first, second))
+    tested = scipy.stats.permutation_test(
+        (ranks,),
+        lambda permuted, axis: (permuted * others).mean(axis=axis),  # a pass over all permutations at once
+        permutation_type="pairings",
+        vectorized=True,
+        n_resamples=permutations,
+        rng=np.random.default_rng(0),
+    )
+    value = float(np.clip(tested.statistic, -1, 1))
+    with np.errstate(divide="ignore"):
+        middle, half = np.arctanh(value), NORMAL * np.sqrt((1 + value**2 / 2) / (n - 3))
+    ends = np.tanh(middle - half), np.tanh(middle + half)
+    return Interval(np.asarray(value), np.asarray(ends[0]), np.asarray(ends[1]), n), float(tested.pvalue)
 
 
 def bootstrap_p_value(replicates: Array) -> float:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BRIGHT = 128  # of 255, from which a pixel counts as ink
@@ -37,3 +41,17 @@ def grid_cells(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     rows = torch.arange(size[0]) * grid[0] // size[0]
     columns = torch.arange(size[1]) * grid[1] // size[1]
     return rows[:, None] * grid[1] + columns
+
+
+def border_patches(grid: tuple[int, int]) -> NDArray[np.bool_]:
+    """Which patches lie at the picture's border: [patch]."""
+    border = np.ones(grid, dtype=bool)
+    border[1:-1, 1:-1] = False
+    return border.ravel()
+
+
+def interior_emptiness(inked: NDArray[Any], grid: tuple[int, int]) -> NDArray[np.float64]:
+    """The share of the patches off the border that hold no ink, of each picture: bool [image, patch] -> [image]; NaN
+    on a grid that is border only."""
+    interior = ~inked[:, ~border_patches(grid)]
+    return np.asarray(interior.mean(axis=1)) if interior.shape[1] else np.full(len(inked), np.nan)

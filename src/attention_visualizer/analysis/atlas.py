@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import cv2
@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention_visualizer import inference, ink
+from attention_visualizer.analysis.class_differences import LEAST_SHARE, MOST_OF_CLASS, Difference, difference
 from attention_visualizer.analysis.study import Study
 from attention_visualizer.analysis.survey import Survey
 from attention_visualizer.attention_figures import query_name
 from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table, escape_markdown
+from attention_visualizer.inference import Interval
 from attention_visualizer.panels import Picture, Tile, attention_scale, overlay, signed_scale, tile_grid
 from attention_visualizer.pictures import LabelledImages
 
@@ -22,33 +24,6 @@ Array = NDArray[Any]
 ALIKE_DIGITS = (("4", "9"), ("3", "5"), ("3", "8"), ("7", "9"))
 MOST_CONFUSED = 2  # pairs of this model's own, besides
 MARKED_SIZE = 224
-MOST_OF_CLASS = 1000  # pictures of one class in a permutation test: bounds memory
-LEAST_SHARE = 0.01  # stated beforehand: a difference of less than this share of the attention is not shown as one
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Between the mean maps of two classes. attention, p_value: [layer, patch], shares of the attention on patches;
-    ink, ink_p_value: [patch], brightness 0 to 1. beyond_ink, beyond_ink_p_value: [layer, patch], what is left of the
-    difference when each place's attention is predicted from its own ink. p-values hold for all places of a pair.
-    """
-
-    first: int
-    second: int
-    counts: tuple[int, int]
-    attention: Array
-    p_value: Array
-    beyond_ink: Array
-    beyond_ink_p_value: Array
-    ink: Array
-    ink_p_value: Array
-
-    def differs(self) -> Array:
-        """bool [layer, patch]"""
-        return np.asarray((self.p_value < inference.LEVEL) & (np.abs(self.attention) >= LEAST_SHARE))
-
-    def differs_beyond_ink(self) -> Array:
-        return np.asarray((self.beyond_ink_p_value < inference.LEVEL) & (np.abs(self.beyond_ink) >= LEAST_SHARE))
 
 
 def layer_maps(survey: Survey) -> Array:
@@ -74,34 +49,6 @@ def chosen_pairs(names: list[str], labels: Array, predicted: Array) -> list[tupl
     return pairs + [pair for pair in own if pair not in pairs][:MOST_CONFUSED]
 
 
-def without_ink(maps: Array, amount: Array) -> Array:
-    """What the ink of a place does not predict of its attention, by a line for each layer and place.
-
-    maps: [image, layer, patch]; amount: [image, patch] -> residuals [image, layer, patch], of mean 0.
-    """
-    ink_centred = (amount - amount.mean(axis=0))[:, None]
-    maps_centred = maps - maps.mean(axis=0)
-    spread = (ink_centred**2).sum(axis=0)
-    slope = np.divide(
-        (maps_centred * ink_centred).sum(axis=0), spread, out=np.zeros(maps.shape[1:]), where=spread > 1e-9
-    )
-    return maps_centred - slope * ink_centred
-
-
-def difference(maps: Array, amount: Array, labels: Array, first: int, second: int, seed: int = 0) -> Difference:
-    """maps: [image, layer, patch]; amount: ink, [image, patch]; labels: [image]."""
-    rows = [np.flatnonzero(labels == each)[:MOST_OF_CLASS] for each in (first, second)]
-    both = np.concatenate(rows)
-    left = without_ink(maps[both], amount[both])
-    count = len(rows[0])
-    attention, p_value = inference.largest_difference_test(maps[rows[0]], maps[rows[1]], seed=seed)
-    beyond, beyond_p_value = inference.largest_difference_test(left[:count], left[count:], seed=seed)
-    of_ink, ink_p_value = inference.largest_difference_test(amount[rows[0]], amount[rows[1]], seed=seed)
-    return Difference(
-        first, second, (count, len(rows[1])), attention, p_value, beyond, beyond_p_value, of_ink, ink_p_value
-    )
-
-
 def write(study: Study) -> Chapter:
     title = "Class by class"
     if not isinstance(study.pictures, LabelledImages) or study.pictures.labels is None:
@@ -119,8 +66,7 @@ def write(study: Study) -> Chapter:
     means = class_means(maps, labels, len(names))
     rollouts = None
     if survey.rollouts is not None:
-        last = survey.rollouts[:, -1]
-        rollouts = class_means(last / last.sum(axis=-1, keepdims=True), labels, len(names))
+        rollouts = class_means(survey.rollouts / survey.rollouts.sum(axis=-1, keepdims=True), labels, len(names))
     of_ink = class_means(amount, labels, len(names))
     differences = []
     for first, second in chosen_pairs(names, labels, survey.predicted[survey.kept]):
@@ -129,41 +75,80 @@ def write(study: Study) -> Chapter:
     counts = np.bincount(labels, minlength=len(names))
     rows = [f"{name} (n = {count:,})" for name, count in zip(names, counts, strict=True)]
     digits = mean_pictures(study, survey.kept, labels, len(names))
-    whole = study.save(atlas_figure(means, rollouts, digits, rows, study), "attention_atlas")
+    which = which_images(survey, study.pictures.kind)
+    columns = [f"layer {layer + 1}" for layer in range(means.shape[1])]
+    whole = study.save(
+        atlas_figure(
+            means,
+            digits,
+            rows,
+            columns,
+            "Mean attention by class and layer",
+            f"{query_name(readout(survey))}, mean over heads and {which}",
+            study,
+        ),
+        "attention_atlas",
+    )
+    figures = [
+        FigureFile(
+            whole,
+            "Mean picture and mean attention on each patch by class (down) and layer (across), mean over heads and "
+            f"{which}, as a share of the attention on patches.",
+        )
+    ]
+    if rollouts is not None:
+        flow = study.save(
+            atlas_figure(
+                rollouts,
+                digits,
+                rows,
+                [f"up to {column}" for column in columns],
+                "Mean attention rollout by class and layer",
+                f"from the input up to each layer, mean over {which}",
+                study,
+            ),
+            "attention_atlas_rollout",
+        )
+        figures.append(
+            FigureFile(
+                flow,
+                "Mean picture and mean attention rollout from the input up to each layer (across) by class (down), "
+                f"mean over {which}, as a share of what reaches the patches.",
+            )
+        )
     pairs = study.save(difference_figure(differences, names, study), "attention_atlas_differences")
     n = len(survey.kept)
     return Chapter(
         title,
-        TEXT.format(n=n, least=LEAST_SHARE, permutations=inference.PERMUTATIONS),
+        TEXT.format(which=which, least=LEAST_SHARE, permutations=inference.PERMUTATIONS),
         [
-            FigureFile(
-                whole,
-                "Mean picture and mean attention on each patch by class (down) and layer (across), mean over heads and "
-                f"{n:,} test images, as a share of the attention on patches; last, the rollout through all layers.",
-            ),
+            *figures,
             FigureFile(
                 pairs,
-                "Differences between the mean maps of two classes, in shares of the attention on patches. Ring: beyond "
+                "Differences between the mean maps of two classes, in shares of the attention on patches "
+                f"({of_each_class(differences)}). Ring: beyond "
                 f"chance (p < 0.05 for all places of a pair together) and at least {LEAST_SHARE:.0%}; full dot: also "
                 "without what goes with the place's ink. Last: the difference of the ink, rings where it is beyond "
                 "chance.",
             ),
         ],
-        [difference_table(differences, names)],
+        [difference_table(differences, names, survey.grid)],
         {
             "images": n,
             "class_names": names,
             "mean_maps": rounded(means),
+            "mean_rollouts": None if rollouts is None else rounded(rollouts),
             "ink": rounded(of_ink),
             "pairs": [
                 {
                     "classes": [names[each.first], names[each.second]],
                     "images": list(each.counts),
-                    "attention": rounded(each.attention),
+                    "attention": intervals(each.attention),
                     "p_value": each.p_value.tolist(),
-                    "beyond_ink": rounded(each.beyond_ink),
+                    "beyond_ink": intervals(each.beyond_ink),
                     "beyond_ink_p_value": each.beyond_ink_p_value.tolist(),
-                    "ink": rounded(each.ink),
+                    "with_ink": intervals(each.with_ink),
+                    "ink": intervals(each.ink),
                     "ink_p_value": each.ink_p_value.tolist(),
                 }
                 for each in differences
@@ -180,97 +165,134 @@ def rounded(values: Array) -> Any:
     return np.where(np.isnan(values), None, np.round(values.astype(np.float64), 6)).tolist()  # type: ignore[call-overload]
 
 
-def explained_by_ink(each: Difference) -> float:
-    """The share of a difference's squares, over layers and places, that goes with the ink of the pictures."""
-    total = float((each.attention**2).sum())
-    return 1 - float((each.beyond_ink**2).sum()) / total if total else float("nan")
+def intervals(interval: Interval) -> dict[str, Any]:
+    ends = {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {name: rounded(each) for name, each in ends.items()} | {"n": interval.n}
+
+
+def which_images(survey: Survey, kind: str) -> str:
+    """Of which images the maps are: "10,000 test images", and how they were chosen if they are not all."""
+    n = len(survey.kept)
+    chosen = f" of {survey.num_pictures:,}, each class in its share" if n < survey.num_pictures else ""
+    return f"{n:,} {kind}s{chosen}"
+
+
+def of_each_class(differences: list[Difference]) -> str:
+    """Which images a class's mean is of."""
+    most = max((count for each in differences for count in each.counts), default=0)
+    return (
+        f"the first {MOST_OF_CLASS:,} images of each class" if most == MOST_OF_CLASS else "all images of both classes"
+    )
+
+
+def largest(interval: Interval) -> tuple[tuple[int, int], Interval]:
+    """Where [layer, patch] a difference is largest, and what it is there."""
+    layer, patch = np.unravel_index(int(np.abs(interval.value).argmax()), interval.value.shape)
+    return (int(layer), int(patch)), interval[layer, patch]
 
 
 def finding_of(differences: list[Difference], names: list[str], figure: str) -> Finding:
-    places = sum(each.attention.size for each in differences)
+    places = sum(each.p_value.size for each in differences)
     differing = sum(int(each.differs().sum()) for each in differences)
     beyond = sum(int(each.differs_beyond_ink().sum()) for each in differences)
-    most = max(differences, key=lambda each: float(np.abs(each.beyond_ink).max()))
-    layer, patch = np.unravel_index(int(np.abs(most.beyond_ink).argmax()), most.beyond_ink.shape)
+    most = max(differences, key=lambda each: float(np.abs(each.beyond_ink.value).max()))
+    (layer, _), there = largest(most.beyond_ink)
     return Finding(
         f"Between {len(differences)} pairs of easily confused classes, {differing} of {places} places (layer and "
         f"patch) get different attention, {beyond} also when what goes with the place's ink is taken out; most for "
         f"{escape_markdown(names[most.first])} and {escape_markdown(names[most.second])} in layer {layer + 1}, "
-        f"{most.beyond_ink[layer, patch]:+.3f} of the attention (n = {most.counts[0]} and {most.counts[1]}).",
+        f"{there.text()} of the attention (n = {most.counts[0]} and {most.counts[1]}).",
         figure,
     )
 
 
-def difference_table(differences: list[Difference], names: list[str]) -> Table:
+def difference_table(differences: list[Difference], names: list[str], grid: tuple[int, int]) -> Table:
     rows = []
     for each in differences:
+        (layer, patch), most = largest(each.attention)
+        row, column = divmod(patch, grid[1])
         rows.append(
             [
-                f"{names[each.first]} and {names[each.second]}",
-                f"{each.counts[0]} and {each.counts[1]}",
-                f"{float(np.abs(each.attention).max()):.3f}",
-                f"{int(each.differs().sum())} of {each.attention.size}",
-                f"{int(each.differs_beyond_ink().sum())} of {each.attention.size}",
-                f"{explained_by_ink(each):.0%}",
-                f"{int((each.ink_p_value < inference.LEVEL).sum())} of {each.ink.size}",
+                f"{names[each.first]} minus {names[each.second]}",
+                f"{each.counts[0]:,} and {each.counts[1]:,}",
+                most.text(),
+                f"layer {layer + 1}, row {row + 1}, column {column + 1}",
+                f"{int(each.differs().sum())} of {each.p_value.size}",
+                f"{int(each.differs_beyond_ink().sum())} of {each.p_value.size}",
+                each.with_ink.text(0, percent=True),
+                f"{int((each.ink_p_value < inference.LEVEL).sum())} of {each.ink_p_value.size}",
             ]
         )
     columns = [
         "classes",
         "images",
         "largest difference (share)",
+        "where",
         "places that differ",
         "without their ink",
         "of the squares, goes with ink",
         "patches whose ink differs",
     ]
-    return Table("Pairs of classes: digits that look alike, then those that this model confuses most.", columns, rows)
+    return Table(
+        "Pairs of classes: digits that look alike, then those that this model confuses most, over "
+        f"{of_each_class(differences)}, with 95 % intervals over images. The largest difference was picked for its "
+        "size, so that another test set would show somewhat less there.",
+        columns,
+        rows,
+    )
 
 
-def atlas_figure(means: Array, rollouts: Array | None, digits: Array, row_names: list[str], study: Study) -> Picture:
-    """A row a class: the mean picture, then its mean map by layer and the rollout, over it."""
+def atlas_figure(
+    means: Array,
+    digits: Array,
+    row_names: list[str],
+    column_names: list[str],
+    headline: str,
+    subtitle: str,
+    study: Study,
+) -> Picture:
+    """A row a class: the mean picture, then its mean map in each layer over it. means: [class, layer, patch]."""
     grid = study.survey.grid
     num_patches = means.shape[-1]
-    titles = [f"layer {layer + 1}" for layer in range(means.shape[1])]
-    maps = means if rollouts is None else np.concatenate([means, rollouts[:, None]], axis=1)
     tiles: list[list[Tile | None]] = [
         [Tile(digit), *(Tile(rgb) for rgb in overlay(digit, each.reshape(-1, *grid), num_patches))]
-        for digit, each in zip(digits, maps, strict=True)
+        for digit, each in zip(digits, means, strict=True)
     ]
-    scale = replace(attention_scale(num_patches), title=f"share / even share (1/{num_patches})")
     return tile_grid(
         tiles,
-        "Mean attention by class and layer",
-        f"{query_name(readout(study.survey))}, mean over heads and {len(study.survey.kept):,} test images",
-        column_titles=["mean picture", *titles, *([] if rollouts is None else ["rollout"])],
+        headline,
+        subtitle,
+        column_titles=["mean picture", *column_names],
         row_titles=row_names,
         face_note=study.face_note,
         tile_size=84,
-        scale=scale,
+        scale=replace(attention_scale(num_patches), title=f"share / even share (1/{num_patches})"),
     )
 
 
 def difference_figure(differences: list[Difference], names: list[str], study: Study) -> Picture:
     """A row a pair of classes: the difference by layer, then that of the ink."""
     grid = study.survey.grid
-    reach = max(float(np.abs(each.attention).max()) for each in differences)
-    ink_reach = max(float(np.abs(each.ink).max()) for each in differences)
+    reach = max(float(np.abs(each.attention.value).max()) for each in differences)
+    ink_reach = max(float(np.abs(each.ink.value).max()) for each in differences)
     scale = signed_scale(reach, "difference of the share of attention", "PuOr_r")
     ink_scale = signed_scale(ink_reach, "difference of the ink", "RdGy_r")
     tiles: list[list[Tile | None]] = []
     for each in differences:
         row: list[Tile | None] = [
             Tile(marked(scale.to_rgb(values.reshape(grid)), differs.reshape(grid), beyond.reshape(grid)))
-            for values, differs, beyond in zip(each.attention, each.differs(), each.differs_beyond_ink(), strict=True)
+            for values, differs, beyond in zip(
+                each.attention.value, each.differs(), each.differs_beyond_ink(), strict=True
+            )
         ]
         of_ink = (each.ink_p_value < inference.LEVEL).reshape(grid)
-        row.append(Tile(marked(ink_scale.to_rgb(each.ink.reshape(grid)), of_ink, np.zeros(grid, bool))))
+        row.append(Tile(marked(ink_scale.to_rgb(each.ink.value.reshape(grid)), of_ink, np.zeros(grid, bool))))
         tiles.append(row)
     return tile_grid(
         tiles,
         "Where the maps of two classes differ",
         "first class minus second; ring: beyond chance; full dot: also without what goes with the place's ink",
-        column_titles=[*(f"layer {layer + 1}" for layer in range(len(differences[0].attention))), "ink"],
+        column_titles=[*(f"layer {layer + 1}" for layer in range(len(differences[0].p_value))), "ink"],
         row_titles=[f"{names[each.first]} minus {names[each.second]}" for each in differences],
         face_note=study.face_note,
         tile_size=96,
@@ -283,9 +305,17 @@ def marked(rgb: Array, ring: Array, dot: Array) -> Array:
     """A grid of colours [height, width, 3], enlarged, with marks in its cells."""
     cell = max(12, MARKED_SIZE // max(rgb.shape[:2]))
     drawn = np.ascontiguousarray(rgb.repeat(cell, axis=0).repeat(cell, axis=1))
+    radius, edge = cell // 7, max(1, cell // 18)
     for row, column in np.argwhere(ring | dot):
         center = (int((column + 0.5) * cell), int((row + 0.5) * cell))
-        cv2.circle(drawn, center, cell // 7, (17, 17, 17), -1 if dot[row, column] else max(1, cell // 30), cv2.LINE_AA)
+        width = max(2, cell // 20)
+        # A light edge, for dark cells.
+        if dot[row, column]:
+            cv2.circle(drawn, center, radius + edge, (255, 255, 255), -1, cv2.LINE_AA)
+            cv2.circle(drawn, center, radius, (17, 17, 17), -1, cv2.LINE_AA)
+        else:
+            cv2.circle(drawn, center, radius, (255, 255, 255), width + 2 * edge, cv2.LINE_AA)
+            cv2.circle(drawn, center, radius, (17, 17, 17), width, cv2.LINE_AA)
     return drawn
 
 
@@ -304,7 +334,7 @@ def readout(survey: Survey) -> Literal["cls", "patches"]:
     return "cls" if survey.reads_class_token else "patches"
 
 
-TEXT = """Mean maps over {n:,} test images, as shares of the attention on patches. A class's mean map follows its mean
+TEXT = """Mean maps over {which}, as shares of the attention on patches. A class's mean map follows its mean
 picture, because heads that follow ink do; what classes differ in is shown twice. First as it is: places with a ring
 differ beyond chance, for all layers and patches of a pair together ({permutations} permutations of the classes'
 labels, the largest standardised difference, p < 0.05), and by at least {least:.0%} of the attention. Then without

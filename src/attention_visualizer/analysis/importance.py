@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from attention_visualizer import charts, inference
-from attention_visualizer.analysis.roles import head_labels
+from attention_visualizer.analysis.measured_roles import head_labels
 from attention_visualizer.analysis.study import LEAST_PICTURES, Study
 from attention_visualizer.analysis.survey import Survey
 from attention_visualizer.capture import Edit, intervene
@@ -28,6 +28,7 @@ Array = NDArray[Any]
 # Stated beforehand: a head matters if, without it, the class's score falls by at least this part of what it is.
 LEAST_PART = 0.05
 WAYS = ("zero", "mean")
+SHORT = {"zero": "switched off", "mean": "averaged"}
 NAMES = {"zero": "switched off", "mean": "averaged over pictures"}
 
 
@@ -36,7 +37,7 @@ class Importance:
     """Of each head, [layer, head + 1] in each way; the last column is the whole layer, NaN for heads not there.
 
     score: the class's logit relative to the mean of all logits (a common shift changes no answer), as it is: over
-    images. of_score: its change; of_accuracy: that of the share of right answers, both intervals paired by image.
+    images. of_score: its change; of_accuracy: that of the share of right answers, both paired by image.
     classes: "true", or "predicted" where true ones are not known.
     """
 
@@ -77,7 +78,7 @@ def measure_importance(study: Study, numbers: Array) -> Importance:
     own = centred(baseline)[rows, classes]
     right = baseline.argmax(axis=1) == classes
     score_changes = {way: np.full((len(numbers), num_layers, num_heads + 1), np.nan) for way in WAYS}
-    accuracy_changes = {way: each.copy() for way, each in score_changes.items()}
+    accuracy_changes = {way: nowhere(num_layers, num_heads + 1, len(numbers)) for way in WAYS}
 
     def answers(ablation: tuple[str, int, int | None]) -> Array:
         way, layer, head = ablation
@@ -92,15 +93,23 @@ def measure_importance(study: Study, numbers: Array) -> Importance:
     for (way, layer, head), logits in zip(tasks, on_all_cores(answers, tasks, study.device), strict=True):
         column = num_heads if head is None else head
         score_changes[way][:, layer, column] = centred(logits)[rows, classes] - own
-        accuracy_changes[way][:, layer, column] = (logits.argmax(axis=1) == classes).astype(float) - right
+        change = inference.share_change(right, logits.argmax(axis=1) == classes)
+        for end in ("value", "low", "high"):
+            getattr(accuracy_changes[way], end)[layer, column] = getattr(change, end)
     return Importance(
         inference.bootstrap_mean(own),
-        inference.bootstrap_mean(right.astype(float)),
+        inference.share_interval(right.sum(), len(right)),
         {way: inference.bootstrap_mean(each) for way, each in score_changes.items()},
-        {way: inference.bootstrap_mean(each) for way, each in accuracy_changes.items()},
+        accuracy_changes,
         "predicted" if survey.right is None else "true",
         1 / baseline.shape[1],
     )
+
+
+def nowhere(num_layers: int, columns: int, n: int) -> Interval:
+    """Not known yet, [layer, column]."""
+    value, low, high = np.full((3, num_layers, columns), np.nan)
+    return Interval(value, low, high, n)
 
 
 def ablations(survey: Survey) -> Iterator[tuple[int, int | None]]:
@@ -132,33 +141,29 @@ def centred(logits: Array) -> Array:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Between a quantity of heads [head] and the loss without them, in each way: Spearman's, p by permutation."""
+    """Between a quantity of heads [head] and the loss without them, in each way: Spearman's, p by permutation, adjusted
+    for all quantities and ways."""
 
     values: Array
-    value: dict[str, float]
+    value: dict[str, Interval]
     p_value: dict[str, float]
 
 
-def correlate(values: Array, losses: dict[str, Array]) -> Correlation:
-    """NaN where there are fewer than three heads, or all are equal."""
-    found = {way: rank_correlation(values, loss) for way, loss in losses.items()}
-    return Correlation(
-        values, {way: value for way, (value, _) in found.items()}, {way: p_value for way, (_, p_value) in found.items()}
-    )
-
-
-def rank_correlation(first: Array, second: Array) -> tuple[float, float]:
-    """Spearman's and its p-value by permutation."""
-    import scipy.stats
-
-    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return float("nan"), float("nan")
-    ranks, others = scipy.stats.rankdata(first), scipy.stats.rankdata(second)
-    generator = np.random.default_rng(0)
-    orders = [generator.permutation(len(first)) for _ in range(inference.PERMUTATIONS)]
-    value = np.corrcoef(ranks, others)[0, 1]
-    null = np.array([np.corrcoef(ranks[order], others)[0, 1] for order in orders])
-    return float(value), float(inference.permutation_p_value(value, null))
+def correlate(quantities: dict[str, Array], losses: dict[str, Array]) -> dict[str, Correlation]:
+    """Of each quantity [head] with each loss [head]; NaN where there are too few heads, or all are equal."""
+    found = {
+        (label, way): inference.rank_correlation(values, loss)
+        for label, values in quantities.items()
+        for way, loss in losses.items()
+    }
+    adjusted = inference.false_discovery_control(np.array([p_value for _, p_value in found.values()]))
+    p_values = dict(zip(found, adjusted.tolist(), strict=True))
+    return {
+        label: Correlation(
+            values, {way: found[label, way][0] for way in losses}, {way: p_values[label, way] for way in losses}
+        )
+        for label, values in quantities.items()
+    }
 
 
 def write(study: Study) -> Chapter:
@@ -176,10 +181,10 @@ def write(study: Study) -> Chapter:
     heads = head_labels(survey)
     picked = tuple(np.array([index for index, _ in heads]).T)
     losses = {way: -found.of_score[way].value[picked] for way in WAYS}
-    correlations = {
-        "attention entropy (nats)": correlate(survey.mean_of("entropy").value[picked], losses),
-        "head confidence (share)": correlate(survey.mean_of("confidence").value[picked], losses),
-    }
+    quantities = {"attention entropy (nats)": "entropy", "head confidence (share)": "confidence"}
+    correlations = correlate(
+        {label: survey.mean_of(measure).value[picked] for label, measure in quantities.items()}, losses
+    )
     figure = study.save(importance_figure(found, correlations, heads, study), "attention_importance")
     who = f"{len(numbers):,} {study.pictures.kind}s"
     return Chapter(
@@ -215,12 +220,12 @@ def headline(found: Importance, heads: list[tuple[tuple[int, int], str]]) -> str
     if not found.answers:
         return f"The model answers no better than by chance, so no head can be needed (n = {found.score.n:,})."
     who = f"{count or 'None'} of {len(heads)} heads {'is' if count < 2 else 'are'}"
-    score, accuracy = found.of_score["zero"][index], found.of_accuracy["zero"][index]
+    score, accuracy = found.of_score["zero"][index].times(-1), found.of_accuracy["zero"][index].times(-100)
     return (
         f"{who} needed alone, that is, worth more than {LEAST_PART:.0%} of the class's score when switched off. "
-        f"The most needed, head {name}, costs {-float(score.value):.2f} ({-float(score.high):.2f} to "
-        f"{-float(score.low):.2f}) of {float(found.score.value):.2f} logits and {-100 * float(accuracy.value):.2f} "
-        f"points of {'accuracy' if found.classes == 'true' else 'agreement with itself'} (n = {found.score.n:,})."
+        f"The most needed, head {name}, costs {score.text(2)} of {found.score.text(2)} logits and "
+        f"{accuracy.text(2)} points of {'accuracy' if found.classes == 'true' else 'agreement with itself'} "
+        f"(n = {found.score.n:,})."
     )
 
 
@@ -229,9 +234,10 @@ def text_of(
 ) -> str:
     picked = tuple(np.array([index for index, _ in heads]).T)
     told = [
-        f"the {label.split(' (')[0]} {each.value['zero']:.2f} (p = {each.p_value['zero']:.3f})"
+        f"{label.split(' (')[0]} "
+        + ", ".join(f"{each.value[way].text(2)} when {SHORT[way]} (p = {each.p_value[way]:.3f})" for way in WAYS)
         for label, each in correlations.items()
-        if not np.isnan(each.value["zero"])
+        if not all(np.isnan(each.value[way].value) for way in WAYS)
     ]
     fixed = [
         name
@@ -249,7 +255,7 @@ def text_of(
         zero=int(found.matters("zero")[picked].sum()),
         mean=int(found.matters("mean")[picked].sum()),
         count=len(heads),
-        correlations=CORRELATIONS.format(count=len(heads), told=" and ".join(told)) if told else "",
+        correlations=CORRELATIONS.format(count=len(heads), told="; ".join(told)) if told else "",
         chance="" if found.answers else UNKNOWN if found.classes == "predicted" else CHANCE,
         fixed=FIXED.format(names=", ".join(fixed), count=len(fixed)) if fixed else "",
     )
@@ -277,7 +283,14 @@ def numbers_of(
             for way in WAYS
         },
         "rank_correlation": {
-            label: {way: {"value": number(each.value[way]), "p_value": number(each.p_value[way])} for way in WAYS}
+            label: {
+                way: {
+                    **{end: number(float(getattr(each.value[way], end))) for end in ("value", "low", "high")},
+                    "n": each.value[way].n,
+                    "p_value_adjusted": number(each.p_value[way]),
+                }
+                for way in WAYS
+            }
             for label, each in correlations.items()
         },
     }
@@ -311,12 +324,20 @@ def importance_figure(
             interval = found.of_score[way][picked]
             loss, low, high = -interval.value, -interval.high, -interval.low
             axis.vlines(each.values, low, high, color=colors[way], linewidth=1)
-            told = f"{NAMES[way]}: rank correlation {each.value[way]:.2f}, p = {each.p_value[way]:.3f}"
+            told = f"{NAMES[way]}: rank correlation {each.value[way].text(2)}, p = {each.p_value[way]:.3f}"
             axis.scatter(each.values, loss, color=colors[way], s=28, zorder=3, label=told)
             if way == "zero":
                 for position in np.argsort(loss)[-3:]:
                     place = (each.values[position], loss[position])
-                    axis.annotate(heads[position][1], place, (5, 3), textcoords="offset points", fontsize=9)
+                    inward = -1 if each.values[position] > np.mean([each.values.min(), each.values.max()]) else 1
+                    axis.annotate(
+                        heads[position][1],
+                        place,
+                        (5 * inward, 3),
+                        textcoords="offset points",
+                        ha="left" if inward > 0 else "right",
+                        fontsize=9,
+                    )
         if found.least < axis.get_ylim()[1]:
             axis.axhline(found.least, color=charts.REFERENCE, linestyle="--", linewidth=1)
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
@@ -330,10 +351,10 @@ def importance_table(found: Importance, heads: list[tuple[tuple[int, int], str]]
     right = "accuracy" if found.classes == "true" else "same answer"
     columns = [
         "without",
-        "score, switched off",
-        "score, averaged",
-        f"{right}, switched off",
-        f"{right}, averaged",
+        "score, switched off (logits)",
+        "score, averaged (logits)",
+        f"{right}, switched off (points)",
+        f"{right}, averaged (points)",
         "matters",
     ]
     num_layers, last = found.of_score["zero"].value.shape
@@ -344,14 +365,14 @@ def importance_table(found: Importance, heads: list[tuple[tuple[int, int], str]]
         [
             name,
             *(found.of_score[way][index].text(2) for way in WAYS),
-            *(found.of_accuracy[way][index].text(1, percent=True) for way in WAYS),
+            *(found.of_accuracy[way][index].times(100).text(1) for way in WAYS),
             " and ".join(way for way in WAYS if found.matters(way)[index]) or "–",
         ]
         for index, name in places
     ]
     return Table(
-        f"Change without a head or a layer, with 95 % intervals over {found.score.n:,} images; zero: switched off, "
-        "mean: averaged over pictures.",
+        f"Change without a head or a layer, with 95 % intervals over {found.score.n:,} images; points: of a hundred "
+        "answers (interval: Newcombe, 1998). Zero: switched off, mean: averaged over pictures.",
         columns,
         rows,
     )
@@ -377,4 +398,5 @@ much the same on every picture ({names})."""
 
 CORRELATIONS = """
 
-Over the {count} heads, the loss when switched off has a rank correlation with {told}, p by 999 permutations."""
+Rank correlations of the loss over the {count} heads, with 95 % intervals over heads and p by permutation (false
+discovery control over all of them): {told}."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from attention_visualizer import charts, inference, ink
+from attention_visualizer import charts, inference
+from attention_visualizer.analysis.measured_roles import Roles, find_roles, head_labels, ink_of
 from attention_visualizer.analysis.study import CONTROL_PICTURES, Study
 from attention_visualizer.analysis.survey import Survey
 from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table
@@ -19,139 +17,18 @@ from attention_visualizer.head_roles import (
     ALIKE,
     BEYOND_CONTROLS,
     LEAST_INK,
-    LEAST_ON_CLASS_TOKEN,
-    LEAST_SELECTIVE,
-    MOST_PICTURES,
+    LEAST_ON_BORDER,
     MOSTLY,
-    NEAR,
     NO_ROLE,
+    OFTEN_EMPTY,
     ROLES,
-    Selectivity,
     clustered,
     divergences,
-    entropy,
-    ink_followed,
-    name_roles,
 )
 from attention_visualizer.inference import Interval
 from attention_visualizer.pictures import LabelledImages
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Of each head, arrays [layer, head].
-
-    on_ink: share of the attention on patches that inked ones get; follows_ink: how much more than the same head's
-    mean map would give them; effect: that as Cohen's d over pictures; p_value: within-position permutation, adjusted.
-    reached: the most of any head with random weights; bounds: what a role needs; names: the roles that the numbers
-    carry, or NO_ROLE.
-    """
-
-    on_ink: Interval
-    uniform: float  # what a uniform head gives to inked patches
-    follows_ink: Interval
-    effect: Array
-    p_value: Array
-    selectivity: Selectivity
-    class_token: Array
-    distance: Array  # relative to uniform attention; NaN where patch queries cannot affect the answer
-    reached: dict[str, float]
-    bounds: dict[str, float]
-    names: list[list[str]]
-
-
-def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Array]], seed: int = 0) -> Roles:
-    """inked: bool [kept, patch] of the survey's pictures; controls: surveys of random weights with theirs."""
-    shares = survey.shares
-    num_layers, num_heads = shares.shape[1:3]
-    followed = ink_followed(shares, inked)
-    observed, null = inference.permuted_products(shares.reshape(len(shares), -1, shares.shape[-1]), inked, seed=seed)
-    p_value = inference.false_discovery_control(inference.permutation_p_value(observed, null))
-    selective = survey.selectivity
-    class_token = survey.mean_of("class_token")[:, :-1]
-    distance = relative_distance(survey)
-    reached = reached_by(controls)
-    bounds = role_bounds(reached)
-    follows = inference.bootstrap_mean(followed, seed)
-    p_values = p_value.reshape(num_layers, num_heads)
-    names = [
-        name_roles(
-            follows[layer, head],
-            float(p_values[layer, head]),
-            selective.place[layer, head],
-            selective.content[layer, head],
-            class_token[layer, head],
-            distance[layer, head],
-            bounds,
-        )
-        for layer in range(num_layers)
-        for head in range(num_heads)
-        if not np.isnan(survey.maps[0, layer, head]).all()
-    ]
-    return Roles(
-        inference.bootstrap_mean((shares * inked[:, None, None]).sum(axis=-1), seed),
-        float(inked.mean()),
-        follows,
-        inference.standardised_mean(followed),
-        p_values,
-        selective,
-        class_token.value,
-        distance.value,
-        reached,
-        bounds,
-        names,
-    )
-
-
-def reached_by(controls: Sequence[tuple[Survey, Array]]) -> dict[str, float]:
-    """The largest of any head with random weights; of "distance", how far below uniform attention's it lies."""
-    reached = {"ink": 0.0, "place": 0.0, "content": 0.0, "class token": 0.0, "distance": 0.0}
-    for survey, inked in controls:
-        rows = survey.rows()
-        of_mean = entropy(rows.mean(axis=0))
-        values = {
-            "ink": np.abs(ink_followed(survey.shares, inked).mean(axis=0)),
-            "place": np.log(survey.num_keys)[:, None] - of_mean,
-            "content": of_mean - entropy(rows).mean(axis=0),
-            "class token": survey.mean_of("class_token").value[:, :-1],
-            "distance": 1 - relative_distance(survey).value,
-        }
-        for name, each in values.items():
-            # Without NaN, of which a layer with fewer heads has some.
-            reached[name] = max(reached[name], float(np.fmax.reduce(each, axis=None, initial=0.0)))
-    return reached
-
-
-def role_bounds(reached: dict[str, float]) -> dict[str, float]:
-    """What a value must reach: the least effect, or BEYOND_CONTROLS times what random weights do. "distance" must lie
-    below its bound."""
-    least = {
-        "ink": LEAST_INK,
-        "place": LEAST_SELECTIVE,
-        "content": LEAST_SELECTIVE,
-        "class token": LEAST_ON_CLASS_TOKEN,
-        "distance": 1 - NEAR,
-    }
-    bounds = {name: max(least[name], BEYOND_CONTROLS * reached[name]) for name in least}
-    return bounds | {"distance": 1 - bounds["distance"]}
-
-
-def relative_distance(survey: Survey) -> Interval:
-    """Mean attention distance over that of uniform attention, [layer, head]; NaN for a last layer that only the class
-    token leaves."""
-    centers = [geometry.patch_centers() for geometry in survey.geometries]
-    uniform = np.array([max(float(torch.cdist(each, each).mean()), 1e-9) for each in centers])[:, None]
-    if survey.reads_class_token:
-        uniform[-1] = np.nan
-    measured = survey.mean_of("distance")[:, :-1]
-    return Interval(measured.value / uniform, measured.low / uniform, measured.high / uniform, measured.n)
-
-
-def evenly(n: int, most: int) -> Array:
-    """Numbers of at most `most` of n, evenly spaced."""
-    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).astype(np.int64)
 
 
 def write(study: Study) -> Chapter:
@@ -165,10 +42,10 @@ def write(study: Study) -> Chapter:
     roles = find_roles(survey, inked, controls)
     labels = head_labels(survey)
     there = np.array([layer_head for layer_head, _ in labels])
-    rows = survey.rows(evenly(len(survey.kept), MOST_PICTURES))
-    divergence = divergences(rows[:, there[:, 0], there[:, 1]])
+    rows = survey.rows(survey.few)
+    divergence, apart = divergences(rows[:, there[:, 0], there[:, 1]])
     order, cluster = clustered(divergence)
-    control_divergence = float(np.mean([mean_divergence(each.rows()) for each, _ in controls])) if controls else None
+    redundancy = text_of_redundancy(divergence, apart, cluster, controls_apart(survey, study.control_surveys))
     note = study.face_note
     by_head = study.save(role_figure(roles, there, [label for _, label in labels], survey, note), "attention_roles")
     alike = study.save(
@@ -178,22 +55,23 @@ def write(study: Study) -> Chapter:
     named = {name: sum(name in each for each in roles.names) for name in (*ROLES, NO_ROLE)}
     return Chapter(
         "What each head does",
-        text_of(roles, named, survey, cluster, divergence, control_divergence, len(controls)),
+        text_of(roles, named, survey, len(controls)) + redundancy,
         [
             FigureFile(
                 by_head,
                 "Left: how much more a head gives to inked patches than its mean map would, with 95 % intervals over "
                 f"{len(survey.kept):,} test images; grey: what heads with random weights reach; dashed: the bound for "
-                "a role. Middle: what it looks at on every picture (place), and what changes with the picture "
-                "(content). Right: the roles that the numbers carry.",
+                "a role. Middle: of the attention on patches, what it looks at on every picture (place), and what "
+                f"changes with the picture (content), means over {roles.selectivity.place.n:,} images. Right: the "
+                "roles that the numbers carry.",
             ),
             FigureFile(
                 alike,
                 f"Jensen-Shannon divergence between heads, mean over {len(rows):,} test images, ordered by likeness; "
-                "boxes hold heads that are alike.",
+                "boxes hold groups of heads that are alike.",
             ),
         ],
-        [role_table(roles, there)],
+        [ink_table(roles, there), place_table(roles, there)],
         role_numbers(roles, there, divergence, cluster),
         finding=finding_of(roles, named, there, by_head, survey),
         caution="A role describes where a head's weights go on this test set. It does not say what the head is for, "
@@ -201,26 +79,13 @@ def write(study: Study) -> Chapter:
     )
 
 
-def ink_of(study: Study, numbers: Array, survey: Survey) -> Array:
-    """Which patches of pictures hold ink: bool [picture, patch]."""
-    parts = [
-        ink.inked_patches(study.pictures.read(numbers[start : start + 1000].tolist()), survey.grid)
-        for start in range(0, len(numbers), 1000)
-    ]
-    return torch.cat(parts).numpy()
-
-
-def head_labels(survey: Survey) -> list[tuple[tuple[int, int], str]]:
-    """(layer, head) of each head that is there, from 0, and what it is called, from 1."""
+def controls_apart(survey: Survey, controls: list[Survey]) -> Interval | None:
+    """Divergence between two heads with random weights, mean over pairs and models; None without controls."""
+    if not controls:
+        return None
     there = ~np.isnan(survey.maps[0]).all(axis=-1)
-    return [((layer, head), f"{layer + 1}.{head + 1}") for layer, head in np.argwhere(there).tolist()]
-
-
-def mean_divergence(rows: Array) -> float:
-    """Between any two heads: [image, layer, head, key]."""
-    found = divergences(rows.reshape(len(rows), -1, rows.shape[-1]))
-    apart = found[~np.eye(len(found), dtype=bool)]
-    return float(np.nanmean(apart)) if len(apart) else float("nan")
+    of_images = [divergences(each.rows()[:, there])[1] for each in controls]
+    return inference.bootstrap_mean(np.mean(of_images, axis=0))
 
 
 def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, face_note: str) -> Figure:
@@ -242,7 +107,8 @@ def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, f
     place, content = roles.selectivity.place[picked].value, roles.selectivity.content[picked].value
     middle.barh(at, place, color=charts.PLACE, height=0.7, label="place")
     middle.barh(at, content, left=place, color=charts.CONTENT, height=0.7, label="content")
-    middle.set_xlabel(f"selectivity (nats, at most ln {survey.num_keys.max()} = {np.log(survey.num_keys.max()):.2f})")
+    patches = survey.shares.shape[-1]
+    middle.set_xlabel(f"selectivity (nats, at most ln {patches} = {np.log(patches):.2f})")
     for axis in (left, middle):
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)
         charts.clean(axis, "x")
@@ -288,43 +154,57 @@ def redundancy_figure(
     return charts.finish(drawn, f"How alike heads are, {n:,} test images", face_note)
 
 
-def role_table(roles: Roles, there: Array) -> Table:
-    columns = [
-        "head",
-        "on inked patches",
-        "beyond place (95 %)",
-        "d",
-        "p (adjusted)",
-        "place (nats)",
-        "content (nats)",
-        "class token",
-        "distance / uniform",
-        "role",
+def ink_table(roles: Roles, there: Array) -> Table:
+    rows = [
+        [
+            f"{layer + 1}.{head + 1}",
+            roles.on_ink[layer, head].text(),
+            roles.follows_ink[layer, head].text(),
+            roles.effect[layer, head].text(2),
+            f"{roles.p_value[layer, head]:.3f}",
+            ", ".join(names),
+        ]
+        for (layer, head), names in zip(there.tolist(), roles.names, strict=True)
     ]
-    rows = []
-    for (layer, head), names in zip(there.tolist(), roles.names, strict=True):
-        distance = roles.distance[layer, head]
-        own = roles.class_token[layer, head]
-        rows.append(
-            [
-                f"{layer + 1}.{head + 1}",
-                f"{roles.on_ink.value[layer, head]:.3f}",
-                roles.follows_ink[layer, head].text(),
-                f"{roles.effect[layer, head]:.2f}",
-                f"{roles.p_value[layer, head]:.3f}",
-                roles.selectivity.place[layer, head].text(2),
-                roles.selectivity.content[layer, head].text(2),
-                "–" if np.isnan(own) else f"{own:.3f}",
-                "–" if np.isnan(distance) else f"{distance:.2f}",
-                ", ".join(names),
-            ]
-        )
     return Table(
-        f"Each head over {roles.on_ink.n:,} test images (place and content: {roles.selectivity.place.n:,}); a uniform "
-        f"head gives inked patches {roles.uniform:.3f}.",
-        columns,
+        f"What each head follows, over {roles.on_ink.n:,} test images, with 95 % intervals: shares of the attention on "
+        f"patches. A uniform head gives inked patches {roles.uniform.text()}.",
+        ["head", "on inked patches", "beyond place", "d", "p (adjusted)", "role"],
         rows,
     )
+
+
+TWO_DIGITS = ("place (nats)", "content (nats)", "border - interior (even shares)")
+
+
+def place_table(roles: Roles, there: Array) -> Table:
+    place, content = roles.selectivity.place, roles.selectivity.content
+    columns = {
+        "entropy (nats)": roles.entropy,
+        "place (nats)": place,
+        "content (nats)": content,
+        "class token": roles.class_token,
+        "distance / uniform": roles.distance,
+        "border - interior (even shares)": roles.border,
+    }
+    shown = {name: each for name, each in columns.items() if each is not roles.border or roles.compares_border}
+    caption = (
+        f"Where each head looks, with 95 % intervals over {roles.entropy.n:,} test images (place and content: of the "
+        f"attention on patches, {place.n:,} of the images)."
+    )
+    if roles.compares_border:
+        caption += (
+            f" Border: empty patches there less empty ones inside, {roles.border.n:,} images that have both; heads "
+            f"with random weights reach {roles.reached['border']:.2f}."
+        )
+    rows = [
+        [
+            f"{layer + 1}.{head + 1}",
+            *(each[layer, head].text(2 if name in TWO_DIGITS else 3) for name, each in shown.items()),
+        ]
+        for layer, head in there.tolist()
+    ]
+    return Table(caption, ["head", *shown], rows)
 
 
 def role_numbers(roles: Roles, there: Array, divergence: Array, cluster: Array) -> dict[str, Any]:
@@ -333,22 +213,39 @@ def role_numbers(roles: Roles, there: Array, divergence: Array, cluster: Array) 
         "heads": [f"{layer + 1}.{head + 1}" for layer, head in there.tolist()],
         "roles": roles.names,
         "bounds": roles.bounds,
+        "entropy": roles.entropy[picked].numbers(),
         "on_ink": roles.on_ink[picked].numbers(),
-        "on_ink_of_a_uniform_head": roles.uniform,
+        "on_ink_of_a_uniform_head": roles.uniform.numbers(),
         "follows_ink": roles.follows_ink[picked].numbers(),
-        "effect": roles.effect[picked].tolist(),
+        "effect": roles.effect[picked].numbers(),
         "p_value_adjusted": roles.p_value[picked].tolist(),
         "place": roles.selectivity.place[picked].numbers(),
         "content": roles.selectivity.content[picked].numbers(),
+        "class_token": plain(roles.class_token[picked]),
+        "distance": plain(roles.distance[picked]),
+        "border": plain(roles.border[picked]) if roles.compares_border else None,
+        "interior_emptiness": plain(roles.emptiness),
         "divergence": divergence.tolist(),
         "cluster": cluster.tolist(),
     }
+
+
+def plain(interval: Interval) -> dict[str, Any]:
+    """For JSON, which knows no NaN."""
+    ends = {
+        name: np.where(np.isnan(each), None, each).tolist()  # type: ignore[call-overload]
+        for name, each in (("value", interval.value), ("low", interval.low), ("high", interval.high))
+    }
+    return ends | {"n": interval.n}
 
 
 def finding_of(roles: Roles, named: dict[str, int], there: Array, figure: str, survey: Survey) -> Finding:
     count = len(there)
     carrying = count - named[NO_ROLE]
     told = ", ".join(f"{number} {name}" for name, number in named.items() if number and name != NO_ROLE)
+    several = sum(len(names) > 1 for names in roles.names)
+    if several:
+        told += f"; {several} of them {'has' if several == 1 else 'have'} more than one"
     if not carrying:
         return Finding(f"No head of {count} has a role that the numbers carry (n = {len(survey.kept):,}).", figure)
     strongest = int(np.argmax(np.abs(roles.follows_ink.value[tuple(there.T)])))
@@ -361,22 +258,11 @@ def finding_of(roles: Roles, named: dict[str, int], there: Array, figure: str, s
     )
 
 
-def text_of(
-    roles: Roles,
-    named: dict[str, int],
-    survey: Survey,
-    cluster: Array,
-    divergence: Array,
-    control_divergence: float | None,
-    num_controls: int,
-) -> str:
-    apart = divergence[~np.eye(len(divergence), dtype=bool)]
-    groups = [int((cluster == each).sum()) for each in np.unique(cluster)]
-    shared = sum(size for size in groups if size > 1)
+def text_of(roles: Roles, named: dict[str, int], survey: Survey, num_controls: int) -> str:
     parts = [
         TEXT.format(
             n=len(survey.kept),
-            uniform=roles.uniform,
+            uniform=roles.uniform.text(),
             controls=num_controls,
             ink=roles.bounds["ink"],
             least=LEAST_INK,
@@ -387,28 +273,48 @@ def text_of(
             near=roles.bounds["distance"],
             token=roles.bounds["class token"],
         ),
-        f"Heads without a role that the numbers carry: {named[NO_ROLE]} of {len(cluster)}.",
+        border_text(roles),
+        f"Heads without a role that the numbers carry: {named[NO_ROLE]} of {len(roles.names)}.",
     ]
-    if len(apart):
-        parts.append(
-            REDUNDANCY.format(
-                mean=apart.mean(),
-                alike=ALIKE,
-                shared="no two heads are alike" if not shared else f"{shared} heads have at least one that is alike",
-                control="" if control_divergence is None else CONTROL_DIVERGENCE.format(mean=control_divergence),
-            )
-        )
     return "\n\n".join(parts)
+
+
+def border_text(roles: Roles) -> str:
+    if np.isnan(roles.emptiness.value):
+        return NO_INTERIOR
+    told = roles.emptiness.text(1, percent=True)
+    if not roles.compares_border:
+        return SELDOM_EMPTY.format(empty=told, n=roles.emptiness.n, often=OFTEN_EMPTY)
+    return BORDER.format(empty=told, n=roles.emptiness.n, bound=roles.bounds["border"], least=LEAST_ON_BORDER)
+
+
+def text_of_redundancy(divergence: Array, apart: Array, cluster: Array, control: Interval | None) -> str:
+    """apart: divergence of each image, mean over pairs."""
+    if len(divergence) < 2:
+        return ""
+    pairs = divergence[np.triu_indices(len(divergence), 1)]
+    sizes = sorted((int(size) for size in np.bincount(cluster) if size > 1), reverse=True)
+    groups = "groups" if len(sizes) > 1 else "group"
+    return "\n\n" + REDUNDANCY.format(
+        n=len(apart),
+        mean=inference.bootstrap_mean(apart).text(),
+        alike=ALIKE,
+        count=int((pairs < ALIKE).sum()),
+        verb="diverges" if (pairs < ALIKE).sum() == 1 else "diverge",
+        pairs=len(pairs),
+        groups=f"{len(sizes)} {groups} of {', '.join(map(str, sizes))} heads" if sizes else "no group of heads",
+        control="" if control is None else CONTROL_DIVERGENCE.format(mean=control.text(), n=control.n),
+    )
 
 
 NO_INK = "Roles are measured against ink, so they need a test set of digits on an empty background."
 
-TEXT = """Over {n:,} test images. A head that spread its attention evenly would give inked patches {uniform:.3f} of it.
+TEXT = """Over {n:,} test images. A head that spread its attention evenly would give inked patches {uniform} of it.
 Most of what heads give to ink beyond that is **place**: the middle of the picture is mostly inked. So each head is
 compared with itself, with what its own mean map would give to the ink of each picture. The difference is 0 for a head
 that always looks at the same places; its p-value comes from giving pictures each other's ink (999 permutations, false
-discovery control over all heads). How far a head is from uniform is split in two: what its mean map shows (place) and
-what changes from picture to picture (content).
+discovery control over all heads). How far a head is from uniform on the patches is split in two: what its mean map
+shows (place) and what changes from picture to picture (content). What a head gives to the class token counts apart.
 
 A role is named only where the value is beyond the least effect that was stated beforehand *and* beyond {beyond} times
 what any head of {controls} models with random weights reaches. Following ink or background: {ink:.3f} of the attention
@@ -416,7 +322,17 @@ on patches (least effect {least}). Fixed place: {place:.2f} nats, varies with th
 {mostly:.0%} of the head's selectivity. Class token: {token:.2f} of the row. Neighbours: a mean distance below
 {near:.2f} of uniform attention's; that of a last layer that only the class token leaves is not counted."""
 
-REDUNDANCY = """Between two heads the divergence is {mean:.2f} nats on average (0: the same map on every picture, 0.69:
-no patch in common); {shared} (below {alike} nats).{control}"""
+BORDER = """Empty patches at the border are compared with empty ones of the interior, of whose patches {empty} hold no
+ink (mean over {n:,} images). Border: {bound:.2f} of an even share more there (least effect {least})."""
 
-CONTROL_DIVERGENCE = """ Heads with random weights, all of them close to uniform: {mean:.3f}."""
+SELDOM_EMPTY = """The border is not compared with the interior here: only {empty} of the interior's patches hold no ink
+(mean over {n:,} images). With less than {often:.0%}, the comparison would rest on a few patches of unusual digits."""
+
+NO_INTERIOR = """The border is not compared with the interior: all patches lie at the border."""
+
+REDUNDANCY = """Between two heads the divergence is {mean} nats on average over {pairs} pairs and {n:,} images (0: the
+same map on every picture, 0.69: no patch in common). {count} of the pairs {verb} by less than {alike} nats; joined by
+likeness, heads form {groups} (boxes in the figure).{control}"""
+
+CONTROL_DIVERGENCE = """ Between heads with random weights, all of them close to uniform, it is {mean} over {n:,} of
+the images."""

@@ -12,7 +12,7 @@ from attention_visualizer import charts
 from attention_visualizer.analysis.study import Study
 from attention_visualizer.analysis.survey import MEASURE_NAMES, Survey
 from attention_visualizer.chapter import Chapter, FigureFile, Finding, Table, escape_markdown
-from attention_visualizer.inference import Interval
+from attention_visualizer.inference import Interval, share_interval
 from attention_visualizer.statistics import ALL_MEASURES, Summary
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -41,18 +41,20 @@ def write(study: Study) -> Chapter:
             f"and content dependence by layer and head, means over {n:,} {kind}{unread}.",
         ),
     ]
-    tables = [layer_table(survey.summaries), mean_table(survey)]
+    tables = [layer_table(survey, who), mean_table(survey, who)]
     groups = survey.right is not None
     if groups:
         assert study.pictures.labels is not None
         names = list(study.pictures.class_names)
         by_class = study.save(group_figure(survey, names, who, study.face_note), "attention_statistics_by_class")
         wrong = int((~survey.right).sum()) if survey.right is not None else 0
+        sizes = np.bincount(survey.labels)
+        smallest, largest = sizes[sizes > 0].min(), sizes.max()
         figures.append(
             FigureFile(
                 by_class,
-                f"Entropy by class and layer, mean over heads; and how much it differs between the {wrong:,} wrong and "
-                f"the {n - wrong:,} right answers, with 95 % intervals.",
+                f"Entropy by class ({smallest:,} to {largest:,} images) and layer, mean over heads; and how much it "
+                f"differs between the {wrong:,} wrong and the {n - wrong:,} right answers, with 95 % intervals.",
             )
         )
         tables.append(outcome_table(survey))
@@ -69,6 +71,7 @@ def write(study: Study) -> Chapter:
             "layers": layer_numbers(survey.summaries),
             "means": {measure.name: without_nan(survey.mean_of(measure.name).numbers()) for measure in ALL_MEASURES},
             "content_dependence": without_nan(survey.selectivity.content.numbers()),
+            "content_dependence_of_layers": without_nan(survey.selectivity.content_of_layers.numbers()),
             "trends_with_depth": {name: without_nan(each.numbers()) for name, each in depth_trends(survey).items()},
             "entropy_by_class": [
                 without_nan(survey.means_by_class.of_group(number)[ENTROPY].numbers())
@@ -88,12 +91,14 @@ def write(study: Study) -> Chapter:
 
 
 def text_of(survey: Survey, kind: str) -> str:
-    uniform = survey.uniform_entropy
+    uniform, right = survey.uniform_entropy, survey.right
     text = TEXT.format(
         n=survey.num_pictures,
         kind=kind,
         who="the CLS token" if survey.reads_class_token else "the patch queries (mean over them)",
-        accuracy="" if survey.accuracy is None else f" (accuracy {survey.accuracy:.2%})",
+        accuracy=""
+        if right is None
+        else f" (accuracy {share_interval(int(right.sum()), len(right)).text(2, percent=True)})",
         highest="" if uniform is None else f", which is {uniform:.3f} nats when it is uniform",
     )
     trends = depth_trends(survey)
@@ -184,14 +189,17 @@ def head_figure(measured: Survey, images: str, face_note: str) -> Figure:
     axes = drawn.subplots(rows, columns, squeeze=False).flatten()
     for axis, name in zip(axes, shown, strict=False):
         charts.heat_map(means[name], LABELS[name], axis)
+        if name == "distance" and measured.reads_class_token and num_layers > 1:
+            axis.text(num_heads / 2, num_layers - 0.5, "cannot affect the answer", ha="center", va="center", fontsize=9)
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
     charts.finish(drawn, f"By layer and head, means over {images}", face_note)
     return drawn
 
 
-def layer_table(summaries: dict[str, Summary]) -> Table:
+def layer_table(survey: Survey, images: str) -> Table:
     """Mean over images and heads, and between which values the middle 90 % of them lie."""
+    summaries = survey.summaries
     columns = ["layer", *(f"{measure.label} ({measure.unit})" for measure in ALL_MEASURES)]
     rows = []
     for layer in range(len(summaries["entropy"].mean)):
@@ -202,7 +210,19 @@ def layer_table(summaries: dict[str, Summary]) -> Table:
             defined = not np.isnan(summary.mean[layer]).all()
             row.append(f"{np.nanmean(summary.mean[layer]):.3f} ({low:.3f} to {high:.3f})" if defined else "–")
         rows.append(row)
-    return Table("Mean over images and heads, with the range of the middle 90 %.", columns, rows)
+    heads = heads_of(survey)
+    return Table(
+        f"Mean over {images} and the layer's heads ({heads}), with the range of the middle 90 % of images x heads; how "
+        "sure the means are is in the next table.",
+        columns,
+        rows,
+    )
+
+
+def heads_of(survey: Survey) -> str:
+    """How many heads layers have: "4", or "3 to 12"."""
+    counts = (~np.isnan(survey.summaries["entropy"].mean)).sum(axis=1)
+    return str(counts[0]) if np.ptp(counts) == 0 else f"{counts.min()} to {counts.max()}"
 
 
 def layer_numbers(summaries: dict[str, Summary]) -> list[dict[str, Any]]:
@@ -227,22 +247,22 @@ def numbers(values: NDArray[np.float64]) -> list[float | None]:
     return [None if np.isnan(value) else float(value) for value in values]
 
 
-def mean_table(survey: Survey) -> Table:
+def mean_table(survey: Survey, images: str) -> Table:
     """Means over images and heads with their intervals."""
     columns = ["layer", *(f"{measure.label} ({measure.unit})" for measure in ALL_MEASURES), "content dependence (nats)"]
-    content = survey.selectivity.content
+    content = survey.selectivity.content_of_layers
     means = [survey.mean_of(measure.name)[:, -1] for measure in ALL_MEASURES]
     rows = [
         [
             str(layer + 1),
             *(each[layer].text() for each in means),
-            f"{float(np.nanmean(content.value[layer])):.3f}",
+            content[layer].text(),
         ]
         for layer in range(len(survey.layer_names))
     ]
     return Table(
-        f"Means over {survey.num_pictures:,} images and the layer's heads, with 95 % bootstrap intervals over images "
-        f"(content dependence: mean over heads, {content.n:,} images; intervals by head in attention_statistics.json).",
+        f"Means over {images} and the layer's heads ({heads_of(survey)}), with 95 % bootstrap intervals over images "
+        f"(content dependence: {content.n:,} of the images; intervals by head in attention_statistics.json).",
         columns,
         rows,
     )
@@ -254,8 +274,11 @@ def outcome_table(survey: Survey) -> Table:
         [str(layer + 1), *(each[layer].text() for each in differences.values())]
         for layer in range(len(survey.layer_names))
     ]
+    assert survey.right is not None
+    wrong, right = int((~survey.right).sum()), int(survey.right.sum())
     return Table(
-        "Wrong answers minus right ones, mean over heads, with 95 % intervals over images.",
+        f"Wrong answers (n = {wrong:,}) minus right ones (n = {right:,}), mean over heads, with 95 % intervals over "
+        "images.",
         ["layer", *(LABELS[name] for name in OUTCOME_MEASURES)],
         rows,
     )
@@ -280,7 +303,9 @@ def group_figure(survey: Survey, class_names: list[str], images: str, face_note:
     right.set_ylim(-0.7, num_layers - 0.3)
     right.set_ylabel("layer")
     assert survey.right is not None
-    right.set_xlabel(f"entropy when wrong (n = {int((~survey.right).sum()):,}) minus when right (nats)")
+    wrong = int((~survey.right).sum())
+    counts = f"(n = {wrong:,} and {len(survey.right) - wrong:,})"
+    right.set_xlabel(f"entropy when wrong minus when right (nats)\n{counts}")
     charts.clean(right, "x")
     return charts.finish(drawn, f"By class and by outcome, {images}", face_note)
 

@@ -40,7 +40,7 @@ HeadLayers = Literal["all", "last"]
 # What an analysis writes.
 OURS = re.compile(
     r"(attention_(pattern|heads|methods)|layer_comparison)_sample_\d+\.(png|pdf|svg)"
-    r"|attention_(statistics(_by_(head|class))?|atlas(_differences)?|roles|redundancy|importance|trust|claims|evolution"
+    r"|attention_(statistics(_by_(head|class))?|atlas(_(differences|rollout))?|roles|redundancy|importance|trust|claims|evolution"
     r"|across_(seeds|runs))"
     r"\.(png|pdf|svg|webp|csv|json)"
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attention_visualizer import measures
 from attention_visualizer.capture import AttentionLayer, capture
 from attention_visualizer.geometry import Geometry
-from attention_visualizer.head_roles import MOST_PICTURES, Selectivity, selectivity
+from attention_visualizer.head_roles import MOST_PICTURES, Selectivity, nan_mean, selectivity
 from attention_visualizer.inference import BootstrapMeans, Interval, stratified
 from attention_visualizer.observation import Observation, ObservationCollector, RolloutOptions
 from attention_visualizer.prediction import has_head, predict
@@ -110,11 +110,20 @@ class Survey:
         counts = {geometry.num_tokens for geometry in self.geometries}
         return measures.uniform_entropy(counts.pop()) if len(counts) == 1 else None
 
+    @property
+    def few(self) -> Array:
+        """Rows of at most MOST_PICTURES of the kept pictures, evenly spaced: [picture]."""
+        return np.unique(np.linspace(0, len(self.kept) - 1, min(len(self.kept), MOST_PICTURES)).astype(np.int64))
+
     @cached_property
     def selectivity(self) -> Selectivity:
-        """Of each head, over at most MOST_PICTURES of the kept ones, evenly spaced."""
-        few = np.unique(np.linspace(0, len(self.kept) - 1, min(len(self.kept), MOST_PICTURES)).astype(np.int64))
-        return selectivity(self.rows(few), self.num_keys)
+        """Of each head, over `few` pictures, the class token a key like the patches."""
+        return selectivity(self.rows(self.few), self.num_keys)
+
+    @cached_property
+    def patch_selectivity(self) -> Selectivity:
+        """The same of the attention on patches alone: how much of it the class token takes is no place."""
+        return selectivity(self.shares[self.few], np.full(len(self.geometries), self.maps.shape[-1]))
 
     def mean_of(self, measure: str) -> Interval:
         """[layer, head + 1]; the last column is the mean over heads."""
@@ -227,11 +236,3 @@ def table(values: dict[tuple[str, int], Tensor], num_images: int, num_layers: in
     for (name, layer), each in values.items():
         found[:, MEASURE_NAMES.index(name), layer, : each.shape[1]] = each.float().cpu().numpy()
     return found
-
-
-def nan_mean(values: Array) -> Array:
-    """Mean over the last axis without NaN; NaN where all are."""
-    there = ~np.isnan(values)
-    count = there.sum(axis=-1)
-    total = np.where(there, values, 0.0).sum(axis=-1, dtype=np.float64)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
