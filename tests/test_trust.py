@@ -23,6 +23,7 @@ from attention_visualizer.analysis.trials import (
     Control,
     cascade,
     few_of,
+    has_learnt,
     judged,
     method_maps,
     randomisation,
@@ -259,6 +260,20 @@ def test_blocks_of_pictures_change_nothing(
     for task, curves in curves_of_blocks.items():
         np.testing.assert_allclose(curves.deletion, whole.curves[task].deletion, atol=1e-6)
         np.testing.assert_allclose(curves.insertion, whole.curves[task].insertion, atol=1e-6)
+
+
+def test_what_random_weights_answer_as_well_is_not_learnt(digits: LabelledImages, tmp_path: Path) -> None:
+    """Labels that the first control happens to know: a model that knows them too has learnt nothing by that."""
+    model = random_model(5)
+    lucky = random_weights(model, FIRST_CONTROL)
+    with torch.no_grad():
+        labels = lucky(digits.model_input(digits.images)).argmax(dim=1)
+    pictures, all_of_them = LabelledImages(digits.description, digits.images, labels), np.arange(120)
+    answers = []
+    for controls in (0, 1):
+        study = Study(lucky, pictures, tmp_path, "weights", effort=Effort(120, controls))
+        answers.append(has_learnt(study, all_of_them, labels.numpy(), all_of_them[::2]))
+    assert answers == [True, False]
 
 
 def test_without_a_class_token_the_map_is_not_called_its_attention() -> None:

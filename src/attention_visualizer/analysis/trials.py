@@ -91,7 +91,7 @@ class MethodTrust:
     mass: Interval
     likeness: Interval | None = None
     unlearnt: Interval | None = None
-    answers: bool = True  # whether the model answers better than by chance, so that there is something to explain
+    answers: bool = True  # whether the model has learnt something, so that there is something to explain
 
     @property
     def worst(self) -> Gain:
@@ -122,7 +122,7 @@ class MethodTrust:
         """One plain sentence."""
         refused = f"Do not trust {self.name} here:"
         if not self.answers:
-            return f"{refused} the model answers no better than by chance, so nothing was learnt."
+            return f"{refused} the model answers no better than by chance or random weights do, so nothing was learnt."
         failing = sum(not gain.enough for gain in self.gains)
         if failing:
             return (
@@ -170,7 +170,7 @@ def try_methods(study: Study, numbers: Array, seed: int = 0) -> Trial:
     controls = without_training(study, numbers[few], classes[few], original, seed)
 
     shown = {**maps, INKED: inked.astype(float), AMOUNT: amount, RANDOM: np.ones_like(amount)}
-    answers = beats_chance(study, numbers, classes)
+    answers = has_learnt(study, numbers, classes, few)
     found = {
         name: judged(
             name,
@@ -255,13 +255,19 @@ def own_model(study: Study) -> VisionTransformer:
     return study.model
 
 
-def beats_chance(study: Study, numbers: Array, predicted: Array) -> bool:
-    """Whether the share of right answers is well above that of guessing, with its whole interval."""
-    labels, classes = study.pictures.labels, study.pictures.num_classes
-    if labels is None or not classes:
+def has_learnt(study: Study, numbers: Array, predicted: Array, few: Array) -> bool:
+    """Whether the share of right answers is, with its whole interval, well above that of guessing and above those of
+    random weights, which tell two classes apart by luck more often than one would think."""
+    labels, num_classes = study.pictures.labels, study.pictures.num_classes
+    if labels is None or not num_classes:
         return False
-    right = labels[torch.from_numpy(numbers)].cpu().numpy() == predicted
-    return bool(share_interval(int(right.sum()), len(right)).low > inference.well_above(1 / classes))
+    known = labels[torch.from_numpy(numbers)].cpu().numpy()
+    inputs = study.model_input(study.pictures.read(numbers[few].tolist()))
+    with torch.no_grad():
+        guesses = [model(inputs).argmax(dim=1).cpu().numpy() for model in study.control_models]
+    by_luck = max((float((guess == known[few]).mean()) for guess in guesses), default=0.0)
+    right = share_interval(int((predicted == known).sum()), len(known))
+    return bool(right.low > max(by_luck, inference.well_above(1 / num_classes)))
 
 
 @dataclass(frozen=True)

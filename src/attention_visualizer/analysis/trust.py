@@ -279,6 +279,6 @@ mean probability each time, the interval above 0. It has to gain by what was lea
 weights is put to the same test, and the map needs {beyond:g} times the most that any of {controls} of those gains on
 {randomised} of the images. And it has to depend on the weights: with all of them random, its rank correlation with the
 trained map may be {likeness} at most, for each of the random weights. A map of random weights may well find what moves
-a random answer, so nothing is trusted where the model answers no better than by chance.
+a random answer, so nothing is trusted where the model answers no better than by chance, or than random weights do.
 
 {reasons}"""
