@@ -275,10 +275,11 @@ answer rests on makes the probability of the predicted class fall early and rise
 ink: black patches are background, and removing them removes nothing. So every map has to beat three rankings that know
 nothing or only the ink, all patches in random order, inked patches in random order and patches by the amount of ink, in
 deletion and in insertion, with patches painted as background and with their tokens left out: by at least {least} in
-mean probability each time, the interval above 0. It has to gain by what was learnt: the same method's map of random
-weights is put to the same test, and the map needs {beyond:g} times the most that any of {controls} of those gains on
-{randomised} of the images. And it has to depend on the weights: with all of them random, its rank correlation with the
-trained map may be {likeness} at most, for each of the random weights. A map of random weights may well find what moves
-a random answer, so nothing is trusted where the model answers no better than by chance, or than random weights do.
+mean probability each time, the interval above 0. It has to gain by what was learnt: the same method's maps of
+{controls} models with random weights are put to the same test, on this model's answers to {randomised} of the images,
+and it needs {beyond:g} times the most that any of them gains. And it has to depend on the weights: with all of them
+random, its rank correlation with the trained map may be {likeness} at most, for each of the random weights. A map of
+random weights may well find what moves a random answer, so nothing is trusted where the model answers no better than by
+chance, or than random weights do.
 
 {reasons}"""
