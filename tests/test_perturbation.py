@@ -125,3 +125,52 @@ def test_a_model_that_needs_one_patch_falls_when_it_goes(pictures: Tensor) -> No
     assert (right.deletion[:, 1:] == 0.5).all() and (right.insertion[:, 1:] > 0.9).all()
     assert (wrong.deletion[:, :16] > 0.9).all() and (wrong.insertion[:, :16] == 0.5).all()
     assert (right.deletion_area < wrong.deletion_area - 0.3).all()
+
+
+def test_deletion_is_quantus_pixel_flipping(pictures: Tensor) -> None:
+    import quantus
+
+    model, classes = model_of(), np.array([0, 3, 9, 1, 1])
+    maps = np.random.default_rng(6).random((5, 16))
+    found = Perturbation(model, pictures, classes, to_input).curves(ranking_of(maps), "fill")
+    flipping = quantus.PixelFlipping(
+        features_in_step=9, perturb_baseline=0.0, normalise=False, abs=False, disable_warnings=True
+    )
+    pixels = maps.reshape(5, 1, 4, 4).repeat(3, axis=2).repeat(3, axis=3)
+    images = to_input(pictures).numpy()
+    expected = np.array(flipping(model, images, classes, pixels, device="cpu", softmax=True, channel_first=True))
+    assert expected.std(axis=1).min() > 1e-3
+    np.testing.assert_allclose(found.deletion[:, 1:], expected, atol=1e-6)
+
+
+def test_a_patch_less_is_captums_ablation(pictures: Tensor) -> None:
+    from captum.attr import FeatureAblation
+
+    model, classes = model_of(), np.array([0, 3, 9, 1, 1])
+    number = torch.arange(16).view(4, 4).repeat_interleave(3, dim=0).repeat_interleave(3, dim=1)
+    with torch.no_grad():
+        ablated = FeatureAblation(lambda images: model(images).softmax(dim=-1)).attribute(
+            to_input(pictures), baselines=0.0, target=torch.from_numpy(classes), feature_mask=number
+        )
+    perturbation = Perturbation(model, pictures, classes, to_input)
+    whole = perturbation.answers(np.ones((5, 16), bool), "fill")
+    found = [whole - perturbation.answers(np.tile(np.arange(16) != patch, (5, 1)), "fill") for patch in range(16)]
+    assert np.abs(found).max() > 1e-3
+    np.testing.assert_allclose(np.stack(found, axis=1), ablated[:, 0, ::3, ::3].flatten(1).numpy(), atol=1e-6)
+
+
+def test_background_goes_through_the_model_once_and_counts_all_the_same(pictures: Tensor) -> None:
+    """Removing what is background already: each picture is asked for as often as it differs."""
+    pictures[:, :, 3:9] = 0  # patches 4 to 11
+    model, classes = model_of(), np.zeros(5, np.int64)
+    perturbation = Perturbation(model, pictures, classes, to_input)
+    ranking = ranking_of(np.random.default_rng(0).random((5, 16)))
+    sizes: list[int] = []
+    model.patch_embed.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    found = perturbation.curves(ranking, "fill")
+    # The last drawn patch brings a known end: 7 or 8 of the 8 each way, or those before and after it.
+    assert 5 * 14 <= sum(sizes) <= 5 * 16 < 5 * 30
+    places = np.argsort(ranking, axis=1)
+    for step in range(17):
+        np.testing.assert_allclose(found.deletion[:, step], perturbation.answers(places >= step, "fill"), atol=1e-6)
+        np.testing.assert_allclose(found.insertion[:, step], perturbation.answers(places < step, "fill"), atol=1e-6)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -15,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attention_visualizer import ink
 from attention_visualizer.model import VisionTransformer
 
 Array = NDArray[Any]
 Operator = Literal["fill", "drop"]
 OPERATORS: tuple[Operator, ...] = ("fill", "drop")
 MOST_STEPS = 16
-BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Curves:
     shares: Array
     deletion: Array
     insertion: Array
+
+    @classmethod
+    def joined(cls, parts: list[Curves]) -> Curves:
+        """Of blocks of pictures, in their order."""
+        both = (np.concatenate([getattr(part, name) for part in parts]) for name in ("deletion", "insertion"))
+        return cls(parts[0].shares, *both)
 
     @property
     def deletion_area(self) -> Array:
@@ -57,7 +64,8 @@ def step_sizes(num_patches: int) -> Array:
 
 
 class Perturbation:
-    """Answers to pictures of which some patches are hidden.
+    """Answers to pictures of which some patches are hidden; all pictures go through the model at once, with their
+    tokens kept: many are to be taken block by block.
 
     pictures: uint8 [image, channel, height, width], on a background of 0; classes: [image], whose probability is asked
     for. "fill" paints hidden patches with the background, "drop" leaves their tokens out of the model's sequence.
@@ -69,10 +77,11 @@ class Perturbation:
         self.model, self.to_input = model, to_input
         self.pictures, self.classes = pictures, torch.from_numpy(classes)
         self.grid = model.grid_size
+        self.background = (ink.ink_amount(pictures, self.grid) == 0).numpy()
         with torch.no_grad():
-            self.tokens = torch.cat([model.embed(to_input(part)) for part in pictures.split(BATCH)])
+            self.tokens = model.embed(to_input(pictures))
         # Of the whole and the empty picture, which all curves share.
-        nothing, everything = (np.full((len(pictures), self.grid[0] * self.grid[1]), each) for each in (False, True))
+        nothing, everything = (np.full(self.background.shape, each) for each in (False, True))
         self.ends = {each: (self.answers(nothing, each), self.answers(everything, each)) for each in OPERATORS}
 
     def curves(self, ranking: Array, operator: Operator) -> Curves:
@@ -80,36 +89,46 @@ class Perturbation:
         num_patches = ranking.shape[1]
         counts = step_sizes(num_patches)
         empty, whole = self.ends[operator]
-        deletion = [self.answers(places >= count, operator) for count in counts[1:-1]]
-        insertion = [self.answers(places < count, operator) for count in counts[1:-1]]
         return Curves(
             counts / num_patches,
-            np.stack([whole, *deletion, empty], axis=1),
-            np.stack([empty, *insertion, whole], axis=1),
+            self._along([places >= count for count in counts], operator, whole, empty),
+            self._along([places < count for count in counts], operator, empty, whole),
         )
 
-    def answers(self, kept: Array, operator: Operator) -> Array:
-        """Probability of the class with only the kept patches, the same number of them in each picture: bool [image,
-        patch] -> [image]."""
-        run = self._filled if operator == "fill" else self._dropped
-        mask = torch.from_numpy(kept)
-        found = []
-        with torch.no_grad():
-            for start in range(0, len(mask), BATCH):
-                rows = slice(start, start + BATCH)
-                probability = run(mask[rows], rows).softmax(dim=-1)
-                found.append(probability.gather(1, self.classes[rows, None].to(probability.device))[:, 0])
-        return torch.cat(found).double().cpu().numpy()
+    def _along(self, kept: list[Array], operator: Operator, first: Array, last: Array) -> Array:
+        """Answers at each step [image, step], those at the ends being known."""
+        found = [first]
+        for before, now in pairwise(kept[:-1]):
+            changed = before != now
+            if operator == "fill":
+                changed &= ~self.background  # painted as background, these stay what they are
+            rows = np.flatnonzero(changed.any(axis=1))
+            answer = found[-1].copy()
+            answer[rows] = self.answers(now[rows], operator, rows)
+            found.append(answer)
+        return np.stack([*found, last], axis=1)
 
-    def _filled(self, kept: Tensor, rows: slice) -> Tensor:
+    def answers(self, kept: Array, operator: Operator, rows: Array | None = None) -> Array:
+        """Probability of the class with only the kept patches, the same number of them in each picture, of the
+        pictures `rows` (None: all): bool [image, patch] -> [image]."""
+        which = torch.arange(len(self.pictures)) if rows is None else torch.from_numpy(rows)
+        if not len(which):
+            return np.zeros(0)
+        run = self._filled if operator == "fill" else self._dropped
+        with torch.no_grad():
+            probability = run(torch.from_numpy(kept), which).softmax(dim=-1)
+        found = probability.gather(1, self.classes[which, None].to(probability.device))[:, 0]
+        return np.asarray(found.double().cpu().numpy())
+
+    def _filled(self, kept: Tensor, rows: Tensor) -> Tensor:
         height, width = (side // count for side, count in zip(self.pictures.shape[2:], self.grid, strict=True))
         shown = kept.view(-1, 1, *self.grid).repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
         logits: Tensor = self.model(self.to_input(self.pictures[rows] * shown))
         return logits
 
-    def _dropped(self, kept: Tensor, rows: slice) -> Tensor:
+    def _dropped(self, kept: Tensor, rows: Tensor) -> Tensor:
         prefix = self.model.num_prefix_tokens
-        tokens = self.tokens[rows]
+        tokens = self.tokens[rows.to(self.tokens.device)]
         patches = tokens[:, prefix:][kept.to(tokens.device)].view(len(tokens), -1, tokens.shape[2])
         if not prefix and not patches.shape[1]:  # the mean of no token: the model's answer to nothing at all
             patches = torch.zeros_like(tokens[:, :1])
