@@ -38,6 +38,7 @@ from attention_visualizer import (
     loggers,
     resuming,
     storage,
+    sweeps,
     training,
 )
 from attention_visualizer.capture import CaptureError
@@ -238,4 +239,4 @@ def build_trainer(
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, on_mistake=sweeps.SweepTable.discard_unbegun)

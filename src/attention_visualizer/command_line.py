@@ -1,31 +1,22 @@
-"""What the entry points share: one-line errors, a sweep's table. It, configuration.py and resuming.py know Hydra."""
+"""What the entry points share: a mistake ends in one line."""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.table import Table
 
-from attention_visualizer import storage
 from attention_visualizer.errors import UserError
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Runs a Hydra entry point; a user's mistake ends as one line on stderr and exit code 2.
+def run(main: Callable[[], Any], on_mistake: Callable[[], None] | None = None) -> None:
+    """Runs a Hydra entry point; a user's mistake ends as one line on stderr and exit code 2, after `on_mistake`.
 
     With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
     """
@@ -41,7 +32,8 @@ def run(main: Callable[[], Any]) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        SweepTable.discard_unbegun()
+        if on_mistake is not None:
+            on_mistake()
         fail(error)
 
 
@@ -70,76 +62,3 @@ def one_line(error: BaseException) -> str:
         cause = cause.__cause__
     text = "; ".join(lines).replace("Builds_", "")
     return re.sub(r"[.:;]+;", ":", text) + " (see --help for the groups and fields)"
-
-
-def job_folder(number: int, overrides: str) -> str:
-    """Folder name of a sweep's job: its number and what was overridden, in characters that need no quoting."""
-    return re.sub(r"[^\w.\-]+", "-", f"{number}_{overrides}")[:240].rstrip("._-")
-
-
-OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
-
-
-class SweepTable(Callback):
-    """Ends a sweep with a table of its runs, printed and written as sweep.csv."""
-
-    folder: ClassVar[Path | None] = None  # of the sweep that is under way
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        SweepTable.folder = Path(config.hydra.sweep.dir)
-
-    @classmethod
-    def discard_unbegun(cls) -> None:
-        """Removes the folder of a sweep that could not be composed: Hydra makes it first."""
-        if cls.folder is not None and cls.folder.is_dir():
-            if {path.name for path in cls.folder.iterdir()} <= {"multirun.yaml"}:
-                shutil.rmtree(cls.folder)
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        rows = sweep_rows(folder)
-        if not rows:
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        storage.write_text(folder / "sweep.csv", text.getvalue())
-        table = Table(title=f"Sweep {folder}")
-        columns = [column for column in rows[0] if column != "error"]
-        for column in columns:
-            justify: Any = "left" if column in ("run", "status") else "right"
-            table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
-        for row in rows:
-            table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
-        Console().print(table)
-        for row in rows:
-            if row["error"]:
-                print(f"{row['run']}: {row['error']}")
-        print(f"Table:    {folder / 'sweep.csv'}\nAnalyse:  python analyze.py run={folder}")
-        if any(row["status"] != "completed" for row in rows):
-            raise SystemExit(1)
-
-
-def sweep_rows(folder: Path) -> list[dict[str, Any]]:
-    """One row for each job of a sweep, in the order of their numbers."""
-    rows = []
-    paths = [path for path in folder.iterdir() if path.is_dir()]
-    for path in sorted(paths, key=lambda path: int(path.name.split("_")[0]) if path.name[0].isdigit() else -1):
-        manifest = storage.RunFolder(path).read_manifest()
-        metrics = manifest.get("metrics", {})
-        rows.append(
-            {
-                "run": path.name,
-                "status": manifest.get("status", "not started"),
-                "validation_accuracy": _rounded(metrics.get("validation_accuracy"), 4),
-                "parameters": manifest.get("parameters"),
-                "seconds": _rounded(metrics.get("seconds"), 1),
-                "error": manifest.get("error"),
-            }
-        )
-    return rows
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)

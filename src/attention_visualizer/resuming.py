@@ -60,8 +60,11 @@ def of_resumed_run(config: DictConfig, conf: Path) -> DictConfig:
     return own
 
 
-def read_config(path: Path) -> DictConfig:
-    """A run's config.yaml: plain values, nothing that is looked up or made when it is read. Raises UserError."""
+def read_config(path: Path, plain: bool = True) -> DictConfig:
+    """A run's config.yaml: plain values, nothing that is looked up or made when it is read. Raises UserError.
+
+    plain: False for Hydra's own records, which hold references; nothing in them may then be resolved.
+    """
     try:
         if path.stat().st_size > LARGEST_CONFIG:
             raise UserError(f"{path} is larger than any configuration: it is from somewhere else")
@@ -75,7 +78,7 @@ def read_config(path: Path) -> DictConfig:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} holds no configuration")
-    for name, value in leaves(OmegaConf.to_container(config, resolve=False)):
+    for name, value in leaves(OmegaConf.to_container(config, resolve=False)) if plain else ():
         key = name.rpartition(".")[2]
         if (key.startswith("_") and key != "_target_") or (isinstance(value, str) and "${" in value):
             raise UserError(f"{path} holds {name}={value!r:.60}, which is no plain value: it was changed by hand")
