@@ -159,10 +159,11 @@ def test_killed_at_random_moments_and_gone_on_with_it_is_the_same_run(uninterrup
     """KILLS=100 in the environment kills that often."""
     chance = random.Random(0)
     killed, wanted = 0, int(os.environ.get("KILLS", "8"))
+    seconds = json.loads((uninterrupted / "run.json").read_text())["metrics"]["seconds"]
     while killed < wanted:
         training = Training(*LONG, "resume=auto", folder=tmp_path)
         training.wait_until(lambda training=training: "Run folder:" in training.output())  # type: ignore[misc]
-        time.sleep(chance.uniform(0, 2))
+        time.sleep(chance.uniform(0, 1.2 * seconds / wanted))
         if training.process.poll() is None:
             training.process.kill()
             killed += 1
