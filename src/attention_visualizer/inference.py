@@ -51,8 +51,16 @@ class Interval:
         return Interval(factor * self.value, np.minimum(*ends), np.maximum(*ends), self.n)
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"value": self.value.tolist(), "low": self.low.tolist(), "high": self.high.tolist(), "n": self.n}
+        """For JSON, which knows no NaN."""
+        ends = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: without_nan(np.asarray(each).tolist()) for name, each in ends.items()} | {"n": self.n}
+
+
+def without_nan(value: Any) -> Any:
+    """Numbers and lists of them, None in the place of NaN."""
+    if isinstance(value, list):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class BootstrapMeans:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from attention_visualizer import ink, strokes
 from attention_visualizer.analysis.survey import MEASURE_NAMES, Survey, nan_mean
+from attention_visualizer.head_roles import OFTEN_EMPTY, border_excess
 from attention_visualizer.inference import BLOCK, PERMUTATIONS, REPLICATES
 from attention_visualizer.matching import above_median, excess, permuted_excess, strata_of
 
@@ -66,7 +67,9 @@ class Evidence:
     axis for resampled images, empty where it was not resampled.
 
     relative: [image, layer, patch], mean over heads of the attention relative to an even share. depth: numbers of the
-    layers that depth trends may use. p_classes: of the label permutations, None without labels.
+    layers that depth trends may use. p_classes: of the label permutations, None without labels. emptiness: share of
+    the interior's patches without ink, NaN where all patches lie at the border. counts: n of quantities that are not
+    of all n images.
     """
 
     values: dict[str, Array]
@@ -76,6 +79,8 @@ class Evidence:
     depth: tuple[int, ...]
     n: int
     p_classes: float | None = None
+    emptiness: float = float("nan")
+    counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -94,38 +99,55 @@ class Evidence:
         return float(((np.abs(null) >= abs(observed) * (1 - 1e-9)).sum() + 1) / (len(null) + 1))
 
 
+@dataclass(frozen=True)
+class Distances:
+    """Mean attention distance of each layer relative to that of uniform attention, over n images: value [layer],
+    replicates [replicate, layer]."""
+
+    value: Array
+    replicates: Array
+    n: int
+
+
 def gather(
     shares: Array,
     content: Content,
     labels: Array | None,
     depth: Sequence[int],
-    distances: tuple[Array, Array] | None = None,
+    distances: Distances | None = None,
     resampled: bool = True,
 ) -> Evidence:
-    """shares: [image, layer, head, patch], sums of 1 over patches; labels: [image]; distances: of the patch queries
-    relative to uniform attention, [layer] and [replicate, layer]; resampled: with replicates and permutations."""
+    """shares: [image, layer, head, patch], sums of 1 over patches; labels: [image]; distances: of the patch queries;
+    resampled: with replicates and permutations."""
     n, patches = len(shares), shares.shape[-1]
     relative = shares * np.float32(patches)
     parts = {name: excess(relative, content.features[name], content.strata[name]) for name in content.features}
     means: dict[str, Array] = {"spread": spread(shares), "coverage": coverage(over_heads(shares), content)}
-    border = border_of(content.grid)
-    if not border.all():
-        means["border"] = relative[..., border].mean(axis=-1) - relative[..., ~border].mean(axis=-1)
+    counts: dict[str, int] = {}
+    emptiness = float(ink.interior_emptiness(content.inked, content.grid).mean())
+    if emptiness >= OFTEN_EMPTY:
+        # Among empty patches, so that it is not ink again; of images that have some at the border and some inside.
+        border = border_excess(shares, content.inked, ink.border_patches(content.grid))
+        means["border"] = border[~np.isnan(border).all(axis=(1, 2))]
+        counts["border"] = len(means["border"])
     values = {name: part.value for name, part in parts.items()}
     values |= {name: each.mean(axis=0, dtype=np.float64) for name, each in means.items()}
     replicates = {}
     if resampled:
         influences = {name: part.influences for name, part in parts.items()}
-        influences |= {name: (each - values[name]) / n for name, each in means.items()}
+        influences |= {name: (each - values[name]) / len(each) for name, each in means.items() if name != "border"}
         replicates = resample(values, influences)
+        if "border" in means:
+            replicates |= resample(values, {"border": (means["border"] - values["border"]) / counts["border"]})
     layers = over_heads(relative)
-    if distances is not None and not np.isnan(distances[0]).all():
-        values["distance"], replicates["distance"] = distances
+    if distances is not None and not np.isnan(distances.value).all():
+        values["distance"], replicates["distance"] = distances.value, distances.replicates
+        counts["distance"] = distances.n
     p_classes = None
     if labels is not None and len(np.unique(labels)) > 1:
         share, repeated, p_classes = between_classes(layers, content.amount, labels, resampled)
         values["classes"], replicates["classes"] = np.array(share), repeated
-    return Evidence(values, replicates, layers, content, tuple(depth), n, p_classes)
+    return Evidence(values, replicates, layers, content, tuple(depth), n, p_classes, emptiness, counts)
 
 
 def evidence_of(survey: Survey, pictures: torch.Tensor, resampled: bool = True) -> Evidence:
@@ -142,13 +164,13 @@ def evidence_of(survey: Survey, pictures: torch.Tensor, resampled: bool = True) 
     return gather(survey.shares[drawn], content, known, depth, relative_distances(survey), resampled)
 
 
-def relative_distances(survey: Survey) -> tuple[Array, Array]:
-    """Mean attention distance of each layer relative to that of uniform attention: [layer], [replicate, layer]."""
+def relative_distances(survey: Survey) -> Distances:
+    """Of all images of the survey, also those whose maps it did not keep."""
     column, means = MEASURE_NAMES.index("distance"), survey.means
     uniform = np.array([uniform_distance(geometry.patch_centers()) for geometry in survey.geometries])
     assert means.sums is not None
     replicates = means.sums[0][:, column, :, -1] / np.maximum(means.counts[0][:, None], 1)
-    return means.of_group().value[column, :, -1] / uniform, replicates / uniform
+    return Distances(means.of_group().value[column, :, -1] / uniform, replicates / uniform, survey.num_pictures)
 
 
 def uniform_distance(centers: torch.Tensor) -> float:
@@ -177,13 +199,6 @@ def coverage(shares: Array, content: Content) -> Array:
 def effective(shares: Array) -> Array:
     logs = np.log(np.where(shares > 0, shares, 1.0))
     return np.exp(-(shares * logs).sum(axis=-1))
-
-
-def border_of(grid: tuple[int, int]) -> Array:
-    """Which patches lie at the picture's border: bool [patch]."""
-    border = np.ones(grid, dtype=bool)
-    border[1:-1, 1:-1] = False
-    return border.ravel()
 
 
 def resample(values: dict[str, Array], influences: dict[str, Array]) -> dict[str, Array]:

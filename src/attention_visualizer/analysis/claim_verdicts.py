@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from attention_visualizer.analysis.claim_evidence import KEY_POINTS, POINTS, Evidence
 from attention_visualizer.analysis.survey import nan_mean
+from attention_visualizer.head_roles import OFTEN_EMPTY
 from attention_visualizer.inference import LEVEL, PERMUTATIONS, false_discovery_control, percentiles
 
 Array = NDArray[Any]
@@ -30,6 +31,10 @@ LOCALITY_UNKNOWN = (
     "Nothing is said of locality: it needs the attention distance of shallow and of deep patch queries, and the last "
     "layer's are not read where a class token is."
 )
+TOO_FEW_HEADS = (
+    "it holds, but with so few layers and heads a head drawn at random in each layer does as well in more than "
+    f"{LEVEL:.0%} of the draws: a model with more of them could tell"
+)
 CONTROL_MARGIN = 1.5  # times the largest value that random weights reach
 
 
@@ -39,7 +44,8 @@ class Requirement:
     may have a first axis for resampled images; minimum: the smallest value that counts.
 
     of_control: the values that a control model reaches, for a claim about one head those of each of its heads; None
-    where a control is no comparison. p_value: None for that of the resampled images.
+    where a control is no comparison. p_value: None for that of the resampled images. smallest_p: that the test can
+    give. counted: the evidence's quantity whose images are counted.
     """
 
     quantity: str
@@ -49,6 +55,8 @@ class Requirement:
     p_value: Callable[[Evidence], float] | None = None
     null: str = "images resampled"
     unit: str = "of an even share"
+    smallest_p: Callable[[Evidence], float] | None = None
+    counted: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ class Claim:
 @dataclass(frozen=True)
 class Result:
     """A requirement's value with its 95 % interval; controls: the values of random weights, () for none; standardised:
-    the value in standard deviations over images; threshold: what the value must reach."""
+    the value in standard deviations over its n images; threshold: what the value must reach; testable: whether the
+    test could give a p-value below LEVEL at all."""
 
     requirement: Requirement
     value: float
@@ -73,6 +82,8 @@ class Result:
     standardised: float
     p_value: float
     threshold: float
+    n: int
+    testable: bool = True
 
     @property
     def failure(self) -> str:
@@ -133,6 +144,8 @@ def verdict_of(claim: Claim, results: Sequence[Result], adjusted: float) -> tupl
         return "not supported", f"{weakest.requirement.quantity}: {weakest.failure}"
     if not adjusted < LEVEL:
         likeliest = max(results, key=lambda result: result.p_value)
+        if not likeliest.testable:
+            return "cannot be decided by attention alone", f"{likeliest.requirement.quantity}: {TOO_FEW_HEADS}"
         return "not supported", f"{likeliest.requirement.quantity}: p is {adjusted:.3f} after adjustment"
     if claim.undecided_by:
         return "cannot be decided by attention alone", claim.undecided_by
@@ -150,9 +163,12 @@ def measure(requirement: Requirement, subject: Evidence, controls: Sequence[Evid
         reached = tuple(float(each) for values in found for each in values if not np.isnan(each))
         threshold = max(threshold, CONTROL_MARGIN * max(map(abs, reached), default=np.inf))
     own = resampled_p_value(replicates) if requirement.p_value is None else requirement.p_value(subject)
-    deviation = float(replicates.std()) * np.sqrt(subject.n)
+    n = subject.counts.get(requirement.counted, subject.n)
+    deviation = float(replicates.std()) * np.sqrt(n)
     standardised = value / deviation if deviation > 0 else float("nan")
-    return Result(requirement, value, low, high, reached, standardised, 1.0 if np.isnan(own) else own, threshold)
+    testable = requirement.smallest_p is None or requirement.smallest_p(subject) < LEVEL
+    p_value = 1.0 if np.isnan(own) else own
+    return Result(requirement, value, low, high, reached, standardised, p_value, threshold, n, testable)
 
 
 def resampled_p_value(replicates: Array) -> float:
@@ -171,15 +187,18 @@ def thirds(num_layers: int) -> tuple[range, range, range]:
 
 
 def most_layers(values: Array) -> Array:
-    """The value that a majority of layers reach: [..., layer] -> [...]."""
-    needed = values.shape[-1] // 2 + 1
-    return np.sort(values, axis=-1)[..., values.shape[-1] - needed]
+    """The value that a majority of layers reach: [..., layer] -> [...]; layers without a value (NaN) have no say."""
+    there = np.sum(~np.isnan(values), axis=-1, keepdims=True)
+    # Sorted, NaN comes last; where all is NaN, the first is.
+    return np.take_along_axis(np.sort(values, axis=-1), np.maximum(there - (there // 2 + 1), 0), axis=-1)[..., 0]
 
 
 def beyond_others(values: Array) -> Array:
-    """Each head's value less the mean of the layer's other heads': [..., layer, head] -> the same."""
-    others = (np.nansum(values, axis=-1, keepdims=True) - values) / (values.shape[-1] - 1)
-    return values - others
+    """Each head's value less the mean of the layer's other heads': [..., layer, head] -> the same. NaN for heads that
+    the layer does not have, and for one that is alone in it."""
+    others = np.sum(~np.isnan(values), axis=-1, keepdims=True) - 1
+    sums = np.nansum(values, axis=-1, keepdims=True) - values
+    return values - np.divide(sums, others, out=np.full_like(sums, np.nan), where=others > 0)
 
 
 def in_layers(feature: str, weights: Array, quantity: str) -> Requirement:
@@ -203,17 +222,17 @@ def of_head(
     least: float | None = None,
     unit: str = Requirement.unit,
 ) -> tuple[Requirement, Requirement]:
-    """That a head's values are large in most layers, and larger than the other heads'. least: an absolute bound on the
-    first, which a control may well reach."""
+    """That a head's values are large in most layers, and on average larger than the layer's other heads'. least: an
+    absolute bound on the first, which a control may well reach."""
 
     def every(values: dict[str, Array]) -> Array:
         return most_layers(np.swapaxes(sign * values[name], -1, -2))  # [..., head]
 
     def every_beyond(values: dict[str, Array]) -> Array:
-        return most_layers(np.swapaxes(beyond_others(sign * values[name]), -1, -2))
+        return nan_mean(np.swapaxes(beyond_others(sign * values[name]), -1, -2))  # [..., head]
 
-    def p_value(evidence: Evidence) -> float:
-        return head_number_p_value(beyond_others(sign * evidence.values[name]), head)
+    def beyond(evidence: Evidence) -> Array:
+        return beyond_others(sign * evidence.values[name])
 
     return (
         Requirement(
@@ -222,26 +241,38 @@ def of_head(
             lambda values: every(values)[..., head],
             every if least is None else None,
             unit=unit,
+            counted=name,
         ),
         Requirement(
-            f"{quantity} in most layers, beyond the other heads",
+            f"{quantity} beyond the other heads, mean over layers",
             minimum,
             lambda values: every_beyond(values)[..., head],
             every_beyond,
-            p_value,
+            lambda evidence: head_number_p_value(beyond(evidence), head),
             "heads drawn at random in each layer",
             unit,
+            lambda evidence: smallest_head_number_p(beyond(evidence), head),
+            name,
         ),
     )
 
 
 def head_number_p_value(beyond: Array, head: int, permutations: int = PERMUTATIONS) -> float:
     """How often heads drawn at random in each layer are on average as far beyond the others as those of one number:
-    [layer, head] -> p. In a model's initial weights all numbers are alike."""
-    layers, heads = beyond.shape
-    drawn = np.random.default_rng(0).integers(heads, size=(permutations, layers))
-    null = beyond[np.arange(layers), drawn].mean(axis=1)
+    [layer, head] -> p, over the layers that have this head. In a model's initial weights all numbers are alike."""
+    beyond = beyond[~np.isnan(beyond[:, head])]
+    if not len(beyond):
+        return float("nan")
+    generator = np.random.default_rng(0)
+    heads = [row[~np.isnan(row)] for row in beyond]
+    null = np.mean([generator.choice(row, permutations) for row in heads], axis=0)
     return float(((null >= beyond[:, head].mean() - 1e-12).sum() + 1) / (permutations + 1))
+
+
+def smallest_head_number_p(beyond: Array, head: int) -> float:
+    """That `head_number_p_value` can give: the one best head is drawn in every layer."""
+    counts = np.sum(~np.isnan(beyond[~np.isnan(beyond[:, head])]), axis=1)
+    return float(np.prod(1 / np.maximum(counts, 1.0)))
 
 
 def mean_over(name: str, values: dict[str, Array], layers: Sequence[int]) -> Array:
@@ -251,6 +282,15 @@ def mean_over(name: str, values: dict[str, Array], layers: Sequence[int]) -> Arr
 
 def distance_gain(values: dict[str, Array], later: Sequence[int], earlier: Sequence[int]) -> Array:
     return mean_over("distance", values, later) - mean_over("distance", values, earlier)
+
+
+def farther(quantity: str, statistic: Callable[[dict[str, Array]], Array]) -> Requirement:
+    return Requirement(quantity, LEAST_DISTANCE, statistic, statistic, unit=FAR, counted="distance")
+
+
+def only(used: Sequence[int], meant: range) -> str:
+    """Which layers a quantity is of, where it is not of all that are meant."""
+    return "" if len(used) == len(meant) else f" (layer {', '.join(str(layer + 1) for layer in used)} only)"
 
 
 def declared_claims(evidence: Evidence) -> tuple[list[Claim], list[str]]:
@@ -285,8 +325,8 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
             Claim(
                 f"Shallow layers ({numbered(shallow)}) attend locally",
                 (
-                    Requirement("attention distance short of uniform", LEAST_DISTANCE, closeness, closeness, unit=FAR),
-                    Requirement("distance gained from shallow to deep", LEAST_DISTANCE, gain, gain, unit=FAR),
+                    farther("attention distance short of uniform", closeness),
+                    farther(f"distance gained from shallow to deep{only(late, deep)}", gain),
                 ),
             )
         )
@@ -306,7 +346,7 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
         claims.append(
             Claim(
                 f"Middle layers ({numbered(middle)}) integrate",
-                (Requirement("distance gained from shallow to middle", LEAST_DISTANCE, gain, gain, unit=FAR),),
+                (farther(f"distance gained from shallow to middle{only(halfway, middle)}", gain),),
                 "attention reaches farther there, but what is combined is not in the weights: "
                 "reading parts of digits out of each layer's tokens would tell",
             )
@@ -333,7 +373,9 @@ def head_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
         Claim("Head 1 attends to the stroke", of_head("ink", 1, 0, "attention on ink")),
         Claim("Head 2 attends to details and junctions", of_head("junctions", 1, 1, "attention on junctions")),
         Claim(
-            "Head 3 attends to background and border",
+            "Head 3 attends to background and border"
+            if "border" in evidence.values
+            else "Head 3 attends to background",
             (
                 *of_head("ink", -1, 2, "attention on empty patches"),
                 *(of_head("border", 1, 2, "attention on the border") if "border" in evidence.values else ()),
@@ -347,7 +389,13 @@ def head_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
         ),
     ]
     if "border" not in evidence.values:
-        missing.append("All patches lie at the border, so head 3 is asked about the background only.")
+        why = (
+            "all patches lie at the border"
+            if np.isnan(evidence.emptiness)
+            else f"{evidence.emptiness:.0%} of the patches inside hold no ink, less than {OFTEN_EMPTY:.0%} "
+            f"(n = {evidence.n:,}), so that border against interior would be ink again"
+        )
+        missing.append(f"Head 3 is asked about the background only: {why}.")
     if evidence.num_heads < len(claims):
         missing.append(f"The model has {evidence.num_heads} heads, so nothing is said of a head of a higher number.")
     return claims[: evidence.num_heads]

@@ -37,7 +37,7 @@ from attention_visualizer.strokes import TURN
 Array = NDArray[Any]
 
 TITLE = "Common claims, put to the test"
-COLUMNS = ["claim", "quantity", "value (95 % interval)", "random weights", "null", "effect"]
+COLUMNS = ["claim", "quantity", "value (95 % interval)", "n", "random weights", "null", "effect"]
 FEWEST = 100  # pictures from which like patches can be found
 
 
@@ -123,17 +123,7 @@ def claim_table(judgements: list[Judgement], n: int) -> Table:
         f"minimum effect, and (d) in standard deviations over images. p: the largest of the claim's requirements, "
         f"adjusted over the {len(judgements)} claims."
     )
-    columns = [
-        "claim",
-        "quantity",
-        "value (95 % interval)",
-        "random weights",
-        "null",
-        "effect",
-        "p adjusted",
-        "verdict",
-    ]
-    return Table(caption, columns, rows)
+    return Table(caption, [*COLUMNS, "p adjusted", "verdict"], rows)
 
 
 def requirement_table(judgements: list[Judgement], n: int) -> Table:
@@ -171,14 +161,14 @@ def layer_table(subject: Evidence) -> Table:
 
 
 def cells(result: Result) -> list[str]:
-    """Quantity, value, controls, null and effect."""
+    """Quantity, value, n, controls, null and effect."""
     requirement = result.requirement
     controls = f"{min(result.controls):.3f} to {max(result.controls):.3f}" if result.controls else "no comparison"
     value = "–" if np.isnan(result.value) else f"{result.value:.3f} ({result.low:.3f} to {result.high:.3f})"
     effect = (
         "–" if np.isnan(result.value) else f"{result.value / requirement.minimum:.2f} (d {result.standardised:.2f})"
     )
-    return [f"{requirement.quantity}, {requirement.unit}", value, controls, requirement.null, effect]
+    return [f"{requirement.quantity}, {requirement.unit}", value, f"{result.n:,}", controls, requirement.null, effect]
 
 
 def decimals(p_value: float) -> str:
@@ -210,10 +200,7 @@ def numbers(judgements: list[Judgement], subject: Evidence, num_controls: int, m
         "images": subject.n,
         "controls": num_controls,
         "left_out": missing,
-        "excess_by_layer": {
-            name: [dict(zip(("value", "low", "high"), map(number, ends), strict=True)) for ends in each_layer(interval)]
-            for name, interval in by_layer(subject).items()
-        },
+        "excess_by_layer": {name: interval.numbers() for name, interval in by_layer(subject).items()},
         "claims": [
             {
                 "claim": judgement.claim.name,
@@ -234,6 +221,7 @@ def numbers(judgements: list[Judgement], subject: Evidence, num_controls: int, m
                         "standardised": number(result.standardised),
                         "controls": list(result.controls),
                         "p": result.p_value,
+                        "n": result.n,
                         "holds": not result.failure,
                     }
                     for result in judgement.results
@@ -242,10 +230,6 @@ def numbers(judgements: list[Judgement], subject: Evidence, num_controls: int, m
             for judgement in judgements
         ],
     }
-
-
-def each_layer(interval: Interval) -> list[tuple[float, float, float]]:
-    return list(zip(interval.value.tolist(), interval.low.tolist(), interval.high.tolist(), strict=True))
 
 
 def number(value: float) -> float | None:
@@ -261,9 +245,9 @@ from the skeleton of the ink. A patch that holds one is compared with patches at
 hold about as much ink ({{levels}} levels at each place) but no such point; edges alike, with more edge than the median.
 Ink itself is compared with empty patches at the same place. The test permutes the feature among like patches.
 
-**Heads.** A head's value is the one that a majority of layers reach, and it must stand out from the mean of the layer's
-other heads; the test draws a head at random in each layer. Heads have no identity across seeds: a verdict on "head 1"
-is one on this model's numbering, and another training run numbers its heads anew.
+**Heads.** A head's value is the one that a majority of layers reach, and on average over layers it must stand out from
+the mean of the layer's other heads; the test draws a head at random in each layer. Heads have no identity across seeds:
+a verdict on "head 1" is one on this model's numbering, and another training run numbers its heads anew.
 
 **Verdicts.** A claim is supported where everything that it requires holds: the 95 % interval excludes no effect, p is
 below 0.05 after false discovery control over all claims, the effect reaches a minimum fixed beforehand

@@ -221,22 +221,13 @@ def role_numbers(roles: Roles, there: Array, divergence: Array, cluster: Array) 
         "p_value_adjusted": roles.p_value[picked].tolist(),
         "place": roles.selectivity.place[picked].numbers(),
         "content": roles.selectivity.content[picked].numbers(),
-        "class_token": plain(roles.class_token[picked]),
-        "distance": plain(roles.distance[picked]),
-        "border": plain(roles.border[picked]) if roles.compares_border else None,
-        "interior_emptiness": plain(roles.emptiness),
+        "class_token": roles.class_token[picked].numbers(),
+        "distance": roles.distance[picked].numbers(),
+        "border": roles.border[picked].numbers() if roles.compares_border else None,
+        "interior_emptiness": roles.emptiness.numbers(),
         "divergence": divergence.tolist(),
         "cluster": cluster.tolist(),
     }
-
-
-def plain(interval: Interval) -> dict[str, Any]:
-    """For JSON, which knows no NaN."""
-    ends = {
-        name: np.where(np.isnan(each), None, each).tolist()  # type: ignore[call-overload]
-        for name, each in (("value", interval.value), ("low", interval.low), ("high", interval.high))
-    }
-    return ends | {"n": interval.n}
 
 
 def finding_of(roles: Roles, named: dict[str, int], there: Array, figure: str, survey: Survey) -> Finding:

@@ -69,19 +69,17 @@ def write(study: Study) -> Chapter:
             "query": "cls" if cls else "patches",
             "layer_names": survey.layer_names,
             "layers": layer_numbers(survey.summaries),
-            "means": {measure.name: without_nan(survey.mean_of(measure.name).numbers()) for measure in ALL_MEASURES},
-            "content_dependence": without_nan(survey.selectivity.content.numbers()),
-            "content_dependence_of_layers": without_nan(survey.selectivity.content_of_layers.numbers()),
-            "trends_with_depth": {name: without_nan(each.numbers()) for name, each in depth_trends(survey).items()},
+            "means": {measure.name: survey.mean_of(measure.name).numbers() for measure in ALL_MEASURES},
+            "content_dependence": survey.selectivity.content.numbers(),
+            "content_dependence_of_layers": survey.selectivity.content_of_layers.numbers(),
+            "trends_with_depth": {name: each.numbers() for name, each in depth_trends(survey).items()},
             "entropy_by_class": [
-                without_nan(survey.means_by_class.of_group(number)[ENTROPY].numbers())
+                survey.means_by_class.of_group(number)[ENTROPY].numbers()
                 for number in range(survey.means_by_class.groups)
             ]
             if groups
             else None,
-            "wrong_minus_right": {
-                name: without_nan(outcome_difference(survey, name).numbers()) for name in OUTCOME_MEASURES
-            }
+            "wrong_minus_right": {name: outcome_difference(survey, name).numbers() for name in OUTCOME_MEASURES}
             if groups
             else None,
         },
@@ -308,17 +306,6 @@ def group_figure(survey: Survey, class_names: list[str], images: str, face_note:
     right.set_xlabel(f"entropy when wrong minus when right (nats)\n{counts}")
     charts.clean(right, "x")
     return charts.finish(drawn, f"By class and by outcome, {images}", face_note)
-
-
-def without_nan(numbers: dict[str, Any]) -> dict[str, Any]:
-    """For JSON, which knows no NaN."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        return None if isinstance(value, float) and np.isnan(value) else value
-
-    return {name: plain(value) for name, value in numbers.items()}
 
 
 def records(survey: Survey) -> list[dict[str, Any]]:
