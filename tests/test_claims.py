@@ -26,12 +26,11 @@ from attention_visualizer.analysis.claim_evidence import (
     spread,
     uniform_distance,
 )
-from attention_visualizer.analysis.claim_verdicts import (
-    Judgement,
+from attention_visualizer.analysis.claim_verdicts import Judgement, judge
+from attention_visualizer.analysis.declared_claims import (
     beyond_others,
     declared_claims,
     head_number_p_value,
-    judge,
     most_layers,
     smallest_head_number_p,
     thirds,

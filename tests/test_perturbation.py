@@ -10,6 +10,7 @@ from torch import Tensor
 from attention_visualizer.model import VisionTransformer
 from attention_visualizer.perturbation import Curves, Perturbation, ranking_of, step_sizes
 
+WITHOUT_QUANTUS = "python -m pip install --no-deps quantus==0.6.0"  # see .ci/run
 SIZES = {"img_size": 12, "patch_size": 3, "embed_dim": 10, "num_heads": 2, "num_layers": 2, "mlp_dim": 14}
 
 
@@ -128,7 +129,7 @@ def test_a_model_that_needs_one_patch_falls_when_it_goes(pictures: Tensor) -> No
 
 
 def test_deletion_is_quantus_pixel_flipping(pictures: Tensor) -> None:
-    import quantus
+    quantus = pytest.importorskip("quantus", reason=WITHOUT_QUANTUS)
 
     model, classes = model_of(), np.array([0, 3, 9, 1, 1])
     maps = np.random.default_rng(6).random((5, 16))

@@ -37,6 +37,7 @@ from attention_visualizer.model import VisionTransformer
 from attention_visualizer.perturbation import OPERATORS, Curves, Operator, ranking_of
 from attention_visualizer.pictures import LabelledImages
 
+WITHOUT_QUANTUS = "python -m pip install --no-deps quantus==0.6.0"  # see .ci/run
 SMALL = {"embed_dim": 22, "num_heads": 2, "num_layers": 2, "mlp_dim": 29}
 SHARES = np.linspace(0, 1, 5)
 METHODS = ["CLS attention", "rollout", "relevance", "gradient x attention"]
@@ -138,7 +139,7 @@ def test_controls_cost_no_more_than_the_rest() -> None:
 
 
 def test_pointing_and_mass_are_quantus() -> None:
-    import quantus
+    quantus = pytest.importorskip("quantus", reason=WITHOUT_QUANTUS)
 
     generator = np.random.default_rng(4)
     maps, inked = generator.random((40, 20)), generator.random((40, 20)) < 0.4
@@ -189,7 +190,7 @@ def test_gradient_x_attention_is_captums() -> None:
 
 def test_randomisation_is_quantus(digits: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parameter randomisation test, given the same random weights, stage by stage."""
-    import quantus
+    quantus = pytest.importorskip("quantus", reason=WITHOUT_QUANTUS)
     from quantus.helpers.model.pytorch_model import PyTorchModel
 
     study, numbers = study_of(random_model(3), digits, tmp_path), np.arange(7)

@@ -13,18 +13,15 @@ from numpy.typing import NDArray
 
 from attention_visualizer import charts
 from attention_visualizer.analysis.claim_evidence import Evidence, evidence_of
-from attention_visualizer.analysis.claim_verdicts import (
-    CONTROL_MARGIN,
+from attention_visualizer.analysis.claim_verdicts import CONTROL_MARGIN, Judgement, Result, judge
+from attention_visualizer.analysis.declared_claims import (
     LEAST_ATTENTION,
     LEAST_CLASSES,
     LEAST_DISTANCE,
     LEAST_SPREAD,
     MOST,
     WHOLE,
-    Judgement,
-    Result,
     declared_claims,
-    judge,
 )
 from attention_visualizer.analysis.study import CONTROL_PICTURES, Study
 from attention_visualizer.analysis.survey import nan_mean
