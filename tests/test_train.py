@@ -544,3 +544,15 @@ def test_a_job_trains_as_a_run_of_its_own_does(sweep: Sweep, tmp_path: Path) -> 
     assert outcome.exit_code == 0, outcome.err
     job = sweep.path / run_names(sweep.path)[2]
     assert_same_training(last(job), last(only_run(tmp_path)))
+
+
+def test_a_resumed_run_may_change_its_recipe(copied: Path, tmp_path: Path) -> None:
+    """The optimiser's saved state does not bring the earlier learning rate back."""
+    changed = ("optimizer.learning_rate=0.5", "optimizer.weight_decay=0.25", "trainer.max_epochs=4")
+    outcome = run_train(f"ckpt_path={last(copied)}", *changed, folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    state = read_checkpoint(last(copied))
+    groups = state["optimizer_states"][0]["param_groups"]
+    assert state["lr_schedulers"][0]["base_lrs"] == [0.5, 0.5]
+    assert [group["initial_lr"] for group in groups] == [0.5, 0.5]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]

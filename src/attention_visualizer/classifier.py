@@ -181,10 +181,23 @@ class Classifier(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Puts this recipe in the place of the one that the optimiser was saved with: a resumed run may change it."""
         block = checkpoint.get("attention_visualizer", {})
         right, images = (block.get(name) for name in ("train_right", "train_images"))
         if isinstance(right, int) and isinstance(images, int):
             self.train_right, self.train_images = torch.tensor(right), images
+        for state in checkpoint.get("optimizer_states", ()):
+            for part in state.get("parts", [state]):  # of Muon with AdamW
+                for group in part["param_groups"]:
+                    began_with = group.get("initial_lr", group["lr"])
+                    if began_with != self.learning_rate:
+                        group["lr"] *= self.learning_rate / began_with
+                        group["initial_lr"] = self.learning_rate
+                    group["weight_decay"] = self.weight_decay if group["weight_decay"] else 0.0
+                    if "betas" in group:
+                        group["betas"] = self.betas
+        for schedule in checkpoint.get("lr_schedulers", ()):
+            schedule["base_lrs"] = [self.learning_rate for _ in schedule["base_lrs"]]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial, wraps
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 
 from attention_visualizer.panels import Picture, encode_png
 from attention_visualizer.statistics import MEASURES, Summary
+
+SILENT: WeakSet[Logger] = WeakSet()  # those that could not write
 
 
 class Loggers:
@@ -58,11 +62,14 @@ class Loggers:
                 self._guarded(logger, "charts", partial(add_layout, logger, layout))
 
     def _guarded(self, logger: Logger, kind: str, write: Callable[[], Any]) -> None:
-        if (id(logger), kind) in self._failed:
+        if logger in SILENT or (id(logger), kind) in self._failed:
             return
         try:
             write()
         except Exception as error:  # of somebody's service: its network, its disk, its version
+            if isinstance(logger, TensorBoardLogger) and isinstance(error, OSError):
+                silence(logger, error)
+                return
             self._failed.add((id(logger), kind))
             reason = (str(error) or type(error).__name__).splitlines()[0]
             rank_zero_warn(f"AttentionLogger: {type(logger).__name__} gets no more {kind}: {reason}")
@@ -70,23 +77,54 @@ class Loggers:
 
 def guard(logger: Logger) -> None:
     """From now on, a logger that cannot write (a full disk) is warned of once and left alone; training goes on."""
-    failed: set[str] = set()
 
     def guarded(write: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(write)
         def attempt(*arguments: Any, **named: Any) -> Any:
-            if failed:
+            if logger in SILENT:
                 return None
             try:
                 return write(*arguments, **named)
-            except OSError as error:
-                failed.add(write.__name__)
-                rank_zero_warn(f"{type(logger).__name__} writes no more: {error.strerror or error}")
+            except Exception as error:  # TensorBoard makes a ValueError of a full disk
+                silence(logger, error)
 
         return attempt
 
     for name in ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint"):
         setattr(logger, name, guarded(getattr(logger, name)))
+
+    if isinstance(logger, TensorBoardLogger):
+        threading.excepthook = without_writers(threading.excepthook)
+
+
+def silence(logger: Logger, error: Exception) -> None:
+    SILENT.add(logger)
+    rank_zero_warn(f"{type(logger).__name__} writes no more, training goes on: {first_cause(error)}")
+
+
+def log_figure(logger: TensorBoardLogger, tag: str, figure: Any, step: int) -> None:
+    """Of a guarded logger: where it cannot write, nothing happens."""
+    if logger not in SILENT:
+        try:
+            logger.experiment.add_figure(tag, figure, step)
+        except OSError as error:
+            silence(logger, error)
+
+
+def first_cause(error: BaseException) -> str:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def without_writers(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """TensorBoard's thread hands its errors on to the next call, and shows them as a traceback, too."""
+
+    def shown(arguments: Any) -> None:
+        if not (isinstance(arguments.exc_value, OSError) and "Writer" in type(arguments.thread).__name__):
+            hook(arguments)
+
+    return shown
 
 
 def flush(loggers: Sequence[Logger]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -225,7 +226,12 @@ def newest_whole_checkpoint(folder: RunFolder) -> LoadedCheckpoint | None:
         if not path.exists():
             continue
         try:
-            return load_checkpoint(path)
+            found = load_checkpoint(path)
         except UserError as error:
             print(f"Not used: {error}")
+            continue
+        if path != folder.last:  # or a run that has nothing left to train would leave the damaged one
+            with storage.atomic_path(folder.last) as temporary:
+                shutil.copyfile(path, temporary)
+        return found
     return None

@@ -24,6 +24,7 @@ from attention_visualizer import charts, storage
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.data import DatasetDescription, ImageDataModule
 from attention_visualizer.errors import UserError
+from attention_visualizer.loggers import log_figure
 from attention_visualizer.storage import RunFolder
 
 STOPPED_BY: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
@@ -117,7 +118,7 @@ def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, f
         drawn.savefig(temporary, dpi=120)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure("test/confusion", drawn, trainer.global_step)
+            log_figure(logger, "test/confusion", drawn, trainer.global_step)
     return {
         "test_accuracy": scores["test/accuracy"],
         "test_loss": scores["test/loss"],

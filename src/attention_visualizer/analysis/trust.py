@@ -77,9 +77,9 @@ def headline(trial: Trial, trusted: list[str]) -> str:
         else f"Of the maps, {', '.join(trusted)} {'is' if len(trusted) == 1 else 'are'}"
     )
     return (
-        f"{who} to be trusted as an explanation of this checkpoint's answers. What the best, {best.name}, gains in the "
-        "class's probability over rankings that know nothing or only the ink, where it is furthest from what trust "
-        f"needs: {best.worst.text} (n = {trial.num_pictures:,})."
+        f"{who} to be trusted as an explanation of this checkpoint's answers. What counts is the class's probability "
+        f"gained over rankings that know nothing or only the ink; the best map, {best.name}, does worst in "
+        f"{best.worst.text} (n = {trial.num_pictures:,})."
     )
 
 
@@ -266,7 +266,7 @@ def draw_gains(axis: Axes, trial: Trial) -> None:
         axis.text(0, at[first] + 0.75, name, transform=axis.get_yaxis_transform(), fontsize=10, fontweight="bold")
     axis.set_ylim(at[-1] - 0.6, at[0] + 1.2)
     axis.tick_params(axis="y", labelsize=9)
-    axis.set_xlabel("probability gained over that ranking (mean over shares)")
+    axis.set_xlabel("probability gained over that ranking (mean over shares); bars: what random weights ask for")
     charts.clean(axis, "x")
 
 
