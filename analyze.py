@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from attention_visualizer import command_line, storage
 from attention_visualizer.errors import UserError
+from attention_visualizer.stopping import StopRequest
 
 # All else is imported when it is needed: it loads torch, for which --help and a misspelt field shall not wait.
 if TYPE_CHECKING:
@@ -63,13 +64,15 @@ def main(config: DictConfig) -> None:
     import_analysis()
     from attention_visualizer.capture import CaptureError
 
-    try:
-        analyze(options)
-    except (UserError, CaptureError) as error:
-        command_line.fail(error)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written, an earlier analysis is as it was", file=sys.stderr)
-        raise SystemExit(130) from None
+    with StopRequest():
+        try:
+            analyze(options)
+        except (UserError, CaptureError) as error:
+            command_line.fail(error)
+        except SystemExit as stop:
+            if stop.code in (130, 143):  # Ctrl-C, SIGTERM
+                print("interrupted: nothing was written, an earlier analysis is as it was", file=sys.stderr)
+            raise
 
 
 def import_analysis() -> None:
@@ -201,4 +204,6 @@ def output_folder(output_dir: str | None, weights: Weights) -> Path:
 
 
 if __name__ == "__main__":
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        command_line.fail(UserError("analyze.py takes one checkpoint at a time: compare several with runs=<glob>"))
     command_line.run(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def files_of_ours(folder: Path, earlier: EarlierAnalysis | None) -> set[str]:
     listed = earlier.figures if earlier is not None else frozenset()
     names = {path.name for path in folder.iterdir() if path.is_file()}
     return {name for name in names if name in listed or OURS.fullmatch(name)}
+
+
+def discard(folder: Path) -> None:
+    """Removes what an analysis left in `folder`, and the folder if nothing else is in it."""
+    if (earlier := EarlierAnalysis.of(folder)) is not None:
+        numbers = {f"{report.STATISTICS}{suffix}" for suffix in NUMBERS}
+        for name in files_of_ours(folder, earlier) | numbers | {report.PAGE, report.REPORT}:
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def identity(weights: str) -> str:
