@@ -99,10 +99,10 @@ def files_of_ours(folder: Path, earlier: EarlierAnalysis | None) -> set[str]:
 
 
 def discard(folder: Path) -> None:
-    """Removes what an analysis left in `folder`, and the folder if nothing else is in it."""
-    if (earlier := EarlierAnalysis.of(folder)) is not None:
+    """Removes the report in `folder` and what belongs to it, and the folder if nothing else is in it."""
+    if (folder / report.REPORT).is_file():
         numbers = {f"{report.STATISTICS}{suffix}" for suffix in NUMBERS}
-        for name in files_of_ours(folder, earlier) | numbers | {report.PAGE, report.REPORT}:
+        for name in files_of_ours(folder, EarlierAnalysis.of(folder)) | numbers | {report.PAGE, report.REPORT}:
             (folder / name).unlink(missing_ok=True)
         with suppress(OSError):
             folder.rmdir()
