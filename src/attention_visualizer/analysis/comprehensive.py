@@ -63,6 +63,8 @@ def write_analysis(
         numbers = [name for suffix in NUMBERS if (new / (name := f"{report.STATISTICS}{suffix}")).exists()]
         files = [*figures, *numbers, report.PAGE, report.REPORT]
         move_in(new, target, files, [] if same else sorted(old - set(files)))
+        if not missing:
+            discard(target.with_name(f"{target.name}_incomplete"))
     return Written(target / report.REPORT, missing)
 
 
