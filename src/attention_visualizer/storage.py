@@ -178,6 +178,8 @@ class RunFolder:
         """Makes the run this process's own until the lock is released or the process ends, however it does. Raises
         UserError if another one trains it, or if nothing can be written."""
         lock = filelock.FileLock(self.path / ".lock")
+        if self.checkpoints.is_dir() and not os.access(self.checkpoints, os.W_OK):
+            raise UserError(f"cannot write to {self.checkpoints}: it is read-only")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
