@@ -128,6 +128,9 @@ def right_ones(draw: st.DrawFn) -> list[str]:
         "seed": draw(st.integers(0, 2**32 - 1)),
         "test": draw(st.sampled_from(("null", "true", "false"))),
     }
+    needed = -(-int(chosen["trainer.limit_train_batches"]) // int(chosen["trainer.accumulate_grad_batches"]))
+    if 0 < chosen["trainer.max_steps"] < needed:  # there would be no validation
+        chosen["trainer.max_steps"] = needed
     if chosen["model.stem"] == "convolutions":
         chosen["model.patch_size"] = draw(st.sampled_from((2, 4)))
     else:

@@ -133,6 +133,8 @@ def test_random_overrides_train_or_are_refused(tmp_path: Path, no_work: None) ->
         ("trainer.num_nodes=2", "one device"),
         ("trainer.gradient_clip_algorithm=0.0", "gradient_clip_algorithm"),
         ("trainer.barebones=true", "barebones"),
+        ("trainer.overfit_batches=0.5", "trainer.overfit_batches=0.5 leaves no batch"),
+        ("trainer.max_steps=1", "ends before the first validation, which is after 2 steps"),
         ("model.num_classes=1000000", "does not fit the data set digits"),
         ("model.embed_dim=999999", "GB of memory"),
         ("model.embed_dim=1000000000000000000000000000000", "model.embed_dim"),

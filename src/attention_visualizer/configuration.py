@@ -205,6 +205,11 @@ def check_schedule(config: DictConfig, batches: int, evaluation_batches: dict[st
     evaluation_batches: of the whole validation and test split.
     """
     trainer = config.trainer
+    overfit = trainer.overfit_batches  # where it is not 0, of training and validation
+    if not 0 <= overfit < math.inf or (
+        overfit and isinstance(overfit, float) and int(overfit * min(batches, evaluation_batches["validation"])) < 1
+    ):
+        raise UserError(f"trainer.overfit_batches={overfit} leaves no batch: give a number of batches, or 0 for all")
     for name, split in (("limit_val_batches", "validation"), ("limit_test_batches", "test")):
         if isinstance(trainer[name], float) and int(trainer[name] * evaluation_batches[split]) < 1:
             raise UserError(f"trainer.{name}={trainer[name]} leaves no {split} batch: give a larger share")
@@ -218,6 +223,16 @@ def check_schedule(config: DictConfig, batches: int, evaluation_batches: dict[st
     interval = trainer.val_check_interval
     if isinstance(interval, int) and every is not None and interval > batches:
         raise UserError(f"trainer.val_check_interval={interval}: an epoch has {batches} batches: give at most that")
+    if trainer.max_steps != -1 and every is not None and not overfit:
+        within = batches if interval is None or not isinstance(interval, int | float) else interval
+        first = max(1, int(batches * within)) if isinstance(within, float) else within
+        steps = (every - 1) * math.ceil(batches / trainer.accumulate_grad_batches)
+        steps += math.ceil(first / trainer.accumulate_grad_batches)
+        if trainer.max_steps < steps:
+            raise UserError(
+                f"trainer.max_steps={trainer.max_steps} ends before the first validation, which is after {steps} "
+                "steps: give at least that, or a smaller trainer.val_check_interval"
+            )
 
 
 def save(config: DictConfig, folder: storage.RunFolder) -> None:
