@@ -56,6 +56,7 @@ OPTIONAL = ("run", "runs", "model_from", "images", "samples", "class", "image", 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
 def main(config: DictConfig) -> None:
     options: Any = OmegaConf.to_container(config, resolve=True)
+    command_line.begin()
     try:
         check_types(options)
         check_sources(options)
@@ -145,6 +146,8 @@ def check_types(options: dict[str, Any]) -> None:
     """Raises UserError for a value of the wrong type."""
     for name in options.keys() - {*TYPES, *MIXED}:  # added with "+"
         raise UserError(f"{name}: there is no such field; see --help for those there are")
+    for name in {*TYPES, *MIXED} - options.keys():  # taken away with "~"
+        raise UserError(f"{name} is needed: give a value instead of taking it away")
     for name, kind in TYPES.items():
         value = options[name]
         optional = name in OPTIONAL

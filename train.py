@@ -27,7 +27,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from lightning import Trainer, seed_everything
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from attention_visualizer import (
@@ -41,12 +40,14 @@ from attention_visualizer import (
     sweeps,
     training,
 )
+from attention_visualizer.callbacks import looking
 from attention_visualizer.capture import CaptureError
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.configuration import arguments
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
-from attention_visualizer.model import VisionTransformer
+from attention_visualizer.model import VisionTransformer, num_parameters
+from attention_visualizer.model_search import find_model
 from attention_visualizer.saving import checkpoint_callbacks
 from attention_visualizer.stopping import StopRequest
 
@@ -61,6 +62,7 @@ configuration.register_schemas()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> float:
+    command_line.begin()
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         return train(config, sweeping)
@@ -96,11 +98,14 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
     allocator.keep_freed_memory()
     seed_everything(config.seed, verbose=False)
     data = ImageDataModule(**arguments(config, "data", ImageDataModule), seed=config.seed)
-    model = VisionTransformer(**arguments(config, "model", VisionTransformer))
+    architecture = arguments(config, "model", VisionTransformer)
+    storage.check_memory(num_parameters(architecture))
+    model = VisionTransformer(**architecture)
     recipe = arguments(config, "optimizer", Classifier)
-    classifier = Classifier(model, model.config["num_classes"], **recipe, seed=config.seed)
     data.load()
     check_model_fits_data(model, data)
+    classifier = Classifier(model, model.config["num_classes"], **recipe, seed=config.seed)
+    check_watched_part(config, classifier, data)
     description = data.description.to_dict()
     classifier.checkpoint_block = checkpoint.block_for(
         model.config,
@@ -130,9 +135,9 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         print(f"Going on with {folder.path}, " + ("from its start" if resumed is None else f"step {resumed.step}"))
     if resumed is not None:
         checkpoint.refuse_other_settings(resumed, model.config, description)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    made = storage.missing_folders(Path(config.runs_dir))
     if unfinished is None:
-        storage.check_space(Path(config.run_folder or config.runs_dir), num_parameters)
+        storage.check_space(Path(config.run_folder or config.runs_dir), num_parameters(architecture))
         if config.ckpt_path is not None:
             folder = storage.RunFolder(Path(config.run_folder))
         elif sweeping:
@@ -147,6 +152,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
     except BaseException:
         if not begun and not sweeping:
             shutil.rmtree(folder.path)  # nothing but empty logs
+            storage.remove_empty(made)
         raise
 
     configuration.save(config, folder)
@@ -155,7 +161,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         folder,
         command=command,
         data=description,
-        parameters=num_parameters,
+        parameters=num_parameters(architecture),
         seed=config.seed,
         checkpoints={path.stem: str(path.relative_to(folder.path)) for path in (folder.best, folder.last)},
     )
@@ -170,7 +176,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         folder.update_manifest(status="completed", metrics=metrics)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
-    training.log_hyperparameters(trainer, recorded | {"parameters": num_parameters}, metrics)
+    training.log_hyperparameters(trainer, recorded | {"parameters": num_parameters(architecture)}, metrics)
     training.print_report(folder, data.description, metrics)
     return float(metrics["validation_accuracy"])
 
@@ -199,6 +205,15 @@ def check_model_fits_data(model: VisionTransformer, data: ImageDataModule) -> No
     for name, mine, theirs in zip(("img_size", "in_channels", "num_classes"), asked, given, strict=True):
         if mine != theirs:
             raise UserError(f"model.{name}={mine} does not fit the data set {description.name}, which needs {theirs}")
+
+
+def check_watched_part(config: DictConfig, classifier: Classifier, data: ImageDataModule) -> None:
+    """Raises UserError where the attention logger is told to watch what has no attention."""
+    name = OmegaConf.select(config, "callbacks.attention_logger.model")
+    if name is not None:
+        images, _ = next(data.evaluation_batches("validation"))
+        with looking(classifier):
+            find_model(classifier, images[:1], name)
 
 
 def build_trainer(
@@ -233,7 +248,7 @@ def build_trainer(
         raise
     except InstantiationException as error:
         raise UserError(str(error.__cause__ or error)) from error
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except Exception as error:  # Lightning raises many kinds for arguments that it cannot use
         hint = "; no GPU was found, use trainer=cpu" if "gpu" in str(config.trainer.accelerator) else ""
         raise UserError(f"trainer: {error}{hint}") from error
 

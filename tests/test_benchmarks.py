@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -46,6 +47,7 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> Any:
         "start_up.py",
         "training.py",
         "accuracy.py",
+        "long_run.py",
     ],
 )
 def test_help_says_how_to_run_it_also_without_torch_and_timm(script: str) -> None:
@@ -149,6 +151,20 @@ def test_training_is_measured_beside_the_peers() -> None:
     result = run("training.py", "peers", "--quick", "--markdown")
     assert result.returncode == 0, result.stderr
     assert "| train.py | " in result.stdout and "| vit-pytorch, plain loop, images in memory | " in result.stdout
+
+
+def test_a_long_run_keeps_its_memory_and_files() -> None:
+    result = run("long_run.py", "--quick", "--markdown")
+    assert result.returncode == 0, result.stderr
+    lines = [line.replace(",", "") for line in result.stdout.splitlines() if re.match(r"\| \d", line)]
+    rows = [[float(cell) for cell in line.strip("|").split("|")] for line in lines]
+    epochs, memory, _, files, events, history, _ = zip(*rows, strict=True)
+    assert epochs == (3, 6, 12)
+    assert len(set(files)) == 1  # none is added by an epoch
+    assert memory[2] - memory[1] < 30
+    assert 1.5 < (events[2] - events[1]) / (events[1] - events[0]) < 2.5  # in proportion to epochs
+    assert history[2] < 2.5 * history[1]
+    assert "bytes of events an epoch: " in result.stdout
 
 
 def test_the_parts_of_a_step_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

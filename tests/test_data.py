@@ -13,6 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,7 +78,7 @@ def test_files_are_found_in_either_place(tmp_path: Path, small_files: dict[str, 
     assert arrays["t10k-labels-idx1-ubyte"].tolist() == list(small_files["t10k-labels-idx1-ubyte"][8:])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "swapped", "folder"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "swapped", "images", "gzip", "folder", "pipe"])
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, small_files: dict[str, bytes], damage: str) -> None:
     for name, content in small_files.items():
         (tmp_path / name).write_bytes(content)
@@ -86,12 +87,17 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, small_files: d
     if damage == "folder":
         path.unlink()
         path.mkdir()
+    elif damage == "pipe":  # reading it would never end
+        path.unlink()
+        os.mkfifo(path)
     else:
         bad = {
             "truncated": content[:-1],
             "empty": b"",
             "flipped": content[:-1] + bytes([content[-1] ^ 1]),
             "swapped": small_files["t10k-labels-idx1-ubyte"],
+            "images": small_files["train-images-idx3-ubyte"],
+            "gzip": gzip.compress(bytes(10_000_000)),
         }
         path.write_bytes(bad[damage])
     with pytest.raises(UserError, match="train-labels-idx1-ubyte: .*delete it"):
@@ -121,9 +127,21 @@ class Mirror:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 mirror.requests.append(self.path)
+                if mirror.behaviour == "redirects":
+                    self.send_response(302)
+                    self.send_header("Location", self.path)
+                    self.end_headers()
+                    return
+                if mirror.behaviour == "headers by the byte":
+                    self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+                    with suppress(OSError):
+                        while not mirror.release.wait(0.05):
+                            self.wfile.write(b"X")
+                    return
                 content = files[self.path[1:]]
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
+                if mirror.behaviour != "endless":
+                    self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 if mirror.behaviour == "truncated":
                     content = content[: len(content) // 2]
@@ -140,6 +158,11 @@ class Mirror:
                             return
                 elif mirror.behaviour == "slow":
                     time.sleep(0.3)
+                elif mirror.behaviour == "endless":
+                    with suppress(OSError):
+                        while not mirror.release.is_set():
+                            self.wfile.write(content)
+                    return
                 self.wfile.write(content)
 
             def log_message(self, *arguments: object) -> None:
@@ -172,18 +195,44 @@ def test_a_download_is_extracted_and_leaves_nothing_else(tmp_path: Path, mirror:
     folder = tmp_path / "MNIST" / "raw"
     download(folder, ARCHIVES, ["http://127.0.0.1:9/", mirror.url])  # the first mirror refuses, the second serves
     assert (folder / "numbers").read_bytes() == CONTENT
-    assert {path.name for path in folder.iterdir()} <= {"numbers", ".download.lock"}
+    assert [path.name for path in folder.iterdir()] == ["numbers"]
     download(folder, ARCHIVES, [])  # there already: no mirror is asked
 
 
-@pytest.mark.parametrize("behaviour", ["truncated", "altered", "stalled", "trickle"])
-def test_a_bad_download_gives_a_reason_soon_and_leaves_no_file(tmp_path: Path, mirror: Mirror, behaviour: str) -> None:
+@pytest.mark.parametrize(
+    "behaviour",
+    ["truncated", "altered", "stalled", "trickle", "redirects", "headers by the byte", "endless"],
+)
+def test_a_bad_download_gives_a_reason_soon_and_leaves_nothing(tmp_path: Path, mirror: Mirror, behaviour: str) -> None:
     mirror.behaviour = behaviour
     began = time.monotonic()
     with pytest.raises(MnistUnavailable, match=r"numbers\.gz"):
-        download(tmp_path, ARCHIVES, [mirror.url], timeout=0.3, deadline=0.5)
+        download(tmp_path / "data" / "MNIST" / "raw", ARCHIVES, [mirror.url], timeout=0.3, deadline=0.5)
     assert time.monotonic() - began < 2
-    assert {path.name for path in tmp_path.iterdir()} <= {".download.lock"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_waited_for_a_download_that_failed_tries_it_again(tmp_path: Path, mirror: Mirror) -> None:
+    folder = tmp_path / "data" / "MNIST" / "raw"
+    outcomes: list[str] = []
+
+    def attempt() -> None:
+        try:
+            download(folder, ARCHIVES, [mirror.url], timeout=2.0, deadline=0.5)
+            outcomes.append("done")
+        except MnistUnavailable as error:
+            outcomes.append(str(error))
+
+    mirror.behaviour = "stalled"
+    threads = [threading.Thread(target=attempt) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    mirror.behaviour = "good"  # from the second request on
+    for thread in threads:
+        thread.join(10)
+    assert "not complete" in outcomes[0] and outcomes[1] == "done"
+    assert [path.name for path in folder.iterdir()] == ["numbers"]
 
 
 def test_two_processes_download_once(tmp_path: Path, mirror: Mirror) -> None:
@@ -586,6 +635,15 @@ def test_orientation_of_a_photo_is_followed(tmp_path: Path, description: Dataset
     Image.fromarray(grey).save(tmp_path / "turned.png", exif=exif)
     image = read_image(tmp_path / "turned.png", description)[0]
     assert image[8, 24] == 250 and int(image.sum()) == 250
+
+
+def test_a_picture_with_pixels_that_are_no_numbers_is_refused(tmp_path: Path, description: DatasetDescription) -> None:
+    for number, value in enumerate((math.nan, math.inf)):
+        pixels = np.zeros((31, 29), np.float32)
+        pixels[3, 5] = value
+        Image.fromarray(pixels).save(tmp_path / f"{number}.tif")
+        with pytest.raises(UserError, match=rf"{number}\.tif.*NaN or infinite"):
+            read_image(tmp_path / f"{number}.tif", description)
 
 
 def test_what_is_not_a_picture_is_refused(tmp_path: Path, description: DatasetDescription) -> None:

@@ -184,7 +184,7 @@ def test_the_same_command_gives_the_same_weights_and_tests_once(
 
 
 def test_a_run_that_stops_before_its_first_validation_ends_in_order(tmp_path: Path) -> None:
-    outcome = run_train(*BRIEF[:-1], *BARE, "trainer.max_steps=1", folder=tmp_path)
+    outcome = run_train(*BRIEF[:-1], *BARE, "trainer.max_time='00:00:00:00'", folder=tmp_path)
     assert "Traceback" not in outcome.err, outcome.err[-600:]
     assert TrainedRun(only_run(tmp_path), outcome).manifest["status"] != "running"
 

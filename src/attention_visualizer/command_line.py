@@ -14,6 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attention_visualizer.errors import UserError
 
+LONGEST_LINE = 800  # characters; a value given may have any number
+begun: list[bool] = []  # whether the job of `run` is under way
+
 
 def run(main: Callable[[], Any], on_mistake: Callable[[], None] | None = None) -> None:
     """Runs a Hydra entry point; a user's mistake ends as one line on stderr and exit code 2, after `on_mistake`.
@@ -24,6 +27,7 @@ def run(main: Callable[[], Any], on_mistake: Callable[[], None] | None = None) -
         main()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra hand errors through instead of printing them
+    begun.clear()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see train.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -31,16 +35,31 @@ def run(main: Callable[[], Any], on_mistake: Callable[[], None] | None = None) -
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+    except Exception as error:
+        # Before the job begins, there is nothing but overrides to be wrong; Hydra raises many kinds for them.
+        foreseen = isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
+        if begun and not foreseen:
+            raise
         if on_mistake is not None:
             on_mistake()
-        fail(error)
+        fail(error if foreseen else UserError(f"{' '.join(sys.argv[1:])}: cannot be understood: {error}"))
+
+
+def begin() -> None:
+    """To be called first by the function that `run` is given: from here on, an unforeseen error is the program's."""
+    begun.append(True)
 
 
 def fail(error: Exception) -> NoReturn:
     """Ends the program with one line; inside the job, before Hydra adds a line of its own."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    print(f"error: {harmless(one_line(error))}", file=sys.stderr)
     raise SystemExit(2) from None
+
+
+def harmless(text: str) -> str:
+    """`text` without what a terminal would obey, and no longer than can be read."""
+    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 160]} [...] {text[-150:]}"
 
 
 def one_line(error: BaseException) -> str:
@@ -48,7 +67,7 @@ def one_line(error: BaseException) -> str:
     if not isinstance(error, HydraException | OmegaConfBaseException):
         if isinstance(error, OSError):
             return f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()) or type(error).__name__
     lines: list[str] = []
     cause: BaseException | None = error
     while cause is not None:  # the inner message says what, the outer one where

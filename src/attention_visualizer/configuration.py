@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class
 from hydra_zen import builds
 from lightning import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -43,6 +46,17 @@ class TrainOptions:
     run_folder: str | None = None  # set by the program, for loggers and callbacks to refer to
 
 
+PLAIN_TYPES: dict[Any, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a dictionary",
+}
+
+
 def register_schemas() -> None:
     """Makes the signatures the schemas of the groups: typed, and with each default in one place."""
 
@@ -67,18 +81,93 @@ def register_schemas() -> None:
 
 def arguments(config: DictConfig, group: str, target: Any) -> dict[str, Any]:
     """A typed group as arguments of `target`. `_target_` is left out: the code says which class, not the config."""
-    container = OmegaConf.to_container(config[group], resolve=True)
-    assert isinstance(container, dict)
+    container = to_fields(config, group)
     chosen = {str(key): value for key, value in container.items() if key != "_target_"}
-    for name in chosen.keys() - inspect.signature(target).parameters.keys():  # added with "+"
-        raise UserError(f"{group}.{name}: there is no such field; see --help for those there are")
+    check_signature(group, chosen, target)
     return chosen
+
+
+def to_fields(config: DictConfig, group: str) -> dict[Any, Any]:
+    """A part of the config as a plain dictionary. Raises UserError where it is none."""
+    part = config[group]
+    container = OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+    if not isinstance(container, dict):
+        raise UserError(f"{group}={container}: give its fields one by one, or choose from the group; see --help")
+    return container
+
+
+def check_signature(name: str, fields: Mapping[str, Any], target: Any) -> None:
+    """Raises UserError for a field that `target` does not take, or not of that type, as far as it states types."""
+    parameters = inspect.signature(target).parameters
+    try:
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError):  # somebody's class, with annotations for type checkers only
+        hints = {}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for field, value in fields.items():
+        if field not in parameters and not open_ended:  # added with "+"
+            raise UserError(f"{name}.{field}: there is no such field; see --help for those there are")
+        if field in parameters and not fits(value, hints.get(field, Any)):
+            raise UserError(f"{name}.{field}={value!r}: give {in_words(hints[field])}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a config, which is made of plain types, is of type `hint`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in inner)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(fits(each, inner[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(each, inner[1]) for each in value.values())
+    if isinstance(value, bool):
+        return hint is bool
+    kinds = (int, float) if hint is float else hint
+    return isinstance(value, kinds) if inspect.isclass(hint) else True
+
+
+def in_words(hint: Any) -> str:
+    """The plain types of `hint`, as one would ask for them."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(words for each in get_args(hint) if (words := in_words(each))))
+    if get_origin(hint) is Literal:
+        return " or ".join(str(each) for each in get_args(hint))
+    return PLAIN_TYPES.get(get_origin(hint) or hint, "")
+
+
+def check_parts(config: DictConfig, group: str) -> None:
+    """Raises UserError for a logger or callback that is not of the form that its class takes."""
+    if config[group] is None:
+        return
+    for name, part in to_fields(config, group).items():
+        field = f"{group}.{name}"
+        if part is None:
+            continue
+        if not (isinstance(part, dict) and isinstance(part.get("_target_"), str)):
+            raise UserError(f"{field}={part}: give fields with a class as _target_, or choose from the group {group}")
+        try:
+            target = get_class(part["_target_"])
+        except Exception as error:  # whatever the module that is named raises
+            raise UserError(f"{field}._target_={part['_target_']}: {error}") from error
+        check_signature(field, {key: value for key, value in part.items() if not key.startswith("_")}, target)
 
 
 def check_options(config: DictConfig) -> None:
     """Raises UserError for values that Lightning would take for something else, take too late, or not take at all."""
     for name in {str(key) for key in config} - TrainOptions.__dataclass_fields__.keys():  # added with "+"
         raise UserError(f"{name}: there is no such field; see --help for those there are")
+    for name in TrainOptions.__dataclass_fields__.keys() - {str(key) for key in config}:  # taken away with "~"
+        raise UserError(f"{name} is needed: give a value instead of taking it away")
+    for group, target in (("trainer", Trainer), ("model", VisionTransformer), ("data", ImageDataModule)):
+        arguments(config, group, target)
+    placed = OmegaConf.merge(config, {"run_folder": config.run_folder or "runs"})  # which loggers refer to
+    assert isinstance(placed, DictConfig)
+    for group in ("callbacks", "logger"):
+        check_parts(placed, group)
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}: give a whole number from 0 to {2**32 - 1}")
     trainer = config.trainer
@@ -116,6 +205,11 @@ def check_schedule(config: DictConfig, batches: int, evaluation_batches: dict[st
     evaluation_batches: of the whole validation and test split.
     """
     trainer = config.trainer
+    overfit = trainer.overfit_batches  # where it is not 0, of training and validation
+    if not 0 <= overfit < math.inf or (
+        overfit and isinstance(overfit, float) and int(overfit * min(batches, evaluation_batches["validation"])) < 1
+    ):
+        raise UserError(f"trainer.overfit_batches={overfit} leaves no batch: give a number of batches, or 0 for all")
     for name, split in (("limit_val_batches", "validation"), ("limit_test_batches", "test")):
         if isinstance(trainer[name], float) and int(trainer[name] * evaluation_batches[split]) < 1:
             raise UserError(f"trainer.{name}={trainer[name]} leaves no {split} batch: give a larger share")
@@ -129,6 +223,16 @@ def check_schedule(config: DictConfig, batches: int, evaluation_batches: dict[st
     interval = trainer.val_check_interval
     if isinstance(interval, int) and every is not None and interval > batches:
         raise UserError(f"trainer.val_check_interval={interval}: an epoch has {batches} batches: give at most that")
+    if trainer.max_steps != -1 and every is not None and not overfit:
+        within = batches if interval is None or not isinstance(interval, int | float) else interval
+        first = max(1, int(batches * within)) if isinstance(within, float) else within
+        steps = (every - 1) * math.ceil(batches / trainer.accumulate_grad_batches)
+        steps += math.ceil(first / trainer.accumulate_grad_batches)
+        if trainer.max_steps < steps:
+            raise UserError(
+                f"trainer.max_steps={trainer.max_steps} ends before the first validation, which is after {steps} "
+                "steps: give at least that, or a smaller trainer.val_check_interval"
+            )
 
 
 def save(config: DictConfig, folder: storage.RunFolder) -> None:

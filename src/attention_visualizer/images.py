@@ -144,7 +144,9 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
 def grey_pixels(image: Image.Image) -> np.ndarray:
     """uint8 [height, width] of a picture of any mode."""
     if image.mode.startswith(("I", "F")):  # 16 bits a pixel, or 32, of which files use 16
-        values = np.nan_to_num(np.asarray(image, np.float64))
+        values = np.asarray(image, np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it has pixels that are NaN or infinite")
         top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
         return (values.clip(0, top) * (255 / top)).round().astype(np.uint8)
     if image.has_transparency_data:

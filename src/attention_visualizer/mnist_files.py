@@ -8,9 +8,12 @@ import http.client
 import math
 import os
 import struct
+import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import filelock
@@ -18,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress
 
+from attention_visualizer import storage
 from attention_visualizer.errors import UserError
 
 # The extracted files, each with its MD5.
@@ -27,6 +31,8 @@ FILES = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+RAW = ("MNIST", "raw")  # where torchvision has them, too
+LARGEST_FILE = 47_040_016  # bytes
 LOCK_SECONDS = 600.0  # longer than the four downloads that another process may be at
 
 
@@ -54,7 +60,7 @@ def load_mnist(data_dir: Path) -> dict[str, np.ndarray]:
 
 def find_folder(data_dir: Path) -> Path:
     """The folder that holds MNIST files, or else the one that they shall be downloaded to."""
-    raw = data_dir / "MNIST" / "raw"
+    raw = data_dir.joinpath(*RAW)
     holds_files = (folder for folder in (raw, data_dir) if any(_exists(folder / name) for name in FILES))
     return next(holds_files, raw)
 
@@ -69,7 +75,10 @@ def _exists(path: Path) -> bool:
 def read_file(path: Path) -> np.ndarray:
     """One extracted file, checked by its hash."""
     try:
-        content = path.read_bytes()
+        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+            raise UserError(f"{path}: cannot be read (not a regular file): mend or delete it")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): mend or delete it") from error
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
@@ -109,8 +118,7 @@ def download(
     file from one mirror. A file appears under its name only when it is complete. Raises MnistUnavailable.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".download.lock", timeout=LOCK_SECONDS):
+        with locked(folder):
             for archive, md5 in archives:
                 target = folder / archive.removesuffix(".gz")
                 if not target.exists():
@@ -119,13 +127,32 @@ def download(
         raise MnistUnavailable(f"{folder} cannot be filled: {error}") from error
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes `folder` this process's own. Nothing of that stays, nor the folder and its new parents if it is empty."""
+    end = time.monotonic() + LOCK_SECONDS
+    lock = filelock.FileLock(folder / ".download.lock")
+    ours = [folder, folder.parent] if folder.parts[-2:] == RAW else []  # who waits did not make them itself
+    made = ours + [path for path in storage.missing_folders(folder) if path not in ours]
+    while not lock.is_locked:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # who had the lock has just removed the folder
+            lock.acquire(timeout=max(0.0, end - time.monotonic()))
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it tries again
+        lock.release()
+        storage.remove_empty(made)
+
+
 def _fetch(archive: str, md5: str, mirrors: Sequence[str], timeout: float, deadline: float) -> bytes:
     """The archive's bytes from the first mirror that has them right."""
     failures = []
     for mirror in mirrors:
         url = mirror.rstrip("/") + "/" + archive
         try:
-            content = _fetch_url(url, timeout, deadline)
+            content = within(deadline, partial(_fetch_url, url, timeout, deadline))
         except (OSError, http.client.HTTPException, ValueError) as error:  # URLError and time-outs are OSErrors
             failures.append(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}")
             continue
@@ -133,6 +160,28 @@ def _fetch(archive: str, md5: str, mirrors: Sequence[str], timeout: float, deadl
             return content
         failures.append(f"{url}: incomplete or altered ({len(content)} bytes)")
     raise MnistUnavailable("download failed: " + "; ".join(failures))
+
+
+def within(seconds: float, work: Callable[[], bytes]) -> bytes:
+    """What `work` returns; TimeoutError if it takes longer, where it is left to itself: a mirror that sends its headers
+    byte by byte, or redirect after redirect, is never silent for long."""
+    done: list[bytes] = []
+    errors: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            done.append(work())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not done:
+        raise TimeoutError(f"not complete after {seconds:g} seconds")
+    return done[0]
 
 
 def _fetch_url(url: str, timeout: float, deadline: float) -> bytes:
@@ -151,6 +200,8 @@ def _fetch_url(url: str, timeout: float, deadline: float) -> bytes:
             progress.advance(task, len(chunk))
             if time.monotonic() > end:
                 raise TimeoutError(f"not complete after {deadline:g} seconds")
+            if sum(map(len, chunks)) > LARGEST_FILE:
+                raise ValueError("more bytes than any file of MNIST has")
     return b"".join(chunks)
 
 

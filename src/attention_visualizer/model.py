@@ -22,6 +22,9 @@ PositionalEmbedding = Literal["learned", "sincos", "none"]
 Pooling = Literal["cls", "mean"]
 Stem = Literal["patches", "convolutions"]
 
+LARGEST_SIZE = 1_000_000  # of any of the model's numbers: far beyond what trains, and soon found out
+LARGEST_SIZES = {"num_layers": 1_000}
+
 
 class PatchEmbedding(nn.Module):
     """Cuts the image into patches and projects each: [batch, channel, height, width] -> [batch, patch, embed]."""
@@ -292,6 +295,8 @@ def validate_model_config(config: dict[str, Any]) -> None:
         value = config[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"model.{name}={value!r}: give a whole number of at least 1")
+        if value > LARGEST_SIZES.get(name, LARGEST_SIZE):
+            raise UserError(f"model.{name}={value}: give at most {LARGEST_SIZES.get(name, LARGEST_SIZE)}")
     for name in ("dropout", "attention_dropout"):
         value = config[name]
         # NaN fails both comparisons.
@@ -319,6 +324,12 @@ def validate_model_config(config: dict[str, Any]) -> None:
         raise UserError(
             f"model.positional_embedding=sincos needs an embed_dim divisible by 4, not {config['embed_dim']}"
         )
+
+
+def num_parameters(config: dict[str, Any]) -> int:
+    """Of a VisionTransformer with these arguments, without making one."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in VisionTransformer(**config).parameters())
 
 
 def divisors(number: int) -> list[int]:

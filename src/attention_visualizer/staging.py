@@ -27,7 +27,7 @@ def staging(folder: Path) -> Iterator[Path]:
     An OSError becomes a UserError.
     """
     beside = place_beside(folder)
-    made = [path for path in (beside, *beside.parents) if not path.exists()]
+    made = storage.missing_folders(beside)
     try:
         beside.mkdir(parents=True, exist_ok=True)
         lock, stage = open_stage(beside, prefix_of(folder))
@@ -40,9 +40,7 @@ def staging(folder: Path) -> Iterator[Path]:
     finally:
         lock.release()
         shutil.rmtree(stage, ignore_errors=True)
-        for path in made:
-            with suppress(OSError):  # something else is in it by now
-                path.rmdir()
+        storage.remove_empty(made)
 
 
 def place_beside(folder: Path) -> Path:

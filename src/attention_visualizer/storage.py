@@ -54,6 +54,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         flush_to_disk(path.parent)
 
 
+def missing_folders(folder: Path) -> list[Path]:
+    """`folder` and its parents, as far as they are not there yet: what `remove_empty` takes back."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    for path in folders:
+        with suppress(OSError):  # something is in it by now
+            path.rmdir()
+
+
 def flush_to_disk(path: Path) -> None:
     """Waits until the file or folder at `path` would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -112,7 +123,9 @@ class RunFolder:
     @classmethod
     def create(cls, root: str | Path) -> RunFolder:
         """Makes a folder under `root`, named after the time, that no other run has. Raises UserError if it cannot."""
+        made: list[Path] = []
         try:
+            made = missing_folders(Path(root))
             Path(root).mkdir(parents=True, exist_ok=True)
             while True:
                 path = Path(root) / datetime.now().strftime(TIME_FORMAT)
@@ -120,6 +133,7 @@ class RunFolder:
                     path.mkdir()
                     return cls(path)
         except OSError as error:
+            remove_empty(made)
             reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror or error
             raise UserError(f"cannot make a run folder in {root}: {reason}") from error
 
@@ -164,6 +178,8 @@ class RunFolder:
         """Makes the run this process's own until the lock is released or the process ends, however it does. Raises
         UserError if another one trains it, or if nothing can be written."""
         lock = filelock.FileLock(self.path / ".lock")
+        if self.checkpoints.is_dir() and not os.access(self.checkpoints, os.W_OK):
+            raise UserError(f"cannot write to {self.checkpoints}: it is read-only")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -206,6 +222,17 @@ def start_manifest(folder: RunFolder, **fields: Any) -> None:
         "commit": git_commit(Path(__file__).parent),
     }
     write_json(folder.manifest_path, manifest | fields)
+
+
+def check_memory(num_parameters: int) -> None:
+    """Raises UserError where a model of so many parameters cannot be trained in this machine's memory."""
+    # Weights, gradients and Adam's two moments in float32.
+    needed, there = 4 * 4 * num_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"a model of {num_parameters:,} parameters needs {needed / 1e9:,.0f} GB of memory to train, and this "
+            f"machine has {there / 1e9:,.0f}: lower model.embed_dim, model.mlp_dim or model.num_layers"
+        )
 
 
 def check_space(folder: Path, num_parameters: int) -> None:
