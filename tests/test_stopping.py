@@ -23,18 +23,21 @@ from tests.runs import ENVIRONMENT, PROJECT, TINY, assert_same_training, only_ru
 
 # About ten seconds of training beside the seconds that a process takes to begin; averaged weights, dropout, both logs.
 LONG = (*TINY, "model.dropout=0.1", "callbacks=ema", "logger=[tensorboard,csv]", "trainer.max_epochs=30", "test=false")
+RUN_TRAIN = (
+    f"import runpy, sys; sys.argv[0] = {str(PROJECT / 'train.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 CLOCK = ("attention_logger/seconds", "attention_logger/share_of_epoch")  # the charts that no two runs share
 
 
 class Training:
     """`python train.py ...` as a process of its own that can be watched and killed."""
 
-    def __init__(self, *arguments: str, folder: Path) -> None:
+    def __init__(self, *arguments: str, folder: Path, program: str | None = None) -> None:
         self.folder = folder
         self.before = set(run_folders(folder))
         self.log = (folder / f"log_{time.monotonic_ns()}.txt").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "train.py"), *arguments],
+            [sys.executable, *(["-c", program] if program else [str(PROJECT / "train.py")]), *arguments],
             cwd=folder,
             env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
             stdout=self.log,
@@ -152,6 +155,21 @@ def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path, seconds: float) -
         assert training.end() in (130, -signal.SIGINT)
         assert "Traceback" not in training.output() and not run_folders(tmp_path)
     training.process.kill()
+
+
+def test_what_was_seen_before_a_checkpoint_within_the_first_epoch_is_kept(tmp_path: Path) -> None:
+    """Killed after a checkpoint between two batches: the pictures of the first batches are in the history."""
+    slow = ("data.batch_size=2", "trainer.max_epochs=1", "logger=none", "callbacks=default")
+    program = f"import attention_visualizer.saving as s; s.LastCheckpoint.__init__.__defaults__ = (0.2,); {RUN_TRAIN}"
+    training = Training(*LONG, *slow, folder=tmp_path, program=program)
+    path = training.wait_for_checkpoint()
+    training.process.kill()
+    training.end()
+    step = load_checkpoint(path).step or 0
+    kept = AttentionHistory.load(only_run(tmp_path) / "attention_history.npz")
+    seen = [int(frame["step"]) for frame in kept.frames]
+    assert 0 < step < 648 and seen[:3] == [0, 1, 2] and seen[-1] <= step
+    assert seen[-1] * 2 > step  # the last power of two
 
 
 @pytest.mark.long

@@ -84,6 +84,7 @@ class AttentionLogger(Callback):
         self._validation: ValidationWatch | None = None
         self._watching = ExitStack()
         self._warned: set[str] = set()
+        self._saved = (0, 0)  # how many entries of the history are in its file
         self._seconds = 0.0
         self._epoch_began = time.perf_counter()
 
@@ -166,6 +167,9 @@ class AttentionLogger(Callback):
             self._loggers.numbers(cost, trainer.global_step)
             self._seconds, self._epoch_began = 0.0, now
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._save_history(trainer)  # a run that goes on from this checkpoint misses nothing of what was seen before it
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save_history(trainer)
 
@@ -199,18 +203,29 @@ class AttentionLogger(Callback):
         self.history = AttentionHistory()
         path = history_path(trainer)
         if resumed and path.exists():
-            kept = AttentionHistory.load(path)
-            if all(np.array_equal(kept.probe[name], probe[name]) for name in ("images", "labels")):
-                self.history = kept
-                self.history.discard_after(trainer.global_step)
-            else:
-                self._warn("history", f"{path} is of other probe images and is begun anew")
+            self._go_on_with(path, probe, trainer.global_step)
         self.history.probe |= probe
 
+    def _go_on_with(self, path: Path, probe: dict[str, Any], step: int) -> None:
+        """The history up to `step`; one that cannot be read, or is of other images, is begun anew."""
+        try:
+            kept = AttentionHistory.load(path)
+        except UserError as error:
+            self._warn("history", f"{error}; it is begun anew")
+            return
+        if all(np.array_equal(kept.probe.get(name, ()), probe[name]) for name in ("images", "labels")):
+            self.history = kept
+            self.history.discard_after(step)
+        else:
+            self._warn("history", f"{path} is of other probe images and is begun anew")
+
     def _save_history(self, trainer: Trainer) -> None:
-        if self.history.frames and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            with self._warning_only("history"):
-                self.history.save(history_path(trainer))
+        entries = len(self.history.frames), len(self.history.validations)
+        if entries == self._saved or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with self._warning_only("history"):
+            self.history.save(history_path(trainer))
+            self._saved = entries
 
     def _log_frame(self, trainer: Trainer, pl_module: LightningModule, early: bool = False) -> None:
         """Looks at the probe images and writes what is seen: to the history, to the loggers as pictures.
