@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress
 
 from attention_visualizer.errors import UserError
+from attention_visualizer.plain_files import read_bytes
 
 # The extracted files, each with its MD5.
 FILES = {
@@ -27,6 +28,7 @@ FILES = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+LARGEST = 100_000_000  # bytes; the largest of them has 47,040,016
 LOCK_SECONDS = 600.0  # longer than the four downloads that another process may be at
 
 
@@ -59,6 +61,15 @@ def find_folder(data_dir: Path) -> Path:
     return next(holds_files, raw)
 
 
+def holds_all(data_dir: Path) -> bool:
+    """Whether nothing would have to be downloaded to `data_dir`."""
+    try:
+        folder = find_folder(data_dir)
+        return all((folder / name).is_file() for name in FILES)
+    except (OSError, ValueError):  # a name too long, or with a NUL; UserError is a ValueError
+        return False
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -69,7 +80,7 @@ def _exists(path: Path) -> bool:
 def read_file(path: Path) -> np.ndarray:
     """One extracted file, checked by its hash."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, LARGEST)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): mend or delete it") from error
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
