@@ -46,6 +46,7 @@ from attention_visualizer.classifier import Classifier
 from attention_visualizer.configuration import arguments
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
+from attention_visualizer.export import export_safetensors
 from attention_visualizer.model import VisionTransformer, num_parameters
 from attention_visualizer.model_search import find_model
 from attention_visualizer.saving import checkpoint_callbacks
@@ -173,6 +174,8 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         metrics = training.fit(trainer, classifier, data, config.ckpt_path)
         if config.test or (config.test is None and not sweeping):
             metrics |= training.test_best(trainer, classifier, data, folder)
+        if config.export:
+            print(f"Exported:     {export_safetensors(folder.best, folder.best.with_suffix('.safetensors'))}")
         folder.update_manifest(status="completed", metrics=metrics)
     settings: Any = OmegaConf.to_container(config, resolve=True)
     recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}

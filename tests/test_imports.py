@@ -75,6 +75,10 @@ LEVELS = {
         "storage",
         "staging",
         "checkpoint",
+        "tensor_files",
+        "plain_files",
+        "inert",
+        "export",
         "checkpoint_choice",
     },
 }

@@ -9,34 +9,28 @@ from __future__ import annotations
 import hashlib
 import inspect
 import io
-import json
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from safetensors import safe_open
 from torch import Tensor
 
 from attention_visualizer.errors import UserError
 from attention_visualizer.model import VisionTransformer, validate_model_config
 from attention_visualizer.storage import atomic_path
+from attention_visualizer.tensor_files import BLOCK, EXPECTED, existing_file, read_safetensors, read_torch
 
-BLOCK = "attention_visualizer"  # this project's own entry in a Lightning checkpoint
 FORMAT = 1
 PREFIXES = re.compile(r"^((model|module|_orig_mod)\.)+")  # Lightning's, DataParallel's and torch.compile's
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FOLDER_FLAG = 0x10  # of a zip member's external attributes
 LARGEST_GRID = 256  # patches a side; beyond it attention would not fit any memory
 DEFAULT_CONFIG = {name: field.default for name, field in inspect.signature(VisionTransformer).parameters.items()}
 ADDED_FIELDS = {"stem": "patches"}  # which checkpoints of version 2.0.0 do not have yet
-EXPECTED = "expected a checkpoint written by torch.save (.ckpt, .pth, .pt) or a .safetensors file"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +48,7 @@ class LoadedCheckpoint:
     data: dict[str, Any] | None = None
     data_dir: str | None = None
     split_seed: int | None = None
+    seed: int | None = None
     epoch: int | None = None
     step: int | None = None
     validation_accuracy: float | None = None
@@ -72,7 +67,7 @@ def block_for(
     *,
     data_dir: str | None,
     split_seed: int,
-    seed: int,
+    seed: int | None,
 ) -> dict[str, Any]:
     """What `load_checkpoint` needs beside the weights; goes into a Lightning checkpoint under the name BLOCK."""
     return {
@@ -91,7 +86,7 @@ def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
 
     The last two may lack a configuration; they are then taken for VisionTransformer's defaults. Raises UserError
     with the reason for any file that is broken, unsafe, or of another architecture. (Safetensors files carry no
-    checksum, so a flipped bit inside their weights cannot be noticed.)
+    checksum, but for those that `export.export_safetensors` writes: in others a flipped bit cannot be noticed.)
     """
     path = existing_file(path)
     try:
@@ -111,90 +106,10 @@ def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
         check_architecture(fields["state_dict"], fields["model_config"])
         fields["state_dict"] = finite_weights(fields["state_dict"])
     except UserError as error:
-        raise UserError(f"{path} {error}") from error
+        raise UserError(f"{path} {error!s:.300}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     return LoadedCheckpoint(path=path, sha256=sha256, **fields)
-
-
-def existing_file(path: str | Path) -> Path:
-    """`path`, if it is a file that is not empty. Raises UserError otherwise."""
-    if "://" in str(path):
-        raise UserError(f"{path} is an address: download the checkpoint and give the file's path")
-    path = Path(path)
-    try:
-        if not path.exists():
-            raise UserError(f"{path} does not exist: give the path of a checkpoint")
-        if not path.is_file():
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise UserError(f"{path} is {kind}: give the path of a checkpoint, such as <run>/checkpoints/best.ckpt")
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty: choose another checkpoint")
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    return path
-
-
-def read_torch(file: BinaryIO, map_location: Any = "cpu") -> Any:
-    """The content of an intact torch zip that holds nothing but tensors and plain data; raises UserError else."""
-    check_zip(file)
-    file.seek(0)
-    try:
-        return torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        which = f" ({found.group(1)})" if found else ""
-        raise UserError(
-            f"holds Python objects{which} beside tensors and plain data; loading them could run code, "
-            "so it was refused: save a state dict instead"
-        ) from error
-    except Exception as error:  # torch and its unpickler raise many kinds for content that makes no sense
-        raise UserError(f"cannot be read by torch.load ({first_line(error)}): choose another checkpoint") from error
-
-
-def check_zip(file: BinaryIO) -> None:
-    """Raises UserError unless every byte of every member is as it was written and nothing can unpack to more.
-
-    torch.load itself checks no sums: one flipped bit can give wrong weights without a word.
-    """
-    size = file.seek(0, io.SEEK_END)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            names = [member.filename for member in members]
-            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-            if not stored or sum(member.file_size for member in members) > size:
-                raise UserError(f"is compressed, or unpacks to more than its size, as torch.save does not: {EXPECTED}")
-            # torch's own zip reader looks names up without regard to case, and reads nothing, without a word, from a
-            # member that is flagged as a folder: what it reads must be what is checked here.
-            if len({name.lower() for name in names}) < len(names):
-                raise UserError("holds two members of one name: choose another checkpoint")
-            if any(member.external_attr & FOLDER_FLAG for member in members):
-                raise UserError("is corrupt (a member is flagged as a folder): choose another checkpoint")
-            broken = archive.testzip()
-    except UserError:
-        raise
-    except Exception as error:  # zipfile raises many kinds for a broken file
-        raise UserError(f"is truncated or corrupt ({first_line(error)}): choose another checkpoint") from error
-    if broken is not None:
-        raise UserError(f"is corrupt (the checksum of {broken!r} is wrong): choose another checkpoint")
-    if not any(name.endswith("/data.pkl") for name in names):
-        raise UserError(f"is a zip archive but not a checkpoint: {EXPECTED}")
-
-
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """Tensors, and the metadata's "config" if it has one, in the shape of a `.pth` file."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            config = json.loads((file.metadata() or {}).get("config", "{}"))
-    except Exception as error:  # the reader's own kind, or broken JSON
-        raise UserError(f"is truncated, corrupt or no safetensors file ({first_line(error)})") from error
-    return {"model_state_dict": tensors, "config": config}
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def interpret(content: Any) -> dict[str, Any]:
@@ -232,6 +147,7 @@ def interpret_block(content: Mapping[str, Any]) -> dict[str, Any]:
         "data": typed(block, "data", dict),
         "data_dir": typed(block, "data_dir", str),
         "split_seed": typed(block, "split_seed", int),
+        "seed": typed(block, "seed", int),
         "epoch": typed(content, "epoch", int),
         "step": typed(content, "global_step", int),
         "validation_accuracy": typed(block, "validation_accuracy", float),

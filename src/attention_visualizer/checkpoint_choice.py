@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from attention_visualizer.checkpoint import existing_file, load_checkpoint
+from attention_visualizer.checkpoint import load_checkpoint
 from attention_visualizer.errors import UserError
 from attention_visualizer.storage import RunFolder, RunGroup, find_runs, group_at
+from attention_visualizer.tensor_files import existing_file
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class TrainOptions:
     resume: str | None = (
         None  # auto: go on with the newest unfinished run of these settings; a new one if there is none
     )
+    export: bool = False  # best.ckpt's weights as checkpoints/best.safetensors too, for programs that take no pickle
     compile: bool = False  # the model by torch.compile while training: for GPUs; it slows CPUs down
     test: bool | None = None  # test best.ckpt at the end; null: yes, but not for a sweep's jobs
     runs_dir: str = "runs"

@@ -15,18 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_visualizer.checkpoint import (
-    EXPECTED,
-    WEIGHT_TYPES,
-    bare_names,
-    check_weights,
-    existing_file,
-    finite_weights,
-    first_line,
-    read_safetensors,
-    read_torch,
-)
+from attention_visualizer.checkpoint import WEIGHT_TYPES, bare_names, check_weights, finite_weights
 from attention_visualizer.errors import UserError
+from attention_visualizer.tensor_files import EXPECTED, existing_file, first_line, read_safetensors, read_torch
 
 LEGACY = b"\x80\x02\x8a"  # how torch.save's files began before PyTorch 1.6
 NESTED = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "teacher")
@@ -108,7 +99,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             if start.startswith(b"PK\x03\x04"):
                 content: Any = read_torch(file)
             elif start[8:] == b"{":
-                content = read_safetensors(path)["model_state_dict"]
+                content = read_safetensors(path)
             elif start.startswith(LEGACY):
                 raise UserError("was written by a PyTorch before 1.6: load it and save it again with a newer one")
             else:
@@ -125,7 +116,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         check_weights(weights, path.stat().st_size, (*WEIGHT_TYPES, torch.int64, torch.int32, torch.bool))
         return finite_weights(weights)
     except UserError as error:
-        raise UserError(f"{path} {error}") from error
+        raise UserError(f"{path} {error!s:.300}") from error
 
 
 def options_told_by(weights: Mapping[str, Tensor], create: Any, name: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,17 @@ from numpy.typing import NDArray
 
 from attention_visualizer import storage
 from attention_visualizer.errors import UserError
+from attention_visualizer.plain_files import read_bytes
+
+PARTS = ("probe", "frames", "validations")
+# Numbers of axes that an array, or an entry's part of one, may have; measures, which are not listed, have two.
+AXES = {
+    **dict.fromkeys(("step", "epoch"), (0,)),
+    **{"images": (0, 4), "labels": (1,), "class_names": (1,), "grid": (1,), "num_keys": (0, 1), "query": (0,)},
+    **{"data": (0,), "maps": (4,), "rollout": (3,), "predicted": (1,), "probability": (1,)},
+}
+LARGEST = 500_000_000  # bytes, unpacked; 1,000 looks at the default model have 10,000,000
+MOST_ENTRIES = 100_000
 
 
 @dataclass
@@ -51,9 +64,14 @@ class AttentionHistory:
         """Raises UserError when the file is not a whole history."""
         history = cls()
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            content = io.BytesIO(read_bytes(Path(path), LARGEST))
+            with zipfile.ZipFile(content) as archive:  # before anything is unpacked
+                if sum(member.file_size for member in archive.infolist()) > LARGEST:
+                    raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
+            with np.load(content, allow_pickle=False) as arrays:
                 for key in arrays.files:
                     part, name = key.split("/")
+                    check_array(part, name, arrays[key])
                     if part == "probe":
                         history.probe[name] = arrays[key]
                         continue
@@ -64,5 +82,22 @@ class AttentionHistory:
                     for entry, value in zip(entries, column, strict=True):
                         entry[name] = value
         except Exception as error:  # numpy and zipfile raise many kinds for a broken file
-            raise UserError(f"{path} is not a readable attention history ({error})") from error
+            reason = " ".join(str(error).replace(f"{path} ", "").split())
+            raise UserError(f"{path} is not a readable attention history ({reason:.200})") from error
         return history
+
+
+def check_array(part: str, name: str, array: NDArray[Any]) -> None:
+    """Raises ValueError for an array that no history has."""
+    if part not in PARTS:
+        raise ValueError(f"{part!r:.60} is no part of it")
+    if array.dtype.kind not in "biufU":
+        raise ValueError(f"{name!r:.60} is of type {array.dtype}")
+    if part == "probe":
+        axes = AXES.get(name, (array.ndim,))
+    else:
+        axes = tuple(1 + number for number in AXES.get(name, (2,)))
+        if array.ndim and not 0 < len(array) <= MOST_ENTRIES:
+            raise ValueError(f"{name!r:.60} has {len(array):,} entries")
+    if array.ndim not in axes or array.size == 0:
+        raise ValueError(f"{name!r:.60} is of shape {list(array.shape)}")

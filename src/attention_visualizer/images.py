@@ -20,6 +20,7 @@ from attention_visualizer.errors import UserError
 log = logging.getLogger(__name__)
 
 DatasetName = Literal["mnist", "digits"]
+LONGEST_NAME = 100
 TITLES: dict[str, str] = {"mnist": "MNIST", "digits": "scikit-learn digits (not MNIST)"}
 
 
@@ -74,8 +75,8 @@ class DatasetDescription:
             require(name, is_whole(values[name], 1), "a whole number of at least 1")
         require(
             "class_names",
-            isinstance(class_names, list) and class_names != [] and all(isinstance(item, str) for item in class_names),
-            "a list of names",
+            isinstance(class_names, list) and class_names != [] and all(is_name(item) for item in class_names),
+            f"a list of names of 1 to {LONGEST_NAME} printable characters",
         )
         require("mean", is_number(values["mean"], 0.0, 1.0), "a number from 0 to 1")
         require("std", is_number(values["std"], 0.0, 1.0) and values["std"] > 0, "a number above 0 and up to 1")
@@ -87,6 +88,10 @@ class DatasetDescription:
             "the number of images in train, validation and test",
         )
         return cls(**{**values, "class_names": tuple(class_names), "sizes": dict(sizes)})
+
+
+def is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
 
 
 def is_whole(value: object, least: int) -> bool:

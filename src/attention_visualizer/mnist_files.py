@@ -23,6 +23,7 @@ from rich.progress import DownloadColumn, Progress
 
 from attention_visualizer import storage
 from attention_visualizer.errors import UserError
+from attention_visualizer.plain_files import read_bytes
 
 # The extracted files, each with its MD5.
 FILES = {
@@ -65,6 +66,15 @@ def find_folder(data_dir: Path) -> Path:
     return next(holds_files, raw)
 
 
+def holds_all(data_dir: Path) -> bool:
+    """Whether nothing would have to be downloaded to `data_dir`."""
+    try:
+        folder = find_folder(data_dir)
+        return all((folder / name).is_file() for name in FILES)
+    except (OSError, ValueError):  # a name too long, or with a NUL; UserError is a ValueError
+        return False
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -75,10 +85,7 @@ def _exists(path: Path) -> bool:
 def read_file(path: Path) -> np.ndarray:
     """One extracted file, checked by its hash."""
     try:
-        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
-            raise UserError(f"{path}: cannot be read (not a regular file): mend or delete it")
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
+        content = read_bytes(path, LARGEST_FILE + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): mend or delete it") from error
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Size, as_size, stated_layout
 from attention_visualizer.images import DatasetDescription, grey_pixels, normalise, to_unit
+from attention_visualizer.inert import printable
 
 log = logging.getLogger(__name__)
 
@@ -212,11 +213,6 @@ class PictureFolder:
         mean = torch.tensor(self.format.mean, device=pictures.device)[:, None, None]
         std = torch.tensor(self.format.std, device=pictures.device)[:, None, None]
         return (to_unit(pictures) - mean) / std
-
-
-def printable(text: str | Path) -> str:
-    """For figures and reports: file names can hold line breaks and bytes that are no text."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
 
 
 def decoded(path: str | Path, channels: int) -> Image.Image:

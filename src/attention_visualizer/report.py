@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from attention_visualizer import report_page, storage
 from attention_visualizer.chapter import Chapter, FigureFile, Table, escape_markdown
+from attention_visualizer.inert import cell
 
 REPORT = "attention_analysis_report.md"
 PAGE = "attention_analysis_report.html"
@@ -166,18 +167,9 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     names = dict.fromkeys(name for record in records for name in record)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([inert(name) for name in names])
-    writer.writerows([inert(record.get(name, "")) for name in names] for record in records)
+    writer.writerow([cell(name) for name in names])
+    writer.writerows([cell(record.get(name, "")) for name in names] for record in records)
     return text.getvalue()
-
-
-def inert(value: Any) -> Any:
-    """Text in one line, because some readers begin a row at any line break; what spreadsheets would take for a formula
-    gets the apostrophe that makes them show it."""
-    if not isinstance(value, str):
-        return value
-    text = one_line(value)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def contents(summary: Summary, parts: list[Part]) -> dict[str, Any]:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from attention_visualizer import storage
+from attention_visualizer import plain_files, storage
 from attention_visualizer.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.errors import UserError
 from attention_visualizer.storage import RunFolder
@@ -26,7 +25,6 @@ from attention_visualizer.storage import RunFolder
 
 # What a run cannot change on the way, beside the model and the data set: another order, split or random state.
 FIXED = ("seed", "data.name", "data.batch_size", "data.split_seed", "optimizer.muon")
-LARGEST_CONFIG = 1_000_000  # bytes; they have 2,000
 # Fields that runs may lack which began before there were any, and what such a run goes on with: as it began.
 BEFORE_THEY_WERE_ADDED = {"data.elastic": 0.0, "data.fade": 0.0, "optimizer.muon": False}
 
@@ -67,22 +65,17 @@ def read_config(path: Path, plain: bool = True) -> DictConfig:
     plain: False for Hydra's own records, which hold references; nothing in them may then be resolved.
     """
     try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise UserError(f"{path} is larger than any configuration: it is from somewhere else")
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise UserError(f"{path} refers to parts of itself, as no configuration of this program does")
-        config = OmegaConf.create(yaml.safe_load(text))
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        config = OmegaConf.create(plain_files.read_yaml(path))
+    except (OSError, OmegaConfBaseException, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split()):.200}") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} holds no configuration")
     for name, value in leaves(OmegaConf.to_container(config, resolve=False)) if plain else ():
         key = name.rpartition(".")[2]
-        if (key.startswith("_") and key != "_target_") or (isinstance(value, str) and "${" in value):
-            raise UserError(f"{path} holds {name}={value!r:.60}, which is no plain value: it was changed by hand")
+        if (key.startswith("_") and key != "_target_") or "${" in f"{name}{value}":
+            raise UserError(f"{path} holds {name:.60}={value!r:.60}, which is no plain value: it was changed by hand")
     return config
 
 
@@ -153,7 +146,7 @@ def load_named_checkpoint(path: Path) -> LoadedCheckpoint:
 # --- resume=auto -------------------------------------------------------------------------------------------------
 
 # Fields that say where things are, not what is trained.
-WHERE = ("ckpt_path", "resume", "runs_dir", "run_folder", "logger.tensorboard.purge_step")
+WHERE = ("ckpt_path", "resume", "export", "runs_dir", "run_folder", "logger.tensorboard.purge_step")
 
 
 @dataclass(frozen=True)
@@ -208,6 +201,9 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from leaves(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and value:
+        for position, item in enumerate(value):
+            yield from leaves(item, f"{name}.{position}")
     else:
         yield name, value
 

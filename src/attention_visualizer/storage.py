@@ -20,6 +20,7 @@ from typing import Any
 
 import filelock
 
+from attention_visualizer import plain_files
 from attention_visualizer.errors import UserError
 
 TIME_FORMAT = "%Y-%m-%d_%H-%M-%S-%f"  # no "=" and no ":", which command lines and file systems dislike
@@ -86,11 +87,11 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Raises UserError for a file that is not JSON."""
+    """Raises UserError for a file that is not there, or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+        return plain_files.read_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} cannot be read as JSON: {error.strerror}") from error
 
 
 def short_path(path: Path) -> Path:
@@ -195,11 +196,9 @@ class RunFolder:
     def read_manifest(self) -> dict[str, Any]:
         """What run.json says; empty if there is none. Raises UserError if it is no JSON object."""
         try:
-            manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+            manifest = plain_files.read_json(self.manifest_path)
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, RecursionError) as error:  # ValueError: broken JSON or UTF-8
-            raise UserError(f"{self.manifest_path} cannot be read ({error}): mend or delete it") from error
         if not isinstance(manifest, dict):
             raise UserError(f"{self.manifest_path} holds no JSON object: mend or delete it")
         return manifest

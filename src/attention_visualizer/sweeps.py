@@ -14,15 +14,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from attention_visualizer import storage
 from attention_visualizer.errors import UserError
+from attention_visualizer.inert import cell, printable
 from attention_visualizer.resuming import read_config
 
 
 def job_folder(number: int, overrides: str) -> str:
     """Folder name of a sweep's job: its number and what was overridden, in characters that need no quoting."""
-    return re.sub(r"[^\w.\-]+", "-", f"{number}_{overrides}")[:240].rstrip("._-")
+    name = re.sub(r"[^\w.\-]+", "-", f"{number}_{overrides}")
+    return name.encode()[:240].decode(errors="ignore").rstrip("._-")  # file systems count bytes
 
 
 RESUME = "resume=auto"
@@ -59,19 +62,19 @@ class SweepTable(Callback):
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
         storage.write_text(folder / "sweep.csv", text.getvalue())
-        table = Table(title=f"Sweep {folder}")
+        table = Table(title=Text(f"Sweep {printable(folder)}"))
         columns = [column for column in rows[0] if column != "error"]
         for column in columns:
             justify: Any = "left" if column in ("run", "status") else "right"
             table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
         for row in rows:
-            table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+            table.add_row(*(Text("" if row[column] is None else printable(str(row[column]))) for column in columns))
         Console().print(table)
         for row in rows:
             if row["error"]:
-                print(f"{row['run']}: {row['error']}")
+                print(printable(f"{row['run']}: {row['error']}"))
         print(f"Table:    {folder / 'sweep.csv'}\nAnalyse:  python analyze.py run={folder}")
         if any(row["status"] != "completed" for row in rows):
             raise SystemExit(1)
@@ -94,13 +97,17 @@ def unfinished_sweep(config: DictConfig) -> Path | None:
 def sweep_rows(folder: Path) -> list[dict[str, Any]]:
     """One row for each job of a sweep, in the order of their numbers."""
     rows = []
-    paths = [path for path in folder.iterdir() if path.is_dir()]
-    for path in sorted(paths, key=lambda path: int(path.name.split("_")[0]) if path.name[0].isdigit() else -1):
-        manifest = storage.RunFolder(path).read_manifest()
-        metrics = manifest.get("metrics", {})
+    jobs = [storage.RunFolder(path) for path in folder.iterdir() if path.is_dir()]
+    for job in sorted(jobs, key=lambda job: (storage.job_number(job), job.name)):
+        try:
+            manifest = job.read_manifest()
+        except UserError as error:
+            manifest = {"status": "unreadable", "error": str(error)}
+        metrics = manifest.get("metrics")
+        metrics = metrics if isinstance(metrics, dict) else {}
         rows.append(
             {
-                "run": path.name,
+                "run": job.name,
                 "status": manifest.get("status", "not started"),
                 "validation_accuracy": _rounded(metrics.get("validation_accuracy"), 4),
                 "parameters": manifest.get("parameters"),
@@ -111,5 +118,5 @@ def sweep_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
+def _rounded(value: Any, digits: int) -> float | None:
+    return round(value, digits) if isinstance(value, int | float) else None

@@ -13,6 +13,7 @@ from attention_visualizer.chapter import Chapter, FigureFile
 from attention_visualizer.history import AttentionHistory
 
 FRAME_MILLISECONDS = 600
+MOST_FRAMES = 300  # they are in memory together
 
 
 def write(study: Study) -> Chapter:
@@ -55,7 +56,8 @@ def figure(history: AttentionHistory, study: Study) -> Figure:
 def animate(history: AttentionHistory, study: Study) -> str:
     """Writes attention_evolution.webp, one frame for each look at the probe images; returns its name."""
     frames = []
-    for frame in history.frames:
+    step = -(-len(history.frames) // MOST_FRAMES)
+    for frame in history.frames[::-step][::-1]:  # the last one among them
         moment = figures.moment(float(frame["epoch"]), int(frame["step"]))
         frames.append(Image.fromarray(figures.probe_sheet(history.probe, frame, moment, study.face_note).to_rgb()))
     path = study.output / "attention_evolution.webp"

@@ -9,19 +9,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from attention_visualizer.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.checkpoint_choice import candidates_in
 from attention_visualizer.errors import UserError
 from attention_visualizer.images import DatasetDescription
+from attention_visualizer.plain_files import read_yaml
 from attention_visualizer.storage import RunFolder, RunGroup, group_at
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 DATA_FIELDS = ("name", "image_size", "channels", "class_names")  # mean and deviation depend on the split alone
 # What does not change the weights that training arrives at, or is the seed.
 NO_KNOBS = (
-    *("seed", "ckpt_path", "runs_dir", "run_folder", "test", "compile", "logger", "callbacks.attention_logger"),
+    *(
+        "seed",
+        "ckpt_path",
+        "resume",
+        "export",
+        "runs_dir",
+        "run_folder",
+        "test",
+        "compile",
+        "logger",
+        "callbacks.attention_logger",
+    ),
     *("data.data_dir", "data.fallback", "data.eval_batch_size", "model.img_size", "model.in_channels"),
     *("model.num_classes", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
     *("trainer.accelerator", "trainer.devices", "trainer.default_root_dir", "trainer.enable_checkpointing"),
@@ -205,8 +215,8 @@ def settings_of(found: Found) -> dict[str, Any]:
     others: dict[str, Any] = {}
     if found.run is not None and found.run.config_path.is_file():
         try:
-            content = yaml.safe_load(found.run.config_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            content = read_yaml(found.run.config_path)
+        except (OSError, UserError) as error:
             raise UserError(f"{found.run.config_path} cannot be read: mend or delete it") from error
         others = {name: value for name, value in flat(content) if not name.startswith("model.")}
     if found.loaded.split_seed is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from attention_visualizer import foreign_models
 from attention_visualizer.analysis.study import OURS, FileFormat, HeadLayers, Sample, Study
 from attention_visualizer.capture import CaptureError
-from attention_visualizer.checkpoint import LoadedCheckpoint, first_line, load_checkpoint
+from attention_visualizer.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.checkpoint_choice import choose_checkpoint
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
@@ -27,11 +27,13 @@ from attention_visualizer.geometry import Geometry, Size
 from attention_visualizer.history import AttentionHistory
 from attention_visualizer.images import DatasetDescription, read_image
 from attention_visualizer.measures import Fusion, Query
-from attention_visualizer.mnist_files import MnistUnavailable
+from attention_visualizer.mnist_files import MnistUnavailable, holds_all
 from attention_visualizer.model import VisionTransformer
 from attention_visualizer.observation import Observation, RolloutOptions
 from attention_visualizer.pictures import InputFormat, LabelledImages, PictureFolder, Pictures, read_picture
+from attention_visualizer.plain_files import read_yaml
 from attention_visualizer.storage import RunFolder, short_path
+from attention_visualizer.tensor_files import first_line
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> We
     if ckpt != "random":
         choice = choose_checkpoint(ckpt, run, runs_dir)
         loaded = load_checkpoint(choice.path)
+        check_run(loaded, choice.run)
         origin = f"{choice.reason}; {short_path(choice.path)}, sha256 {loaded.sha256}"
         trained = "" if loaded.epoch is None else f", epoch {loaded.epoch + 1}, step {loaded.step}"
         return Weights(loaded.build_model(), origin + trained, loaded, choice.run, random=False)
@@ -77,6 +80,30 @@ def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> We
     loaded = load_checkpoint(choice.path)
     model = random_model(seed, **loaded.model_config)
     return Weights(model, f"random weights, no training, the model of {choice.path}", loaded, choice.run, random=True)
+
+
+def check_run(loaded: LoadedCheckpoint, run: RunFolder | None) -> None:
+    """Raises UserError for a checkpoint of another model, or other data, than the run that it lies in. What the run
+    does not say is not compared."""
+    if run is None:
+        return
+    config: Any = {}
+    manifest: Any = {}
+    with suppress(OSError, UserError):
+        config = read_yaml(run.config_path)
+    with suppress(UserError):
+        manifest = run.read_manifest()
+    for group, path, theirs, mine in (
+        ("model.", run.config_path, config.get("model") if isinstance(config, dict) else None, loaded.model_config),
+        ("the data set's ", run.manifest_path, manifest.get("data"), loaded.data or {}),
+    ):
+        for field, value in mine.items():
+            # Dropout may change when a run is resumed.
+            if isinstance(theirs, dict) and field in theirs and "dropout" not in field and theirs[field] != value:
+                raise UserError(
+                    f"{loaded.path} was trained with {group}{field}={value!r:.60} and {path} says "
+                    f"{theirs[field]!r:.60}: it is of another run, which is to be named with ckpt=, outside this folder"
+                )
 
 
 def random_model(seed: int = 0, **config: Any) -> VisionTransformer:
@@ -96,7 +123,8 @@ def load_data(loaded: LoadedCheckpoint | None, data_dir: str | None = None) -> I
         data.load()
         return data
     described = DatasetDescription.from_dict(loaded.data)
-    recorded = loaded.data_dir if loaded.data_dir and Path(loaded.data_dir).is_dir() else None
+    # A file must not decide where something is downloaded to.
+    recorded = loaded.data_dir if loaded.data_dir and holds_all(Path(loaded.data_dir)) else None
     name: Any = described.name
     data = ImageDataModule(name=name, data_dir=data_dir or recorded, fallback=None, split_seed=loaded.split_seed or 0)
     try:
