@@ -73,8 +73,8 @@ def read_config(path: Path, plain: bool = True) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} holds no configuration")
     for name, value in leaves(OmegaConf.to_container(config, resolve=False)) if plain else ():
-        key = name.rpartition(".")[2]
-        if (key.startswith("_") and key != "_target_") or "${" in f"{name}{value}":
+        special = any(part.startswith("_") and part != "_target_" for part in name.split("."))
+        if special or "${" in f"{name}{value}":
             raise UserError(f"{path} holds {name:.60}={value!r:.60}, which is no plain value: it was changed by hand")
     return config
 
