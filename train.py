@@ -87,14 +87,70 @@ def train(config: DictConfig, sweeping: bool) -> float:
 
 def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack) -> float:
     quieten()
-    resumed = None
+    named = None
     if config.ckpt_path is not None:
         if sweeping:
             raise UserError("ckpt_path= resumes one run: it does not go with a sweep (-m); resume=auto does")
-        resumed = resuming.load_named_checkpoint(Path(config.ckpt_path))
+        named = resuming.load_named_checkpoint(Path(config.ckpt_path))
         config = resuming.of_resumed_run(config, CONF)
 
     # Whatever can be wrong is found out here, before a folder is made or touched.
+    data, model, classifier = prepare(config)
+    parameters = num_parameters(model.config)
+    unfinished = None
+    if config.resume == "auto":
+        if sweeping and (accuracy := resuming.accuracy_of_completed(storage.RunFolder(job_path()), config)) is not None:
+            print(f"Done already: {job_path()}")
+            return accuracy
+        unfinished = find_unfinished(config, sweeping)
+    begun = named is not None or unfinished is not None
+    resumed = named if unfinished is None else unfinished.checkpoint
+    if resumed is not None:
+        checkpoint.refuse_other_settings(resumed, model.config, data.description.to_dict())
+        config.ckpt_path = str(resumed.path)
+    made = storage.missing_folders(Path(config.runs_dir))
+    folder = place_of(config, sweeping, begun, parameters) if unfinished is None else unfinished.folder
+    claims.callback((folder.claim() if unfinished is None else unfinished.lock).release)
+    config.run_folder = str(folder.path)
+    try:
+        trainer = build_trainer(config, folder, stop, (resumed.step if resumed else -1) if begun else None)
+    except BaseException:
+        if not begun and not sweeping:
+            shutil.rmtree(folder.path)  # nothing but empty logs
+            storage.remove_empty(made)
+        raise
+
+    configuration.save(config, folder)
+    storage.start_manifest(
+        folder,
+        command=shlex.join(["python", *sys.argv]),
+        data=data.description.to_dict(),
+        parameters=parameters,
+        seed=config.seed,
+        checkpoints={path.stem: str(path.relative_to(folder.path)) for path in (folder.best, folder.last)},
+    )
+    print(f"Run folder: {folder.path}", flush=True)
+    if config.compile:
+        classifier.halves = None  # compiled code is made for one thread
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        model.compile(mode="reduce-overhead" if on_gpu else "default")
+    with training.recorded(folder):
+        metrics = training.fit(trainer, classifier, data, config.ckpt_path)
+        if config.test or (config.test is None and not sweeping):
+            metrics |= training.test_best(trainer, classifier, data, folder)
+        if config.export:
+            print(f"Exported:     {export_safetensors(folder.best, folder.best.with_suffix('.safetensors'))}")
+        folder.update_manifest(status="completed", metrics=metrics)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
+    training.log_hyperparameters(trainer, recorded | {"parameters": parameters}, metrics)
+    training.print_report(folder, data.description, metrics)
+    return float(metrics["validation_accuracy"])
+
+
+def prepare(config: DictConfig) -> tuple[ImageDataModule, VisionTransformer, Classifier]:
+    """Data and model, with what depends on the data set filled into the config. Raises UserError for all that is wrong
+    with them."""
     configuration.check_options(config)
     allocator.keep_freed_memory()
     seed_everything(config.seed, verbose=False)
@@ -107,81 +163,38 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
     check_model_fits_data(model, data)
     classifier = Classifier(model, model.config["num_classes"], **recipe, seed=config.seed)
     check_watched_part(config, classifier, data)
-    description = data.description.to_dict()
     classifier.checkpoint_block = checkpoint.block_for(
         model.config,
-        description,
+        data.description.to_dict(),
         data_dir=str(data.data_dir.absolute()),
         split_seed=data.split_seed,
         seed=config.seed,
     )
-    # Defaults that depend on the data set are known now.
     config.data.batch_size = data.batch_size
     config.trainer.max_epochs = config.trainer.max_epochs or data.default_epochs
     evaluation_batches = {"validation": len(data.val_dataloader()), "test": len(data.test_dataloader())}
     configuration.check_schedule(config, data.batches_in(config.trainer.limit_train_batches), evaluation_batches)
+    return data, model, classifier
 
-    unfinished = None
-    if config.resume == "auto":
-        where = storage.RunFolder(job_path())
-        unfinished = resuming.unfinished_at(where, config) if sweeping else resuming.find_unfinished(config)
-        if sweeping and unfinished is None and (accuracy := resuming.accuracy_of_completed(where, config)) is not None:
-            print(f"Done already: {where.path}")
-            return accuracy
-    if unfinished is not None:
-        folder = unfinished.folder
-        claims.callback(unfinished.lock.release)
-        resumed = unfinished.checkpoint
-        config.ckpt_path = None if resumed is None else str(resumed.path)
-        print(f"Going on with {folder.path}, " + ("from its start" if resumed is None else f"step {resumed.step}"))
-    if resumed is not None:
-        checkpoint.refuse_other_settings(resumed, model.config, description)
-    made = storage.missing_folders(Path(config.runs_dir))
-    if unfinished is None:
-        storage.check_space(Path(config.run_folder or config.runs_dir), num_parameters(architecture))
-        if config.ckpt_path is not None:
-            folder = storage.RunFolder(Path(config.run_folder))
-        elif sweeping:
-            folder = storage.RunFolder(job_path())
-        else:
-            folder = storage.RunFolder.create(Path(config.runs_dir))
-        claims.callback(folder.claim().release)
-    begun = resumed is not None or unfinished is not None
-    config.run_folder = str(folder.path)
-    try:
-        trainer = build_trainer(config, folder, stop, (resumed.step if resumed else -1) if begun else None)
-    except BaseException:
-        if not begun and not sweeping:
-            shutil.rmtree(folder.path)  # nothing but empty logs
-            storage.remove_empty(made)
-        raise
 
-    configuration.save(config, folder)
-    command = shlex.join(["python", *sys.argv])
-    storage.start_manifest(
-        folder,
-        command=command,
-        data=description,
-        parameters=num_parameters(architecture),
-        seed=config.seed,
-        checkpoints={path.stem: str(path.relative_to(folder.path)) for path in (folder.best, folder.last)},
-    )
-    print(f"Run folder: {folder.path}", flush=True)
-    if config.compile:
-        classifier.halves = None  # compiled code is made for one thread
-        model.compile(mode="reduce-overhead" if trainer.strategy.root_device.type == "cuda" else "default")
-    with training.recorded(folder):
-        metrics = training.fit(trainer, classifier, data, config.ckpt_path)
-        if config.test or (config.test is None and not sweeping):
-            metrics |= training.test_best(trainer, classifier, data, folder)
-        if config.export:
-            print(f"Exported:     {export_safetensors(folder.best, folder.best.with_suffix('.safetensors'))}")
-        folder.update_manifest(status="completed", metrics=metrics)
-    settings: Any = OmegaConf.to_container(config, resolve=True)
-    recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
-    training.log_hyperparameters(trainer, recorded | {"parameters": num_parameters(architecture)}, metrics)
-    training.print_report(folder, data.description, metrics)
-    return float(metrics["validation_accuracy"])
+def find_unfinished(config: DictConfig, sweeping: bool) -> resuming.Unfinished | None:
+    """What resume=auto goes on with: a sweep's job only in its own folder."""
+    if sweeping:
+        found = resuming.unfinished_at(storage.RunFolder(job_path()), config)
+    else:
+        found = resuming.find_unfinished(config)
+    if found is not None:
+        where = "from its start" if found.checkpoint is None else f"step {found.checkpoint.step}"
+        print(f"Going on with {found.folder.path}, {where}")
+    return found
+
+
+def place_of(config: DictConfig, sweeping: bool, begun: bool, parameters: int) -> storage.RunFolder:
+    """The folder of this run, made if need be."""
+    storage.check_space(Path(config.run_folder or config.runs_dir), parameters)
+    if begun:
+        return storage.RunFolder(Path(config.run_folder))
+    return storage.RunFolder(job_path()) if sweeping else storage.RunFolder.create(Path(config.runs_dir))
 
 
 def job_path() -> Path:
