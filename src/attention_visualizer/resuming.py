@@ -69,8 +69,8 @@ def read_config(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} holds no configuration")
     for name, value in leaves(OmegaConf.to_container(config, resolve=False)):
-        key = name.rpartition(".")[2]
-        if (key.startswith("_") and key != "_target_") or "${" in f"{name}{value}":
+        keys = name.split(".")
+        if any(key.startswith("_") and key != "_target_" for key in keys) or "${" in f"{name}{value}":
             raise UserError(f"{path} holds {name:.60}={value!r:.60}, which is no plain value: it was changed by hand")
     return config
 
