@@ -1197,6 +1197,7 @@ def test_mnist_that_is_gone_is_named_by_the_field_of_this_command(
     content = content_of(model, work.digits)
     content[BLOCK]["data"]["name"] = "mnist"
     torch.save(content, run.best)
+    run.update_manifest(data=content[BLOCK]["data"])
     assert_refused(work.path, "data_dir=elsewhere", said="error: data_dir=elsewhere")
     assert "data.fallback" not in analyze("data_dir=elsewhere", folder=work.path).err
 

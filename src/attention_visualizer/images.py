@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from attention_visualizer.errors import UserError
+from attention_visualizer.plain_files import open_file
 
 log = logging.getLogger(__name__)
 
 DatasetName = Literal["mnist", "digits"]
 LONGEST_NAME = 100
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MOST_PIXELS = 64_000_000
 TITLES: dict[str, str] = {"mnist": "MNIST", "digits": "scikit-learn digits (not MNIST)"}
 
 
@@ -119,15 +123,17 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
     border's colour. Raises UserError for a file that is not a picture.
     """
     try:
-        with Image.open(path) as file:
-            grey = grey_pixels(ImageOps.exif_transpose(file))
+        with open_picture(path) as picture:
+            grey = grey_pixels(picture)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file: give the path of a picture") from None
     except IsADirectoryError:
         raise UserError(f"{path}: this is a folder: give the path of a picture") from None
     except UnidentifiedImageError:
         raise UserError(f"{path}: not a picture that can be read: give a PNG or JPEG file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for broken files
         raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
 
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
@@ -146,14 +152,31 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
     return torch.from_numpy(canvas).repeat(description.channels, 1, 1)
 
 
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """The picture, upright, not decoded yet where it need not be turned. Raises UserError for one that is too large,
+    and what Pillow raises."""
+    # Not every format that Pillow knows: for some it starts another program.
+    with open_file(Path(path)) as file, Image.open(file, formats=FORMATS) as picture:
+        if picture.width * picture.height > MOST_PIXELS:
+            size = f"{picture.width:,} x {picture.height:,} pixels"
+            raise UserError(f"{path}: {size} are more than {MOST_PIXELS:,}: make the picture smaller")
+        yield ImageOps.exif_transpose(picture)
+
+
 def grey_pixels(image: Image.Image) -> np.ndarray:
-    """uint8 [height, width] of a picture of any mode."""
+    """uint8 [height, width] of a picture of any mode. Raises ValueError for values that are no shades of grey."""
     if image.mode.startswith(("I", "F")):  # 16 bits a pixel, or 32, of which files use 16
-        values = np.asarray(image, np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("it has pixels that are NaN or infinite")
-        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
-        return (values.clip(0, top) * (255 / top)).round().astype(np.uint8)
+        values = np.asarray(image)
+        least, most = values.min(), values.max()
+        if not (0 <= least and most <= 65535):  # nor NaN
+            raise ValueError(f"its values from {least:g} to {most:g} are no shades of grey")
+        top = 65535 if image.mode.startswith("I;16") or most > 255 else 255
+        top = 1 if image.mode.startswith("F") and 0 < most <= 1 else top
+        grey = np.empty(values.shape, np.uint8)
+        for row, line in enumerate(values):  # one at a time: a large picture has room only once
+            grey[row] = (line.astype(np.float64) * (255 / top)).round()
+        return grey
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Size, as_size, stated_layout
-from attention_visualizer.images import DatasetDescription, grey_pixels, normalise, to_unit
+from attention_visualizer.images import DatasetDescription, grey_pixels, normalise, open_picture, to_unit
 from attention_visualizer.inert import printable
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class PictureFolder:
             broken = f"; {len(found)} cannot be read, such as {printable(found[0].name)}" if found else ""
             raise UserError(f"images={folder}: there are no pictures in it (such as .png or .jpg){broken}")
         for name in pictures.broken:
-            log.warning("%s cannot be read and is left out", folder / name)
+            log.warning("%s cannot be read and is left out", printable(folder / name))
         return cls(folder, format, tuple(readable), broken=pictures.broken, **known)
 
     @property
@@ -217,8 +217,7 @@ class PictureFolder:
 
 def decoded(path: str | Path, channels: int) -> Image.Image:
     """The picture upright, transparency on white, as grey (one channel) or RGB. Raises what Pillow raises."""
-    with Image.open(path) as file:
-        picture: Image.Image = ImageOps.exif_transpose(file)
+    with open_picture(path) as picture:
         if picture.mode.startswith(("I", "F")):  # more than 8 bits a pixel
             picture = Image.fromarray(grey_pixels(picture))
         if picture.has_transparency_data:
@@ -238,6 +237,8 @@ def read_picture(path: str | Path, format: InputFormat) -> Tensor:
         raise UserError(f"{path}: there is no such file: give the path of a picture") from None
     except IsADirectoryError:
         raise UserError(f"{path}: this is a folder: give the path of a picture") from None
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises many kinds for broken files
         raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
     pixels = torch.frombuffer(bytearray(fitted(picture, format).tobytes()), dtype=torch.uint8)

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -21,17 +21,24 @@ def read_bytes(path: Path, most: int) -> bytes:
     """The whole file. Raises UserError for one of more than `most` bytes and for what is no file: a pipe would never
     answer, a device never end. FileNotFoundError where there is none."""
     try:
-        with open(path, "rb", opener=open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{path}: no file that can be read: mend or delete it")
-            if status.st_size > most:
-                raise UserError(f"{path}: {status.st_size:,} bytes are more than can be meant: mend or delete it")
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise UserError(f"{path}: {size:,} bytes are more than can be meant: mend or delete it")
             return file.read(most)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}): mend or delete it") from error
+
+
+def open_file(path: Path) -> BinaryIO:
+    """The regular file at `path`. Raises UserError for a pipe or a device, OSError as `open` does."""
+    file = open(path, "rb", opener=open_at_once)
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise UserError(f"{path}: no file that can be read: mend or delete it")
 
 
 def open_at_once(path: str, flags: int) -> int:

@@ -19,11 +19,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from attention_visualizer import charts, storage
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.data import DatasetDescription, ImageDataModule
 from attention_visualizer.errors import UserError
+from attention_visualizer.inert import printable
 from attention_visualizer.loggers import log_figure
 from attention_visualizer.storage import RunFolder
 
@@ -141,7 +143,7 @@ def log_hyperparameters(trainer: Trainer, parameters: dict[str, Any], metrics: d
 
 def print_report(folder: RunFolder, description: DatasetDescription, metrics: dict[str, Any]) -> None:
     """The end of a run on the terminal: how good, where, and what to do next, each command ready to paste."""
-    table = Table(title=f"{folder.path.name} on {description.title}", title_justify="left")
+    table = Table(title=Text(printable(f"{folder.path.name} on {description.title}")), title_justify="left")
     table.add_column("")
     table.add_column("accuracy", justify="right")
     table.add_column("images", justify="right")
