@@ -413,7 +413,7 @@ def test_the_accuracy_is_the_models(analysis: Analysis, model: VisionTransformer
         right = (model(normalise(images, digits.description)).argmax(dim=1) == labels).float().mean()
     told = read_statistics(analysis.output)["chapters"]["statistics"]["numbers"]
     assert told["accuracy"] == pytest.approx(float(right)) and told["images"] == 300
-    assert f"accuracy {right:.2%}" in read_report(analysis.output)
+    assert f"accuracy {100 * right:.2f} % (" in read_report(analysis.output)
 
 
 @pytest.mark.parametrize("chapters", ["[patterns]", "[statistics]"])

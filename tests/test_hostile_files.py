@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from attention_visualizer import command_line, storage
+from attention_visualizer import command_line, storage, sweeps
 from attention_visualizer.analysis.preparation import find_weights, load_data
 from attention_visualizer.checkpoint import AtomicCheckpointIO, load_checkpoint
 from attention_visualizer.errors import UserError
@@ -330,7 +330,7 @@ def test_class_names_that_cannot_be_shown(name: Any) -> None:
 
 def test_names_of_a_sweep_s_folders() -> None:
     for value in ("../../x", "/etc/passwd", "a" * 1000, "ж" * 1000, "漢" * 1000, "a\x00b", "\udcff", "~", "x\n"):
-        name = command_line.job_folder(3, f"a-{value}")
+        name = sweeps.job_folder(3, f"a-{value}")
         assert name.startswith("3_a") and len(name.encode()) <= 240 and not set(name) & set("/\\\x00\n ~")
 
 
@@ -357,7 +357,7 @@ def test_a_sweep_s_table_shows_what_it_finds_as_text(tmp_path: Path, capsys: pyt
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit):
-        command_line.SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+        sweeps.SweepTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
     rows = list(csv.DictReader(io.StringIO((tmp_path / "sweep.csv").read_text())))
     assert [row["run"] for row in rows] == ["0_[red]", "1_a", "9ab", "²_b"]
     assert (rows[0]["status"], rows[0]["error"], rows[1]["parameters"]) == ("'=cmd()", "'@SUM(A1)�[2J", "'=1")

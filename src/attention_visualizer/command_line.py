@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from attention_visualizer.errors import UserError
+from attention_visualizer.inert import printable
 
 LONGEST_LINE = 800  # characters; a value given may have any number
 begun: list[bool] = []  # whether the job of `run` is under way
@@ -58,7 +59,7 @@ def fail(error: Exception) -> NoReturn:
 
 def harmless(text: str) -> str:
     """`text` without what a terminal would obey, and no longer than can be read."""
-    text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    text = printable(text)
     return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 160]} [...] {text[-150:]}"
 
 

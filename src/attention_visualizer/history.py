@@ -99,5 +99,5 @@ def check_array(part: str, name: str, array: NDArray[Any]) -> None:
         axes = tuple(1 + number for number in AXES.get(name, (2,)))
         if array.ndim and not 0 < len(array) <= MOST_ENTRIES:
             raise ValueError(f"{name!r:.60} has {len(array):,} entries")
-    if array.ndim not in axes or array.size == 0:
+    if array.ndim not in axes or (array.size == 0 and name != "class_names"):
         raise ValueError(f"{name!r:.60} is of shape {list(array.shape)}")

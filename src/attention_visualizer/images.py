@@ -169,7 +169,9 @@ def grey_pixels(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):  # 16 bits a pixel, or 32, of which files use 16
         values = np.asarray(image)
         least, most = values.min(), values.max()
-        if not (0 <= least and most <= 65535):  # nor NaN
+        if not (np.isfinite(least) and np.isfinite(most)):
+            raise ValueError("it has pixels that are NaN or infinite")
+        if not 0 <= least <= most <= 65535:
             raise ValueError(f"its values from {least:g} to {most:g} are no shades of grey")
         top = 65535 if image.mode.startswith("I;16") or most > 255 else 255
         top = 1 if image.mode.startswith("F") and 0 < most <= 1 else top
