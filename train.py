@@ -67,6 +67,10 @@ def main(config: DictConfig) -> float:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         return train(config, sweeping)
+    except SystemExit:  # Ctrl-C, SIGTERM
+        if sweeping:
+            print("The sweep goes on where it was with the same command and resume=auto")
+        raise
     except Exception as error:
         if not sweeping:
             if isinstance(error, UserError | CaptureError):

@@ -6,6 +6,7 @@ import csv
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -219,14 +220,17 @@ OTHERS = [argument for argument in TINY if not argument.startswith("model.mlp_di
 SWEEP = ("-m", "model.mlp_dim=29,31,37", *OTHERS, *BARE, "trainer.max_epochs=12")
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, number: signal.Signals) -> None:
     training = Training(*SWEEP, folder=tmp_path)
 
     def second_job_trains() -> bool:
         return any(tmp_path.glob("runs/*_sweep/1_*/checkpoints/last.ckpt"))
 
     training.wait_until(second_job_trains)
-    training.process.kill()
+    training.process.send_signal(number)
+    if number == signal.SIGTERM:
+        assert training.end() == 143 and "the same command and resume=auto" in training.output()
     training.end()
     (folder,) = run_folders(tmp_path)
     done = next(folder.glob("0_*")) / "checkpoints" / "last.ckpt"
