@@ -77,8 +77,11 @@ def main(config: DictConfig) -> float:
                 command_line.fail(error)
             raise
         # The sweep's other jobs go on; its table names this one.
+        folder = storage.RunFolder(job_path())
         with suppress(UserError):
-            storage.RunFolder(job_path()).update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
+            lock = folder.claim()  # not of a job that another process trains
+            folder.update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
+            lock.release()
         logging.getLogger("train").error("job failed: %s", error, exc_info=not isinstance(error, UserError))
         return math.nan
 
