@@ -66,3 +66,18 @@ def test_the_map_names_every_module() -> None:
     shown = README[README.index("## Map") :]
     for module in (PROJECT / "src" / "attention_visualizer").glob("*.py"):
         assert module.name in shown or module.stem == "__init__", module.name
+
+
+def test_the_tests_that_prove_what_faults_do_are_there() -> None:
+    """`file.py::test_name...` in the table: the file, and a test in it whose name begins so."""
+    table = (PROJECT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = 0
+    for row in table.splitlines():
+        file = None
+        for path, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?[.]*`", row):
+            file = path or file
+            if file:
+                text = (PROJECT / "tests" / file).read_text(encoding="utf-8")
+                assert f"def {test}" in text, row
+                named += bool(test)
+    assert named > 15
