@@ -194,7 +194,7 @@ def reproducing_overrides(weights: Weights) -> list[str]:
     if weights.random or weights.loaded is None:
         return overrides
     others = [override for override in overrides if override.split("=")[0] not in ("ckpt", "run", "runs_dir")]
-    return [f"ckpt={storage.short_path(weights.loaded.path)}", *others]
+    return [command_line.override("ckpt", storage.short_path(weights.loaded.path)), *others]
 
 
 def output_folder(output_dir: str | None, weights: Weights) -> Path:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigKeyError
 
-from attention_visualizer.command_line import one_line
+from attention_visualizer.command_line import one_line, override
 from attention_visualizer.errors import UserError
 from attention_visualizer.mnist_files import FILES
 from attention_visualizer.sweeps import job_folder, sweep_rows
@@ -230,3 +231,12 @@ def test_sweep_rows_are_in_the_order_of_the_jobs(tmp_path: Path) -> None:
         "error": None,
     }
     assert rows[3]["status"] == "not started" and rows[3]["validation_accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    "text", ["runs/a", "/a b", "/a=b", "/a,b", "/a(b)[c]{d}", "/é", "a\\", "it's", "a\\'b", "a#b", "123", "null"]
+)
+def test_hydra_takes_what_is_printed_for_the_same_text(text: str) -> None:
+    parsed = OverridesParser.create().parse_override(override("run", text)).value()
+    assert getattr(parsed, "text", parsed) == text
+    assert ("'" in override("run", text)) == (text not in ("runs/a", "/a b", "a\\"))

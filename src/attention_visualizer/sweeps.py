@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attention_visualizer import storage
+from attention_visualizer.command_line import override
 from attention_visualizer.errors import UserError
 from attention_visualizer.inert import cell, printable
 from attention_visualizer.resuming import read_config
@@ -42,8 +44,7 @@ class SweepTable(Callback):
         if config.get("resume") == "auto" and (folder := unfinished_sweep(config)):
             config.hydra.sweep.dir = str(folder)
             # Each job's config is composed anew, from these.
-            quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+            config.hydra.overrides.hydra.append(override("hydra.sweep.dir", folder))
             print(f"Going on with sweep {folder}")
         SweepTable.folder = Path(config.hydra.sweep.dir)
 
@@ -75,7 +76,7 @@ class SweepTable(Callback):
         for row in rows:
             if row["error"]:
                 print(printable(f"{row['run']}: {row['error']}"))
-        print(f"Table:    {folder / 'sweep.csv'}\nAnalyse:  python analyze.py run={folder}")
+        print(f"Table:    {folder / 'sweep.csv'}\nAnalyse:  python analyze.py {shlex.quote(override('run', folder))}")
         if any(row["status"] != "completed" for row in rows):
             raise SystemExit(1)
 

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from attention_visualizer import charts, storage
 from attention_visualizer.classifier import Classifier
+from attention_visualizer.command_line import override
 from attention_visualizer.data import DatasetDescription, ImageDataModule
 from attention_visualizer.errors import UserError
 from attention_visualizer.inert import printable
@@ -89,7 +90,7 @@ def recorded(folder: RunFolder) -> Iterator[None]:
                 error=reason or f"{type(error).__name__}: {error}".rstrip(": "),
             )
         if folder.last.exists():
-            print(f"\nStopped early. Resume:  python train.py ckpt_path={shlex.quote(str(folder.last))}")
+            print(f"\nStopped early. Resume:  python train.py {shlex.quote(override('ckpt_path', folder.last))}")
         raise
 
 
@@ -158,8 +159,8 @@ def print_report(folder: RunFolder, description: DatasetDescription, metrics: di
         ):
             table.add_row(f"  class {name}", f"{share:.2%}", str(sum(row)))
     Console().print(table)
-    run = shlex.quote(str(storage.short_path(folder.path)))
+    path = storage.short_path(folder.path)
     # Plain lines, never wrapped, so that they can be pasted.
-    print(f"Run folder:   {run}")
-    print(f"TensorBoard:  tensorboard --logdir {run} --samples_per_plugin images=200")
-    print(f"Analyse:      python analyze.py run={run} ckpt=best")
+    print(f"Run folder:   {shlex.quote(str(path))}")
+    print(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))} --samples_per_plugin images=200")
+    print(f"Analyse:      python analyze.py {shlex.quote(override('run', path))} ckpt=best")
