@@ -42,6 +42,7 @@ from attention_visualizer import (
 )
 from attention_visualizer.callbacks import looking
 from attention_visualizer.capture import CaptureError
+from attention_visualizer.checkpoint_choice import load_chosen
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.configuration import arguments
 from attention_visualizer.data import ImageDataModule
@@ -98,7 +99,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
     if config.ckpt_path is not None:
         if sweeping:
             raise UserError("ckpt_path= resumes one run: it does not go with a sweep (-m); resume=auto does")
-        named = resuming.load_named_checkpoint(Path(config.ckpt_path))
+        named = load_chosen(Path(config.ckpt_path))
         config = resuming.of_resumed_run(config, CONF)
 
     # Whatever can be wrong is found out here, before a folder is made or touched.

@@ -1167,6 +1167,8 @@ def test_a_truncated_checkpoint(work: Workplace, model: VisionTransformer, share
     whole = run.best.read_bytes()
     run.best.write_bytes(whole[: int(len(whole) * share)])
     assert_refused(work.path, said="best.ckpt is truncated or corrupt")
+    run.last.write_bytes(whole)
+    assert_refused(work.path, said="last.ckpt (step 17) is whole")
 
 
 def test_a_broken_history_is_found_before_any_work(work: Workplace, model: VisionTransformer) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from attention_visualizer.checkpoint import load_checkpoint
+from attention_visualizer.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.errors import UserError
 from attention_visualizer.storage import RunFolder, RunGroup, find_runs, group_at
 from attention_visualizer.tensor_files import existing_file
@@ -70,6 +70,26 @@ def choice_at(path: Path) -> Choice:
         raise UserError(f"ckpt={error}; or best, last, random, or a run folder") from error
     run = RunFolder(path.parent.parent)
     return Choice(path, f"{path}, as asked for", run if path.parent.name == "checkpoints" and run.exists else None)
+
+
+def load_chosen(path: Path) -> LoadedCheckpoint:
+    """The checkpoint at `path`. Where it is damaged, the UserError names the run's other one, if that is whole."""
+    try:
+        return load_checkpoint(path)
+    except UserError as error:
+        if path.is_file() and (whole := whole_beside(path)):
+            raise UserError(f"{error}; {whole.path} (step {whole.step}) is whole") from error
+        raise
+
+
+def whole_beside(path: Path) -> LoadedCheckpoint | None:
+    """The other checkpoint of the run that `path` lies in."""
+    run = RunFolder(path.parent.parent)
+    for other in (run.last, run.best):
+        if other.is_file() and not other.samefile(path):
+            with suppress(UserError):
+                return load_checkpoint(other)
+    return None
 
 
 @dataclass(frozen=True)

@@ -126,23 +126,6 @@ def shipped_targets(conf: Path) -> set[str]:
     return set().union(*(targets(node) for node in [*files, *stored(ConfigStore.instance().repo)]))
 
 
-def load_named_checkpoint(path: Path) -> LoadedCheckpoint:
-    """The checkpoint at `path`. Where it is damaged, the UserError names the run's other one, if that is whole."""
-    try:
-        return load_checkpoint(path)
-    except UserError as error:
-        folder = RunFolder(path.parent.parent)
-        for other in (folder.last, folder.best):
-            if path.is_file() and other.is_file() and not other.samefile(path):
-                with suppress(UserError):
-                    whole = load_checkpoint(other)
-                    raise_with = f"{error}; {other} (step {whole.step}) is whole"
-                    break
-        else:
-            raise
-        raise UserError(raise_with) from error
-
-
 # --- resume=auto -------------------------------------------------------------------------------------------------
 
 # Fields that say where things are, not what is trained.

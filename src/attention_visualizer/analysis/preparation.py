@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from attention_visualizer import foreign_models
 from attention_visualizer.analysis.study import OURS, FileFormat, HeadLayers, Sample, Study
 from attention_visualizer.capture import CaptureError
-from attention_visualizer.checkpoint import LoadedCheckpoint, load_checkpoint
-from attention_visualizer.checkpoint_choice import choose_checkpoint
+from attention_visualizer.checkpoint import LoadedCheckpoint
+from attention_visualizer.checkpoint_choice import choose_checkpoint, load_chosen
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry, Size
@@ -66,7 +66,7 @@ def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> We
     """The model of a checkpoint; `ckpt="random"` gives untrained weights in the newest run's architecture."""
     if ckpt != "random":
         choice = choose_checkpoint(ckpt, run, runs_dir)
-        loaded = load_checkpoint(choice.path)
+        loaded = load_chosen(choice.path)
         check_run(loaded, choice.run)
         origin = f"{choice.reason}; {short_path(choice.path)}, sha256 {loaded.sha256}"
         trained = "" if loaded.epoch is None else f", epoch {loaded.epoch + 1}, step {loaded.step}"
@@ -77,7 +77,7 @@ def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> We
         if run is not None:
             raise
         return Weights(random_model(seed), "random weights, no training, default model", None, None, random=True)
-    loaded = load_checkpoint(choice.path)
+    loaded = load_chosen(choice.path)
     model = random_model(seed, **loaded.model_config)
     return Weights(model, f"random weights, no training, the model of {choice.path}", loaded, choice.run, random=True)
 
