@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from attention_visualizer import command_line, storage
 from attention_visualizer.errors import UserError
+from attention_visualizer.overrides import override
 from attention_visualizer.stopping import StopRequest
 
 # All else is imported when it is needed: it loads torch, for which --help and a misspelt field shall not wait.
@@ -194,7 +195,7 @@ def reproducing_overrides(weights: Weights) -> list[str]:
     if weights.random or weights.loaded is None:
         return overrides
     others = [override for override in overrides if override.split("=")[0] not in ("ckpt", "run", "runs_dir")]
-    return [command_line.override("ckpt", storage.short_path(weights.loaded.path)), *others]
+    return [override("ckpt", storage.short_path(weights.loaded.path)), *others]
 
 
 def output_folder(output_dir: str | None, weights: Weights) -> Path:

@@ -11,9 +11,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigKeyError
 
-from attention_visualizer.command_line import one_line, override
+from attention_visualizer.command_line import one_line
 from attention_visualizer.errors import UserError
 from attention_visualizer.mnist_files import FILES
+from attention_visualizer.overrides import override
 from attention_visualizer.sweeps import job_folder, sweep_rows
 from tests.runs import BARE, BRIEF, Outcome, run_folders, run_process, run_train
 

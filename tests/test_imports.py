@@ -30,6 +30,7 @@ LEVELS = {
         "command_line",
         "configuration",
         "resuming",
+        "overrides",
         "sweeps",
     },
     "views": {"panels", "charts", "run_charts", "attention_figures", "chapter", "report", "report_page"},
@@ -170,7 +171,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 def test_only_the_command_line_knows_hydra() -> None:
     who = {module for module in MODULES if outside(imports_of(module)) & CONFIGURATION}
-    assert who == {"command_line", "configuration", "resuming", "sweeps"}
+    assert who == {"command_line", "configuration", "overrides", "resuming", "sweeps"}
     for entry in ("train.py", "analyze.py"):
         names = set(imported((REPOSITORY / entry).read_text(encoding="utf-8"), ""))
         assert outside(names) & CONFIGURATION and "command_line" in inside(names)

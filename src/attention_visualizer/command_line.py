@@ -7,12 +7,8 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -86,11 +82,3 @@ def one_line(error: BaseException) -> str:
         cause = cause.__cause__
     text = "; ".join(lines).replace("Builds_", "")
     return re.sub(r"[.:;]+;", ":", text) + " (see --help for the groups and fields)"
-
-
-def override(name: str, value: str | Path) -> str:
-    """`name=value`, in quotes where Hydra would otherwise not take the value for just this text."""
-    with suppress(HydraException):
-        if OverridesParser.create().parse_override(plain := f"{name}={value}").value() == str(value):
-            return plain
-    return f"{name}={QuotedString(text=str(value), quote=Quote.single).with_quotes()}"

@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from attention_visualizer import storage
-from attention_visualizer.command_line import override
 from attention_visualizer.errors import UserError
 from attention_visualizer.inert import cell, printable
+from attention_visualizer.overrides import override
 from attention_visualizer.resuming import read_config
 
 

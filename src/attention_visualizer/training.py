@@ -23,11 +23,11 @@ from rich.text import Text
 
 from attention_visualizer import charts, storage
 from attention_visualizer.classifier import Classifier
-from attention_visualizer.command_line import override
 from attention_visualizer.data import DatasetDescription, ImageDataModule
 from attention_visualizer.errors import UserError
 from attention_visualizer.inert import printable
 from attention_visualizer.loggers import log_figure
+from attention_visualizer.overrides import override
 from attention_visualizer.storage import RunFolder
 
 STOPPED_BY: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
