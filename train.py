@@ -253,8 +253,8 @@ def build_trainer(
         if resumed_step is not None:
             training.keep_csv_rows(log_to, resumed_step)
         for logger in log_to:
-            logger.experiment  # noqa: B018 (opens it now, so that a wrong argument shows before any work)
             loggers.guard(logger)
+            logger.experiment  # noqa: B018 (opens it now, so that a wrong argument shows before any work)
         callbacks = [hydra.utils.instantiate(callback) for callback in (config.callbacks or {}).values()]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(training.ProgressBar(refresh_rate=10))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,7 +47,7 @@ def last_line(outcome: Outcome) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    assert run_train(*BRIEF, *QUIET, "logger=none", folder=folder).exit_code == 0
+    assert run_train(*BRIEF, *QUIET, folder=folder).exit_code == 0
     return folder
 
 
@@ -78,46 +78,60 @@ def test_a_disk_that_is_full_at_a_figure_leaves_the_earlier_report(trained: Path
     assert not list(folder.rglob("*partial*"))
 
 
-def read_only(folder: Path) -> list[str]:
-    """What to put before a command for which `folder` shall be read-only: its mode binds everybody but root."""
+@pytest.fixture
+def ordinary_user() -> list[str]:
+    """What to put before a command for which the modes of files shall count: root is otherwise above them."""
     if os.geteuid() != 0:
-        folder.chmod(0o555)
         return []
-    script = f"mount --bind {shlex.quote(str(folder))} {shlex.quote(str(folder))} && "
-    script += f'mount -o remount,bind,ro {shlex.quote(str(folder))} && exec "$@"'
-    prefix = ["unshare", "-m", "sh", "-c", script, "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("root may write everywhere, and here it may not mount")
+    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if shutil.which("setpriv") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("root may write everywhere, and here it cannot do without that")
     return prefix
 
 
+@contextmanager
+def of_mode(path: Path, mode: int) -> Iterator[None]:
+    before = path.stat().st_mode
+    path.chmod(mode)
+    try:
+        yield
+    finally:
+        path.chmod(before)
+
+
 @pytest.mark.long
-def test_folders_that_are_read_only_are_refused_before_any_work(trained: Path, tmp_path: Path) -> None:
+def test_folders_that_are_read_only_are_refused_before_any_work(
+    trained: Path, tmp_path: Path, ordinary_user: list[str]
+) -> None:
     folder = tmp_path / "work"
     shutil.copytree(trained, folder)
     run = only_run(folder)
-    prefixes = {
-        name: read_only(path) for name, path in (("runs", run.parent), ("run", run), ("saved", run / "checkpoints"))
-    }
+    resumed = ("train.py", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", "trainer.max_epochs=3")
     before = contents(folder)
-    try:
-        resumed = f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
-        for name, arguments, named in (
-            ("runs", ("train.py", *BRIEF), "cannot make a run folder in runs"),
-            ("run", ("train.py", resumed, "trainer.max_epochs=3"), str(run)),
-            ("saved", ("train.py", resumed, "trainer.max_epochs=3"), "checkpoints"),
-            ("run", ("analyze.py", f"run={run}"), "output_dir"),
-        ):
-            if not prefixes["runs"]:  # an ordinary user: all at once
-                (folder / "runs").chmod(0o755 if name != "runs" else 0o555)
-            outcome = program(*arguments, folder=folder, prefix=prefixes[name])
-            assert outcome.exit_code == 2 and last_line(outcome).startswith("error: "), outcome
-            assert named in last_line(outcome)
-            assert "Epoch" not in outcome.out
-        assert contents(folder) == before
-    finally:
-        for path in (run.parent, run, run / "checkpoints"):
-            path.chmod(0o755)
+    for place, arguments, named in (
+        (run.parent, ("train.py", *BRIEF), "cannot make a run folder in runs"),
+        (run, resumed, str(run)),
+        (run / "checkpoints", resumed, "checkpoints"),
+        (run / "tensorboard", resumed, "tensorboard"),
+        (run, ("analyze.py", f"run={run}"), "output_dir"),
+    ):
+        with of_mode(place, 0o555):
+            outcome = program(*arguments, folder=folder, prefix=ordinary_user)
+        assert outcome.exit_code == 2 and outcome.err.splitlines() == [last_line(outcome)], outcome
+        assert last_line(outcome).startswith("error: ") and named in last_line(outcome)
+        assert "Epoch" not in outcome.out
+    assert contents(folder) == before
+
+
+@pytest.mark.long
+def test_a_run_that_may_not_be_read_hides_no_other(trained: Path, tmp_path: Path, ordinary_user: list[str]) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(trained, folder)
+    run = only_run(folder)
+    shutil.copytree(run, secret := run.parent / "2999-01-01_00-00-00-000000")
+    with of_mode(secret, 0):
+        outcome = program("analyze.py", "chapters=[patterns]", "num_samples=1", folder=folder, prefix=ordinary_user)
+    assert outcome.exit_code == 0 and run.name in outcome.out, outcome
 
 
 @pytest.mark.long

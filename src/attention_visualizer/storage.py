@@ -179,8 +179,9 @@ class RunFolder:
         """Makes the run this process's own until the lock is released or the process ends, however it does. Raises
         UserError if another one trains it, or if nothing can be written."""
         lock = filelock.FileLock(self.path / ".lock")
-        if self.checkpoints.is_dir() and not os.access(self.checkpoints, os.W_OK):
-            raise UserError(f"cannot write to {self.checkpoints}: it is read-only")
+        for folder in (self.path, self.checkpoints):
+            if folder.is_dir() and not os.access(folder, os.W_OK):
+                raise UserError(f"cannot write to {folder}: it is read-only")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -300,9 +301,14 @@ def find_runs(root: str | Path) -> list[RunGroup]:
     if not root.is_dir():
         return []
     try:
-        groups = [group for path in root.iterdir() if (group := group_at(path))]
+        paths = list(root.iterdir())
     except OSError as error:
         raise UserError(f"cannot look for runs in {root}: {error.strerror or error}") from error
+    groups = []
+    for path in paths:
+        with suppress(PermissionError):  # somebody else's
+            if group := group_at(path):
+                groups.append(group)
     return sorted(groups, key=lambda group: (created_at(group), group.path.name), reverse=True)
 
 
