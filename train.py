@@ -34,7 +34,6 @@ from attention_visualizer import (
     checkpoint,
     command_line,
     configuration,
-    loggers,
     resuming,
     storage,
     sweeps,
@@ -121,7 +120,11 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
     claims.callback((folder.claim() if unfinished is None else unfinished.lock).release)
     config.run_folder = str(folder.path)
     try:
-        trainer = build_trainer(config, folder, stop, (resumed.step if resumed else -1) if begun else None)
+        resumed_step = (resumed.step if resumed else -1) if begun else None
+        trainer = build_trainer(config, folder, stop, resumed_step)
+        if resumed is not None:
+            training.check_resumable(resumed.path, classifier, trainer)
+        training.open_logs(trainer.loggers, resumed_step)
     except BaseException:
         if not begun and not sweeping:
             shutil.rmtree(folder.path)  # nothing but empty logs
@@ -243,31 +246,22 @@ def check_watched_part(config: DictConfig, classifier: Classifier, data: ImageDa
 def build_trainer(
     config: DictConfig, folder: storage.RunFolder, stop: StopRequest, resumed_step: int | None
 ) -> Trainer:
-    """resumed_step: of the checkpoint that training goes on from, -1 for none; None for a new run."""
+    """Writes nothing yet. resumed_step: of the checkpoint that training goes on from, -1 for none; None: a new run."""
     if resumed_step is not None and "tensorboard" in (config.logger or {}):
         # Events after the checkpoint, which this run writes again, disappear from the charts.
         OmegaConf.update(config, "logger.tensorboard.purge_step", resumed_step + 1, force_add=True)
     try:
-        chosen = [logger for logger in (config.logger or {}).values() if logger is not None]
-        log_to = [hydra.utils.instantiate(logger) for logger in chosen]
-        if resumed_step is not None:
-            training.keep_csv_rows(log_to, resumed_step)
-        for logger in log_to:
-            loggers.guard(logger)
-            logger.experiment  # noqa: B018 (opens it now, so that a wrong argument shows before any work)
         callbacks = [hydra.utils.instantiate(callback) for callback in (config.callbacks or {}).values()]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(training.ProgressBar(refresh_rate=10))
+        chosen = [logger for logger in (config.logger or {}).values() if logger is not None]
         trainer = Trainer(
             **arguments(config, "trainer", Trainer),
             plugins=checkpoint.AtomicCheckpointIO(),
-            logger=log_to,
+            logger=[hydra.utils.instantiate(logger) for logger in chosen],
             callbacks=[*callbacks, *checkpoint_callbacks(folder, stop)],
             default_root_dir=folder.path,
         )
-        if trainer.world_size > 1:
-            raise UserError("trainer.devices: this program trains on one device; use trainer.devices=1")
-        return trainer
     except UserError:
         raise
     except InstantiationException as error:
@@ -275,6 +269,9 @@ def build_trainer(
     except Exception as error:  # Lightning raises many kinds for arguments that it cannot use
         hint = "; no GPU was found, use trainer=cpu" if "gpu" in str(config.trainer.accelerator) else ""
         raise UserError(f"trainer: {error}{hint}") from error
+    if trainer.world_size > 1:
+        raise UserError("trainer.devices: this program trains on one device; use trainer.devices=1")
+    return trainer
 
 
 if __name__ == "__main__":

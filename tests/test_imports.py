@@ -77,6 +77,7 @@ LEVELS = {
         "staging",
         "checkpoint",
         "tensor_files",
+        "training_state",
         "plain_files",
         "inert",
         "export",

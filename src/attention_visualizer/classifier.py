@@ -135,14 +135,15 @@ class Classifier(LightningModule):
         self.log("test/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log("test/accuracy", self.test_accuracy)
 
-    def configure_optimizers(self) -> Any:
-        options: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas}
-        options["fused"] = self.trainer.scaler is None  # a fused one scales gradients back after they would be clipped
-        optimizer: torch.optim.Optimizer
+    def build_optimizer(self, fused: bool = True) -> torch.optim.Optimizer:
+        options: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "fused": fused}
         if self.muon:
-            optimizer = MuonWithAdamW(*muon_groups(self.model, self.weight_decay), **options)
-        else:
-            optimizer = torch.optim.AdamW(parameter_groups(self.model, self.weight_decay), **options)
+            return MuonWithAdamW(*muon_groups(self.model, self.weight_decay), **options)
+        return torch.optim.AdamW(parameter_groups(self.model, self.weight_decay), **options)
+
+    def configure_optimizers(self) -> Any:
+        # A fused one scales gradients back after they would be clipped.
+        optimizer = self.build_optimizer(fused=self.trainer.scaler is None)
         num_steps = int(self.trainer.estimated_stepping_batches)
         warmup_steps = max(1, round(self.warmup_share * num_steps))
 

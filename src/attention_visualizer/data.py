@@ -369,10 +369,13 @@ class ImageDataModule(LightningDataModule):
         """Compares only: the position itself is the trainer's own count. Raises UserError before a muddled resume."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
+        if not isinstance(state_dict, dict):
+            raise UserError(f"the checkpoint's data are {state_dict!r:.60}: it was changed, train anew")
         for field, value in self._recipe().items():
-            if state_dict.get(field, value) != value:
+            found = state_dict.get(field, value)
+            if not isinstance(found, type(value)) or found != value:
                 raise UserError(
-                    f"data.{field}={value}: the run to resume has {state_dict[field]!r}: give the same, "
+                    f"data.{field}={value}: the run to resume has {found!r:.60}: give the same, "
                     "or start a run of its own without ckpt_path"
                 )
 

@@ -6,31 +6,34 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from attention_visualizer.loggers import flush
 from attention_visualizer.stopping import StopRequest
 from attention_visualizer.storage import RunFolder
+from attention_visualizer.training_state import check_like
 
 SAVE_SECONDS = 60.0  # between checkpoints: what a killed run loses at most; saving the default model takes 0.05
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that still knows its best after the run's folder was moved."""
+    """A ModelCheckpoint of one file, which still knows its best after the run's folder was moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-        moved = {
-            **state_dict,
-            "dirpath": self.dirpath,
-            "best_model_path": here(state_dict["best_model_path"]),
-            "kth_best_model_path": here(state_dict["kth_best_model_path"]),
-            "best_k_models": {here(path): score for path, score in state_dict["best_k_models"].items()},
-        }
-        super().load_state_dict(moved)
+        """Takes the scores alone: the file is where this one writes it."""
+        scores = {name: state_dict.get(name) for name in ("best_model_score", "current_score")}
+        for name, score in scores.items():
+            if score is not None:
+                check_like(torch.zeros(()), score, f"callbacks.{name}")
+        best = scores["best_model_score"]
+        path = str(Path(str(self.dirpath)) / f"{self.filename}{self.FILE_EXTENSION}")
+        known = (
+            {"best_k_models": {path: best}, "kth_best_model_path": path, "kth_value": best} if best is not None else {}
+        )
+        fresh = {**self.state_dict(), "best_model_path": path}
+        super().load_state_dict({**fresh, **scores, **known})
 
 
 class LastCheckpoint(RunCheckpoint):

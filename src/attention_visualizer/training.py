@@ -15,20 +15,20 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attention_visualizer import charts, storage
+from attention_visualizer import charts, loggers, storage
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.data import DatasetDescription, ImageDataModule
 from attention_visualizer.errors import UserError
 from attention_visualizer.inert import printable
-from attention_visualizer.loggers import log_figure
 from attention_visualizer.overrides import override
 from attention_visualizer.storage import RunFolder
+from attention_visualizer.training_state import check_training_state
 
 STOPPED_BY: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
 
@@ -44,32 +44,53 @@ class ProgressBar(RichProgressBar):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
-def keep_csv_rows(loggers: list[Any], step: int) -> None:
+def check_resumable(path: Path, classifier: Classifier, trainer: Trainer) -> None:
+    """Raises UserError where training cannot go on from what the checkpoint at `path` holds."""
+    content = trainer.strategy.checkpoint_io.load_checkpoint(path)
+    try:
+        check_training_state(content, classifier, classifier.build_optimizer(), trainer)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def open_logs(logs: list[Logger], resumed_step: int | None) -> None:
+    """Opens all logs, so that what cannot be written shows before any work, and from where the checkpoint was saved.
+    Raises UserError."""
+    try:
+        for log in logs:
+            if resumed_step is not None and isinstance(log, CSVLogger):
+                keep_csv_rows(log, resumed_step)
+            loggers.guard(log)
+            log.experiment  # type: ignore[attr-defined]  # noqa: B018
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds
+        raise UserError(f"{type(log).__name__}: {error}") from error
+
+
+def keep_csv_rows(logger: CSVLogger, step: int) -> None:
     """Lightning's CSVLogger deletes the file it finds; a resumed run goes on with the rows up to `step`."""
-    for logger in loggers:
-        if not isinstance(logger, CSVLogger):
-            continue
-        path = Path(logger.log_dir) / "metrics.csv"
-        kept = path.with_name(".metrics.kept.csv")  # what a kill on the way cannot take
-        source = path if path.is_file() or not kept.is_file() else kept
-        rows, names = [], []
-        if source.is_file():
-            with source.open(newline="") as file:
-                reader = csv.DictReader(file)
-                # The last row may have been cut off by a kill.
-                rows = [row for row in reader if None not in row.values() and is_before(row.get("step"), step)]
-                names = list(reader.fieldnames or [])
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names)
-        writer.writeheader()
-        writer.writerows(rows)
-        storage.write_text(kept, text.getvalue())
-        with warnings.catch_warnings(action="ignore"):
-            experiment = logger.experiment
-        if rows:
-            experiment.metrics_keys = names
-            os.replace(kept, path)
-        kept.unlink(missing_ok=True)
+    path = Path(logger.log_dir) / "metrics.csv"
+    kept = path.with_name(".metrics.kept.csv")  # what a kill on the way cannot take
+    source = path if path.is_file() or not kept.is_file() else kept
+    rows, names = [], []
+    if source.is_file():
+        with source.open(newline="") as file:
+            reader = csv.DictReader(file)
+            # The last row may have been cut off by a kill.
+            rows = [row for row in reader if None not in row.values() and is_before(row.get("step"), step)]
+            names = list(reader.fieldnames or [])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    storage.write_text(kept, text.getvalue())
+    with warnings.catch_warnings(action="ignore"):
+        experiment = logger.experiment
+    if rows:
+        experiment.metrics_keys = names
+        os.replace(kept, path)
+    kept.unlink(missing_ok=True)
 
 
 def is_before(text: str | None, step: int) -> bool:
@@ -121,7 +142,7 @@ def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, f
         drawn.savefig(temporary, dpi=120)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            log_figure(logger, "test/confusion", drawn, trainer.global_step)
+            loggers.log_figure(logger, "test/confusion", drawn, trainer.global_step)
     return {
         "test_accuracy": scores["test/accuracy"],
         "test_loss": scores["test/loss"],
