@@ -204,7 +204,12 @@ def output_folder(output_dir: str | None, weights: Weights) -> Path:
             raise UserError("output_dir= is empty: name a folder")
         return Path(output_dir)
     name = "attention_analysis_random" if weights.random else "attention_analysis"
-    return weights.run.path / name if weights.run is not None else Path(name)
+    if weights.run is None:
+        return Path(name)
+    output = weights.run.path / name
+    if not output.resolve().is_relative_to(weights.run.path.resolve()):  # a run may come from elsewhere
+        raise UserError(f"{output} leads out of the run's folder: say where to with output_dir=")
+    return output
 
 
 if __name__ == "__main__":

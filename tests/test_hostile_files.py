@@ -35,7 +35,7 @@ from attention_visualizer.mnist_files import FILES
 from attention_visualizer.pictures import InputFormat, PictureFolder
 from attention_visualizer.resuming import read_config
 from attention_visualizer.tensor_files import BLOCK, HASH
-from tests.runs import BARE, BRIEF, only_run, run_train, trained_run
+from tests.runs import BARE, BRIEF, ENVIRONMENT, only_run, run_script, run_train, trained_run
 
 SIZES = {"train": 9, "validation": 9, "test": 9}
 DESCRIPTION = DatasetDescription("digits", 28, 1, tuple("0123456789"), 0.3, 0.3, SIZES)
@@ -276,6 +276,19 @@ def test_configurations_that_are_more_than_values(tmp_path: Path, monkeypatch: p
     (tmp_path / "config.yaml").write_text(text)
     refusal(read_config, tmp_path / "config.yaml")
     assert not (tmp_path / "touched").exists()
+
+
+def test_links_out_of_a_run_s_folder_are_not_followed(tmp_path: Path) -> None:
+    assert run_train(*BRIEF, *BARE, "test=false", folder=tmp_path).exit_code == 0
+    run = only_run(tmp_path)
+    (victim := tmp_path / "victim").mkdir()
+    (victim / "attention_analysis_report.md").write_text("precious")
+    (run / "attention_analysis").symlink_to(victim)
+    outcome = run_script("analyze.py", "chapters=[patterns]", folder=tmp_path, environment=ENVIRONMENT)
+    assert outcome.exit_code == 2 and "leads out of the run's folder" in outcome.err
+    outcome = run_train(f"ckpt_path={run}/checkpoints/last.ckpt", "trainer.max_epochs=2", folder=tmp_path)
+    assert outcome.exit_code == 2 and "attention_analysis leads out of the run's folder" in outcome.err
+    assert (victim / "attention_analysis_report.md").read_text() == "precious" and len(list(victim.iterdir())) == 1
 
 
 def test_a_checkpoint_of_another_run_in_a_run_s_folder(tmp_path: Path, checkpoint: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -147,6 +148,42 @@ def test_folders_with_names_that_begin_alike_are_left_alone(tmp_path: Path) -> N
     with staging(tmp_path / "[o]utput"):
         pass
     assert others[0].exists() and others[2].exists() and not others[1].exists()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"folder": "../../victim", "names": ["a.png"]},
+        {"folder": "../link", "names": ["a.png"]},
+        {"folder": "../output", "names": ["../../victim/a.png"]},
+        {"folder": "../output", "names": 3},
+        {"folder": 3},
+        [],
+    ],
+)
+def test_a_stage_made_by_hand_moves_nothing_elsewhere(tmp_path: Path, plan: object) -> None:
+    victim, given = tmp_path / "victim", tmp_path / "given"
+    stage = given / ".output.partial-01234567"
+    for folder in (victim, given / "output", stage / "earlier"):
+        folder.mkdir(parents=True)
+    (given / "link").symlink_to(victim)
+    fill(victim, ["a.png"], "precious")
+    fill(stage / "earlier", ["b.png"], "foreign")
+    (stage / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="left by no process"), staging(given / "output"):
+        pass
+    assert contents(victim) == {"a.png": "precious a.png"} and contents(given / "output") == {}
+
+
+def test_a_stage_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (victim := tmp_path / "victim" / "earlier").mkdir(parents=True)
+    fill(victim, ["a.png"], "precious")
+    (victim.parent / "plan.json").write_text(json.dumps({"folder": "../output", "names": []}))
+    (tmp_path / "output").mkdir()
+    (tmp_path / ".output.partial-01234567").symlink_to(victim.parent)
+    with staging(tmp_path / "output"):
+        pass
+    assert contents(victim) == {"a.png": "precious a.png"} and not (victim.parent / "lock").exists()
 
 
 def test_onto_another_file_system_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -72,7 +73,7 @@ def open_stage(beside: Path, prefix: str) -> tuple[filelock.FileLock, Path]:
 def clear_leftovers(folder: Path, beside: Path, own: Path) -> None:
     """Removes the stages of processes that are no more, after undoing what they had begun to move."""
     for stage in beside.glob(f"{glob.escape(prefix_of(folder))}*"):
-        if stage == own or not stage.is_dir():
+        if stage == own or stage.is_symlink() or not stage.is_dir():
             continue
         lock = filelock.FileLock(stage / LOCK)
         try:
@@ -80,10 +81,12 @@ def clear_leftovers(folder: Path, beside: Path, own: Path) -> None:
         except (OSError, filelock.Timeout):
             continue  # somebody is at work
         try:
-            undo(stage)
+            undo(stage, folder)
+        except OSError as error:
+            raise UserError(f"cannot bring back what is in {stage}: {error.strerror or error}") from error
         finally:
             lock.release()
-            shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def move_in(new: Path, folder: Path, names: Sequence[str], obsolete: Sequence[str] = ()) -> None:
@@ -109,7 +112,7 @@ def move_in(new: Path, folder: Path, names: Sequence[str], obsolete: Sequence[st
         # From here on a killed process leaves the new files: they are all there.
         (stage / PLAN).unlink()
     except BaseException as error:
-        undo(stage)
+        undo(stage, folder)
         if not existed:
             with suppress(OSError):
                 folder.rmdir()
@@ -138,16 +141,24 @@ def move(path: Path, to: Path) -> None:
         path.unlink()
 
 
-def undo(stage: Path) -> None:
-    """What `move_in` had begun: earlier files come back, new ones that had no forerunner go."""
+def undo(stage: Path, folder: Path) -> None:
+    """What `move_in` had begun: earlier files come back, new ones that had no forerunner go.
+
+    Raises UserError for a plan of anything but files in `folder` or one beside it: folders that come from elsewhere may
+    hold a stage that was made by hand."""
     if not (stage / PLAN).is_file():
         return
-    plan = storage.read_json(stage / PLAN)
-    folder = Path(os.path.normpath(stage.resolve() / plan["folder"]))
-    if not folder.is_dir():  # somebody removed it since
+    found = storage.read_json(stage / PLAN)
+    plan = found if isinstance(found, dict) else {}
+    target = Path(os.path.normpath(stage.resolve() / str(plan.get("folder"))))
+    names: Any = plan.get("names")
+    plain = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
+    if not plain or target.parent != folder.resolve().parent or target.is_symlink():
+        raise UserError(f"{stage} was left by no process of this program: delete it")
+    if not target.is_dir():  # somebody removed it since
         return
-    for name in plan["names"]:
+    for name in names:
         if not (stage / EARLIER / name).exists() and not (stage / NEW / name).exists():
-            (folder / name).unlink(missing_ok=True)
+            (target / name).unlink(missing_ok=True)
     for path in (stage / EARLIER).iterdir():
-        move(path, folder / path.name)
+        move(path, target / path.name)

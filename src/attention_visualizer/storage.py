@@ -179,6 +179,7 @@ class RunFolder:
         """Makes the run this process's own until the lock is released or the process ends, however it does. Raises
         UserError if another one trains it, or if nothing can be written."""
         lock = filelock.FileLock(self.path / ".lock")
+        self.refuse_links_out()
         for folder in (self.path, self.checkpoints):
             if folder.is_dir() and not os.access(folder, os.W_OK):
                 raise UserError(f"cannot write to {folder}: it is read-only")
@@ -193,6 +194,13 @@ class RunFolder:
                 with suppress(OSError):
                     left.unlink()  # by a process that was killed while it wrote
         return lock
+
+    def refuse_links_out(self) -> None:
+        """Raises UserError for a link to what is outside: a run that comes from elsewhere would be written there."""
+        inside = self.path.resolve()
+        for path in self.path.rglob("*"):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise UserError(f"{path} leads out of the run's folder: put the files themselves there")
 
     def read_manifest(self) -> dict[str, Any]:
         """What run.json says; empty if there is none. Raises UserError if it is no JSON object."""
