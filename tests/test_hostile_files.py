@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +34,7 @@ from attention_visualizer.images import DatasetDescription, read_image
 from attention_visualizer.inert import cell, printable
 from attention_visualizer.mnist_files import FILES
 from attention_visualizer.pictures import InputFormat, PictureFolder
-from attention_visualizer.resuming import read_config
+from attention_visualizer.resuming import accuracy_of_completed, read_config
 from attention_visualizer.tensor_files import BLOCK, HASH
 from tests.runs import BARE, BRIEF, ENVIRONMENT, only_run, run_script, run_train, trained_run
 
@@ -276,6 +277,12 @@ def test_configurations_that_are_more_than_values(tmp_path: Path, monkeypatch: p
     (tmp_path / "config.yaml").write_text(text)
     refusal(read_config, tmp_path / "config.yaml")
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("metrics", [None, 3, {}, {"validation_accuracy": "high"}])
+def test_a_manifest_that_only_says_that_it_is_done(tmp_path: Path, metrics: Any) -> None:
+    storage.write_json(tmp_path / "run.json", {"status": "completed", "metrics": metrics})
+    assert accuracy_of_completed(storage.RunFolder(tmp_path), OmegaConf.create({})) is None
 
 
 def test_links_out_of_a_run_s_folder_are_not_followed(tmp_path: Path) -> None:

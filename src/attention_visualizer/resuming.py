@@ -194,9 +194,11 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def accuracy_of_completed(folder: RunFolder, config: DictConfig) -> float | None:
     """The validation accuracy of a completed run of these settings in `folder`, if there is one."""
     manifest = folder.read_manifest()
-    if manifest.get("status") != "completed" or not has_settings(folder, config):
+    metrics = manifest.get("metrics")
+    accuracy = metrics.get("validation_accuracy") if isinstance(metrics, dict) else None
+    if manifest.get("status") != "completed" or not isinstance(accuracy, float) or not has_settings(folder, config):
         return None
-    return float(manifest["metrics"]["validation_accuracy"])
+    return accuracy
 
 
 def newest_whole_checkpoint(folder: RunFolder) -> LoadedCheckpoint | None:
