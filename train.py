@@ -73,15 +73,17 @@ def main(config: DictConfig) -> float:
         raise
     except Exception as error:
         if not sweeping:
-            if isinstance(error, UserError | CaptureError):
+            if isinstance(error, UserError | CaptureError | OSError):
                 command_line.fail(error)
             raise
         # The sweep's other jobs go on; its table names this one.
+        sweeps.SweepTable.job_failed = True
         folder = storage.RunFolder(job_path())
         with suppress(UserError):
-            lock = folder.claim()  # not of a job that another process trains
-            folder.update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
-            lock.release()
+            if not isinstance(error, storage.OtherRun):
+                lock = folder.claim()  # not of a job that another process trains
+                folder.update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
+                lock.release()
         logging.getLogger("train").error("job failed: %s", error, exc_info=not isinstance(error, UserError))
         return math.nan
 
@@ -115,8 +117,10 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
     if resumed is not None:
         checkpoint.refuse_other_settings(resumed, model.config, data.description.to_dict())
         config.ckpt_path = str(resumed.path)
+    place = unfinished.folder.path if unfinished else Path(config.run_folder or config.runs_dir)
+    storage.check_space(place, parameters)
     made = storage.missing_folders(Path(config.runs_dir))
-    folder = place_of(config, sweeping, begun, parameters) if unfinished is None else unfinished.folder
+    folder = place_of(config, sweeping, begun) if unfinished is None else unfinished.folder
     claims.callback((folder.claim() if unfinished is None else unfinished.lock).release)
     config.run_folder = str(folder.path)
     try:
@@ -151,10 +155,10 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
             metrics |= training.test_best(trainer, classifier, data, folder)
         if config.export:
             print(f"Exported:     {export_safetensors(folder.best, folder.best.with_suffix('.safetensors'))}")
+        settings: Any = OmegaConf.to_container(config, resolve=True)
+        recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
+        training.log_hyperparameters(trainer, recorded | {"parameters": parameters}, metrics)
         folder.update_manifest(status="completed", metrics=metrics)
-    settings: Any = OmegaConf.to_container(config, resolve=True)
-    recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
-    training.log_hyperparameters(trainer, recorded | {"parameters": parameters}, metrics)
     training.print_report(folder, data.description, metrics)
     return float(metrics["validation_accuracy"])
 
@@ -200,12 +204,16 @@ def find_unfinished(config: DictConfig, sweeping: bool) -> resuming.Unfinished |
     return found
 
 
-def place_of(config: DictConfig, sweeping: bool, begun: bool, parameters: int) -> storage.RunFolder:
-    """The folder of this run, made if need be."""
-    storage.check_space(Path(config.run_folder or config.runs_dir), parameters)
+def place_of(config: DictConfig, sweeping: bool, begun: bool) -> storage.RunFolder:
+    """The folder of this run, made if need be. Raises UserError for a sweep's that holds another run."""
     if begun:
         return storage.RunFolder(Path(config.run_folder))
-    return storage.RunFolder(job_path()) if sweeping else storage.RunFolder.create(Path(config.runs_dir))
+    if not sweeping:
+        return storage.RunFolder.create(Path(config.runs_dir))
+    job = storage.RunFolder(job_path())
+    if job.exists:
+        raise storage.OtherRun(f"{job.path} holds a run of other settings or data: begin a sweep without resume=auto")
+    return job
 
 
 def job_path() -> Path:

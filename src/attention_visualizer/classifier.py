@@ -93,7 +93,9 @@ class Classifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         if self.train_images:
-            self.log("train/accuracy", float(self.train_right) / self.train_images)
+            accuracy = {"train/accuracy": float(self.train_right) / self.train_images, "epoch": self.current_epoch}
+            for logger in self.loggers:  # at once: `log` writes after the epoch's checkpoint, which must not be ahead
+                logger.log_metrics(accuracy, step=self.global_step - 1)
         self.train_right, self.train_images = torch.zeros_like(self.train_right), 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

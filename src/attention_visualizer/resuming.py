@@ -43,7 +43,8 @@ def of_resumed_run(config: DictConfig, conf: Path) -> DictConfig:
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     for override in overrides:
         key = override.key_or_group.split("@")[0]
-        if key not in config and "." not in key:
+        if "." not in key and (key not in config or OmegaConf.is_dict(OmegaConf.select(config, key))):
+            # A group's choice would put its defaults in the place of all that the run began with.
             raise UserError(f"{key}= cannot be changed when a run is resumed: give the fields that should differ")
         OmegaConf.update(own, key, OmegaConf.select(config, key), merge=False, force_add=True)
     for name, value in before.items():
@@ -59,11 +60,8 @@ def of_resumed_run(config: DictConfig, conf: Path) -> DictConfig:
     return own
 
 
-def read_config(path: Path, plain: bool = True) -> DictConfig:
-    """A run's config.yaml: plain values, nothing that is looked up or made when it is read. Raises UserError.
-
-    plain: False for Hydra's own records, which hold references; nothing in them may then be resolved.
-    """
+def read_config(path: Path) -> DictConfig:
+    """A run's config.yaml: plain values, nothing that is looked up or made when it is read. Raises UserError."""
     try:
         config = OmegaConf.create(plain_files.read_yaml(path))
     except (OSError, OmegaConfBaseException, ValueError, RecursionError) as error:
@@ -72,7 +70,7 @@ def read_config(path: Path, plain: bool = True) -> DictConfig:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split()):.200}") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} holds no configuration")
-    for name, value in leaves(OmegaConf.to_container(config, resolve=False)) if plain else ():
+    for name, value in leaves(OmegaConf.to_container(config, resolve=False)):
         special = any(part.startswith("_") and part != "_target_" for part in name.split("."))
         if special or "${" in f"{name}{value}":
             raise UserError(f"{path} holds {name:.60}={value!r:.60}, which is no plain value: it was changed by hand")

@@ -55,13 +55,26 @@ class LastCheckpoint(RunCheckpoint):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Here, and not at a batch's end: there its own numbers are not logged yet."""
-        due = self.stop.requested is not None or time.monotonic() - self._saved_at >= self.seconds
-        # Gradients that wait for the rest of their batches are in no checkpoint; an epoch's start is its validation's.
-        if not due or batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
+        # Gradients that wait for the rest of their batches are in no checkpoint. Between epochs: on_train_epoch_end.
+        if not self.is_due or batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
             return
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, self._path)
         self.stop.end_if_requested()
+
+    @property
+    def is_due(self) -> bool:
+        return self.stop.requested is not None or time.monotonic() - self._saved_at >= self.seconds
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also where the epoch had no validation, or had it earlier: what is saved then begins with the next epoch."""
+        super().on_train_epoch_end(trainer, pl_module)
+        saved = self._should_save_on_train_epoch_end(trainer) and self._last_global_step_saved == trainer.global_step
+        if not saved and self.is_due:
+            self._save_checkpoint(trainer, self._path)
+            saved = True
+        if saved:
+            self.stop.end_if_requested()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
@@ -71,6 +84,8 @@ class LastCheckpoint(RunCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self.stop.deferred = False
+        if self._last_global_step_saved == trainer.global_step:  # a signal since the epoch's end
+            self.stop.end_if_requested()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_at = time.monotonic()

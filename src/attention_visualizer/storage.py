@@ -115,6 +115,10 @@ def json_ready(value: Any) -> Any:
     return value
 
 
+class OtherRun(UserError):
+    """What is asked for would be written over another run."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of one training run; `path` need not exist yet."""
@@ -178,18 +182,12 @@ class RunFolder:
     def claim(self) -> filelock.BaseFileLock:
         """Makes the run this process's own until the lock is released or the process ends, however it does. Raises
         UserError if another one trains it, or if nothing can be written."""
-        lock = filelock.FileLock(self.path / ".lock")
         self.refuse_links_out()
         for folder in (self.path, self.checkpoints):
             if folder.is_dir() and not os.access(folder, os.W_OK):
                 raise UserError(f"cannot write to {folder}: it is read-only")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise UserError(f"another process is training {self.path}: wait for it, or stop it") from error
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror or error}") from error
-        for folder in (self.path, self.checkpoints):
+        lock = lock_folder(self.path)
+        for folder in (self.path, self.checkpoints, self.path / ".hydra"):
             for left in folder.glob(PARTIAL.format(stem="*", token="*", suffix="")):
                 with suppress(OSError):
                     left.unlink()  # by a process that was killed while it wrote
@@ -271,6 +269,18 @@ def git_commit(folder: Path) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def lock_folder(path: Path) -> filelock.BaseFileLock:
+    """Holds the folder until the lock is released or the process ends. Raises UserError if another one holds it."""
+    lock = filelock.FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(f"another process is training {path}: wait for it, or stop it") from error
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
+    return lock
 
 
 @dataclass(frozen=True)

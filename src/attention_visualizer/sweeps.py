@@ -7,12 +7,13 @@ import io
 import re
 import shlex
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import filelock
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +22,6 @@ from attention_visualizer import storage
 from attention_visualizer.errors import UserError
 from attention_visualizer.inert import cell, printable
 from attention_visualizer.overrides import override
-from attention_visualizer.resuming import read_config
 
 
 def job_folder(number: int, overrides: str) -> str:
@@ -31,67 +31,98 @@ def job_folder(number: int, overrides: str) -> str:
 
 
 RESUME = "resume=auto"
+RECORD = "sweep.json"  # what was swept over: Hydra's own multirun.yaml is not written whole or not at all
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 class SweepTable(Callback):
-    """Ends a sweep with a table of its runs, printed and written as sweep.csv."""
+    """Begins a sweep, or goes on with one, and ends it with a table of its runs, printed and written as sweep.csv."""
 
     folder: ClassVar[Path | None] = None  # of the sweep that is under way
+    lock: ClassVar[filelock.BaseFileLock | None] = None  # on it
+    job_failed: ClassVar[bool] = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """With resume=auto, the sweep's folder becomes that of the newest unfinished one of the same overrides."""
-        if config.get("resume") == "auto" and (folder := unfinished_sweep(config)):
-            config.hydra.sweep.dir = str(folder)
+        SweepTable.job_failed = False
+        if config.get("resume") == "auto" and (unfinished := unfinished_sweep(config)):
+            SweepTable.folder, SweepTable.lock = unfinished
+            config.hydra.sweep.dir = str(SweepTable.folder)
             # Each job's config is composed anew, from these.
-            config.hydra.overrides.hydra.append(override("hydra.sweep.dir", folder))
-            print(f"Going on with sweep {folder}")
+            config.hydra.overrides.hydra.append(override("hydra.sweep.dir", SweepTable.folder))
+            print(f"Going on with sweep {SweepTable.folder}")
+            return
         SweepTable.folder = Path(config.hydra.sweep.dir)
+        with suppress(OSError, UserError):  # Hydra makes the folder, too, and says what is wrong
+            SweepTable.folder.mkdir(parents=True, exist_ok=True)
+            SweepTable.lock = storage.lock_folder(SweepTable.folder)
+            storage.write_json(SweepTable.folder / RECORD, {"overrides": own_overrides(config)})
 
     @classmethod
     def discard_unbegun(cls) -> None:
-        """Removes the folder of a sweep that could not be composed: Hydra makes it first."""
+        """Removes the folder of a sweep that could not be composed."""
         if cls.folder is not None and cls.folder.is_dir():
-            if {path.name for path in cls.folder.iterdir()} <= {"multirun.yaml"}:
+            if {path.name for path in cls.folder.iterdir()} <= {"multirun.yaml", ".lock", RECORD}:
                 shutil.rmtree(cls.folder)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         rows = sweep_rows(folder)
+        if SweepTable.lock is not None:
+            SweepTable.lock.release()
         if not rows:
             return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
-        storage.write_text(folder / "sweep.csv", text.getvalue())
-        table = Table(title=Text(f"Sweep {printable(folder)}"))
-        columns = [column for column in rows[0] if column != "error"]
-        for column in columns:
-            justify: Any = "left" if column in ("run", "status") else "right"
-            table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text("" if row[column] is None else printable(str(row[column]))) for column in columns))
-        Console().print(table)
-        for row in rows:
-            if row["error"]:
-                print(printable(f"{row['run']}: {row['error']}"))
-        print(f"Table:    {folder / 'sweep.csv'}\nAnalyse:  python analyze.py {shlex.quote(override('run', folder))}")
-        if any(row["status"] != "completed" for row in rows):
+        print_table(folder, rows)
+        try:
+            storage.write_text(folder / "sweep.csv", as_csv(rows))
+            print(f"Table:    {folder / 'sweep.csv'}")
+        except UserError as error:  # Hydra would make a warning of it
+            print(f"No table: {error}")
+        print(f"Analyse:  python analyze.py {shlex.quote(override('run', folder))}")
+        if SweepTable.job_failed or any(row["status"] != "completed" for row in rows):
             raise SystemExit(1)
 
 
-def unfinished_sweep(config: DictConfig) -> Path | None:
-    """The newest sweep of the same overrides in runs_dir of which a job is not done."""
+def print_table(folder: Path, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=Text(f"Sweep {printable(folder)}"))
+    columns = [column for column in rows[0] if column != "error"]
+    for column in columns:
+        justify: Any = "left" if column in ("run", "status") else "right"
+        table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if row[column] is None else printable(str(row[column]))) for column in columns))
+    Console().print(table)
+    for row in rows:
+        if row["error"]:
+            print(printable(f"{row['run']}: {row['error']}"))
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def own_overrides(config: DictConfig) -> list[str]:
+    """In their order, by which the jobs have their numbers."""
+    return [each for each in config.hydra.overrides.task if each != RESUME]
+
+
+def unfinished_sweep(config: DictConfig) -> tuple[Path, filelock.BaseFileLock] | None:
+    """The newest sweep of the same overrides in runs_dir of which a job is not done and that no process is at work on,
+    claimed for this one."""
     for folder in sorted(Path(config.runs_dir).glob("*/"), reverse=True):
         try:
-            asked = set(read_config(folder / "multirun.yaml", plain=False).hydra.overrides.task)
-        except (UserError, OmegaConfBaseException, TypeError):
-            continue  # no sweep
-        rows = sweep_rows(folder)
-        done = (folder / "sweep.csv").is_file() and all(row["status"] == "completed" for row in rows)
-        if asked - {RESUME} == set(config.hydra.overrides.task) - {RESUME} and not done:
-            return folder
+            if storage.read_json(folder / RECORD) != {"overrides": own_overrides(config)}:
+                continue
+            lock = storage.lock_folder(folder)
+        except UserError:  # no sweep, or another process's
+            continue
+        if not (folder / "sweep.csv").is_file() or any(row["status"] != "completed" for row in sweep_rows(folder)):
+            return folder, lock
+        lock.release()
     return None
 
 

@@ -132,7 +132,9 @@ def fit(trainer: Trainer, classifier: Classifier, data: ImageDataModule, ckpt_pa
 
 def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, Any]:
     """Tests best.ckpt, once: accuracy over all images and by class, and the confusion matrix [true][predicted]."""
+    logs, trainer.loggers = trainer.loggers, []  # Lightning would log it at the last step of training
     scores = trainer.test(classifier, data, ckpt_path=folder.best, weights_only=True, verbose=False)[0]
+    trainer.loggers = logs
     confusion = classifier.test_confusion.compute().cpu()
     by_class = confusion.diag() / confusion.sum(dim=1).clamp_min(1)
     drawn = Figure(figsize=(7.5, 6.5), layout="constrained")
@@ -140,9 +142,11 @@ def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, f
     charts.finish(drawn, "Test set", data.description.face_note)
     with storage.atomic_path(folder.path / "test_confusion.png") as temporary:
         drawn.savefig(temporary, dpi=120)
+    step = step_behind(trainer)
     for logger in trainer.loggers:
+        logger.log_metrics(dict(scores), step=step)
         if isinstance(logger, TensorBoardLogger):
-            loggers.log_figure(logger, "test/confusion", drawn, trainer.global_step)
+            loggers.log_figure(logger, "test/confusion", drawn, step)
     return {
         "test_accuracy": scores["test/accuracy"],
         "test_loss": scores["test/loss"],
@@ -151,12 +155,18 @@ def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, f
     }
 
 
+def step_behind(trainer: Trainer) -> int:
+    """The step at which a run's end is logged: behind all checkpoints, so that a run that goes on from one begins its
+    charts before it."""
+    return trainer.global_step + 1
+
+
 def log_hyperparameters(trainer: Trainer, parameters: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Writes the run's settings to every logger, for TensorBoard together with how well they did."""
     scores = {f"hparams/{name}": value for name, value in metrics.items() if name.endswith("_accuracy")}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(parameters, scores)
+            logger.log_hyperparams(parameters, scores, step=step_behind(trainer))
         else:
             logger.log_hyperparams(parameters)
         logger.save()
