@@ -18,8 +18,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from attention_visualizer.checkpoint import load_checkpoint
+from attention_visualizer.classifier import Classifier
 from attention_visualizer.history import AttentionHistory
-from tests.runs import ENVIRONMENT, PROJECT, TINY, assert_same_training, only_run, run_folders, run_process
+from tests.runs import ENVIRONMENT, PROJECT, TINY, assert_same_training, only_run, run_folders, run_process, run_train
 
 # About ten seconds of training beside the seconds that a process takes to begin; averaged weights, dropout, both logs.
 LONG = (*TINY, "model.dropout=0.1", "callbacks=ema", "logger=[tensorboard,csv]", "trainer.max_epochs=30", "test=false")
@@ -195,3 +196,73 @@ def test_killed_at_random_moments_and_gone_on_with_it_is_the_same_run(uninterrup
     outcome = run_process(*LONG, "resume=auto", folder=tmp_path)
     assert outcome.exit_code == 0 and killed == wanted, outcome.err
     assert_same_run(only_run(tmp_path), uninterrupted)
+
+
+# --- at chosen moments ---
+
+# Dies at its number-th renaming of a file: that is when what was written becomes what is there.
+KILLED_AT_A_RENAME = """
+import os, signal, sys
+number, renamed, rename = int(sys.argv.pop(1)), [], os.replace
+def replace(source, target):
+    renamed.append(target)
+    if len(renamed) == number: os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.replace = replace
+"""
+TO_THE_END = (*TINY, "logger=[tensorboard,csv]", "trainer.max_epochs=2", "export=true")
+
+
+@pytest.fixture(scope="module")
+def to_the_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("to_the_end")
+    outcome = run_process(*TO_THE_END, folder=folder)
+    assert outcome.exit_code == 0, outcome.err
+    return only_run(folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [8, 9, 12, 13, 14], ids=["best", "epoch's end", "test", "export", "done"])
+def test_killed_between_two_files_of_a_run_s_end(to_the_end: Path, tmp_path: Path, number: int) -> None:
+    training = Training(str(number), *TO_THE_END, folder=tmp_path, program=KILLED_AT_A_RENAME + RUN_TRAIN)
+    assert training.end() == -signal.SIGKILL
+    outcome = run_process(*TO_THE_END, "resume=auto", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    assert_same_run(only_run(tmp_path), to_the_end)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_signal_in_a_validation_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Also in the last one, after which no batch would come."""
+    plain = Classifier.validation_step
+
+    def interrupted(self: Classifier, *arguments: Any) -> None:
+        plain(self, *arguments)
+        if self.current_epoch == epoch and not self.trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Classifier, "validation_step", interrupted)
+    settings = (*TINY, "trainer.max_epochs=2", "trainer.limit_val_batches=1", "logger=none", "callbacks=none")
+    outcome = run_train(*settings, folder=tmp_path)
+    assert outcome.exit_code == 143, outcome.err
+    run = only_run(tmp_path)
+    assert load_checkpoint(run / "checkpoints" / "last.ckpt").step == 12 * (epoch + 1)
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    monkeypatch.undo()
+    outcome = run_train(*settings, "resume=auto", folder=tmp_path)
+    assert outcome.exit_code == 0 and "test (best.ckpt, once)" in outcome.out
+
+
+def test_epochs_of_one_batch_without_validation_are_saved_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Classifier.training_step
+
+    def interrupted(self: Classifier, *arguments: Any) -> Any:
+        if self.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(Classifier, "training_step", interrupted)
+    rare = ("trainer.max_epochs=100", "trainer.limit_train_batches=1", "trainer.check_val_every_n_epoch=100")
+    outcome = run_train(*TINY, *rare, "logger=none", "callbacks=none", folder=tmp_path)
+    assert outcome.exit_code == 143, outcome.err
+    assert load_checkpoint(only_run(tmp_path) / "checkpoints" / "last.ckpt").step == 6

@@ -17,6 +17,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from attention_visualizer import storage
 from attention_visualizer.checkpoint import load_checkpoint
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.errors import UserError
@@ -245,6 +246,72 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, number: signal.Sign
     # All is done: the same command begins a new one.
     outcome = run_train(*SWEEP, "resume=auto", "trainer.limit_train_batches=2", folder=tmp_path)
     assert outcome.exit_code == 0 and len(run_folders(tmp_path)) == 2
+
+
+SHORT_SWEEP = (
+    "-m",
+    "seed=0,1",
+    *OTHERS,
+    "model.mlp_dim=29",
+    *BARE,
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
+)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """One that is not done: its table was never written."""
+    outcome = run_train(*SHORT_SWEEP, "test=false", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    (folder,) = run_folders(tmp_path)
+    (folder / "sweep.csv").unlink()
+    return folder
+
+
+def test_a_job_of_other_settings_is_not_written_over(sweep: Path, tmp_path: Path) -> None:
+    """As when the data set cannot be had any more, and another takes its place."""
+    job = next(sweep.glob("0_*"))
+    config = yaml.safe_load((job / "config.yaml").read_text())
+    config["data"]["batch_size"] = 13
+    (job / "config.yaml").write_text(yaml.safe_dump(config))
+    before = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
+    outcome = run_train(*SHORT_SWEEP, "test=false", "resume=auto", folder=tmp_path)
+    assert outcome.exit_code == 1 and "holds a run of other settings" in outcome.err + outcome.out
+    assert outcome.out.count("Done already") == 1
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_sweep_that_a_process_works_on_is_left_to_it(sweep: Path, tmp_path: Path) -> None:
+    lock = storage.lock_folder(sweep)
+    outcome = run_train(*SHORT_SWEEP, "test=false", "resume=auto", folder=tmp_path)
+    lock.release()
+    assert outcome.exit_code == 0 and len(run_folders(tmp_path)) == 2
+
+
+def test_the_order_of_what_is_swept_over_counts(sweep: Path, tmp_path: Path) -> None:
+    """The jobs' numbers depend on it."""
+    outcome = run_train("-m", "test=false", *SHORT_SWEEP[1:], "resume=auto", folder=tmp_path)
+    assert outcome.exit_code == 0 and "Going on with" not in outcome.out and len(run_folders(tmp_path)) == 2
+
+
+def test_hydra_s_own_record_of_a_sweep_may_be_lost(sweep: Path, tmp_path: Path) -> None:
+    (sweep / "multirun.yaml").write_text("hydra: [")
+    outcome = run_train(*SHORT_SWEEP, "test=false", "resume=auto", folder=tmp_path)
+    assert outcome.exit_code == 0 and outcome.out.count("Done already") == 2 and run_folders(tmp_path) == [sweep]
+
+
+def test_a_table_that_cannot_be_written_is_printed_all_the_same(sweep: Path, tmp_path: Path) -> None:
+    (sweep / "sweep.csv").mkdir()
+    outcome = run_train(*SHORT_SWEEP, "test=false", "resume=auto", folder=tmp_path)
+    assert "No table: cannot write" in outcome.out and outcome.out.count("completed") == 2
+
+
+def test_a_group_is_not_chosen_anew_for_a_run_that_goes_on(tmp_path: Path) -> None:
+    assert run_train(*QUICK, *BARE, "trainer.max_epochs=1", folder=tmp_path).exit_code == 0
+    last = only_run(tmp_path) / "checkpoints" / "last.ckpt"
+    outcome = run_train(f"ckpt_path={last}", "trainer=cpu", folder=tmp_path)
+    assert outcome.exit_code == 2 and "trainer= cannot be changed when a run is resumed" in outcome.err
 
 
 # --- what a run's own config may say -----------------------------------------------------------------------------
