@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from attention_visualizer import command_line, storage
 from attention_visualizer.errors import UserError
+from attention_visualizer.inert import say
 from attention_visualizer.overrides import override
 from attention_visualizer.stopping import StopRequest
 
@@ -56,6 +58,8 @@ OPTIONAL = ("run", "runs", "model_from", "images", "samples", "class", "image", 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="analyze")
 def main(config: DictConfig) -> None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        command_line.fail(UserError("analyze.py takes one checkpoint at a time: compare several with runs=<glob>"))
     options: Any = OmegaConf.to_container(config, resolve=True)
     command_line.begin()
     try:
@@ -69,7 +73,9 @@ def main(config: DictConfig) -> None:
     with StopRequest():
         try:
             analyze(options)
-        except (UserError, CaptureError) as error:
+        except Exception as error:
+            if not (command_line.is_foreseen(error) or isinstance(error, CaptureError)):
+                raise
             command_line.fail(error)
         except SystemExit as stop:
             if stop.code in (130, 143):  # Ctrl-C, SIGTERM
@@ -107,7 +113,7 @@ def analyze(options: dict[str, Any]) -> None:
         weights = preparation.find_weights(options["ckpt"], options["run"], options["runs_dir"])
     else:
         weights = preparation.foreign_weights(options["model_from"], options["ckpt"])
-    print(f"Checkpoint: {weights.text}")
+    say(f"Checkpoint: {weights.text}")
     output = preparation.check_output(output_folder(options["output_dir"], weights))
     pictures: Pictures
     if options["images"] is None:
@@ -137,8 +143,8 @@ def analyze(options: dict[str, Any]) -> None:
     study.others = others
     command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
     written = comprehensive.write_analysis(study, command, chapters)
-    print(f"Page:       {storage.short_path(written.page)}")
-    print(f"Report:     {storage.short_path(written.report)}")
+    say(f"Page:       {storage.short_path(written.page)}")
+    say(f"Report:     {storage.short_path(written.report)}")
     if written.missing:
         raise SystemExit(1)
 

@@ -47,6 +47,7 @@ from attention_visualizer.configuration import arguments
 from attention_visualizer.data import ImageDataModule
 from attention_visualizer.errors import UserError
 from attention_visualizer.export import export_safetensors
+from attention_visualizer.inert import say
 from attention_visualizer.model import VisionTransformer, num_parameters
 from attention_visualizer.model_search import find_model
 from attention_visualizer.saving import checkpoint_callbacks
@@ -73,7 +74,7 @@ def main(config: DictConfig) -> float:
         raise
     except Exception as error:
         if not sweeping:
-            if isinstance(error, UserError | CaptureError | OSError):
+            if command_line.is_foreseen(error) or isinstance(error, CaptureError):
                 command_line.fail(error)
             raise
         # The sweep's other jobs go on; its table names this one.
@@ -82,9 +83,10 @@ def main(config: DictConfig) -> float:
         with suppress(UserError):
             if not isinstance(error, storage.OtherRun):
                 lock = folder.claim()  # not of a job that another process trains
-                folder.update_manifest(status="failed", error=f"{type(error).__name__}: {error}")
+                folder.update_manifest(status="failed", error=f"{type(error).__name__}: {command_line.one_line(error)}")
                 lock.release()
-        logging.getLogger("train").error("job failed: %s", error, exc_info=not isinstance(error, UserError))
+        log = logging.getLogger("train")
+        log.error("job failed: %s", command_line.one_line(error), exc_info=not command_line.is_foreseen(error))
         return math.nan
 
 
@@ -96,6 +98,8 @@ def train(config: DictConfig, sweeping: bool) -> float:
 
 def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack) -> float:
     quieten()
+    if sweeping and job_path().parent.resolve() != Path(HydraConfig.get().sweep.dir).resolve():
+        raise storage.OtherRun(f"{job_path()} is not a folder of the sweep's own: leave hydra.sweep.subdir as it is")
     named = None
     if config.ckpt_path is not None:
         if sweeping:
@@ -109,7 +113,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
     unfinished = None
     if config.resume == "auto":
         if sweeping and (accuracy := resuming.accuracy_of_completed(storage.RunFolder(job_path()), config)) is not None:
-            print(f"Done already: {job_path()}")
+            say(f"Done already: {job_path()}")
             return accuracy
         unfinished = find_unfinished(config, sweeping)
     begun = named is not None or unfinished is not None
@@ -144,7 +148,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         seed=config.seed,
         checkpoints={path.stem: str(path.relative_to(folder.path)) for path in (folder.best, folder.last)},
     )
-    print(f"Run folder: {folder.path}", flush=True)
+    say(f"Run folder: {folder.path}")
     if config.compile:
         classifier.halves = None  # compiled code is made for one thread
         on_gpu = trainer.strategy.root_device.type == "cuda"
@@ -154,7 +158,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         if config.test or (config.test is None and not sweeping):
             metrics |= training.test_best(trainer, classifier, data, folder)
         if config.export:
-            print(f"Exported:     {export_safetensors(folder.best, folder.best.with_suffix('.safetensors'))}")
+            say(f"Exported:     {export_safetensors(folder.best, folder.best.with_suffix('.safetensors'))}")
         settings: Any = OmegaConf.to_container(config, resolve=True)
         recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
         training.log_hyperparameters(trainer, recorded | {"parameters": parameters}, metrics)
@@ -200,7 +204,7 @@ def find_unfinished(config: DictConfig, sweeping: bool) -> resuming.Unfinished |
         found = resuming.find_unfinished(config)
     if found is not None:
         where = "from its start" if found.checkpoint is None else f"step {found.checkpoint.step}"
-        print(f"Going on with {found.folder.path}, {where}")
+        say(f"Going on with {found.folder.path}, {where}")
     return found
 
 
@@ -212,7 +216,9 @@ def place_of(config: DictConfig, sweeping: bool, begun: bool) -> storage.RunFold
         return storage.RunFolder.create(Path(config.runs_dir))
     job = storage.RunFolder(job_path())
     if job.exists:
-        raise storage.OtherRun(f"{job.path} holds a run of other settings or data: begin a sweep without resume=auto")
+        raise storage.OtherRun(
+            f"{job.path} holds a run already, of other settings or data: choose a new hydra.sweep.dir"
+        )
     return job
 
 

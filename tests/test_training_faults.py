@@ -277,7 +277,7 @@ def test_a_job_of_other_settings_is_not_written_over(sweep: Path, tmp_path: Path
     (job / "config.yaml").write_text(yaml.safe_dump(config))
     before = {path: path.read_bytes() for path in job.rglob("*") if path.is_file()}
     outcome = run_train(*SHORT_SWEEP, "test=false", "resume=auto", folder=tmp_path)
-    assert outcome.exit_code == 1 and "holds a run of other settings" in outcome.err + outcome.out
+    assert outcome.exit_code == 1 and "holds a run already" in outcome.err + outcome.out
     assert outcome.out.count("Done already") == 1
     assert {path: path.read_bytes() for path in before} == before
 

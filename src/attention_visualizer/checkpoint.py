@@ -66,7 +66,7 @@ def block_for(
     data: dict[str, Any] | None,
     *,
     data_dir: str | None,
-    split_seed: int,
+    split_seed: int | None,
     seed: int | None,
 ) -> dict[str, Any]:
     """What `load_checkpoint` needs beside the weights; goes into a Lightning checkpoint under the name BLOCK."""

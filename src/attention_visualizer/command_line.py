@@ -38,12 +38,16 @@ def run(main: Callable[[], Any], on_mistake: Callable[[], None] | None = None) -
         raise SystemExit(130) from None
     except Exception as error:
         # Before the job begins, there is nothing but overrides to be wrong; Hydra raises many kinds for them.
-        foreseen = isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
-        if begun and not foreseen:
+        if begun and not is_foreseen(error):
             raise
         if on_mistake is not None:
             on_mistake()
-        fail(error if foreseen else UserError(f"{' '.join(sys.argv[1:])}: cannot be understood: {error}"))
+        fail(error if is_foreseen(error) else UserError(f"{' '.join(sys.argv[1:])}: cannot be understood: {error}"))
+
+
+def is_foreseen(error: Exception) -> bool:
+    """Whether it is a user's to mend, for whom one line is enough."""
+    return isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError)
 
 
 def begin() -> None:

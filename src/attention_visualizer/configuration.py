@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -178,8 +179,16 @@ def check_options(config: DictConfig) -> None:
     if trainer.max_steps != -1 and trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps={trainer.max_steps}: give a whole number of at least 1, or -1 for no limit")
     interval = trainer.val_check_interval
+    if isinstance(interval, float) and interval > 1 and not interval.is_integer():
+        raise UserError(
+            f"trainer.val_check_interval={interval}: give a whole number of batches, or a share of an epoch"
+        )
     if isinstance(interval, int | float) and not interval > 0:
         raise UserError(f"trainer.val_check_interval={interval}: give a number of batches, or a share of an epoch")
+    if re.search("spawn|fork|notebook", str(trainer.strategy)):
+        raise UserError(f"trainer.strategy={trainer.strategy}: this program trains in its own process; use auto")
+    if trainer.profiler == "xla":
+        raise UserError("trainer.profiler=xla is for TPUs: use simple, advanced or pytorch")
     if str(trainer.precision) in ("16-true", "16"):
         raise UserError(f"trainer.precision={trainer.precision} cannot train this model: use trainer=bf16")
     decay = (config.callbacks or {}).get("ema", {}).get("decay", 0.0)
@@ -222,6 +231,8 @@ def check_schedule(config: DictConfig, batches: int, evaluation_batches: dict[st
             f"trainer.check_val_every_n_epoch={every} is never reached in {trainer.max_epochs} epochs: give fewer"
         )
     interval = trainer.val_check_interval
+    if isinstance(interval, float) and interval > 1:
+        interval = int(interval)
     if isinstance(interval, int) and every is not None and interval > batches:
         raise UserError(f"trainer.val_check_interval={interval}: an epoch has {batches} batches: give at most that")
     if trainer.max_steps != -1 and every is not None and not overfit:

@@ -17,7 +17,7 @@ def export_safetensors(checkpoint: str | Path, path: str | Path) -> Path:
     over all of them; returns `path`. `load_checkpoint` reads it back and refuses it when a bit has changed."""
     loaded = load_checkpoint(checkpoint)
     block = block_for(
-        loaded.model_config, loaded.data, data_dir=None, split_seed=loaded.split_seed or 0, seed=loaded.seed
+        loaded.model_config, loaded.data, data_dir=None, split_seed=loaded.split_seed, seed=loaded.seed
     ) | {"validation_accuracy": loaded.validation_accuracy}
     settings = json.dumps({BLOCK: block, "epoch": loaded.epoch, "global_step": loaded.step}, sort_keys=True)
     weights = {name: tensor.contiguous() for name, tensor in loaded.state_dict.items()}

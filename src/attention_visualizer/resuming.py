@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from attention_visualizer import plain_files, storage
 from attention_visualizer.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.errors import UserError
+from attention_visualizer.inert import say
 from attention_visualizer.storage import RunFolder
 
 # --- settings ----------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def newest_whole_checkpoint(folder: RunFolder) -> LoadedCheckpoint | None:
         try:
             found = load_checkpoint(path)
         except UserError as error:
-            print(f"Not used: {error}")
+            say(f"Not used: {error}")
             continue
         if path != folder.last:  # or a run that has nothing left to train would leave the damaged one
             with storage.atomic_path(folder.last) as temporary:

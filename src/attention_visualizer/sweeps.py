@@ -6,10 +6,10 @@ import csv
 import io
 import re
 import shlex
-import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import filelock
 from hydra.experimental.callback import Callback
@@ -20,7 +20,7 @@ from rich.text import Text
 
 from attention_visualizer import storage
 from attention_visualizer.errors import UserError
-from attention_visualizer.inert import cell, printable
+from attention_visualizer.inert import cell, printable, say
 from attention_visualizer.overrides import override
 
 
@@ -39,20 +39,24 @@ class SweepTable(Callback):
     """Begins a sweep, or goes on with one, and ends it with a table of its runs, printed and written as sweep.csv."""
 
     folder: ClassVar[Path | None] = None  # of the sweep that is under way
+    made: ClassVar[list[Path]] = []  # the folders that were not there before it
     lock: ClassVar[filelock.BaseFileLock | None] = None  # on it
     job_failed: ClassVar[bool] = False
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """With resume=auto, the sweep's folder becomes that of the newest unfinished one of the same overrides."""
-        SweepTable.job_failed = False
+        SweepTable.job_failed, SweepTable.made = False, []
+        if not config.runs_dir:
+            refuse("runs_dir= is empty: name a folder")
         if config.get("resume") == "auto" and (unfinished := unfinished_sweep(config)):
             SweepTable.folder, SweepTable.lock = unfinished
             config.hydra.sweep.dir = str(SweepTable.folder)
             # Each job's config is composed anew, from these.
             config.hydra.overrides.hydra.append(override("hydra.sweep.dir", SweepTable.folder))
-            print(f"Going on with sweep {SweepTable.folder}")
+            say(f"Going on with sweep {SweepTable.folder}")
             return
         SweepTable.folder = Path(config.hydra.sweep.dir)
+        SweepTable.made = storage.missing_folders(SweepTable.folder)
         with suppress(OSError, UserError):  # Hydra makes the folder, too, and says what is wrong
             SweepTable.folder.mkdir(parents=True, exist_ok=True)
             SweepTable.lock = storage.lock_folder(SweepTable.folder)
@@ -60,10 +64,11 @@ class SweepTable(Callback):
 
     @classmethod
     def discard_unbegun(cls) -> None:
-        """Removes the folder of a sweep that could not be composed."""
-        if cls.folder is not None and cls.folder.is_dir():
-            if {path.name for path in cls.folder.iterdir()} <= {"multirun.yaml", ".lock", RECORD}:
-                shutil.rmtree(cls.folder)
+        """Removes the folder of a sweep that could not be composed, if it was made for it."""
+        if cls.folder in cls.made and cls.folder.is_dir():
+            for name in ("multirun.yaml", ".lock", RECORD):
+                (cls.folder / name).unlink(missing_ok=True)
+            storage.remove_empty(cls.made)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
@@ -71,16 +76,23 @@ class SweepTable(Callback):
         if SweepTable.lock is not None:
             SweepTable.lock.release()
         if not rows:
-            return
+            self.discard_unbegun()
+            refuse("the sweep has no job: a range or a choice is empty, or hydra.sweep.subdir leads out of its folder")
         print_table(folder, rows)
         try:
             storage.write_text(folder / "sweep.csv", as_csv(rows))
-            print(f"Table:    {folder / 'sweep.csv'}")
+            say(f"Table:    {folder / 'sweep.csv'}")
         except UserError as error:  # Hydra would make a warning of it
-            print(f"No table: {error}")
-        print(f"Analyse:  python analyze.py {shlex.quote(override('run', folder))}")
+            say(f"No table: {error}")
+        say(f"Analyse:  python analyze.py {shlex.quote(override('run', folder))}")
         if SweepTable.job_failed or any(row["status"] != "completed" for row in rows):
             raise SystemExit(1)
+
+
+def refuse(why: str) -> NoReturn:
+    """What a callback raises, Hydra makes a warning of, but for this."""
+    print(f"error: {why}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def print_table(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -94,7 +106,7 @@ def print_table(folder: Path, rows: list[dict[str, Any]]) -> None:
     Console().print(table)
     for row in rows:
         if row["error"]:
-            print(printable(f"{row['run']}: {row['error']}"))
+            say(f"{row['run']}: {row['error']}")
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

@@ -40,7 +40,7 @@ TENSOR = re.compile(r"torch\.(_utils\._rebuild_|_tensor\.|serialization\._get_la
 
 def existing_file(path: str | Path) -> Path:
     """`path`, if it is a file that is not empty. Raises UserError otherwise."""
-    if "://" in str(path):
+    if re.match(r"[a-z]{2,}:/", str(path), re.IGNORECASE):  # Path makes one slash of two
         raise UserError(f"{path} is an address: download the checkpoint and give the file's path")
     path = Path(path)
     try:

@@ -25,7 +25,7 @@ from attention_visualizer import charts, loggers, storage
 from attention_visualizer.classifier import Classifier
 from attention_visualizer.data import DatasetDescription, ImageDataModule
 from attention_visualizer.errors import UserError
-from attention_visualizer.inert import printable
+from attention_visualizer.inert import printable, say
 from attention_visualizer.overrides import override
 from attention_visualizer.storage import RunFolder
 from attention_visualizer.training_state import check_training_state
@@ -111,7 +111,8 @@ def recorded(folder: RunFolder) -> Iterator[None]:
                 error=reason or f"{type(error).__name__}: {error}".rstrip(": "),
             )
         if folder.last.exists():
-            print(f"\nStopped early. Resume:  python train.py {shlex.quote(override('ckpt_path', folder.last))}")
+            print()
+            say(f"Stopped early. Resume:  python train.py {shlex.quote(override('ckpt_path', folder.last))}")
         raise
 
 
@@ -192,6 +193,6 @@ def print_report(folder: RunFolder, description: DatasetDescription, metrics: di
     Console().print(table)
     path = storage.short_path(folder.path)
     # Plain lines, never wrapped, so that they can be pasted.
-    print(f"Run folder:   {shlex.quote(str(path))}")
-    print(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))} --samples_per_plugin images=200")
-    print(f"Analyse:      python analyze.py {shlex.quote(override('run', path))} ckpt=best")
+    say(f"Run folder:   {shlex.quote(str(path))}")
+    say(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))} --samples_per_plugin images=200")
+    say(f"Analyse:      python analyze.py {shlex.quote(override('run', path))} ckpt=best")

@@ -50,7 +50,7 @@ CHAPTERS: dict[str, Callable[[Study], Chapter]] = {
 
 def check_chapters(names: Sequence[str]) -> None:
     """Raises UserError for a chapter that does not exist."""
-    if not names or any(name not in CHAPTERS for name in names):
+    if not names or any(not isinstance(name, str) or name not in CHAPTERS for name in names):
         raise UserError(f"chapters=[{','.join(map(str, names))}]: choose from {', '.join(CHAPTERS)}")
 
 

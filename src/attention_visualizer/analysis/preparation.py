@@ -366,6 +366,10 @@ def check_choice(name: str, value: str, choices: object) -> None:
 def check_output(output: Path) -> Path:
     """Raises UserError for a folder that cannot be made or written; leaves none behind."""
     missing = []
+    if output.name in ("", ".."):  # it has a folder beside it
+        output = output.resolve()
+        if not output.name:
+            raise UserError(f"output_dir={output}: name a folder inside it")
     try:
         path = output
         while not path.exists():
