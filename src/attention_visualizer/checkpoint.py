@@ -132,7 +132,7 @@ def interpret(content: Any) -> dict[str, Any]:
 def interpret_block(content: Mapping[str, Any]) -> dict[str, Any]:
     """As `interpret`, for a file written through `block_for`: exactly the known fields."""
     block = content[BLOCK]
-    if not isinstance(block, Mapping) or block.get("format") != FORMAT:
+    if not isinstance(block, Mapping) or not isinstance(block.get("format"), int) or block["format"] != FORMAT:
         found = block.get("format") if isinstance(block, Mapping) else block
         raise UserError(f"is of format {found!r:.60}, this version reads {FORMAT}: update attention-visualizer")
     config = block.get("model")
@@ -141,10 +141,13 @@ def interpret_block(content: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, Mapping) or set(config) != set(DEFAULT_CONFIG):
         odd = set(config) ^ set(DEFAULT_CONFIG) if isinstance(config, Mapping) else {"model"}
         raise UserError(f"has unknown or missing model fields: {sorted(map(str, odd))!r:.90}")
+    data = typed(block, "data", dict)
+    if any(isinstance(value, Tensor) for value in (data or {}).values()):
+        raise UserError("describes its data set with tensors: it was changed, choose another checkpoint")
     return {
         "state_dict": bare_names(content.get("state_dict")),
         "model_config": {name: config[name] for name in DEFAULT_CONFIG},
-        "data": typed(block, "data", dict),
+        "data": data,
         "data_dir": typed(block, "data_dir", str),
         "split_seed": typed(block, "split_seed", int),
         "seed": typed(block, "seed", int),

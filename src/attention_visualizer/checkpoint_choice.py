@@ -129,7 +129,7 @@ def candidates_in(runs: Iterable[RunFolder], file_name: str) -> list[Candidate]:
                 loaded = load_checkpoint(path)
                 accuracy = loaded.validation_accuracy if accuracy is None else accuracy
                 data_name = (loaded.data or {}).get("name") if data_name is None else data_name
-        known = isinstance(accuracy, int | float) and math.isfinite(accuracy)
+        known = isinstance(accuracy, int | float) and 0 <= accuracy <= 1
         candidates.append(Candidate(run, path, accuracy if known else None, data_name))
     return candidates
 

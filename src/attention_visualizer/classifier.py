@@ -54,7 +54,7 @@ class Classifier(LightningModule):
         self.seed = seed
         self.checkpoint_block: dict[str, Any] | None = None
         self.halves: Halves | None = Halves()
-        self.last_loss = torch.zeros(())
+        self.last_loss = self.validation_loss = torch.zeros(())
         # Plain numbers, which a checkpoint within an epoch can hold.
         self.train_right, self.train_images = torch.zeros((), dtype=torch.int64), 0
         self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -114,6 +114,12 @@ class Classifier(LightningModule):
         finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
         if not (finite and bool(self.last_loss.isfinite())):
             self.refuse_divergence("the loss or a weight")
+        self.validation_loss = torch.zeros((), device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """As on_validation_epoch_start: weights can be finite and too large for what is made of them."""
+        if not bool(self.validation_loss.isfinite()):
+            self.refuse_divergence("the validation loss")
 
     def refuse_divergence(self, what: str) -> NoReturn:
         batch = self.trainer.fit_loop.epoch_loop.batch_idx + 1
@@ -126,7 +132,9 @@ class Classifier(LightningModule):
         images, labels = batch
         logits = self(images)
         self.validation_accuracy.update(logits, labels)
-        self.log("validation/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        loss = F.cross_entropy(logits, labels)
+        self.validation_loss = self.validation_loss + loss
+        self.log("validation/loss", loss, batch_size=len(labels), sync_dist=True)
         self.log("validation/accuracy", self.validation_accuracy, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -112,6 +112,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             if strange is not None:
                 raise UserError(f"holds {strange!r:.60} where weights were expected: save the model's state_dict()")
         weights = bare_names(content)
+        empty = next((name for name, tensor in weights.items() if not tensor.numel()), None)
+        if empty is not None:  # its other sizes cost nothing to write, and would be those of a model
+            raise UserError(f"holds {empty!r:.60} without any number in it: choose another file")
         # Counters and index tables beside the weights are whole numbers.
         check_weights(weights, path.stat().st_size, (*WEIGHT_TYPES, torch.int64, torch.int32, torch.bool))
         return finite_weights(weights)

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from attention_visualizer.errors import UserError
+from attention_visualizer.inert import printable
 from attention_visualizer.plain_files import open_file
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
 
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     if np.median(border) > 127:
-        log.info("%s: its border is light, so it is inverted to light ink on dark", path)
+        log.info("%s: its border is light, so it is inverted to light ink on dark", printable(path))
         grey, border = 255 - grey, 255 - border
     height, width = grey.shape
     size = description.image_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -72,6 +73,8 @@ def read_config(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} holds no configuration")
     for name, value in leaves(OmegaConf.to_container(config, resolve=False)):
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"{path} holds a number for {name:.60} that no field takes: it was changed by hand")
         special = any(part.startswith("_") and part != "_target_" for part in name.split("."))
         if special or "${" in f"{name}{value}":
             raise UserError(f"{path} holds {name:.60}={value!r:.60}, which is no plain value: it was changed by hand")
@@ -98,8 +101,12 @@ def refuse_other_places(config: DictConfig, folder: RunFolder, given: set[str]) 
         for name, value in leaves(OmegaConf.to_container(config).get(group), group):  # type: ignore[union-attr]
             if name in given or not isinstance(value, str):
                 continue
-            elsewhere = Path(value).is_absolute() or ".." in Path(value).parts
-            if elsewhere and not Path(value).resolve().is_relative_to(folder.path.resolve()):
+            place = name.endswith(("dir", "path", "_uri")) or Path(value).is_absolute() or ".." in Path(value).parts
+            if (
+                re.search(r"~|\$|:/", value)
+                or place
+                and not Path(value).resolve().is_relative_to(folder.path.resolve())
+            ):
                 raise UserError(f"{folder.config_path} writes to {value}: if that is meant, add '{name}={value}'")
 
 

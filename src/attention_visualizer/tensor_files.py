@@ -12,6 +12,7 @@ import json
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,6 +92,8 @@ def check_zip(file: BinaryIO) -> int:
     size = file.seek(0, io.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
+            if archive.start_dir != stated_directory(file, size):
+                raise UserError(f"holds two archives in one: {EXPECTED}")
             members = archive.infolist()
             names = [member.filename for member in members]
             stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
@@ -117,6 +120,28 @@ def check_zip(file: BinaryIO) -> int:
     except Exception as error:  # zipfile raises many kinds for a broken file
         raise UserError(f"is truncated or corrupt ({first_line(error)}): choose another checkpoint") from error
     return size
+
+
+def stated_directory(file: BinaryIO, size: int) -> int:
+    """Where a zip archive says that its directory begins. zipfile finds it from the end, torch goes by what is
+    stated: where these differ, they read different files. Raises struct.error or ValueError for other endings."""
+
+    def read(offset: int, form: str) -> tuple[Any, ...]:
+        file.seek(offset)
+        return struct.unpack(form, file.read(struct.calcsize(form)))
+
+    end = size - 22
+    signature, _, _, _, _, length, offset, comment = read(end, "<4s4H2LH")
+    if signature != b"PK\x05\x06" or comment:
+        raise ValueError("something comes after its end")
+    if read(end - 20, "<4s")[0] == b"PK\x06\x07":  # the longer form, with its own directory of the end before it
+        end = read(end - 20, "<4sLQL")[2]
+        length, offset = read(end, "<4sQ2H2L4Q")[8:10]
+        if end + 56 != size - 42:
+            raise ValueError("its end is in two places")
+    if offset + length != end:
+        raise ValueError("its directory is not before its end")
+    return int(offset)
 
 
 def check_pickle(program: bytes, size: int) -> None:

@@ -71,6 +71,8 @@ def open_logs(logs: list[Logger], resumed_step: int | None) -> None:
 def keep_csv_rows(logger: CSVLogger, step: int) -> None:
     """Lightning's CSVLogger deletes the file it finds; a resumed run goes on with the rows up to `step`."""
     path = Path(logger.log_dir) / "metrics.csv"
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file that can be written: delete it")
     kept = path.with_name(".metrics.kept.csv")  # what a kill on the way cannot take
     source = path if path.is_file() or not kept.is_file() else kept
     rows, names = [], []

@@ -26,6 +26,7 @@ from attention_visualizer.errors import UserError
 from attention_visualizer.geometry import Geometry, Size
 from attention_visualizer.history import AttentionHistory
 from attention_visualizer.images import DatasetDescription, read_image
+from attention_visualizer.inert import printable
 from attention_visualizer.measures import Fusion, Query
 from attention_visualizer.mnist_files import MnistUnavailable, holds_all
 from attention_visualizer.model import VisionTransformer
@@ -289,7 +290,7 @@ def find_samples(study: Study, subjects: Subjects) -> list[Sample]:
         else:
             assert isinstance(pictures, PictureFolder)
             picture = read_picture(subjects.image, pictures.format)
-        return [Sample(picture, None, Path(subjects.image).name)]
+        return [Sample(picture, None, printable(Path(subjects.image).name))]
     if subjects.num_samples < 1:
         raise UserError(f"num_samples={subjects.num_samples}: give a whole number of at least 1")
     labels = pictures.labels
