@@ -1050,6 +1050,14 @@ def assert_refused(folder: Path, *arguments: str, said: str) -> None:
     assert listing(folder) == before
 
 
+def test_into_the_folder_one_is_in(one_run: Workplace, tmp_path: Path) -> None:
+    run = next((one_run.path / "runs").iterdir())
+    outcome = analyze(f"run={run}", "chapters=[patterns]", "num_samples=1", "output_dir=.", folder=tmp_path)
+    assert outcome.exit_code == 0 and (tmp_path / "attention_analysis_report.md").is_file(), outcome.err
+    assert_refused(one_run.path, "output_dir=/", said="name a folder inside it")
+    assert_refused(one_run.path, "chapters=[[patterns]]", said="choose from")
+
+
 @pytest.mark.parametrize("arguments", [["ckpt=best"], ["ckpt=last"], [], ["run=all"]])
 def test_without_any_checkpoint_it_says_how_to_train(tmp_path: Path, arguments: list[str]) -> None:
     assert_refused(tmp_path, *arguments, said="python train.py")

@@ -155,6 +155,22 @@ def test_a_sweep_over_what_does_not_exist_begins_with_no_job(folder: Path, overr
     assert_refused(run_train("-m", *BRIEF, *BARE, override, folder=folder), folder)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("-m", "seed=range(0)"), "no job"),
+        (("-m", "seed=1,2", "runs_dir="), "runs_dir= is empty"),
+        (("-m", "seed=1,2", "hydra.sweep.subdir=../../x"), "no job"),
+        (("trainer.val_check_interval=3.0",), "an epoch has 2 batches"),
+        (("trainer.val_check_interval=1.5",), "trainer.val_check_interval=1.5"),
+        (("trainer.strategy=ddp_spawn",), "trainer.strategy=ddp_spawn"),
+        (("ckpt_path=https://a/b",), "is an address"),
+    ],
+)
+def test_what_came_too_late_is_refused_before_any_work(folder: Path, arguments: tuple[str, ...], named: str) -> None:
+    assert_refused(run_train(*arguments, *BRIEF, *BARE, folder=folder), folder, named)
+
+
 def test_a_training_that_diverges_says_so(folder: Path) -> None:
     huge = ("optimizer.learning_rate=1e30", "trainer.max_epochs=2", "trainer.gradient_clip_val=null")
     outcome = run_train(*BRIEF, *huge, "logger=none", folder=folder)

@@ -164,6 +164,21 @@ def test_special_tensors_are_refused_before_they_are_made(checkpoint: Path, tmp_
         assert "special tensor (torch._utils." in refusal(read, path)
 
 
+def test_an_archive_within_an_archive(checkpoint: Path, tmp_path: Path) -> None:
+    """Whose end states another directory than the one before it: zipfile reads the second one, torch the first."""
+    content = checkpoint.read_bytes()
+    hidden, end = content[:-22], bytearray(content[-22:])
+    with zipfile.ZipFile(checkpoint) as archive:
+        start = archive.start_dir
+    twice = tmp_path / "twice.ckpt"
+    twice.write_bytes(hidden + content[:start] + content[start:-22] + bytes(end))
+    with pytest.raises(UserError, match=r"two archives in one|truncated or corrupt|two members"):
+        load_checkpoint(twice)
+    twice.write_bytes(content + b"something")
+    with pytest.raises(UserError, match="comes after its end"):
+        load_checkpoint(twice)
+
+
 def test_what_is_no_file_is_not_waited_for(checkpoint: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.ckpt")
     (tmp_path / "zero.ckpt").symlink_to("/dev/zero")

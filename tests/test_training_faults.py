@@ -77,6 +77,14 @@ def test_a_diverging_batch_is_named_and_does_not_reach_the_weights(
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
 
 
+def test_a_divergence_with_the_last_step_is_no_result(tmp_path: Path) -> None:
+    """All weights are finite, and what is made of them is not."""
+    once = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "optimizer.learning_rate=1e20")
+    outcome = run_train(*TINY, *BARE, *once, folder=tmp_path)
+    assert outcome.exit_code == 2 and "training diverged: the validation loss" in outcome.err
+    assert not (only_run(tmp_path) / "checkpoints" / "best.ckpt").exists()
+
+
 def test_real_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     """A learning rate that no weight survives, in a run that was good until then."""
     first = run_train(*QUICK, *BARE, "trainer.max_epochs=1", folder=tmp_path)
@@ -324,6 +332,11 @@ def test_a_group_is_not_chosen_anew_for_a_run_that_goes_on(tmp_path: Path) -> No
             {"logger": {"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "/elsewhere"}}},
             "writes to",
         ),
+        *[
+            ({"logger": {"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": place}}}, "writes to")
+            for place in ("~/elsewhere", "$HOME/elsewhere", "elsewhere", "file:///tmp/elsewhere")
+        ],
+        ({"seed": 10**30}, "that no field takes"),
         ({"seed": "${oc.env:HOME}"}, "no plain value"),
         ({"model": {"_args_": [1]}}, "no plain value"),
     ],
