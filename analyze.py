@@ -16,17 +16,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from attention_visualizer import command_line, storage
-from attention_visualizer.errors import UserError
-from attention_visualizer.inert import say
-from attention_visualizer.overrides import override
-from attention_visualizer.stopping import StopRequest
+from attention_visualizer.commands import command_line
+from attention_visualizer.files import atomic
+from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.text import say
+from attention_visualizer.training.overrides import override
+from attention_visualizer.training.stopping import StopRequest
 
 # All else is imported when it is needed: it loads torch, for which --help and a misspelt field shall not wait.
 if TYPE_CHECKING:
-    from attention_visualizer.analysis.other_runs import OtherRun
-    from attention_visualizer.analysis.preparation import Weights
-    from attention_visualizer.pictures import Pictures
+    from attention_visualizer.analysis.study.compared_runs import OtherRun
+    from attention_visualizer.analysis.study.preparation import Weights
+    from attention_visualizer.data.image_sets import Pictures
 
 # What each field of conf/analyze.yaml may be; null is allowed where it is the default.
 TYPES = {
@@ -68,7 +69,7 @@ def main(config: DictConfig) -> None:
     except UserError as error:
         command_line.fail(error)
     import_analysis()
-    from attention_visualizer.capture import CaptureError
+    from attention_visualizer.attention.capture import CaptureError
 
     with StopRequest():
         try:
@@ -98,10 +99,12 @@ def import_analysis() -> None:
 
 
 def analyze(options: dict[str, Any]) -> None:
-    from attention_visualizer.analysis import CHAPTERS, check_chapters, comprehensive, preparation
-    from attention_visualizer.analysis.other_runs import find_other_runs
-    from attention_visualizer.analysis.study import FULL, QUICK
-    from attention_visualizer.observation import RolloutOptions
+    from attention_visualizer.analysis import writing
+    from attention_visualizer.analysis.chapters import CHAPTERS, check_chapters
+    from attention_visualizer.analysis.study import preparation
+    from attention_visualizer.analysis.study.compared_runs import find_other_runs
+    from attention_visualizer.analysis.study.study import FULL, QUICK
+    from attention_visualizer.measures.observation import RolloutOptions
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     chapters = options["chapters"] if isinstance(options["chapters"], list) else list(CHAPTERS)
@@ -142,9 +145,9 @@ def analyze(options: dict[str, Any]) -> None:
     study.effort = effort
     study.others = others
     command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
-    written = comprehensive.write_analysis(study, command, chapters)
-    say(f"Page:       {storage.short_path(written.page)}")
-    say(f"Report:     {storage.short_path(written.report)}")
+    written = writing.write_analysis(study, command, chapters)
+    say(f"Page:       {atomic.short_path(written.page)}")
+    say(f"Report:     {atomic.short_path(written.report)}")
     if written.missing:
         raise SystemExit(1)
 
@@ -201,7 +204,7 @@ def reproducing_overrides(weights: Weights) -> list[str]:
     if weights.random or weights.loaded is None:
         return overrides
     others = [override for override in overrides if override.split("=")[0] not in ("ckpt", "run", "runs_dir")]
-    return [override("ckpt", storage.short_path(weights.loaded.path)), *others]
+    return [override("ckpt", atomic.short_path(weights.loaded.path)), *others]
 
 
 def output_folder(output_dir: str | None, weights: Weights) -> Path:

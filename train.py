@@ -29,29 +29,25 @@ from hydra.types import RunMode
 from lightning import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from attention_visualizer import (
-    allocator,
-    checkpoint,
-    command_line,
-    configuration,
-    resuming,
-    storage,
-    sweeps,
-    training,
-)
-from attention_visualizer.callbacks import looking
-from attention_visualizer.capture import CaptureError
-from attention_visualizer.checkpoint_choice import load_chosen
-from attention_visualizer.classifier import Classifier
-from attention_visualizer.configuration import arguments
-from attention_visualizer.data import ImageDataModule
-from attention_visualizer.errors import UserError
-from attention_visualizer.export import export_safetensors
-from attention_visualizer.inert import say
-from attention_visualizer.model import VisionTransformer, num_parameters
-from attention_visualizer.model_search import find_model
-from attention_visualizer.saving import checkpoint_callbacks
-from attention_visualizer.stopping import StopRequest
+from attention_visualizer.attention.capture import CaptureError
+from attention_visualizer.attention.model_search import find_model
+from attention_visualizer.commands import command_line
+from attention_visualizer.data.datamodule import ImageDataModule
+from attention_visualizer.files import atomic
+from attention_visualizer.models.vision_transformer import VisionTransformer, num_parameters
+from attention_visualizer.runs import checkpoint, folders
+from attention_visualizer.runs.checkpoint_choice import load_chosen
+from attention_visualizer.runs.export import export_safetensors
+from attention_visualizer.support import allocator
+from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.text import say
+from attention_visualizer.training import configuration, resuming, sweeps
+from attention_visualizer.training import run as training_run
+from attention_visualizer.training.classifier import Classifier
+from attention_visualizer.training.configuration import arguments
+from attention_visualizer.training.saving import checkpoint_callbacks
+from attention_visualizer.training.stopping import StopRequest
+from attention_visualizer.watching.attention_logger import looking
 
 gc.freeze()  # nor are they looked through later: for 0.2 s, in the middle of a step
 atexit.register(gc.unfreeze)  # or Triton says at the end that they leaked
@@ -79,9 +75,9 @@ def main(config: DictConfig) -> float:
             raise
         # The sweep's other jobs go on; its table names this one.
         sweeps.SweepTable.job_failed = True
-        folder = storage.RunFolder(job_path())
+        folder = folders.RunFolder(job_path())
         with suppress(UserError):
-            if not isinstance(error, storage.OtherRun):
+            if not isinstance(error, folders.OtherRun):
                 lock = folder.claim()  # not of a job that another process trains
                 folder.update_manifest(status="failed", error=f"{type(error).__name__}: {command_line.one_line(error)}")
                 lock.release()
@@ -99,7 +95,7 @@ def train(config: DictConfig, sweeping: bool) -> float:
 def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack) -> float:
     quieten()
     if sweeping and job_path().parent.resolve() != Path(HydraConfig.get().sweep.dir).resolve():
-        raise storage.OtherRun(f"{job_path()} is not a folder of the sweep's own: leave hydra.sweep.subdir as it is")
+        raise folders.OtherRun(f"{job_path()} is not a folder of the sweep's own: leave hydra.sweep.subdir as it is")
     named = None
     if config.ckpt_path is not None:
         if sweeping:
@@ -112,7 +108,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
     parameters = num_parameters(model.config)
     unfinished = None
     if config.resume == "auto":
-        if sweeping and (accuracy := resuming.accuracy_of_completed(storage.RunFolder(job_path()), config)) is not None:
+        if sweeping and (accuracy := resuming.accuracy_of_completed(folders.RunFolder(job_path()), config)) is not None:
             say(f"Done already: {job_path()}")
             return accuracy
         unfinished = find_unfinished(config, sweeping)
@@ -122,8 +118,8 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         checkpoint.refuse_other_settings(resumed, model.config, data.description.to_dict())
         config.ckpt_path = str(resumed.path)
     place = unfinished.folder.path if unfinished else Path(config.run_folder or config.runs_dir)
-    storage.check_space(place, parameters)
-    made = storage.missing_folders(Path(config.runs_dir))
+    folders.check_space(place, parameters)
+    made = atomic.missing_folders(Path(config.runs_dir))
     folder = place_of(config, sweeping, begun) if unfinished is None else unfinished.folder
     claims.callback((folder.claim() if unfinished is None else unfinished.lock).release)
     config.run_folder = str(folder.path)
@@ -131,16 +127,16 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         resumed_step = (resumed.step if resumed else -1) if begun else None
         trainer = build_trainer(config, folder, stop, resumed_step)
         if resumed is not None:
-            training.check_resumable(resumed.path, classifier, trainer)
-        training.open_logs(trainer.loggers, resumed_step)
+            training_run.check_resumable(resumed.path, classifier, trainer)
+        training_run.open_logs(trainer.loggers, resumed_step)
     except BaseException:
         if not begun and not sweeping:
             shutil.rmtree(folder.path)  # nothing but empty logs
-            storage.remove_empty(made)
+            atomic.remove_empty(made)
         raise
 
     configuration.save(config, folder)
-    storage.start_manifest(
+    folders.start_manifest(
         folder,
         command=shlex.join(["python", *sys.argv]),
         data=data.description.to_dict(),
@@ -153,17 +149,17 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         classifier.halves = None  # compiled code is made for one thread
         on_gpu = trainer.strategy.root_device.type == "cuda"
         model.compile(mode="reduce-overhead" if on_gpu else "default")
-    with training.recorded(folder):
-        metrics = training.fit(trainer, classifier, data, config.ckpt_path)
+    with training_run.recorded(folder):
+        metrics = training_run.fit(trainer, classifier, data, config.ckpt_path)
         if config.test or (config.test is None and not sweeping):
-            metrics |= training.test_best(trainer, classifier, data, folder)
+            metrics |= training_run.test_best(trainer, classifier, data, folder)
         if config.export:
             say(f"Exported:     {export_safetensors(folder.best, folder.best.with_suffix('.safetensors'))}")
         settings: Any = OmegaConf.to_container(config, resolve=True)
         recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
-        training.log_hyperparameters(trainer, recorded | {"parameters": parameters}, metrics)
+        training_run.log_hyperparameters(trainer, recorded | {"parameters": parameters}, metrics)
         folder.update_manifest(status="completed", metrics=metrics)
-    training.print_report(folder, data.description, metrics)
+    training_run.print_report(folder, data.description, metrics)
     return float(metrics["validation_accuracy"])
 
 
@@ -175,7 +171,7 @@ def prepare(config: DictConfig) -> tuple[ImageDataModule, VisionTransformer, Cla
     seed_everything(config.seed, verbose=False)
     data = ImageDataModule(**arguments(config, "data", ImageDataModule), seed=config.seed)
     architecture = arguments(config, "model", VisionTransformer)
-    storage.check_memory(num_parameters(architecture))
+    folders.check_memory(num_parameters(architecture))
     model = VisionTransformer(**architecture)
     recipe = arguments(config, "optimizer", Classifier)
     data.load()
@@ -199,7 +195,7 @@ def prepare(config: DictConfig) -> tuple[ImageDataModule, VisionTransformer, Cla
 def find_unfinished(config: DictConfig, sweeping: bool) -> resuming.Unfinished | None:
     """What resume=auto goes on with: a sweep's job only in its own folder."""
     if sweeping:
-        found = resuming.unfinished_at(storage.RunFolder(job_path()), config)
+        found = resuming.unfinished_at(folders.RunFolder(job_path()), config)
     else:
         found = resuming.find_unfinished(config)
     if found is not None:
@@ -208,15 +204,15 @@ def find_unfinished(config: DictConfig, sweeping: bool) -> resuming.Unfinished |
     return found
 
 
-def place_of(config: DictConfig, sweeping: bool, begun: bool) -> storage.RunFolder:
+def place_of(config: DictConfig, sweeping: bool, begun: bool) -> folders.RunFolder:
     """The folder of this run, made if need be. Raises UserError for a sweep's that holds another run."""
     if begun:
-        return storage.RunFolder(Path(config.run_folder))
+        return folders.RunFolder(Path(config.run_folder))
     if not sweeping:
-        return storage.RunFolder.create(Path(config.runs_dir))
-    job = storage.RunFolder(job_path())
+        return folders.RunFolder.create(Path(config.runs_dir))
+    job = folders.RunFolder(job_path())
     if job.exists:
-        raise storage.OtherRun(
+        raise folders.OtherRun(
             f"{job.path} holds a run already, of other settings or data: choose a new hydra.sweep.dir"
         )
     return job
@@ -258,7 +254,7 @@ def check_watched_part(config: DictConfig, classifier: Classifier, data: ImageDa
 
 
 def build_trainer(
-    config: DictConfig, folder: storage.RunFolder, stop: StopRequest, resumed_step: int | None
+    config: DictConfig, folder: folders.RunFolder, stop: StopRequest, resumed_step: int | None
 ) -> Trainer:
     """Writes nothing yet. resumed_step: of the checkpoint that training goes on from, -1 for none; None: a new run."""
     if resumed_step is not None and "tensorboard" in (config.logger or {}):
@@ -267,7 +263,7 @@ def build_trainer(
     try:
         callbacks = [hydra.utils.instantiate(callback) for callback in (config.callbacks or {}).values()]
         if config.trainer.enable_progress_bar is not False:
-            callbacks.append(training.ProgressBar(refresh_rate=10))
+            callbacks.append(training_run.ProgressBar(refresh_rate=10))
         chosen = [logger for logger in (config.logger or {}).values() if logger is not None]
         trainer = Trainer(
             **arguments(config, "trainer", Trainer),

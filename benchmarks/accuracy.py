@@ -90,8 +90,8 @@ def tested(run: Path) -> dict[str, Any]:
     if not kept.is_file():
         import torch
 
-        from attention_visualizer.checkpoint import load_checkpoint
-        from attention_visualizer.data import ImageDataModule
+        from attention_visualizer.data.datamodule import ImageDataModule
+        from attention_visualizer.runs.checkpoint import load_checkpoint
 
         model = load_checkpoint(run / "checkpoints" / "last.ckpt").build_model()
         data = ImageDataModule(name=manifest["data"]["name"], fallback=None)

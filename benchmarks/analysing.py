@@ -41,8 +41,8 @@ DPI = 100
 
 def study_in(folder: str, num_images: int, num_samples: int) -> Any:
     """What `analyze.py ckpt=random` makes, over `num_images` of 10,000 digits."""
-    from attention_visualizer.analysis import preparation
-    from attention_visualizer.data import ImageDataModule
+    from attention_visualizer.analysis.study import preparation
+    from attention_visualizer.data.datamodule import ImageDataModule
 
     data = ImageDataModule(name="digits")
     data.load()
@@ -91,12 +91,13 @@ def measure_statistics(num_images: int, repeats: int) -> dict[str, list[float]]:
 
 
 def measure_figures(num_samples: int, repeats: int) -> dict[str, list[float]]:
-    from attention_visualizer.analysis import CHAPTERS, methods
+    from attention_visualizer.analysis.chapters import CHAPTERS
+    from attention_visualizer.analysis.methods import chapter as methods_chapter
 
     with tempfile.TemporaryDirectory() as folder:
         study = study_in(folder, 300, num_samples)
         known = [
-            (number, subject, methods.explanations(study, sample))
+            (number, subject, methods_chapter.explanations(study, sample))
             for number, (sample, subject) in enumerate(zip(study.samples, study.subjects, strict=True))
         ]
         sizes = {stem: read_size(folder, study, chapter, stem) for chapter, stem in STEMS.items()}
@@ -118,7 +119,7 @@ def measure_figures(num_samples: int, repeats: int) -> dict[str, list[float]]:
 
 
 def measure_memory(num_images: int) -> dict[str, list[float]]:
-    from attention_visualizer.analysis.comprehensive import write_analysis
+    from attention_visualizer.analysis.writing import write_analysis
 
     with tempfile.TemporaryDirectory() as folder:
         study = study_in(folder, num_images, 8)
@@ -164,7 +165,7 @@ def read_size(folder: str, study: Any, chapter: str, stem: str) -> tuple[int, in
     """Width and height in pixels of our figure."""
     from PIL import Image
 
-    from attention_visualizer.analysis import CHAPTERS
+    from attention_visualizer.analysis.chapters import CHAPTERS
 
     CHAPTERS[chapter](study)
     with Image.open(Path(folder) / f"{stem}_sample_0.png") as picture:

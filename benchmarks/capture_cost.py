@@ -109,8 +109,8 @@ def stored_by_hooks(model: Any, setup: Setup) -> Iterator[list[Any]]:
     """The maps of the passes inside, as layers that the statistics take."""
     import torch
 
-    from attention_visualizer.capture import AttentionLayer
-    from attention_visualizer.geometry import Geometry
+    from attention_visualizer.attention.capture import AttentionLayer
+    from attention_visualizer.attention.geometry import Geometry
 
     side = setup.image_size // setup.patch_size
     geometry = Geometry((side, side), 1, (setup.patch_size, setup.patch_size))
@@ -130,7 +130,7 @@ def stored_by_hooks(model: Any, setup: Setup) -> Iterator[list[Any]]:
 
 def passes(way: str, setup: Setup, model: Any, totals: Any) -> Callable[[Any], None]:
     """What is done with a batch of images."""
-    from attention_visualizer.capture import capture
+    from attention_visualizer.attention.capture import capture
 
     def plain(images: Any) -> None:
         model(images)
@@ -161,7 +161,7 @@ def passes(way: str, setup: Setup, model: Any, totals: Any) -> Callable[[Any], N
 def measure_here(way: str, setup: Setup) -> Cost:
     import torch
 
-    from attention_visualizer.statistics import ALL_MEASURES, AttentionStatistics
+    from attention_visualizer.measures.streaming import ALL_MEASURES, AttentionStatistics
 
     torch.set_num_threads(1)
     model = build_model(setup, fused=way != "usual")

@@ -311,7 +311,7 @@ def output_of(model: Any, images: Any) -> Any:
 def measure(example: Example) -> Result:
     import torch
 
-    from attention_visualizer.capture import capture
+    from attention_visualizer.attention.capture import capture
 
     torch.manual_seed(0)
     model = example.build(False).eval()

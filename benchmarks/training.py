@@ -59,11 +59,11 @@ class Scale:
 
 def training_images() -> tuple[Any, Any]:
     """uint8 [image, 1, 28, 28] and labels of the training split: MNIST, or the digits where there is none."""
-    from attention_visualizer.data import ImageDataModule
+    from attention_visualizer.data.datamodule import ImageDataModule
 
-    data = ImageDataModule()
-    data.load()
-    return data.splits["train"]
+    datamodule = ImageDataModule()
+    datamodule.load()
+    return datamodule.splits["train"]
 
 
 def now() -> float:
@@ -272,7 +272,9 @@ def measure_ours(scale: Scale, precision: str, *overrides: str) -> dict[str, flo
     import torch
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
-    from attention_visualizer import callbacks, classifier, data
+    from attention_visualizer.data import datamodule
+    from attention_visualizer.training import classifier
+    from attention_visualizer.watching import attention_logger
 
     watch, timer = Stopwatch(), clock()
     # Halves of a batch go forward and backward at once, so these are one part.
@@ -283,8 +285,8 @@ def measure_ours(scale: Scale, precision: str, *overrides: str) -> dict[str, flo
     watch.wrap(torch.nn.utils, "clip_grad_norm_", "optimiser")
     watch.wrap(torch.optim.AdamW, "step", "optimiser")
     watch.wrap(classifier.Classifier, "training_step", "own overhead")
-    watch.wrap(data, "augment_batch", "augmentation")
-    watch.wrap(callbacks.AttentionLogger, "_log_frame", "watching")
+    watch.wrap(datamodule, "augment_batch", "augmentation")
+    watch.wrap(attention_logger.AttentionLogger, "_log_frame", "watching")
     begun: dict[str, float] = {}
     ended: dict[str, float] = {}
     start = timer.on_train_batch_start
@@ -341,7 +343,7 @@ def measure_products(batch_size: int, device: str) -> dict[str, float]:
     from torch.utils.benchmark import Timer
     from torch.utils.flop_counter import FlopCounterMode
 
-    from attention_visualizer.model import VisionTransformer
+    from attention_visualizer.models.vision_transformer import VisionTransformer
 
     products: Counter[Any] = Counter()
 

@@ -41,11 +41,11 @@ def measure_run(watched: bool, quick: bool) -> dict[str, Any]:
     from lightning.pytorch.loggers import TensorBoardLogger
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from attention_visualizer.allocator import keep_freed_memory
-    from attention_visualizer.callbacks import AttentionLogger
-    from attention_visualizer.classifier import Classifier
-    from attention_visualizer.data import ImageDataModule
-    from attention_visualizer.model import VisionTransformer
+    from attention_visualizer.data.datamodule import ImageDataModule
+    from attention_visualizer.models.vision_transformer import VisionTransformer
+    from attention_visualizer.support.allocator import keep_freed_memory
+    from attention_visualizer.training.classifier import Classifier
+    from attention_visualizer.watching.attention_logger import AttentionLogger
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -158,11 +158,11 @@ def runs_table(repeats: int, quick: bool, markdown: bool) -> str:
 def validation_table(repeats: int, quick: bool, markdown: bool) -> str:
     import torch
 
-    from attention_visualizer.allocator import keep_freed_memory
-    from attention_visualizer.capture import capture
-    from attention_visualizer.model import VisionTransformer
-    from attention_visualizer.model_search import find_model
-    from attention_visualizer.validation_watch import ValidationWatch
+    from attention_visualizer.attention.capture import capture
+    from attention_visualizer.attention.model_search import find_model
+    from attention_visualizer.models.vision_transformer import VisionTransformer
+    from attention_visualizer.support.allocator import keep_freed_memory
+    from attention_visualizer.watching.validation import ValidationWatch
 
     keep_freed_memory()
     torch.manual_seed(0)

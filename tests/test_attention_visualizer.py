@@ -23,11 +23,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from attention_visualizer import AttentionVisualizer
-from attention_visualizer.checkpoint import BLOCK, block_for
-from attention_visualizer.data import ImageDataModule, normalise
-from attention_visualizer.errors import UserError
-from attention_visualizer.mnist_files import MnistUnavailable
-from attention_visualizer.model import VisionTransformer
+from attention_visualizer.data.datamodule import ImageDataModule, normalise
+from attention_visualizer.data.mnist import MnistUnavailable
+from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.runs.checkpoint import BLOCK, block_for
+from attention_visualizer.support.errors import UserError
 
 PRINTED_PATH = "exp/experiments/efficient_ablation_20250609_101146/embed_dim_ablation_embed_dim_128/best_model.pth"
 
@@ -116,7 +116,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     settings = matplotlib.rcParams.copy()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MNIST_DIR", raising=False)
-    monkeypatch.setattr("attention_visualizer.data.load_mnist", refuse)
+    monkeypatch.setattr("attention_visualizer.data.datamodule.load_mnist", refuse)
     yield tmp_path
     assert not plt.get_fignums() and matplotlib.rcParams == settings
 

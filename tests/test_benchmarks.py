@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from attention_visualizer.checkpoint import load_checkpoint
+from attention_visualizer.runs.checkpoint import load_checkpoint
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 

@@ -1,205 +1,83 @@
-"""Imports point down only: applications > views > core. Read from the source, so that no import can hide."""
+"""The walls between rooms, and what importing costs."""
 
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from importlinter.cli import lint_imports
 
 import attention_visualizer
+from tests.helpers.rooms import ROOMS
 
-PACKAGE = "attention_visualizer"
 SOURCE = Path(attention_visualizer.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 
-# Top down. A folder's modules belong where the folder is; __init__.py only passes names on.
-LEVELS = {
-    "applications": {
-        "visualizer",
-        "callbacks",
-        "loggers",
-        "event_checksums",
-        "training",
-        "saving",
-        "analysis",
-        "command_line",
-        "configuration",
-        "resuming",
-        "overrides",
-        "sweeps",
-    },
-    "views": {"panels", "charts", "run_charts", "attention_figures", "chapter", "report", "report_page"},
-    "core": {
-        "model",
-        "data",
-        "images",
-        "augmentation",
-        "mnist_files",
-        "allocator",
-        "classifier",
-        "halves",
-        "muon",
-        "attention_calls",
-        "hand_written_attention",
-        "calling_modules",
-        "capture",
-        "interventions",
-        "measures",
-        "statistics",
-        "inference",
-        "head_roles",
-        "perturbation",
-        "parallel",
-        "head_matching",
-        "ink",
-        "strokes",
-        "matching",
-        "controls",
-        "observation",
-        "explanations",
-        "prediction",
-        "model_search",
-        "probes",
-        "validation_watch",
-        "pictures",
-        "foreign_models",
-        "history",
-        "geometry",
-        "progress",
-        "stopping",
-        "errors",
-        "storage",
-        "staging",
-        "checkpoint",
-        "tensor_files",
-        "training_state",
-        "plain_files",
-        "inert",
-        "export",
-        "checkpoint_choice",
-    },
-}
-RANK = {name: rank for rank, names in enumerate(reversed(LEVELS.values())) for name in names}
-CONFIGURATION = {"hydra", "omegaconf", "hydra_zen"}
-DRAWING = {"matplotlib", "seaborn"}
-FRAMEWORK = {"lightning", "torchmetrics", "tensorboard"}
+
+def test_imports_keep_to_the_contracts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The contracts in pyproject.toml: rooms import only rooms below them, and no module imports itself."""
+    monkeypatch.chdir(REPOSITORY)
+    assert lint_imports(cache_dir=None) == 0, capsys.readouterr().out
 
 
-def modules() -> dict[str, Path]:
-    """Every module's name inside the package, such as "analysis.study", but for the package's own __init__."""
-    found = {}
-    for path in sorted(SOURCE.rglob("*.py")):
-        parts = path.relative_to(SOURCE).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name:
-            found[name] = path
-    return found
+def test_an_import_from_above_breaks_a_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above might look at nothing: a small house with one import that points up."""
+    package = tmp_path / "small_house"
+    for room, text in {"": "", "roof": "", "ground": "from small_house import roof"}.items():
+        (package / room).mkdir()
+        (package / room / "__init__.py").write_text(text)
+    contract = '{name = "rooms", type = "layers", containers = ["small_house"], layers = ["roof", "ground"]}'
+    config = tmp_path / "pyproject.toml"
+    config.write_text(f'[tool.importlinter]\nroot_package = "small_house"\ncontracts = [{contract}]\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert lint_imports(str(config), cache_dir=None) == 1
 
 
-MODULES = modules()
+def test_every_folder_is_a_room_and_tells_what_it_holds() -> None:
+    found = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    modules = {path.stem for path in SOURCE.glob("*.py")} - {"__init__"}
+    assert found | modules == set(ROOMS) and modules == {"interventions", "visualizer"}
+    for folder in [path.parent for path in SOURCE.rglob("__init__.py") if path.parent != SOURCE]:
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+        listed = {line.split()[0] for line in text.splitlines() if line.startswith("    ")}
+        there = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        there |= {f"{path.name}/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
+        assert listed == there, f"{folder}/__init__.py does not list {there ^ listed}"
 
 
-def imported(source: str, module: str, is_package: bool = False) -> Iterator[str]:
-    """Full names of all that `source` imports, wherever in it, relative imports resolved."""
-    own = [PACKAGE, *module.split(".")] if module else [PACKAGE]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            up = node.level - (1 if is_package else 0)
-            base = own[: len(own) - up] if node.level else []
-            prefix = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+def test_tests_stand_in_folders_of_the_same_names() -> None:
+    folders = {path.name for path in (REPOSITORY / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders - {"helpers", "data_of_old_runs"} <= set(ROOMS)
 
 
-def imports_of(module: str) -> set[str]:
-    path = MODULES[module]
-    return set(imported(path.read_text(encoding="utf-8"), module, path.name == "__init__.py"))
+def in_a_fresh_interpreter(script: str, *arguments: str, folder: Path = REPOSITORY) -> tuple[int, Any]:
+    """Exit code and the last line of the output, read as JSON."""
+    command = [sys.executable, "-c", f"import json, sys\n{script}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
 
-def inside(names: set[str]) -> set[str]:
-    """The package's modules among full names: a name inside a module counts as that module."""
-    found = set()
-    for name in names:
-        parts = name.split(".")
-        if parts[0] != PACKAGE:
-            continue
-        candidates = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
-        found.add(next((candidate for candidate in candidates if candidate in MODULES), ""))
-    return found
-
-
-def outside(names: set[str]) -> set[str]:
-    return {name.split(".")[0] for name in names} - {PACKAGE}
-
-
-def everything_below(module: str) -> set[str]:
-    """Modules that importing `module` brings along, itself included."""
-    found, waiting = set(), [module]
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.add(current)
-            waiting += inside(imports_of(current))
-    return found
-
-
-def top(module: str) -> str:
-    return module.split(".")[0]
-
-
-def test_every_module_is_in_exactly_one_level() -> None:
-    listed = [name for names in LEVELS.values() for name in names]
-    assert len(listed) == len(set(listed))
-    assert {top(module) for module in MODULES} == set(listed)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module: str) -> None:
-    upward = {name for name in inside(imports_of(module)) if name == "" or RANK[top(name)] > RANK[top(module)]}
-    assert not upward, f"{module} imports {upward}"  # "" is the package's front door, above everything
-
-
-def test_no_module_imports_itself_in_a_circle() -> None:
-    graph = {module: inside(imports_of(module)) - {module} for module in MODULES}
-    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # CycleError names a circle
-
-
-def test_only_the_command_line_knows_hydra() -> None:
-    who = {module for module in MODULES if outside(imports_of(module)) & CONFIGURATION}
-    assert who == {"command_line", "configuration", "overrides", "resuming", "sweeps"}
-    for entry in ("train.py", "analyze.py"):
-        names = set(imported((REPOSITORY / entry).read_text(encoding="utf-8"), ""))
-        assert outside(names) & CONFIGURATION and "command_line" in inside(names)
-    users = {module for module in MODULES if "command_line" in inside(imports_of(module))}
-    assert users == set()
-
-
-def test_the_callback_brings_no_data_and_no_classifier_along() -> None:
-    """It works in anybody's Lightning project, whose data and loss are their own."""
-    below = everything_below("callbacks")
-    assert "capture" in below and "panels" in below
-    assert not below & {"data", "mnist_files", "classifier", "model", "training", "checkpoint"}
-
-
-def test_the_classifier_knows_nothing_of_attention() -> None:
-    assert not everything_below("classifier") & {"capture", "measures", "statistics", "observation", "history"}
-
-
-@pytest.mark.parametrize("module", sorted(LEVELS["core"]))
-def test_the_core_draws_nothing(module: str) -> None:
-    assert not outside(imports_of(module)) & DRAWING
-
-
-@pytest.mark.parametrize("module", ["model", "capture", "measures", "statistics", "observation", "geometry", "history"])
-def test_models_and_measures_need_torch_only(module: str) -> None:
-    for below in everything_below(module):
-        assert not outside(imports_of(below)) & FRAMEWORK, below
+def test_the_front_door_imports_what_is_used() -> None:
+    """Capturing starts neither Lightning nor matplotlib nor Hydra; in a fresh interpreter, where what torch itself
+    imports counts too. Completion knows all names, and the rooms can be imported by their paths beside them."""
+    script = """
+import attention_visualizer as av
+complete = set(av.__all__) <= set(dir(av)) and "AttentionLogger" not in vars(av)
+from attention_visualizer import CaptureError, Geometry, VisionTransformer, capture, intervene
+heavy = [name for name in ("lightning", "torchmetrics", "tensorboard", "matplotlib", "seaborn", "hydra", "omegaconf")
+         if name in sys.modules]
+import attention_visualizer.attention.geometry as geometry
+import attention_visualizer.attention.capture
+print(json.dumps([complete, heavy, geometry.Geometry is Geometry, callable(capture), callable(av.capture)]))
+"""
+    assert in_a_fresh_interpreter(script) == (0, [True, [], True, True, True])
 
 
 def test_the_front_door_only_passes_names_on() -> None:
@@ -209,68 +87,15 @@ def test_the_front_door_only_passes_names_on() -> None:
         attention_visualizer.AttentionPainter  # noqa: B018
 
 
-def test_capturing_starts_neither_lightning_nor_matplotlib() -> None:
-    """Seen from a fresh interpreter, where what torch itself imports counts too."""
-    heavy = sorted(FRAMEWORK | DRAWING | CONFIGURATION)
-    script = (
-        "import sys; from attention_visualizer import CaptureError, Geometry, VisionTransformer, capture, intervene; "
-        f"print([name for name in {heavy} if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize("argument", ["--help", "num_samples=few", "no_such_field=1"])
 def test_help_and_a_wrong_argument_need_no_torch(argument: str, tmp_path: Path) -> None:
     script = """
-import runpy, sys
+import runpy
 sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    print(sorted({"torch", "lightning", "matplotlib"} & sys.modules.keys()))
+    print(json.dumps(sorted({"torch", "lightning", "matplotlib"} & sys.modules.keys())))
 """
-    command = [sys.executable, "-c", script, str(REPOSITORY / "analyze.py"), argument]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == (0 if argument == "--help" else 2), done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_capture_is_the_function_whatever_was_imported_before() -> None:
-    script = """
-import attention_visualizer.capture
-from attention_visualizer import capture
-import attention_visualizer.model_search
-print(callable(capture), attention_visualizer.capture is capture)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.split() == ["True", "True"]
-
-
-def test_imports_are_read_wherever_they_stand() -> None:
-    source = """
-import numpy as np
-from attention_visualizer import storage, panels
-from .model import VisionTransformer
-from . import charts
-def later():
-    import matplotlib.pyplot
-    if True:
-        from attention_visualizer.analysis.study import Study
-"""
-    names = set(imported(source, "capture"))
-    assert inside(names) == {"storage", "panels", "model", "charts", "analysis.study"}
-    assert outside(names) == {"numpy", "matplotlib"}
-    assert inside(set(imported("from .. import charts\nfrom .study import Study", "analysis.heads"))) == {
-        "charts",
-        "analysis.study",
-    }
-    assert inside(set(imported("from . import study", "analysis", is_package=True))) == {"analysis.study"}
-    assert inside(set(imported("from attention_visualizer import capture", "panels"))) == {"capture"}
-    assert inside({"attention_visualizer.AttentionLogger"}) == {""}
-
-
-def test_completion_knows_what_is_imported_when_first_used() -> None:
-    command = "import attention_visualizer as av; print(set(av.__all__) <= set(dir(av)), 'AttentionLogger' in vars(av))"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]
+    code, heavy = in_a_fresh_interpreter(script, str(REPOSITORY / "analyze.py"), argument, folder=tmp_path)
+    assert (code, heavy) == (0 if argument == "--help" else 2, [])

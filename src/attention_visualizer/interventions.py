@@ -1,73 +1,9 @@
-"""Edits for `intervene`: what a model computes when a head is switched off, averaged, made uniform or shuffled.
+"""Edits for `intervene`: switch heads off, average them, make them uniform, permute their keys; see attention/edits.py.
 
-    with intervene(model, switch_off("blocks.3", head=1)):
-        logits = model(images)
-
-Layers are named as in `capture`, heads are counted from 0; `head=None` is all heads of the layer. What a module
-computes again in one pass is "name#2" and so on. A layer that is not met is an error.
+with torch.no_grad(), intervene(model, switch_off("blocks.3", head=1)):
+    logits = model(images)
 """
 
-from __future__ import annotations
+from attention_visualizer.attention.edits import make_uniform, permute_keys, replace_by_mean, switch_off
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from attention_visualizer.capture import AttentionLayer, Edit, is_named
-from attention_visualizer.errors import UserError
-
-
-def switch_off(layer: str, head: int | None = None) -> Edit:
-    """The head attends to nothing: what it adds to the residual stream is the projection's bias alone."""
-    return NamedEdit(layer, head, torch.zeros_like)
-
-
-def replace_by_mean(layer: str, head: int | None, mean: Tensor) -> Edit:
-    """The head attends the same way on every image. mean: [head, query, key], over the images of a data set."""
-
-    def averaged(weights: Tensor) -> Tensor:
-        own = mean if head is None else mean[head]
-        if own.shape != weights.shape[1:]:
-            wanted = list(weights.shape[1:])
-            raise UserError(f"the mean for {layer} has shape {list(own.shape)}, its weights {wanted}, batch left out")
-        return own.to(weights).expand_as(weights)
-
-    return NamedEdit(layer, head, averaged)
-
-
-def make_uniform(layer: str, head: int | None = None) -> Edit:
-    """The head attends to every key alike."""
-    return NamedEdit(layer, head, lambda weights: torch.full_like(weights, 1 / weights.shape[-1]))
-
-
-def permute_keys(layer: str, head: int | None, permutation: Tensor) -> Edit:
-    """What the head gave to key j it gives to key permutation[j]."""
-
-    def permuted(weights: Tensor) -> Tensor:
-        if permutation.sort().values.tolist() != list(range(weights.shape[-1])):
-            raise UserError(f"permutation must hold each of the {weights.shape[-1]} keys of {layer} once")
-        return weights[..., permutation.argsort()]
-
-    return NamedEdit(layer, head, permuted)
-
-
-@dataclass(frozen=True)
-class NamedEdit:
-    """Changes one layer: [batch, query, key] of one head, or [batch, head, query, key] of all."""
-
-    layer: str
-    head: int | None
-    change: Callable[[Tensor], Tensor]
-
-    def __call__(self, layer: AttentionLayer, weights: Tensor) -> Tensor:
-        if not is_named(layer, self.layer):
-            return weights
-        if self.head is None:
-            return self.change(weights)
-        if not 0 <= self.head < weights.shape[1]:
-            raise UserError(f"{layer.name} has {weights.shape[1]} heads: give head=0 to {weights.shape[1] - 1}")
-        edited = weights.clone()
-        edited[:, self.head] = self.change(weights[:, self.head])
-        return edited
+__all__ = ["make_uniform", "permute_keys", "replace_by_mean", "switch_off"]

@@ -16,13 +16,18 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from attention_visualizer import storage
-from attention_visualizer.analysis import CHAPTERS, heads, layers, patterns, preparation, statistics
-from attention_visualizer.analysis.comprehensive import write_analysis
-from attention_visualizer.analysis.study import Sample, Study, check_sample
-from attention_visualizer.errors import UserError
-from attention_visualizer.geometry import Geometry
-from attention_visualizer.pictures import InputFormat, Pictures
+from attention_visualizer.analysis.chapters import CHAPTERS
+from attention_visualizer.analysis.heads import chapter as heads_chapter
+from attention_visualizer.analysis.layers import chapter as layers_chapter
+from attention_visualizer.analysis.patterns import chapter as patterns_chapter
+from attention_visualizer.analysis.statistics import chapter as statistics_chapter
+from attention_visualizer.analysis.study import preparation
+from attention_visualizer.analysis.study.study import Sample, Study, check_sample
+from attention_visualizer.analysis.writing import write_analysis
+from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.data.image_sets import InputFormat, Pictures
+from attention_visualizer.files import atomic
+from attention_visualizer.support.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -113,15 +118,15 @@ class AttentionVisualizer:
 
     def visualize_attention_patterns(self, image: Any, label: int | None, i: int = 0) -> Figure:
         """Attention by layer, alone and over the image; saved as attention_pattern_sample_<i>.png."""
-        return self._draw(patterns, "attention_pattern", image, label, i)
+        return self._draw(patterns_chapter, "attention_pattern", image, label, i)
 
     def analyze_attention_heads(self, image: Any, label: int | None, i: int = 0) -> Figure:
         """Layers x heads; saved as attention_heads_sample_<i>.png."""
-        return self._draw(heads, "attention_heads", image, label, i)
+        return self._draw(heads_chapter, "attention_heads", image, label, i)
 
     def create_layer_comparison(self, image: Any, label: int | None, i: int = 0) -> Figure:
         """From shallow to deep; saved as layer_comparison_sample_<i>.png."""
-        return self._draw(layers, "layer_comparison", image, label, i)
+        return self._draw(layers_chapter, "layer_comparison", image, label, i)
 
     def create_attention_statistics(self, samples: Sequence[tuple[Any, int | None]]) -> tuple[Figure, pd.DataFrame]:
         """Statistics over `samples`, saved as attention_statistics.png; and a row for each measure, layer, head."""
@@ -134,10 +139,10 @@ class AttentionVisualizer:
         known = [sample.label for sample in taken if sample.label is not None]
         labels = torch.tensor(known, device=inputs.device) if len(known) == len(taken) else None
         measured = self.study.survey_of([(inputs, labels)], labels, len(taken))
-        figure = statistics.figure(measured, f"{len(taken):,} given images", self.study.face_note)
+        figure = statistics_chapter.figure(measured, f"{len(taken):,} given images", self.study.face_note)
         self._claim_output()
         self.study.save(figure, "attention_statistics")
-        return figure, pd.DataFrame(statistics.records(measured))
+        return figure, pd.DataFrame(statistics_chapter.records(measured))
 
     def run_comprehensive_analysis(self, model_path: str | Path | None = None) -> Path:
         """Every figure, the statistics over the whole test set and the report, in Markdown and HTML; returns the first
@@ -204,11 +209,11 @@ class AttentionVisualizer:
     @staticmethod
     def _owner(folder: Path) -> str | None:
         path = folder / OWNER
-        return storage.read_json(path).get("model") if path.exists() else None
+        return atomic.read_json(path).get("model") if path.exists() else None
 
     def _claim_output(self) -> None:
         self.study.output.mkdir(parents=True, exist_ok=True)
-        storage.write_json(self.study.output / OWNER, {"model": self._identity()})
+        atomic.write_json(self.study.output / OWNER, {"model": self._identity()})
 
 
 def digest_of(model: nn.Module) -> str:

@@ -1,0 +1,101 @@
+"""The offline analysis: chapters over one study. A new chapter is one new file with a `write(study)`, named here."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
+
+from attention_visualizer.analysis.atlas import chapter as atlas_chapter
+from attention_visualizer.analysis.claims import chapter as claims_chapter
+from attention_visualizer.analysis.evolution import chapter as evolution_chapter
+from attention_visualizer.analysis.heads import chapter as heads_chapter
+from attention_visualizer.analysis.importance import chapter as importance_chapter
+from attention_visualizer.analysis.layers import chapter as layers_chapter
+from attention_visualizer.analysis.methods import chapter as methods_chapter
+from attention_visualizer.analysis.patterns import chapter as patterns_chapter
+from attention_visualizer.analysis.roles import chapter as roles_chapter
+from attention_visualizer.analysis.runs import chapter as runs_chapter
+from attention_visualizer.analysis.statistics import chapter as statistics_chapter
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.trust import chapter as trust_chapter
+from attention_visualizer.report import markdown as markdown_report
+from attention_visualizer.report.chapter import Chapter
+from attention_visualizer.support.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LONGEST_REASON = 300  # characters
+
+CHAPTERS: dict[str, Callable[[Study], Chapter]] = {
+    "patterns": patterns_chapter.write,
+    "heads": heads_chapter.write,
+    "layers": layers_chapter.write,
+    "methods": methods_chapter.write,
+    "statistics": statistics_chapter.write,
+    "atlas": atlas_chapter.write,
+    "roles": roles_chapter.write,
+    "importance": importance_chapter.write,
+    "trust": trust_chapter.write,
+    "claims": claims_chapter.write,
+    "evolution": evolution_chapter.write,
+    "runs": runs_chapter.write,
+}
+
+
+def check_chapters(names: Sequence[str]) -> None:
+    """Raises UserError for a chapter that does not exist."""
+    if not names or any(not isinstance(name, str) or name not in CHAPTERS for name in names):
+        raise UserError(f"chapters=[{','.join(map(str, names))}]: choose from {', '.join(CHAPTERS)}")
+
+
+def write_chapters(study: Study, names: Sequence[str]) -> dict[str, Chapter]:
+    """Writes the figures of each chapter and returns what the report says of them, with a progress bar.
+
+    A chapter that fails is named on stderr and says in the report why it is missing; the others go on.
+    """
+    written: dict[str, Chapter] = {}
+    told = study.progress
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("analysing", total=len(names), doing="")
+            study.progress = lambda doing: progress.update(task, doing=doing)
+            for name in names:
+                progress.update(task, description=name, doing="")
+                try:
+                    chapter = CHAPTERS[name](study)
+                    markdown_report.check(written | {name: chapter}, study.output)
+                except Exception as error:  # whatever goes wrong in one chapter is no reason to lose the others
+                    chapter = Chapter(name.capitalize(), "", missing=reason_of(error))
+                    log.debug("chapter %s", name, exc_info=True)
+                written[name] = chapter
+                progress.advance(task)
+            progress.update(task, description="done", doing="")
+    finally:
+        study.progress = told
+        # Not while the bar is drawn, which would take the line to standard output.
+        for name, chapter in written.items():
+            if chapter.missing:
+                print(f"chapter {name} is missing: {chapter.missing}", file=sys.stderr)
+    return written
+
+
+def progress_bar() -> Progress:
+    """The chapter, how many are done, and what is being done in this one."""
+    whole = Column(no_wrap=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=11)),
+        BarColumn(20),
+        MofNCompleteColumn(table_column=whole),
+        TimeElapsedColumn(table_column=whole),
+        TextColumn("{task.fields[doing]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """In one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:LONGEST_REASON]}" if text else type(error).__name__

@@ -1,0 +1,300 @@
+"""The claims that are put to the test, each as quantities that were fixed before any model was looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention_visualizer.analysis.claims.measure import KEY_POINTS, POINTS, Evidence
+from attention_visualizer.analysis.claims.verdicts import Claim, Requirement
+from attention_visualizer.analysis.study.survey import nan_mean
+from attention_visualizer.measures.head_roles import OFTEN_EMPTY
+from attention_visualizer.measures.intervals import PERMUTATIONS
+
+Array = NDArray[Any]
+
+# The smallest effects that count, fixed before any model was looked at. What has more images always has significance;
+# an effect below these would not be called one by somebody who looks at the maps.
+LEAST_ATTENTION = 0.1  # of an even share: a tenth more attention than if all patches got the same
+LEAST_DISTANCE = 0.1  # of the distance of uniform attention
+LEAST_SPREAD = 0.1  # of the patches, more than the other heads
+WHOLE = 0.75  # of the inked patches take part, for "the whole digit"
+MOST = 0.5  # of all patches take part, for "everything"
+LEAST_CLASSES = 0.06  # of the maps' variance; Cohen (1988) calls it a medium effect
+FAR = "of the distance of uniform attention"
+LOCALITY_UNKNOWN = (
+    "Nothing is said of locality: it needs the attention distance of shallow and of deep patch queries, and the last "
+    "layer's are not read where a class token is."
+)
+
+
+def thirds(num_layers: int) -> tuple[range, range, range]:
+    """Shallow, middle and deep layers; of two layers none is in the middle."""
+    third = max(1, round(num_layers / 3))
+    return range(third), range(third, num_layers - third), range(num_layers - third, num_layers)
+
+
+def most_layers(values: Array) -> Array:
+    """The value that a majority of layers reach: [..., layer] -> [...]; layers without a value (NaN) have no say."""
+    there = np.sum(~np.isnan(values), axis=-1, keepdims=True)
+    # Sorted, NaN comes last; where all is NaN, the first is.
+    return np.take_along_axis(np.sort(values, axis=-1), np.maximum(there - (there // 2 + 1), 0), axis=-1)[..., 0]
+
+
+def beyond_others(values: Array) -> Array:
+    """Each head's value less the mean of the layer's other heads': [..., layer, head] -> the same. NaN for heads that
+    the layer does not have, and for one that is alone in it."""
+    others = np.sum(~np.isnan(values), axis=-1, keepdims=True) - 1
+    sums = np.nansum(values, axis=-1, keepdims=True) - values
+    return values - np.divide(sums, others, out=np.full_like(sums, np.nan), where=others > 0)
+
+
+def in_layers(feature: str, weights: Array, quantity: str) -> Requirement:
+    """Excess attention on a feature, sum over layers of weights x mean over heads."""
+
+    def statistic(values: dict[str, Array]) -> Array:
+        return nan_mean(values[feature]) @ weights
+
+    def p_value(evidence: Evidence) -> float:
+        return evidence.permutation_p_value(feature, weights)
+
+    return Requirement(quantity, LEAST_ATTENTION, statistic, statistic, p_value, "permuted among like patches")
+
+
+def of_head(
+    name: str,
+    sign: int,
+    head: int,
+    quantity: str,
+    minimum: float = LEAST_ATTENTION,
+    least: float | None = None,
+    unit: str = Requirement.unit,
+) -> tuple[Requirement, Requirement]:
+    """That a head's values are large in most layers, and on average larger than the layer's other heads'. least: an
+    absolute bound on the first, which a control may well reach."""
+
+    def every(values: dict[str, Array]) -> Array:
+        return most_layers(np.swapaxes(sign * values[name], -1, -2))  # [..., head]
+
+    def every_beyond(values: dict[str, Array]) -> Array:
+        return nan_mean(np.swapaxes(beyond_others(sign * values[name]), -1, -2))  # [..., head]
+
+    def beyond(evidence: Evidence) -> Array:
+        return beyond_others(sign * evidence.values[name])
+
+    return (
+        Requirement(
+            f"{quantity} in most layers",
+            minimum if least is None else least,
+            lambda values: every(values)[..., head],
+            every if least is None else None,
+            unit=unit,
+            counted=name,
+        ),
+        Requirement(
+            f"{quantity} beyond the other heads, mean over layers",
+            minimum,
+            lambda values: every_beyond(values)[..., head],
+            every_beyond,
+            lambda evidence: head_number_p_value(beyond(evidence), head),
+            "heads drawn at random in each layer",
+            unit,
+            lambda evidence: smallest_head_number_p(beyond(evidence), head),
+            name,
+        ),
+    )
+
+
+def head_number_p_value(beyond: Array, head: int, permutations: int = PERMUTATIONS) -> float:
+    """How often heads drawn at random in each layer are on average as far beyond the others as those of one number:
+    [layer, head] -> p, over the layers that have this head. In a model's initial weights all numbers are alike."""
+    beyond = beyond[~np.isnan(beyond[:, head])]
+    if not len(beyond):
+        return float("nan")
+    generator = np.random.default_rng(0)
+    heads = [row[~np.isnan(row)] for row in beyond]
+    null = np.mean([generator.choice(row, permutations) for row in heads], axis=0)
+    return float(((null >= beyond[:, head].mean() - 1e-12).sum() + 1) / (permutations + 1))
+
+
+def smallest_head_number_p(beyond: Array, head: int) -> float:
+    """That `head_number_p_value` can give: the one best head is drawn in every layer."""
+    counts = np.sum(~np.isnan(beyond[~np.isnan(beyond[:, head])]), axis=1)
+    return float(np.prod(1 / np.maximum(counts, 1.0)))
+
+
+def mean_over(name: str, values: dict[str, Array], layers: Sequence[int]) -> Array:
+    """[...] from a quantity [..., layer]."""
+    return values[name][..., list(layers)].mean(axis=-1)
+
+
+def distance_gain(values: dict[str, Array], later: Sequence[int], earlier: Sequence[int]) -> Array:
+    return mean_over("distance", values, later) - mean_over("distance", values, earlier)
+
+
+def farther(quantity: str, statistic: Callable[[dict[str, Array]], Array]) -> Requirement:
+    return Requirement(quantity, LEAST_DISTANCE, statistic, statistic, unit=FAR, counted="distance")
+
+
+def only(used: Sequence[int], meant: range) -> str:
+    """Which layers a quantity is of, where it is not of all that are meant."""
+    return "" if len(used) == len(meant) else f" (layer {', '.join(str(layer + 1) for layer in used)} only)"
+
+
+def declared_claims(evidence: Evidence) -> tuple[list[Claim], list[str]]:
+    """The claims that this model can be asked about, and sentences on those that it cannot."""
+    layers, heads = evidence.num_layers, evidence.num_heads
+    claims: list[Claim] = []
+    missing: list[str] = []
+    if layers > 1:
+        claims += depth_claims(evidence, missing)
+    else:
+        missing.append("With one layer there are no shallow and deep ones.")
+    if heads > 1:
+        claims += head_claims(evidence, missing)
+    else:
+        missing.append("With one head there are no others to differ from.")
+    claims += content_claims(evidence, missing)
+    return claims, missing
+
+
+def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
+    shallow, middle, deep = thirds(evidence.num_layers)
+    early, halfway, late = ([layer for layer in part if layer in evidence.depth] for part in (shallow, middle, deep))
+    first, last = weights_of(shallow, evidence.num_layers), weights_of(deep, evidence.num_layers)
+    claims = []
+    if "distance" in evidence.values and early and late:
+
+        def closeness(values: dict[str, Array]) -> Array:
+            return 1 - mean_over("distance", values, early)
+
+        gain = partial(distance_gain, later=late, earlier=early)
+        claims.append(
+            Claim(
+                f"Shallow layers ({numbered(shallow)}) attend locally",
+                (
+                    farther("attention distance short of uniform", closeness),
+                    farther(f"distance gained from shallow to deep{only(late, deep)}", gain),
+                ),
+            )
+        )
+    else:
+        missing.append(LOCALITY_UNKNOWN)
+    claims.append(
+        Claim(
+            f"Shallow layers ({numbered(shallow)}) attend to edges",
+            (
+                in_layers("edges", first, "attention on stroke edges"),
+                in_layers("edges", first - last, "attention on edges, shallow less deep"),
+            ),
+        )
+    )
+    if "distance" in evidence.values and early and halfway:
+        gain = partial(distance_gain, later=halfway, earlier=early)
+        claims.append(
+            Claim(
+                f"Middle layers ({numbered(middle)}) integrate",
+                (farther(f"distance gained from shallow to middle{only(halfway, middle)}", gain),),
+                "attention reaches farther there, but what is combined is not in the weights: "
+                "reading parts of digits out of each layer's tokens would tell",
+            )
+        )
+
+    def whole(values: dict[str, Array]) -> Array:
+        return mean_over("coverage", values, deep)
+
+    claims.append(
+        Claim(
+            f"Deep layers ({numbered(deep)}) attend to the whole digit",
+            (
+                in_layers("ink", last, "attention on ink"),
+                in_layers("ink", last - first, "attention on ink, deep less shallow"),
+                Requirement("ink that takes part", WHOLE, whole, None, unit="of the inked patches"),
+            ),
+        )
+    )
+    return claims
+
+
+def head_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
+    claims = [
+        Claim("Head 1 attends to the stroke", of_head("ink", 1, 0, "attention on ink")),
+        Claim("Head 2 attends to details and junctions", of_head("junctions", 1, 1, "attention on junctions")),
+        Claim(
+            "Head 3 attends to background and border"
+            if "border" in evidence.values
+            else "Head 3 attends to background",
+            (
+                *of_head("ink", -1, 2, "attention on empty patches"),
+                *(of_head("border", 1, 2, "attention on the border") if "border" in evidence.values else ()),
+            ),
+        ),
+        Claim(
+            "Head 4 gathers everything for the answer",
+            of_head("spread", 1, 3, "patches that take part", LEAST_SPREAD, MOST, "of the patches"),
+            "it takes from everywhere, but whether the answer uses it is not in the weights: "
+            "switching the head off would tell",
+        ),
+    ]
+    if "border" not in evidence.values:
+        why = (
+            "all patches lie at the border"
+            if np.isnan(evidence.emptiness)
+            else f"{evidence.emptiness:.0%} of the patches inside hold no ink, less than {OFTEN_EMPTY:.0%} "
+            f"(n = {evidence.n:,}), so that border against interior would be ink again"
+        )
+        missing.append(f"Head 3 is asked about the background only: {why}.")
+    if evidence.num_heads < len(claims):
+        missing.append(f"The model has {evidence.num_heads} heads, so nothing is said of a head of a higher number.")
+    return claims[: evidence.num_heads]
+
+
+def content_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
+    everywhere = np.full(evidence.num_layers, 1 / evidence.num_layers)
+    claims = [
+        Claim(
+            "The model recognises key points by itself",
+            (in_layers(KEY_POINTS, everywhere, "attention on any key point"),),
+            "it attends to them, but attending is not recognising: "
+            "moving or erasing such points and watching the answer would tell",
+        ),
+        *(
+            Claim(
+                f"{name.capitalize()} get more attention than other ink",
+                (in_layers(name, everywhere, f"attention on {name}"),),
+            )
+            for name in POINTS
+        ),
+    ]
+    if evidence.p_classes is None:
+        missing.append("Without labels nothing is said of differences between classes.")
+        return claims
+
+    def share(values: dict[str, Array]) -> Array:
+        return values["classes"]
+
+    requirement = Requirement(
+        "variance of the maps between classes, ink regressed out",
+        LEAST_CLASSES,
+        share,
+        share,
+        lambda evidence: 1.0 if evidence.p_classes is None else evidence.p_classes,
+        "permuted labels",
+        "of the variance",
+    )
+    return [*claims, Claim("Attention differs clearly between classes", (requirement,))]
+
+
+def weights_of(layers: range, num_layers: int) -> Array:
+    """[layer]: those of the mean over `layers`."""
+    weights = np.zeros(num_layers)
+    weights[list(layers)] = 1 / len(layers)
+    return weights
+
+
+def numbered(layers: range) -> str:
+    return f"{layers[0] + 1}" if len(layers) == 1 else f"{layers[0] + 1}-{layers[-1] + 1}"

@@ -1,0 +1,6 @@
+"""Attention over training.
+
+Hands out the chapter.
+
+    chapter.py  figures, tables and text
+"""

@@ -1,0 +1,6 @@
+"""Every head of every layer on each sample.
+
+Hands out the chapter.
+
+    chapter.py  figures, tables and text
+"""

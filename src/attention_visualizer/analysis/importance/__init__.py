@@ -1,0 +1,6 @@
+"""What the prediction needs: heads and layers ablated.
+
+Hands out the chapter.
+
+    chapter.py  figures, tables and text
+"""

@@ -1,0 +1,6 @@
+"""From shallow to deep on each sample.
+
+Hands out the chapter.
+
+    chapter.py  figures, tables and text
+"""

@@ -1,0 +1,6 @@
+"""Attention by layer on each sample.
+
+Hands out the chapter.
+
+    chapter.py  figures, tables and text
+"""

@@ -1,0 +1,400 @@
+"""Images in memory: MNIST or the embedded digits, split, normalised, augmented and cut into batches.
+
+Which images there are and how they are split depends on the data set and on `split_seed` alone; `seed` moves only
+the order of the training images and their augmentation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import cv2
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.panel import Panel
+from torch import Tensor
+
+from attention_visualizer.data.augmentation import augment_batch
+from attention_visualizer.data.images import DatasetDescription, DatasetName, is_number, is_whole, normalise, read_image
+from attention_visualizer.data.mnist import MnistUnavailable, load_mnist
+from attention_visualizer.support import training_progress
+from attention_visualizer.support.errors import UserError
+
+__all__ = [  # with what users of the data need of `images`
+    "BatchLoader",
+    "DatasetDescription",
+    "ImageDataModule",
+    "normalise",
+    "read_image",
+    "stratified_split",
+]
+
+Batch = tuple[Tensor, Tensor]  # images float32 [batch, channel, height, width], labels int64 [batch]
+Splits = dict[str, tuple[Tensor, Tensor]]  # images uint8 [image, channel, height, width], labels int64 [image]
+
+
+class DatasetDefaults(NamedTuple):
+    batch_size: int
+    epochs: int
+
+
+DEFAULTS = {"mnist": DatasetDefaults(batch_size=128, epochs=10), "digits": DatasetDefaults(batch_size=32, epochs=60)}
+
+
+# --- data sets -------------------------------------------------------------------------------------------------
+
+
+def stratified_split(labels: np.ndarray, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Disjoint random indices into `labels` [image], ascending, `sizes[name]` for each name.
+
+    Every part has each class in its share of the whole, to within one image or two.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    # Deals the classes out evenly: the k-th of a class of n images comes at (k + 1/2) / n, and any stretch of that
+    # sequence is a stratified sample.
+    moments = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = labels[order] == label
+        moments[members] = (np.arange(members.sum()) + 0.5) / members.sum()
+    dealt = order[np.argsort(moments, kind="stable")]
+    ends = np.cumsum(list(sizes.values()))
+    return {name: np.sort(dealt[end - size : end]) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
+def load_splits(name: str, data_dir: Path, split_seed: int) -> Splits:
+    """The data set's images and labels as "train", "validation" and "test".
+
+    MNIST: 55,000 and 5,000 of its 60,000 training images, and its own 10,000 test images. Digits: 1,297, 200 and
+    300. Raises UserError for damaged files and MnistUnavailable.
+    """
+    if name == "mnist":
+        files = load_mnist(data_dir)
+        images, labels = files["train-images-idx3-ubyte"], files["train-labels-idx1-ubyte"]
+        sizes = {"train": 55_000, "validation": 5_000}
+    else:
+        images, labels = load_digits()
+        sizes = {"train": 1_297, "validation": 200, "test": 300}
+    rows = stratified_split(labels, sizes, split_seed)
+    splits = {split: _tensors(images[rows[split]], labels[rows[split]]) for split in sizes}
+    if name == "mnist":
+        splits["test"] = _tensors(files["t10k-images-idx3-ubyte"], files["t10k-labels-idx1-ubyte"])
+    return splits
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1,797 scans of 8 x 8 pixels, scaled to uint8 [1797, 28, 28], and their labels [1797]."""
+    import sklearn.datasets  # slow to import, and needed only here
+
+    digits = sklearn.datasets.load_digits()
+    scans = (digits.images * (255 / 16)).astype(np.float32)
+    scaled = np.stack([cv2.resize(scan, (28, 28), interpolation=cv2.INTER_CUBIC) for scan in scans])
+    return scaled.round().clip(0, 255).astype(np.uint8), digits.target
+
+
+def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.int64)
+
+
+def describe(name: str, splits: Splits) -> DatasetDescription:
+    """The description of ten classes of digits, with the statistics of the training split."""
+    images, _ = splits["train"]
+    counts = torch.bincount(images.flatten(), minlength=256).double()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = float((counts * levels).sum() / counts.sum())
+    std = float(((counts * (levels - mean) ** 2).sum() / counts.sum()).sqrt())
+    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
+    return DatasetDescription(name, images.shape[-1], images.shape[1], tuple("0123456789"), mean, std, sizes)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------
+
+
+def generator_for(*key: int | str) -> torch.Generator:
+    """A CPU generator that is a function of `key`, with unrelated streams for different keys."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+class BatchLoader:
+    """`length` batches for Lightning; each `iter` calls `batches` anew, when its first batch is asked for."""
+
+    def __init__(self, length: int, batches: Callable[[], Iterator[Batch]]) -> None:
+        self.length = length
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.batches()  # lazily: Lightning makes the iterator before it restores where it stood
+
+    # These two tell Lightning that training can resume within an epoch; there is no state to keep, since the
+    # position is the trainer's own count of batches.
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class ImageDataModule(LightningDataModule):
+    """MNIST or the embedded digits, in memory, on the training device where they fit.
+
+    name: "mnist" or "digits". data_dir: where MNIST is or shall be downloaded to (None: the environment variable
+    MNIST_DIR, or else "data"). fallback: "digits" take the place of an MNIST that cannot be had; None makes that an
+    error. batch_size: training images a step and process (None: the data set's own number). eval_batch_size: images
+    a step without gradients. split_seed: which images are for validation. seed: order and augmentation of training
+    images. augment: whether training images are moved at random, within rotation (degrees), translation (pixels),
+    scaling (share of the size) and shear (pixels sideways for each pixel down), to either side, and by a smooth
+    displacement of deviation elastic (pixels). fade: the last part of training, as a share, in which all of these
+    fall to zero.
+    Raises UserError for values that make no sense.
+    """
+
+    def __init__(
+        self,
+        name: DatasetName = "mnist",
+        data_dir: str | None = None,
+        fallback: str | None = "digits",
+        batch_size: int | None = None,
+        eval_batch_size: int = 500,
+        split_seed: int = 0,
+        seed: int = 0,
+        augment: bool = True,
+        rotation: float = 15.0,
+        translation: float = 2.5,
+        scaling: float = 0.15,
+        shear: float = 0.15,
+        elastic: float = 0.6,
+        fade: float = 0.3,
+    ) -> None:
+        super().__init__()
+        _require("name", name, name in get_args(DatasetName), " or ".join(get_args(DatasetName)))
+        _require("data_dir", data_dir, data_dir is None or isinstance(data_dir, str), "the path of a folder")
+        _require("fallback", fallback, fallback in (None, "null", "digits"), "digits, or null for none")
+        sizes = {"batch_size": 1 if batch_size is None else batch_size, "eval_batch_size": eval_batch_size}
+        for field, value in sizes.items():
+            _require(field, value, is_whole(value, 1), "a whole number of at least 1")
+        for field, value in {"split_seed": split_seed, "seed": seed}.items():
+            _require(field, value, is_whole(value, 0), "a whole number of at least 0")
+        _require("augment", augment, isinstance(augment, bool), "true or false")
+        _require("rotation", rotation, is_number(rotation, 0, 180), "degrees from 0 to 180")
+        _require("translation", translation, is_number(translation, 0, 28), "pixels from 0 to 28")
+        _require("scaling", scaling, is_number(scaling, 0, 0.9), "a share from 0 to 0.9")
+        _require("shear", shear, is_number(shear, 0, 1), "a share from 0 to 1")
+        _require("elastic", elastic, is_number(elastic, 0, 28), "pixels from 0 to 28")
+        _require("fade", fade, is_number(fade, 0, 1), "a share from 0 to 1")
+        self.name: DatasetName = name
+        self.data_dir = Path(data_dir or os.environ.get("MNIST_DIR") or "data").expanduser()
+        self.fallback = None if fallback == "null" else fallback
+        self.eval_batch_size = eval_batch_size
+        self.split_seed = split_seed
+        self.seed = seed
+        self.augment = augment
+        self.movement = {
+            "rotation": rotation,
+            "translation": translation,
+            "scaling": scaling,
+            "shear": shear,
+            "elastic": elastic,
+        }
+        self.fade = fade
+        self.splits: Splits = {}
+        self._batch_size = batch_size
+        self._description: DatasetDescription | None = None
+        self._resident: Splits = {}  # the splits where the batches are made
+
+    def load(self) -> None:
+        """Brings the images into memory, once. Raises UserError."""
+        if self.splits:
+            return
+        name: str = self.name
+        try:
+            splits = load_splits(name, self.data_dir, self.split_seed)
+        except MnistUnavailable as reason:
+            if self.fallback is None:
+                raise UserError(
+                    f"data.data_dir={self.data_dir}: MNIST is not there, and {reason}: name a folder that holds its "
+                    "four files, or allow data.fallback=digits"
+                ) from reason
+            name = self.fallback
+            splits = load_splits(name, self.data_dir, self.split_seed)
+            warn_of_fallback(self.data_dir, str(reason))
+        training_images = len(splits["train"][1])
+        if self._batch_size is not None and self._batch_size > training_images:
+            raise UserError(
+                f"data.batch_size={self._batch_size}: the training split has {training_images} images: give fewer"
+            )
+        self.splits = self._resident = splits
+        self._description = describe(name, splits)
+
+    @property
+    def description(self) -> DatasetDescription:
+        """Of the data set that was loaded, which a fallback may have chosen."""
+        if self._description is None:
+            raise RuntimeError("call load() first")
+        return self._description
+
+    @property
+    def batch_size(self) -> int:
+        """Training images a step and process."""
+        return self._batch_size or DEFAULTS[self.description.name].batch_size
+
+    @property
+    def default_epochs(self) -> int:
+        """Epochs that suit the data set."""
+        return DEFAULTS[self.description.name].epochs
+
+    def prepare_data(self) -> None:
+        self.load()
+
+    def setup(self, stage: str) -> None:
+        self.load()
+        device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+        num_bytes = sum(tensor.nbytes for split in self.splits.values() for tensor in split)
+        if num_bytes < 0.25 * free_memory(device):
+            self._resident = {
+                split: (images.to(device), labels.to(device)) for split, (images, labels) in self.splits.items()
+            }
+
+    def teardown(self, stage: str) -> None:
+        self._resident = self.splits
+
+    @property
+    def _processes(self) -> tuple[int, int]:
+        """How many processes share the images, and which this one is."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Training batches an epoch and process, within the trainer's limit; the last, partial batch is dropped."""
+        return self.batches_in(None if self.trainer is None else self.trainer.limit_train_batches)
+
+    def batches_in(self, limit: int | float | None) -> int:
+        """Training batches an epoch under Lightning's `limit_train_batches`: a number, or a share."""
+        batches = len(self.train_dataloader())
+        if limit is None:
+            return batches
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    @property
+    def batches_done(self) -> int:
+        """Training batches behind the trainer, over all epochs and, where it resumed, over all its runs."""
+        if self.trainer is None:
+            return 0
+        # A count of our own would be one ahead after an interruption in mid-batch. This one counts a batch when its
+        # step is done, before the hooks that save checkpoints.
+        return training_progress.batches_done(self.trainer)
+
+    def training_batches(self, batches_done: int) -> Iterator[Batch]:
+        """The batches that remain of an epoch, `batches_done` after the start of training.
+
+        A function of integers: each epoch's order of (seed, epoch), each batch's augmentation of
+        (seed, epoch, batch, rank); so it can begin anywhere.
+        """
+        world_size, rank = self._processes
+        epoch, first = divmod(batches_done, self.batches_per_epoch)
+        images, labels = self._resident["train"]
+        order = torch.randperm(len(labels), generator=generator_for("order", self.seed, epoch)).to(labels.device)
+        for batch in range(first, self.batches_per_epoch):
+            start = (batch * world_size + rank) * self.batch_size
+            chosen = order[start : start + self.batch_size]
+            pixels = images[chosen]
+            if self.augment:
+                generator = generator_for("augmentation", self.seed, epoch, batch, rank)
+                strength = self.strength(epoch * self.batches_per_epoch + batch)
+                movement = {name: amount * strength for name, amount in self.movement.items()}
+                pixels = augment_batch(pixels, generator, **movement)
+            yield normalise(pixels, self.description), labels[chosen]
+
+    def strength(self, batches_done: int) -> float:
+        """Of the augmentation: 1, and falling to 0 in the last `fade` of a training whose length is known."""
+        total = None if self.trainer is None else training_progress.total_batches(self.trainer, self.batches_per_epoch)
+        if total is None or self.fade == 0.0:
+            return 1.0
+        return min(1.0, max(0.0, (1.0 - batches_done / total) / self.fade))
+
+    def evaluation_batches(self, split: str) -> Iterator[Batch]:
+        """All images of a split in their order; each process has every world-size-th of them."""
+        world_size, rank = self._processes
+        images, labels = (tensor[rank::world_size] for tensor in self._resident[split])
+        for pixels, truth in zip(images.split(self.eval_batch_size), labels.split(self.eval_batch_size), strict=True):
+            yield normalise(pixels, self.description), truth
+
+    def train_dataloader(self) -> BatchLoader:
+        world_size, _ = self._processes
+        length = len(self.splits["train"][1]) // (self.batch_size * world_size)
+        return BatchLoader(length, lambda: self.training_batches(self.batches_done))
+
+    def val_dataloader(self) -> BatchLoader:
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> BatchLoader:
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> BatchLoader:
+        world_size, rank = self._processes
+        num_images = len(range(rank, len(self.splits[split][1]), world_size))
+        length = math.ceil(num_images / self.eval_batch_size)
+        return BatchLoader(length, lambda: self.evaluation_batches(split))
+
+    def _recipe(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to go on with the same sequence of batches."""
+        return {
+            "name": self.description.name,
+            "batch_size": self.batch_size,
+            "split_seed": self.split_seed,
+            "seed": self.seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches_done": self.batches_done, **self._recipe()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compares only: the position itself is the trainer's own count. Raises UserError before a muddled resume."""
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        if not isinstance(state_dict, dict):
+            raise UserError(f"the checkpoint's data are {state_dict!r:.60}: it was changed, train anew")
+        for field, value in self._recipe().items():
+            found = state_dict.get(field, value)
+            if not isinstance(found, type(value)) or found != value:
+                raise UserError(
+                    f"data.{field}={value}: the run to resume has {found!r:.60}: give the same, "
+                    "or start a run of its own without ckpt_path"
+                )
+
+
+def _require(name: str, value: object, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"data.{name}={value!r}: give {wanted}")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on an accelerator; 0 for the CPU, where the images are already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return 0
+
+
+@rank_zero_only
+def warn_of_fallback(data_dir: Path, reason: str) -> None:
+    """A banner on stderr that cannot be missed."""
+    text = (
+        f"MNIST was not found in {data_dir}, and {reason}.\n\n"
+        "The 1,797 digits embedded in scikit-learn take its place: 8 x 8 pixels scaled to 28 x 28. "
+        "Their results are NOT MNIST results.\n\n"
+        "To use MNIST, set data.data_dir=FOLDER or the environment variable MNIST_DIR to a folder that holds its four "
+        "files. To stop here instead, set data.fallback=null."
+    )
+    Console(stderr=True).print(Panel(text, title="NOT MNIST", border_style="bold red", style="bold"))

@@ -1,0 +1,270 @@
+"""The images that a model is looked at with: a data set in memory, or a folder of pictures read as they are needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from attention_visualizer.attention.geometry import Size, as_size, stated_layout
+from attention_visualizer.data.images import DatasetDescription, grey_pixels, normalise, open_picture, to_unit
+from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.text import printable
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+Fit = Literal["center", "squash", "border"]
+LONGEST = 100  # times the other side: of a longer picture only the middle is scaled, as it might not fit the memory
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Pictures(Protocol):
+    """A numbered collection of pictures of one shape, uint8 [channel, height, width], as they are shown.
+
+    title: for headings; face_note: what every figure must say, or nothing; kind: what one of them is called;
+    class_names: of the model's classes, as far as known; labels: [image], None where they are not known.
+    """
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def face_note(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def class_names(self) -> Sequence[str]: ...
+    @property
+    def num_classes(self) -> int | None: ...
+    @property
+    def labels(self) -> Tensor | None: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str:
+        """What one picture is called in a report."""
+
+    def read(self, numbers: Iterable[int]) -> Tensor:
+        """uint8 [image, channel, height, width]. Raises UserError for a picture that is broken."""
+
+    def model_input(self, pictures: Tensor) -> Tensor:
+        """uint8, or floats in 0..1, [image, channel, height, width], as the model takes them: float32."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The test set that a model of this project was trained beside. images: uint8 [image, channel, height, width]."""
+
+    description: DatasetDescription
+    images: Tensor
+    labels: Tensor | None
+    kind: str = "test image"
+
+    @property
+    def title(self) -> str:
+        return self.description.title
+
+    @property
+    def face_note(self) -> str:
+        return self.description.face_note
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.description.class_names
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.description.num_classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.description.channels, self.description.image_size, self.description.image_size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, number: int) -> str:
+        return f"{self.kind} {number}"
+
+    def read(self, numbers: Iterable[int]) -> Tensor:
+        numbers = list(numbers)
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            return self.images[numbers[0] : numbers[0] + len(numbers)]  # without a copy
+        return self.images[numbers]
+
+    def model_input(self, pictures: Tensor) -> Tensor:
+        return normalise(pictures, self.description)
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """What a model of any origin takes: pixels as (height, width), the share of a picture's shorter side that is cut
+    out of its middle, and the mean and deviation of each channel in 0..1 units, with whether the model states them.
+
+    fit: how a picture of another shape is brought to the model's: its middle is cut out ("center"), it is stretched
+    ("squash"), or all of it is shown on a ground of the mean colour ("border").
+    """
+
+    size: Size
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_share: float = 1.0
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    stated: bool = True
+    fit: Fit = "center"
+
+    @classmethod
+    def of(cls, model: nn.Module, size: Size | int | None = None) -> InputFormat:
+        """From what timm's models, Hugging Face's and torchvision's state; `size` overrides theirs.
+
+        Raises UserError where no size is stated. Normalisation that is not stated is that of ImageNet.
+        """
+        timm: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        layout = stated_layout(model)
+        stated = as_size(size) if size is not None else None
+        if stated is None and layout.grid is not None and layout.patch_size is not None:
+            stated = layout.grid[0] * layout.patch_size[0], layout.grid[1] * layout.patch_size[1]
+        stated = stated or as_size(tuple(timm.get("input_size", ()))[1:])
+        if stated is None:
+            raise UserError("it is not known which image size this model takes: say it with image_size=")
+        first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+        channels = first.in_channels if first is not None else 3
+        mean, std = tuple(timm.get("mean", IMAGENET_MEAN)), tuple(timm.get("std", IMAGENET_STD))
+        if len(mean) != channels:
+            mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+        smooth: Literal["bicubic", "bilinear"] = "bilinear" if timm.get("interpolation") == "bilinear" else "bicubic"
+        fit: Any = timm.get("crop_mode") if timm.get("crop_mode") in get_args(Fit) else "center"
+        return cls(stated, channels, mean, std, float(timm.get("crop_pct", 1.0)), smooth, "mean" in timm, fit)
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """Pictures of any size in a folder and those below it, by name; each is scaled and cut to what the model takes."""
+
+    folder: Path
+    format: InputFormat
+    files: tuple[Path, ...]
+    num_classes: int | None = None
+    class_names: Sequence[str] = ()
+    labels: Tensor | None = None
+    face_note: str = ""
+    kind: str = "picture"
+    broken: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def find(
+        cls, folder: str | Path, format: InputFormat, skip: Callable[[Path], bool] = lambda path: False, **known: Any
+    ) -> PictureFolder:
+        """Raises UserError for a folder without pictures. Files that cannot be read are named in `broken`.
+
+        skip: for files that are not to be looked at.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(
+                f"images={folder}: {'this is a file, not a folder' if folder.exists() else 'there is no such folder'}"
+            )
+        found = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file() and not skip(path)
+        )
+        pictures = cls(folder, format, (), **known)
+        readable = []
+        for path in found:
+            try:
+                decoded(path, format.channels)
+                readable.append(path)
+            except Exception as error:  # Pillow raises many kinds for broken files
+                reason = str(error).replace(str(path), path.name)
+                pictures.broken[printable(path.relative_to(folder))] = printable(f"{type(error).__name__}: {reason}")
+        if not readable:
+            broken = f"; {len(found)} cannot be read, such as {printable(found[0].name)}" if found else ""
+            raise UserError(f"images={folder}: there are no pictures in it (such as .png or .jpg){broken}")
+        for name in pictures.broken:
+            log.warning("%s cannot be read and is left out", printable(folder / name))
+        return cls(folder, format, tuple(readable), broken=pictures.broken, **known)
+
+    @property
+    def title(self) -> str:
+        return printable(f"pictures in {self.folder.absolute().name}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.format.channels, *self.format.size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, number: int) -> str:
+        return printable(self.files[number].relative_to(self.folder))
+
+    def read(self, numbers: Iterable[int]) -> Tensor:
+        return torch.stack([read_picture(self.files[number], self.format) for number in numbers])
+
+    def model_input(self, pictures: Tensor) -> Tensor:
+        mean = torch.tensor(self.format.mean, device=pictures.device)[:, None, None]
+        std = torch.tensor(self.format.std, device=pictures.device)[:, None, None]
+        return (to_unit(pictures) - mean) / std
+
+
+def decoded(path: str | Path, channels: int) -> Image.Image:
+    """The picture upright, transparency on white, as grey (one channel) or RGB. Raises what Pillow raises."""
+    with open_picture(path) as picture:
+        if picture.mode.startswith(("I", "F")):  # more than 8 bits a pixel
+            picture = Image.fromarray(grey_pixels(picture))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("L" if channels == 1 else "RGB")
+
+
+def read_picture(path: str | Path, format: InputFormat) -> Tensor:
+    """uint8 [channel, height, width]: decoded, scaled and cut as timm's and torchvision's transforms do.
+
+    Raises UserError for a file that is not a picture.
+    """
+    try:
+        picture = decoded(path, format.channels)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file: give the path of a picture") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder: give the path of a picture") from None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for broken files
+        raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
+    pixels = torch.frombuffer(bytearray(fitted(picture, format).tobytes()), dtype=torch.uint8)
+    return pixels.view(*format.size, -1).permute(2, 0, 1).contiguous()
+
+
+def fitted(picture: Image.Image, format: InputFormat) -> Image.Image:
+    """The picture in the model's size."""
+    height, width = format.size
+    wanted = int(width / format.crop_share), int(height / format.crop_share)
+    if format.fit == "center" and max(picture.size) > LONGEST * min(picture.size):
+        longest = LONGEST * min(picture.size)
+        picture = ImageOps.fit(picture, (min(picture.width, longest), min(picture.height, longest)))
+    shares = wanted[0] / picture.width, wanted[1] / picture.height
+    if format.fit != "squash":
+        shares = (min(shares) if format.fit == "border" else max(shares),) * 2
+    rounded = int if format.fit == "center" and wanted[0] == wanted[1] else round  # as torchvision, as timm
+    scaled = [max(1, rounded(side * share + 1e-6)) for side, share in zip(picture.size, shares, strict=True)]
+    if format.fit == "center":
+        scaled = [max(width, scaled[0]), max(height, scaled[1])]
+    resampling = Image.Resampling.BILINEAR if format.interpolation == "bilinear" else Image.Resampling.BICUBIC
+    picture = picture.resize((scaled[0], scaled[1]), resampling)
+    if scaled[0] < width or scaled[1] < height:
+        ground = tuple(round(255 * mean) for mean in format.mean)
+        canvas = Image.new(picture.mode, (max(width, scaled[0]), max(height, scaled[1])), ground)
+        canvas.paste(picture, ((canvas.width - scaled[0]) // 2, (canvas.height - scaled[1]) // 2))
+        picture = canvas
+    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+    return picture.crop((left, top, left + width, top + height))

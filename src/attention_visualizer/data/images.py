@@ -1,0 +1,186 @@
+"""What a model must know of its images, and how pixels are brought to the form that it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from attention_visualizer.files.plain_files import open_file
+from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.text import printable
+
+log = logging.getLogger(__name__)
+
+DatasetName = Literal["mnist", "digits"]
+LONGEST_NAME = 100
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MOST_PIXELS = 64_000_000
+TITLES: dict[str, str] = {"mnist": "MNIST", "digits": "scikit-learn digits (not MNIST)"}
+
+
+@dataclass(frozen=True)
+class DatasetDescription:
+    """What a model must know of the images it was trained on.
+
+    image_size: pixels of a square. mean, std: of the training split's pixels, in 0..1 units. sizes: images in
+    "train", "validation" and "test".
+    """
+
+    name: str
+    image_size: int
+    channels: int
+    class_names: tuple[str, ...]
+    mean: float
+    std: float
+    sizes: dict[str, int]
+
+    @property
+    def title(self) -> str:
+        """The name for headings and figures."""
+        return TITLES[self.name]
+
+    @property
+    def face_note(self) -> str:
+        """What every figure of these images must say on its face; nothing for the real data set."""
+        return "" if self.name == "mnist" else f"data: {self.title}"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain scalars, lists and dicts, fit for a checkpoint that is loaded with `weights_only=True`."""
+        return {**dataclasses.asdict(self), "class_names": list(self.class_names)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DatasetDescription:
+        """The inverse of `to_dict`. Raises UserError for anything but what it writes."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise UserError(f"data set description: its fields must be exactly {', '.join(sorted(names))}")
+
+        def require(name: str, holds: bool, wanted: str) -> None:
+            if not holds:
+                raise UserError(f"data set description: {name}={values[name]!r:.80} must be {wanted}")
+
+        class_names, sizes = values["class_names"], values["sizes"]
+        require("name", isinstance(values["name"], str) and values["name"] in TITLES, " or ".join(TITLES))
+        for name in ("image_size", "channels"):
+            require(name, is_whole(values[name], 1), "a whole number of at least 1")
+        require(
+            "class_names",
+            isinstance(class_names, list) and class_names != [] and all(is_name(item) for item in class_names),
+            f"a list of names of 1 to {LONGEST_NAME} printable characters",
+        )
+        require("mean", is_number(values["mean"], 0.0, 1.0), "a number from 0 to 1")
+        require("std", is_number(values["std"], 0.0, 1.0) and values["std"] > 0, "a number above 0 and up to 1")
+        require(
+            "sizes",
+            isinstance(sizes, dict)
+            and set(sizes) == {"train", "validation", "test"}
+            and all(is_whole(size, 0) for size in sizes.values()),
+            "the number of images in train, validation and test",
+        )
+        return cls(**{**values, "class_names": tuple(class_names), "sizes": dict(sizes)})
+
+
+def is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
+
+
+def is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most  # not NaN
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 to float32 in 0..1; floats, which are there already, pass."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def normalise(images: Tensor, description: DatasetDescription) -> Tensor:
+    """uint8, or floats in 0..1, to the float32 that the model is trained on, of the same shape."""
+    return (to_unit(images) - description.mean) / description.std
+
+
+def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
+    """A picture of any size and mode as uint8 [channel, size, size], light ink on dark as in the data set.
+
+    It is made grey, transparency over white; inverted where its border is light; scaled to fit, and centred on the
+    border's colour. Raises UserError for a file that is not a picture.
+    """
+    try:
+        with open_picture(path) as picture:
+            grey = grey_pixels(picture)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file: give the path of a picture") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder: give the path of a picture") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a picture that can be read: give a PNG or JPEG file") from None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for broken files
+        raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
+
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    if np.median(border) > 127:
+        log.info("%s: its border is light, so it is inverted to light ink on dark", printable(path))
+        grey, border = 255 - grey, 255 - border
+    height, width = grey.shape
+    size = description.image_size
+    share = size / max(height, width)
+    height, width = max(1, round(height * share)), max(1, round(width * share))
+    if grey.shape != (height, width):
+        grey = cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA if share < 1 else cv2.INTER_LINEAR)
+    canvas = np.full((size, size), np.median(border), np.uint8)
+    top, left = (size - height) // 2, (size - width) // 2
+    canvas[top : top + height, left : left + width] = grey
+    return torch.from_numpy(canvas).repeat(description.channels, 1, 1)
+
+
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """The picture, upright, not decoded yet where it need not be turned. Raises UserError for one that is too large,
+    and what Pillow raises."""
+    # Not every format that Pillow knows: for some it starts another program.
+    with open_file(Path(path)) as file, Image.open(file, formats=FORMATS) as picture:
+        if picture.width * picture.height > MOST_PIXELS:
+            size = f"{picture.width:,} x {picture.height:,} pixels"
+            raise UserError(f"{path}: {size} are more than {MOST_PIXELS:,}: make the picture smaller")
+        yield ImageOps.exif_transpose(picture)
+
+
+def grey_pixels(image: Image.Image) -> np.ndarray:
+    """uint8 [height, width] of a picture of any mode. Raises ValueError for values that are no shades of grey."""
+    if image.mode.startswith(("I", "F")):  # 16 bits a pixel, or 32, of which files use 16
+        values = np.asarray(image)
+        least, most = values.min(), values.max()
+        if not (np.isfinite(least) and np.isfinite(most)):
+            raise ValueError("it has pixels that are NaN or infinite")
+        if not 0 <= least <= most <= 65535:
+            raise ValueError(f"its values from {least:g} to {most:g} are no shades of grey")
+        top = 65535 if image.mode.startswith("I;16") or most > 255 else 255
+        top = 1 if image.mode.startswith("F") and 0 < most <= 1 else top
+        grey = np.empty(values.shape, np.uint8)
+        for row, line in enumerate(values):  # one at a time: a large picture has room only once
+            grey[row] = (line.astype(np.float64) * (255 / top)).round()
+        return grey
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("L"))

@@ -1,0 +1,78 @@
+"""Small text files from anywhere: never more of them than can be meant, and nothing that is looked up or made."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from attention_visualizer.support.errors import UserError
+
+LARGEST_JSON = 16_000_000  # bytes; an analysis of a large model writes 1 MB
+LARGEST_YAML = 100_000  # a run's configuration has 2,000
+DEEPEST_YAML = 30  # YAML's reader takes quadratic time for what is nested deeply
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The whole file. Raises UserError for one of more than `most` bytes and for what is no file: a pipe would never
+    answer, a device never end. FileNotFoundError where there is none."""
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise UserError(f"{path}: {size:,} bytes are more than can be meant: mend or delete it")
+            return file.read(most)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}): mend or delete it") from error
+
+
+def open_file(path: Path) -> BinaryIO:
+    """The regular file at `path`. Raises UserError for a pipe or a device, OSError as `open` does."""
+    file = open(path, "rb", opener=open_at_once)
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise UserError(f"{path}: no file that can be read: mend or delete it")
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """A pipe that nobody writes to would be waited for."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_json(path: str | Path, most: int = LARGEST_JSON) -> Any:
+    """Raises UserError for a file that is not JSON; FileNotFoundError where there is none."""
+    try:
+        return json.loads(read_bytes(Path(path), most).decode("utf-8"))
+    except (UserError, FileNotFoundError):
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: broken JSON or UTF-8
+        raise UserError(f"{path} cannot be read as JSON ({error!s:.200}): mend or delete it") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain values: no tags, and no part that stands for another, with which a kilobyte says more than any memory
+    holds. Raises UserError."""
+    try:
+        text = read_bytes(path, LARGEST_YAML).decode("utf-8")
+        depth = 0
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.AliasToken):
+                raise UserError(f"{path} refers to parts of itself, as no configuration of this program does")
+            opens = isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
+            opens |= isinstance(token, yaml.BlockSequenceStartToken | yaml.BlockMappingStartToken)
+            closes = isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken | yaml.BlockEndToken)
+            depth += opens - closes
+            if depth > DEEPEST_YAML:
+                raise UserError(f"{path} cannot be read: it is nested too deeply for a configuration")
+        return yaml.safe_load(text)
+    except UserError:
+        raise
+    except Exception as error:  # YAML's reader raises many kinds for values that are not what their tags say
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split()):.200}") from error

@@ -1,0 +1,243 @@
+"""Files of tensors from anywhere, looked through before they are believed: torch's zip archives and safetensors.
+
+Nothing in them can run code, use more memory than a small multiple of the file's size, or be other than it was
+written without being noticed (safetensors: where the file holds a hash).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from attention_visualizer.support.errors import UserError
+
+BLOCK = "attention_visualizer"  # this project's own entry in a Lightning checkpoint, or in a safetensors file
+HASH = "attention_visualizer_sha256"
+EXPECTED = "expected a checkpoint written by torch.save (.ckpt, .pth, .pt) or a .safetensors file"
+FOLDER_FLAG = 0x10  # of a zip member's external attributes
+LARGEST_PICKLE = 2_000_000  # bytes beside the tensors; the default model has 35,000
+DEEPEST = 60  # containers in containers
+# Narrower than torch's own list: that has bytearray, which makes as many bytes as a file says, and storages by size.
+HARMLESS = re.compile(
+    r"collections\.(OrderedDict|Counter)|(__builtin__|builtins)\.(set|complex)|_codecs\.encode"
+    r"|torch\.(_utils\._rebuild_(tensor(_v2|_v3)?|parameter)|\w+Storage|storage\.\w+Storage|nn\.parameter\.Parameter"
+    r"|Size|device|bool|b?float\w+|complex\w+|u?int\w+)"
+)
+TENSOR = re.compile(r"torch\.(_utils\._rebuild_|_tensor\.|serialization\._get_layout|\w+Tensor|sparse\.|Tensor|q)")
+
+
+def existing_file(path: str | Path) -> Path:
+    """`path`, if it is a file that is not empty. Raises UserError otherwise."""
+    if re.match(r"[a-z]{2,}:/", str(path), re.IGNORECASE):  # Path makes one slash of two
+        raise UserError(f"{path} is an address: download the checkpoint and give the file's path")
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give the path of a checkpoint")
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise UserError(f"{path} is {kind}: give the path of a checkpoint, such as <run>/checkpoints/best.ckpt")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty: choose another checkpoint")
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    return path
+
+
+# --- torch's archives --------------------------------------------------------------------------------------------
+
+
+def read_torch(file: BinaryIO, map_location: Any = "cpu") -> Any:
+    """The content of an intact torch zip that holds nothing but tensors and plain data; raises UserError else."""
+    size = check_zip(file)
+    file.seek(0)
+    try:
+        content = torch.load(file, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise objects_refused(found.group(1) if found else "") from error
+    except Exception as error:  # torch and its unpickler raise many kinds for content that makes no sense
+        raise UserError(f"cannot be read by torch.load ({first_line(error)}): choose another checkpoint") from error
+    check_content(content, size)
+    return content
+
+
+def objects_refused(name: str) -> UserError:
+    which = f" ({name:.80})" if name else ""
+    return UserError(
+        f"holds Python objects{which} beside tensors and plain data; loading them could run code, "
+        "so it was refused: save a state dict instead"
+    )
+
+
+def check_zip(file: BinaryIO) -> int:
+    """The file's size. Raises UserError unless every byte of every member is as it was written, nothing can unpack to
+    more, and its pickle makes nothing but tensors and plain data.
+
+    torch.load itself checks no sums: one flipped bit can give wrong weights without a word.
+    """
+    size = file.seek(0, io.SEEK_END)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.start_dir != stated_directory(file, size):
+                raise UserError(f"holds two archives in one: {EXPECTED}")
+            members = archive.infolist()
+            names = [member.filename for member in members]
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not stored or sum(member.file_size for member in members) > size:
+                raise UserError(f"is compressed, or unpacks to more than its size, as torch.save does not: {EXPECTED}")
+            # torch's own zip reader looks names up without regard to case, and reads nothing, without a word, from a
+            # member that is flagged as a folder: what it reads must be what is checked here.
+            if len({name.lower() for name in names}) < len(names):
+                raise UserError("holds two members of one name: choose another checkpoint")
+            if any(member.external_attr & FOLDER_FLAG for member in members):
+                raise UserError("is corrupt (a member is flagged as a folder): choose another checkpoint")
+            pickles = [member for member in members if member.filename.lower().endswith(".pkl")]
+            if sum(member.file_size for member in pickles) > LARGEST_PICKLE:
+                raise UserError("holds far more beside its tensors than a checkpoint: save a state dict instead")
+            broken = archive.testzip()
+            if broken is not None:
+                raise UserError(f"is corrupt (the checksum of {broken!r:.80} is wrong): choose another checkpoint")
+            if not any(name.endswith("/data.pkl") for name in names):
+                raise UserError(f"is a zip archive but not a checkpoint: {EXPECTED}")
+            for member in pickles:
+                check_pickle(archive.read(member), size)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile raises many kinds for a broken file
+        raise UserError(f"is truncated or corrupt ({first_line(error)}): choose another checkpoint") from error
+    return size
+
+
+def stated_directory(file: BinaryIO, size: int) -> int:
+    """Where a zip archive says that its directory begins. zipfile finds it from the end, torch goes by what is
+    stated: where these differ, they read different files. Raises struct.error or ValueError for other endings."""
+
+    def read(offset: int, form: str) -> tuple[Any, ...]:
+        file.seek(offset)
+        return struct.unpack(form, file.read(struct.calcsize(form)))
+
+    end = size - 22
+    signature, _, _, _, _, length, offset, comment = read(end, "<4s4H2LH")
+    if signature != b"PK\x05\x06" or comment:
+        raise ValueError("something comes after its end")
+    if read(end - 20, "<4s")[0] == b"PK\x06\x07":  # the longer form, with its own directory of the end before it
+        end = read(end - 20, "<4sLQL")[2]
+        length, offset = read(end, "<4sQ2H2L4Q")[8:10]
+        if end + 56 != size - 42:
+            raise ValueError("its end is in two places")
+    if offset + length != end:
+        raise ValueError("its directory is not before its end")
+    return int(offset)
+
+
+def check_pickle(program: bytes, size: int) -> None:
+    """Raises UserError for a pickle that names more than torch needs for tensors, or whose tuples, written out, would
+    be longer than `size`: looking one up in a dictionary would take for ever."""
+    stack: list[int] = []  # of each object that the program has at hand, how long it is written out
+    marks: list[int] = []
+    memory: dict[Any, int] = {}
+    for operation, argument, _ in pickletools.genops(program):
+        name, before = operation.name, operation.stack_before
+        if name in ("GLOBAL", "INST"):
+            check_name(str(argument).replace(" ", ".", 1))
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memory[argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memory[argument])
+        else:
+            # As pickletools states it: what is taken from the stack, and what is put there.
+            since_mark = pickletools.stackslice in before
+            start = marks.pop() if since_mark else len(stack)
+            start -= before.index(pickletools.markobject) if since_mark else len(before)
+            if start < 0:
+                raise ValueError("a pickle that takes more than there is")
+            written = 1 + sum(stack[start:])
+            if written > size:
+                raise UserError("refers to parts of itself, as no checkpoint does: choose another checkpoint")
+            stack[start:] = [written] * len(operation.stack_after)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a function or class of which a checkpoint has no need."""
+    if HARMLESS.fullmatch(name):
+        return
+    if TENSOR.match(name):
+        raise UserError(f"holds a sparse or otherwise special tensor ({name:.80}): save dense weights")
+    raise objects_refused(name)
+
+
+def check_content(content: Any, size: int) -> None:
+    """Raises UserError where `content`, walked through, is longer or deeper than a file of `size` bytes can mean, or a
+    tensor has more elements than were stored for it: a kilobyte can stand for 10^12."""
+    left = size
+    waiting = [(content, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, Tensor):
+            check_tensor(value)
+            continue
+        left -= 1 + (len(value) if isinstance(value, Mapping | list | tuple | set | str | bytes) else 0)
+        if left < 0 or depth > DEEPEST:
+            raise UserError("refers to parts of itself, as no checkpoint does: choose another checkpoint")
+        if isinstance(value, Mapping):
+            waiting += [(each, depth + 1) for pair in value.items() for each in pair]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(each, depth + 1) for each in value]
+
+
+def check_tensor(tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type == "meta":
+        raise UserError("holds a sparse or otherwise special tensor: save dense weights")
+    claimed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if claimed > stored:
+        raise UserError(f"claims {claimed:,} bytes of a tensor where {stored:,} are stored: choose another checkpoint")
+
+
+# --- safetensors -------------------------------------------------------------------------------------------------
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Tensors, with what the metadata says of them: in the shape of a `.ckpt` where `export_safetensors` wrote the
+    file, else of a `.pth`. Raises UserError where the file's own hash is another."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if BLOCK not in metadata and HASH not in metadata:
+            return {"model_state_dict": tensors, "config": json.loads(metadata.get("config", "{}"))}
+        if metadata.get(HASH) != sha256_of(tensors, metadata.get(BLOCK, "")):
+            raise UserError("is corrupt (its weights or its settings are not those of its hash): export it again")
+        return {"state_dict": tensors, **json.loads(metadata[BLOCK])}
+    except UserError:
+        raise
+    except Exception as error:  # the reader's own kind, or broken JSON
+        raise UserError(f"is truncated, corrupt or no safetensors file ({first_line(error)})") from error
+
+
+def sha256_of(tensors: Mapping[str, Tensor], settings: str) -> str:
+    """Of the settings, and of every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

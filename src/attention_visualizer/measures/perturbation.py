@@ -1,0 +1,135 @@
+"""Deletion and insertion: how a model's answer falls as patches are taken from a picture in the order of a map, and how
+it rises as they are put back (Samek et al., 2017; Petsiuk et al., 2018).
+
+A ranking is an order of the patches, [image, patch], the most relevant one first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attention_visualizer.data import ink
+from attention_visualizer.models.vision_transformer import VisionTransformer
+
+Array = NDArray[Any]
+Operator = Literal["fill", "drop"]
+OPERATORS: tuple[Operator, ...] = ("fill", "drop")
+MOST_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Probability of each picture's class, [image, step], at `shares` [step] of the patches: deletion, from the whole
+    picture, the most relevant patches taken away first; insertion, from the empty one, put back first."""
+
+    shares: Array
+    deletion: Array
+    insertion: Array
+
+    @classmethod
+    def joined(cls, parts: list[Curves]) -> Curves:
+        """Of blocks of pictures, in their order."""
+        both = (np.concatenate([getattr(part, name) for part in parts]) for name in ("deletion", "insertion"))
+        return cls(parts[0].shares, *both)
+
+    @property
+    def deletion_area(self) -> Array:
+        """Mean probability over the shares, [image]: low where the map finds what the answer needs."""
+        return np.asarray(np.trapezoid(self.deletion, self.shares, axis=1))
+
+    @property
+    def insertion_area(self) -> Array:
+        """[image]: high where the map finds what suffices for the answer."""
+        return np.asarray(np.trapezoid(self.insertion, self.shares, axis=1))
+
+
+def ranking_of(maps: Array, seed: int = 0) -> Array:
+    """Patches by falling value, equal ones in random order: [image, patch] -> [image, patch]."""
+    shuffled = np.random.default_rng(seed).permuted(np.tile(np.arange(maps.shape[1]), (len(maps), 1)), axis=1)
+    order = np.argsort(-np.take_along_axis(maps, shuffled, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(shuffled, order, axis=1)
+
+
+def step_sizes(num_patches: int) -> Array:
+    """How many patches are gone at each step, from none to all."""
+    return np.unique(np.linspace(0, num_patches, min(num_patches, MOST_STEPS) + 1).round().astype(np.int64))
+
+
+class Perturbation:
+    """Answers to pictures of which some patches are hidden; all pictures go through the model at once, with their
+    tokens kept: many are to be taken block by block.
+
+    pictures: uint8 [image, channel, height, width], on a background of 0; classes: [image], whose probability is asked
+    for. "fill" paints hidden patches with the background, "drop" leaves their tokens out of the model's sequence.
+    """
+
+    def __init__(
+        self, model: VisionTransformer, pictures: Tensor, classes: Array, to_input: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.model, self.to_input = model, to_input
+        self.pictures, self.classes = pictures, torch.from_numpy(classes)
+        self.grid = model.grid_size
+        self.background = (ink.ink_amount(pictures, self.grid) == 0).numpy()
+        with torch.no_grad():
+            self.tokens = model.embed(to_input(pictures))
+        # Of the whole and the empty picture, which all curves share.
+        nothing, everything = (np.full(self.background.shape, each) for each in (False, True))
+        self.ends = {each: (self.answers(nothing, each), self.answers(everything, each)) for each in OPERATORS}
+
+    def curves(self, ranking: Array, operator: Operator) -> Curves:
+        places = np.argsort(ranking, axis=1)  # of each patch in the order
+        num_patches = ranking.shape[1]
+        counts = step_sizes(num_patches)
+        empty, whole = self.ends[operator]
+        return Curves(
+            counts / num_patches,
+            self._along([places >= count for count in counts], operator, whole, empty),
+            self._along([places < count for count in counts], operator, empty, whole),
+        )
+
+    def _along(self, kept: list[Array], operator: Operator, first: Array, last: Array) -> Array:
+        """Answers at each step [image, step], those at the ends being known."""
+        found = [first]
+        for before, now in pairwise(kept[:-1]):
+            changed = before != now
+            if operator == "fill":
+                changed &= ~self.background  # painted as background, these stay what they are
+            rows = np.flatnonzero(changed.any(axis=1))
+            answer = found[-1].copy()
+            answer[rows] = self.answers(now[rows], operator, rows)
+            found.append(answer)
+        return np.stack([*found, last], axis=1)
+
+    def answers(self, kept: Array, operator: Operator, rows: Array | None = None) -> Array:
+        """Probability of the class with only the kept patches, the same number of them in each picture, of the
+        pictures `rows` (None: all): bool [image, patch] -> [image]."""
+        which = torch.arange(len(self.pictures)) if rows is None else torch.from_numpy(rows)
+        if not len(which):
+            return np.zeros(0)
+        run = self._filled if operator == "fill" else self._dropped
+        with torch.no_grad():
+            probability = run(torch.from_numpy(kept), which).softmax(dim=-1)
+        found = probability.gather(1, self.classes[which, None].to(probability.device))[:, 0]
+        return np.asarray(found.double().cpu().numpy())
+
+    def _filled(self, kept: Tensor, rows: Tensor) -> Tensor:
+        height, width = (side // count for side, count in zip(self.pictures.shape[2:], self.grid, strict=True))
+        shown = kept.view(-1, 1, *self.grid).repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
+        logits: Tensor = self.model(self.to_input(self.pictures[rows] * shown))
+        return logits
+
+    def _dropped(self, kept: Tensor, rows: Tensor) -> Tensor:
+        prefix = self.model.num_prefix_tokens
+        tokens = self.tokens[rows.to(self.tokens.device)]
+        patches = tokens[:, prefix:][kept.to(tokens.device)].view(len(tokens), -1, tokens.shape[2])
+        if not prefix and not patches.shape[1]:  # the mean of no token: the model's answer to nothing at all
+            patches = torch.zeros_like(tokens[:, :1])
+        return self.model.classify(torch.cat([tokens[:, :prefix], patches], dim=1))

@@ -1,0 +1,308 @@
+"""Streaming accumulators: statistics of attention over any number of images in memory that does not grow.
+
+Each is `update` / `merge` / `compute`; sums are kept in float64 and counts exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attention_visualizer.attention.capture import AttentionLayer
+from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry
+from attention_visualizer.measures import map_measures
+from attention_visualizer.support.errors import UserError
+
+NUM_BINS = 512
+FEW = 256  # images of which the values themselves are kept
+
+
+class Distribution:
+    """Histogram, sum and sum of squares of values in a known range, for each head.
+
+    Quantiles come from the histogram, so they are exact to one bin: (high - low) / NUM_BINS. Of few images the values
+    are kept as well, in `few`; None as soon as there are more.
+    """
+
+    def __init__(self, num_heads: int, low: float, high: float, device: torch.device | str = "cpu") -> None:
+        self.low, self.high = low, high
+        self.counts = torch.zeros(num_heads, NUM_BINS, dtype=torch.float64, device=device)
+        self.first_bins = torch.arange(num_heads, device=device) * NUM_BINS  # of the counts in one row
+        self.sums = torch.zeros(num_heads, dtype=torch.float64, device=device)
+        self.sums_of_squares = torch.zeros(num_heads, dtype=torch.float64, device=device)
+        self.few: list[Tensor] | None = []
+        self.smallest = torch.full((num_heads,), math.inf, dtype=torch.float64, device=device)
+        self.largest = torch.full((num_heads,), -math.inf, dtype=torch.float64, device=device)
+
+    def update(self, values: Tensor) -> None:
+        """values: [batch, head]."""
+        num_heads = len(self.counts)
+        bins = ((values - self.low) * (NUM_BINS / (self.high - self.low))).long().clamp_(0, NUM_BINS - 1)
+        bins += self.first_bins
+        self.counts += torch.bincount(bins.flatten(), minlength=num_heads * NUM_BINS).view_as(self.counts)
+        self._keep([values])
+        values = values.double()
+        self.sums += values.sum(dim=0)
+        self.sums_of_squares += values.square().sum(dim=0)
+        if len(values):
+            smallest, largest = torch.aminmax(values, dim=0)
+            self.smallest = torch.minimum(self.smallest, smallest)
+            self.largest = torch.maximum(self.largest, largest)
+
+    def _keep(self, values: list[Tensor] | None) -> None:
+        if self.few is not None:
+            self.few = None if values is None else [*self.few, *values]
+            if self.few is not None and sum(map(len, self.few)) > FEW:
+                self.few = None
+
+    def state(self) -> list[Tensor]:
+        """The sums that `merge` and a reduction over processes add up."""
+        return [self.counts, self.sums, self.sums_of_squares]
+
+    def merge(self, other: Distribution) -> None:
+        for mine, theirs in zip(self.state(), other.state(), strict=True):
+            mine += theirs
+        self._keep(other.few)
+        self.smallest = torch.minimum(self.smallest, other.smallest)
+        self.largest = torch.maximum(self.largest, other.largest)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One measure over images, by layer and head.
+
+    mean, deviation: [layer, head], NaN where a layer has fewer heads or the measure does not apply; counts: [layer,
+    head, bin] over edges: [bin + 1]; extremes: [layer, 2], the smallest and largest value; n: images. few: all values
+    of each layer, where there are few.
+    """
+
+    mean: NDArray[np.float64]
+    deviation: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    edges: NDArray[np.float64]
+    extremes: NDArray[np.float64]
+    n: int
+    few: tuple[NDArray[np.float64], ...] | None = None
+
+    def quantiles(self, shares: tuple[float, ...]) -> NDArray[np.float64]:
+        """Over images and heads together: [layer, share]."""
+        if self.few is not None:
+            nothing = np.full(len(shares), np.nan)
+            return np.stack([np.quantile(values, shares) if len(values) else nothing for values in self.few])
+        binned = np.stack([histogram_quantiles(layer.sum(axis=0), self.edges, shares) for layer in self.counts])
+        # Where all values lie within one bin, its edges would say more than they do.
+        return np.clip(binned, self.extremes[:, :1], self.extremes[:, 1:])
+
+
+def histogram_quantiles(
+    counts: NDArray[np.float64], edges: NDArray[np.float64], shares: tuple[float, ...]
+) -> NDArray[np.float64]:
+    """Quantiles of a histogram, linear within a bin: counts [bin], edges [bin + 1] -> [share]. NaN of nothing."""
+    if not counts.any():
+        return np.full(len(shares), np.nan)
+    cumulative = np.concatenate([[0.0], np.cumsum(counts)])
+    targets = np.asarray(shares) * cumulative[-1]
+    bins = np.clip(np.searchsorted(cumulative, targets, side="left") - 1, np.flatnonzero(counts)[0], len(counts) - 1)
+    # A target at a run of empty bins' edge belongs to the next bin that holds something.
+    inside = (targets - cumulative[bins]) / np.maximum(counts[bins], 1e-300)
+    return edges[bins] + np.clip(inside, 0.0, 1.0) * (edges[bins + 1] - edges[bins])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number for each image and head: what it is called, its unit, how it is computed, where it can lie, and which
+    layers have it."""
+
+    name: str
+    label: str
+    unit: str
+    function: Callable[[Tensor, Geometry], Tensor]
+    upper_bound: Callable[[Geometry], float]
+    applies: Callable[[Tensor, Geometry], bool] = lambda weights, geometry: True
+
+
+def _longest_distance(geometry: Geometry) -> float:
+    centers = geometry.patch_centers()
+    return max(float(torch.linalg.vector_norm(centers[-1] - centers[0])), 1.0)
+
+
+MEASURES = (
+    Measure(
+        "entropy",
+        "attention entropy",
+        "nats",
+        map_measures.readout_entropy,
+        lambda geometry: max(map_measures.uniform_entropy(geometry.num_tokens), 1e-6),
+    ),
+    Measure("maximum", "maximum attention to a patch", "share", map_measures.maximum_attention, lambda _: 1.0),
+    Measure(
+        "mean",
+        "mean attention to a patch",
+        "share",
+        map_measures.mean_attention,
+        lambda geometry: 1.0 / geometry.num_patches,
+    ),
+    Measure(
+        "distance",
+        "mean attention distance",
+        "pixels",
+        map_measures.mean_attention_distance,
+        _longest_distance,
+        map_measures.asks_for_itself,
+    ),
+)
+# With those that cost more, for what is measured once.
+ALL_MEASURES = (
+    *MEASURES,
+    Measure(
+        "effective_tokens",
+        "effective tokens",
+        "keys",
+        map_measures.readout_effective_tokens,
+        lambda geometry: float(geometry.num_tokens),
+    ),
+    Measure("confidence", "head confidence", "share", map_measures.head_confidence, lambda _: 1.0),
+    Measure(
+        "class_token",
+        "class token's attention to itself",
+        "share",
+        map_measures.class_token_self_attention,
+        lambda _: 1.0,
+        map_measures.reads_class_token,
+    ),
+    Measure("sink", "attention sink strength", "share", map_measures.sink_strength, lambda _: 1.0),
+    Measure(
+        "divergence",
+        "divergence from other heads",
+        "nats",
+        map_measures.head_divergence,
+        lambda _: math.log(2),
+        lambda weights, _: weights.shape[1] > 1,
+    ),
+)
+
+
+class AttentionStatistics:
+    """Measures over a stream of images: hand `update` to `capture(model, consume=...)`.
+
+    Layers whose place on the image is not known, or that come again with images of another size, are left out;
+    `left_out` has their names. Windows of one image count as one value, their mean. `also`, if given, gets the values
+    as well: of each measure, by its name, and layer, by its position: [image, head].
+    """
+
+    def __init__(
+        self, chosen: Sequence[Measure] = MEASURES, also: Callable[[str, int, Tensor], None] | None = None
+    ) -> None:
+        self.measures = tuple(chosen)
+        self.also = also
+        self.layer_names: list[str] = []
+        self.geometries: list[Geometry] = []
+        self.distributions: dict[str, list[Distribution]] = {measure.name: [] for measure in self.measures}
+        self.left_out: dict[str, None] = {}
+        self.num_images = 0
+
+    def update(self, layer: AttentionLayer) -> None:
+        if layer.geometry is None:
+            self.left_out[layer.name] = None
+            return
+        if layer.name not in self.layer_names:
+            self._add_layer(layer, layer.geometry)
+        position = self.layer_names.index(layer.name)
+        if layer.geometry != self.geometries[position]:
+            self.left_out[layer.name] = None
+            return
+        for measure in self.measures:
+            if measure.applies(layer.weights, layer.geometry):
+                values = layer.geometry.per_image(measure.function(layer.weights, layer.geometry))
+                self.distributions[measure.name][position].update(values)
+                if self.also is not None:
+                    self.also(measure.name, position, values)
+        if position == 0:
+            self.num_images += len(layer.geometry.per_image(layer.weights[:, :0]))
+
+    def _add_layer(self, layer: AttentionLayer, geometry: Geometry) -> None:
+        self.layer_names.append(layer.name)
+        self.geometries.append(geometry)
+        for measure in self.measures:
+            self.distributions[measure.name].append(
+                Distribution(layer.weights.shape[1], 0.0, measure.upper_bound(geometry), layer.weights.device)
+            )
+
+    def merge(self, other: AttentionStatistics) -> None:
+        if other.layer_names != self.layer_names or other.geometries != self.geometries:
+            raise ValueError("statistics of different layers cannot be merged")
+        self.num_images += other.num_images
+        for name, distributions in self.distributions.items():
+            for mine, theirs in zip(distributions, other.distributions[name], strict=True):
+                mine.merge(theirs)
+
+    def compute(self) -> dict[str, Summary]:
+        """measure name -> Summary. Raises UserError if no layer's place on the image was known."""
+        if not self.layer_names:
+            raise UserError(NO_GEOMETRY)
+        return {name: _summary(distributions) for name, distributions in self.distributions.items()}
+
+
+class MeanWeights:
+    """The mean of all weights over a stream of images: hand `update` to `capture(model, consume=...)`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # layer name -> [head, query, key], float64
+        self.counts: dict[str, int] = {}
+
+    def update(self, layer: AttentionLayer) -> None:
+        total = layer.weights.sum(dim=0, dtype=torch.float64)
+        self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total
+        self.counts[layer.name] = self.counts.get(layer.name, 0) + len(layer.weights)
+
+    def merge(self, other: MeanWeights) -> None:
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Layer name -> [head, query, key], float32."""
+        return {name: (total / self.counts[name]).float() for name, total in self.sums.items()}
+
+
+def _summary(distributions: list[Distribution]) -> Summary:
+    """Layers of fewer heads are filled up with NaN, and without counts."""
+    num_heads = max(len(distribution.counts) for distribution in distributions)
+    edges = np.linspace(0.0, max(distribution.high for distribution in distributions), NUM_BINS + 1)
+    n = distributions[0].counts[0].sum().item()
+    mean = np.full((len(distributions), num_heads), np.nan)
+    deviation, counts = mean.copy(), np.zeros((*mean.shape, NUM_BINS))
+    extremes = []
+    for layer, each in enumerate(distributions):
+        heads = slice(0, len(each.counts))
+        valid = each.counts.sum(dim=1).cpu().numpy()
+        sums, squares = each.sums.cpu().numpy(), each.sums_of_squares.cpu().numpy()
+        with np.errstate(invalid="ignore"):  # 0 / 0 where there is no value, such as the distance of a pooling query
+            mean[layer, heads] = sums / valid
+            deviation[layer, heads] = np.sqrt(np.maximum(squares / valid - mean[layer, heads] ** 2, 0.0))
+        counts[layer, heads] = _on_edges(each.counts.cpu().numpy(), each.high, edges)
+        extremes.append([float(each.smallest.min()), float(each.largest.max())])
+    few = [each.few for each in distributions]
+    kept = None
+    if all(values is not None for values in few):
+        kept = tuple(
+            torch.cat(values).flatten().double().cpu().numpy() if values else np.empty(0)
+            for values in few
+            if values is not None
+        )
+    return Summary(mean, deviation, counts, edges, np.array(extremes), int(n), kept)
+
+
+def _on_edges(counts: NDArray[np.float64], high: float, edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Counts [head, bin] from 0 to `high` in the bins that all layers share: each goes where its middle lies."""
+    if high == edges[-1]:
+        return counts
+    middles = (np.arange(NUM_BINS) + 0.5) * high / NUM_BINS
+    bins = np.searchsorted(edges, middles, side="right") - 1
+    return np.stack([np.bincount(bins, weights=head, minlength=NUM_BINS) for head in counts])

@@ -1,0 +1,181 @@
+"""Models of other libraries by name, with weights from a file that is checked before it is used."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attention_visualizer.files.tensor_files import EXPECTED, existing_file, first_line, read_safetensors, read_torch
+from attention_visualizer.files.weights import WEIGHT_TYPES, bare_names, check_weights, finite_weights
+from attention_visualizer.support.errors import UserError
+
+LEGACY = b"\x80\x02\x8a"  # how torch.save's files began before PyTorch 1.6
+NESTED = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "teacher")
+
+
+def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
+    """The model `timm:<name>` in eval mode on the CPU, as many classes as its weights have.
+
+    ckpt: a file of weights (.safetensors, .pth, .ckpt), "random" for untrained ones, or "pretrained" for those that
+    timm downloads. Raises UserError for an unknown name and for weights that do not fit it exactly.
+    """
+    library, _, name = model_from.partition(":")
+    if library != "timm" or not name:
+        raise UserError(f"model_from={model_from}: write timm:<name>, such as timm:vit_tiny_patch16_224")
+    try:
+        import timm  # not needed for this project's own models
+    except ImportError:
+        raise UserError(f"model_from={model_from} needs timm: python -m pip install timm") from None
+    if not timm.is_model(name.split(".")[0]):
+        similar = difflib.get_close_matches(name, timm.list_models(), 5) or timm.list_models("vit_*patch16_224")[:5]
+        raise UserError(f"model_from={model_from}: timm has no such model; it has, among others, {', '.join(similar)}")
+    if ckpt == "pretrained":
+        try:
+            with no_useless_retries():
+                return timm.create_model(name, pretrained=True).eval()
+        except Exception as error:  # the hub's own kinds, requests' and the operating system's
+            raise UserError(
+                f"ckpt=pretrained: the weights of {name} cannot be downloaded ({first_line(error)}): "
+                "give a file of them as ckpt="
+            ) from error
+    weights = None if ckpt == "random" else read_weights(ckpt)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            options = {} if weights is None else options_told_by(weights, timm.create_model, name)
+            model: nn.Module = timm.create_model(name, **options)
+        except Exception as error:  # whatever a model's own constructor raises
+            raise UserError(f"model_from={model_from}: timm cannot build this model ({first_line(error)})") from error
+    if weights is not None:
+        load(model, weights, Path(ckpt))
+    return model.eval()
+
+
+@contextmanager
+def no_useless_retries() -> Iterator[None]:
+    """Without a network, Hugging Face's client tries again for a minute and prints each time: it then gets to use what
+    is in its cache alone, as with HF_HUB_OFFLINE=1."""
+    logger = logging.getLogger("huggingface_hub")
+    constants: Any = sys.modules.get("huggingface_hub.constants")
+    before = logger.level, getattr(constants, "HF_HUB_OFFLINE", None)
+    logger.setLevel(logging.CRITICAL)
+    if before[1] is False and not reaches_hub(str(constants.ENDPOINT)):
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        logger.setLevel(before[0])
+        if constants is not None:
+            constants.HF_HUB_OFFLINE = before[1]
+
+
+def reaches_hub(address: str) -> bool:
+    """False where the name of the hub cannot be looked up, and no proxy does so instead."""
+    if any(name.lower() in ("https_proxy", "http_proxy", "all_proxy") for name in os.environ):
+        return True
+    try:
+        socket.getaddrinfo(address.partition("://")[2].split("/")[0].split(":")[0], 443)
+    except OSError:
+        return False
+    return True
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checked file by name. Raises UserError for a file that is broken, unsafe, or holds none."""
+    path = existing_file(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+            if start.startswith(b"PK\x03\x04"):
+                content: Any = read_torch(file)
+            elif start[8:] == b"{":
+                content = read_safetensors(path)
+            elif start.startswith(LEGACY):
+                raise UserError("was written by a PyTorch before 1.6: load it and save it again with a newer one")
+            else:
+                raise UserError(f"is not a file of weights: {EXPECTED}")
+        for name in NESTED:
+            if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+                content = content[name]
+        if isinstance(content, Mapping):
+            strange = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
+            if strange is not None:
+                raise UserError(f"holds {strange!r:.60} where weights were expected: save the model's state_dict()")
+        weights = bare_names(content)
+        empty = next((name for name, tensor in weights.items() if not tensor.numel()), None)
+        if empty is not None:  # its other sizes cost nothing to write, and would be those of a model
+            raise UserError(f"holds {empty!r:.60} without any number in it: choose another file")
+        # Counters and index tables beside the weights are whole numbers.
+        check_weights(weights, path.stat().st_size, (*WEIGHT_TYPES, torch.int64, torch.int32, torch.bool))
+        return finite_weights(weights)
+    except UserError as error:
+        raise UserError(f"{path} {error!s:.300}") from error
+
+
+def options_told_by(weights: Mapping[str, Tensor], create: Any, name: str) -> dict[str, Any]:
+    """Arguments of timm's constructor that the weights show: classes and input channels."""
+    with torch.device("meta"):
+        plain = create(name)
+    options: dict[str, Any] = {}
+    config: dict[str, Any] = plain.pretrained_cfg or {}
+    # A distilled model has two classifiers of one size.
+    classifier, first = (
+        names[0] if isinstance(names, tuple | list) else names
+        for names in (config.get("classifier"), config.get("first_conv"))
+    )
+    renamed = translated(weights, plain)
+    if f"{classifier}.weight" in plain.state_dict():
+        head = renamed.get(f"{classifier}.weight")
+        options["num_classes"] = 0 if head is None else head.shape[0]
+    convolution = renamed.get(f"{first}.weight")
+    if convolution is not None and convolution.ndim == 4:
+        options["in_chans"] = convolution.shape[1]
+    grid = getattr(getattr(plain, "patch_embed", None), "grid_size", None)
+    positions, own_positions = weights.get("pos_embed"), plain.state_dict().get("pos_embed")
+    if grid is not None and positions is not None and own_positions is not None:
+        prefix = own_positions.shape[1] - grid[0] * grid[1]
+        side = round(max(positions.shape[1] - prefix, 0) ** 0.5)
+        if positions.shape[1] != own_positions.shape[1] and side * side + prefix == positions.shape[1]:
+            options["img_size"] = side * plain.patch_embed.patch_size[0]
+    return options
+
+
+def translated(weights: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """The names of a model's first publication as timm's, as timm does for its own downloads."""
+    translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if translate is None or weights.keys() == model.state_dict().keys():
+        return weights
+    try:
+        return translate(dict(weights), model)
+    except Exception:  # it knows the layouts that it knows; what does not fit is told when it is loaded
+        return weights
+
+
+def load(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError with the first differences unless the weights fit the model exactly."""
+    weights = translated(weights, model)
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise UserError(f"{path} lacks the weights {name}: it is of another model than {type(model).__name__}")
+        if weights[name].shape != tensor.shape:
+            shapes = f"{list(weights[name].shape)}, expected {list(tensor.shape)}"
+            if "pos_embed" in name:
+                raise UserError(
+                    f"{path} has {name} of shape {shapes}: it is of another image size, or of another model"
+                )
+            raise UserError(f"{path} has {name} of shape {shapes}: it is of another model")
+    unknown = [name for name in weights if name not in expected]
+    if unknown:
+        raise UserError(f"{path} has the unknown weights {unknown[0]!r:.60}: it is of another model")
+    model.load_state_dict(weights)

@@ -1,0 +1,236 @@
+"""The report of an analysis, from chapters to Markdown, HTML, CSV and JSON. It computes nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from attention_visualizer.files import atomic
+from attention_visualizer.report import html as html_report
+from attention_visualizer.report.chapter import Chapter, FigureFile, Table, escape_markdown
+from attention_visualizer.support.text import cell
+
+REPORT = "attention_analysis_report.md"
+PAGE = "attention_analysis_report.html"
+STATISTICS = "attention_statistics"
+SCHEMA = 2  # of attention_statistics.json: docs/report.md
+MOST_FINDINGS = 5
+PLACEHOLDER = re.compile(r"(?<!\\)\{(\w+)(?::([^{}]*))?\}")
+SHOWN = (".png", ".webp")  # kinds of figures that stand in the page; others are linked
+THUMBNAIL_WIDTH = 240  # pixels, in Markdown
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The head of the report: what was analysed. headline: model, data and accuracy, for a line; facts: label -> text;
+    command: what makes it again, in `language`."""
+
+    title: str
+    facts: dict[str, str]
+    warnings: list[str]
+    command: str
+    language: str = "bash"
+    headline: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A chapter in its place; its figures and tables with their numbers, which count over the whole report."""
+
+    number: int
+    name: str
+    chapter: Chapter
+    figures: list[tuple[int, FigureFile]]
+    tables: list[tuple[int, Table]]
+
+    def figure(self, name: str) -> tuple[int, FigureFile]:
+        """By file name or stem. Raises ValueError where the chapter has no such figure."""
+        for number, figure in self.figures:
+            if name in (figure.name, figure.stem):
+                return number, figure
+        raise ValueError(f"chapter {self.name} has no figure {name}")
+
+    def resolve(self, text: str, linked: bool = False) -> str:
+        """`text` with numbers for its placeholders, as links inside a page if `linked`. Raises ValueError for
+        placeholders that stand for nothing."""
+
+        def number(match: re.Match[str]) -> str:
+            kind, of = match.groups()
+            if kind == "figure":
+                found = self.figure(of)[0]
+            elif kind == "table" and of.isdecimal() and 1 <= int(of) <= len(self.tables):
+                found = self.tables[int(of) - 1][0]
+            else:
+                raise ValueError(f"chapter {self.name}: nothing is called {match.group()}")
+            words = f"{kind.title()} {found}"
+            return f"[{words}](#{kind}-{found})" if linked else words
+
+        return PLACEHOLDER.sub(number, text)
+
+
+def numbered(chapters: dict[str, Chapter]) -> list[Part]:
+    """Raises ValueError for two figures of one name."""
+    parts: list[Part] = []
+    figures, tables = 0, 0
+    names: set[str] = set()
+    for name, chapter in chapters.items():
+        own_figures = list(enumerate(chapter.figures, start=figures + 1))
+        own_tables = list(enumerate(chapter.tables, start=tables + 1))
+        figures, tables = figures + len(own_figures), tables + len(own_tables)
+        for figure in chapter.figures:
+            if figure.name in names:
+                raise ValueError(f"chapter {name}: there are two figures {figure.name}")
+            names.add(figure.name)
+        parts.append(Part(len(parts) + 1, name, chapter, own_figures, own_tables))
+    return parts
+
+
+def check(chapters: dict[str, Chapter], folder: Path) -> None:
+    """Raises an exception for what could not be reported, such as figures that are not in `folder`."""
+    parts = numbered(chapters)
+    for part in parts:
+        for _, figure in part.figures:
+            if not (folder / figure.name).is_file():
+                raise ValueError(f"chapter {part.name}: there is no file {figure.name}")
+        for _, table in part.tables:
+            if any(len(row) != len(table.columns) for row in table.rows):
+                raise ValueError(f"chapter {part.name}: not all rows of a table have {len(table.columns)} cells")
+    empty = Summary("", {}, [], "")
+    json.dumps(atomic.json_ready(statistics(empty, parts)), allow_nan=False)
+    as_csv([record for chapter in chapters.values() for record in chapter.records])
+    markdown(empty, chapters)
+
+
+def write(output: Path, summary: Summary, chapters: dict[str, Chapter], earlier_figures: Iterable[str] = ()) -> Path:
+    """Writes the report and the numbers behind it into the folder of the figures; the reports come last, so that they
+    never name what is not there. earlier_figures: of an earlier analysis of the same weights, which stay."""
+    parts = numbered(chapters)
+    atomic.write_json(output / f"{STATISTICS}.json", statistics(summary, parts, earlier_figures))
+    records = [record for chapter in chapters.values() for record in chapter.records]
+    if records:
+        atomic.write_text(output / f"{STATISTICS}.csv", as_csv(records))
+    with atomic.atomic_path(output / PAGE) as temporary:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(html_report.render(contents(summary, parts), output))
+    atomic.write_text(output / REPORT, markdown(summary, chapters))
+    return output / REPORT
+
+
+def statistics(summary: Summary, parts: list[Part], earlier_figures: Iterable[str] = ()) -> dict[str, Any]:
+    """What attention_statistics.json holds, as docs/report.md describes it."""
+    return {
+        "schema": SCHEMA,
+        "facts": summary.facts,
+        "warnings": summary.warnings,
+        "earlier_figures": sorted(earlier_figures),
+        "chapters": {
+            part.name: {
+                "title": part.chapter.title,
+                "status": "missing" if part.chapter.missing else "complete",
+                "reason": part.chapter.missing or None,
+                "finding": finding_of(part),
+                "caution": one_line(part.resolve(part.chapter.caution)) or None,
+                "numbers": part.chapter.numbers,
+                "figures": [
+                    {"number": number, "name": figure.name, "caption": figure.caption}
+                    for number, figure in part.figures
+                ],
+                "tables": [{"number": number, "caption": table.caption} for number, table in part.tables],
+            }
+            for part in parts
+        },
+    }
+
+
+def finding_of(part: Part) -> dict[str, Any] | None:
+    finding = part.chapter.finding
+    if finding is None:
+        return None
+    number = None if finding.figure is None else part.figure(finding.figure)[0]
+    return {"text": one_line(part.resolve(finding.text)), "figure": number}
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def as_csv(records: list[dict[str, Any]]) -> str:
+    """One table of all records; a cell stays empty where a record has no such field."""
+    names = dict.fromkeys(name for record in records for name in record)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([cell(name) for name in names])
+    writer.writerows([cell(record.get(name, "")) for name in names] for record in records)
+    return text.getvalue()
+
+
+def contents(summary: Summary, parts: list[Part]) -> dict[str, Any]:
+    """What both templates are filled with."""
+    return {
+        "summary": summary,
+        "parts": parts,
+        # Of the last chapters: they ask what the first ones only describe.
+        "findings": [part for part in parts if part.chapter.finding is not None][-MOST_FINDINGS:],
+        "cautions": [part for part in parts if part.chapter.caution],
+        "missing": [part for part in parts if part.chapter.missing],
+        "shown": lambda figure: figure.name.endswith(SHOWN),
+        "folded": folded,
+        "more": more,
+        "has_records": any(part.chapter.records for part in parts),
+        "statistics": STATISTICS,
+    }
+
+
+def folded(part: Part) -> list[tuple[tuple[int, FigureFile], list[tuple[int, FigureFile]]]]:
+    """A chapter's figures in their order; each with those that are folded away behind it, the same of other samples."""
+    found: list[tuple[tuple[int, FigureFile], list[tuple[int, FigureFile]]]] = []
+    series = None
+    for number, figure in part.figures:
+        own = figure.stem.rpartition("_")[0] if figure.of_sample else None
+        if own is not None and own == series:
+            found[-1][1].append((number, figure))
+        else:
+            found.append(((number, figure), []))
+        series = own
+    return found
+
+
+def more(others: list[tuple[int, FigureFile]]) -> str:
+    """What a fold says: "The same for 7 more images (Figures 2 to 8)"."""
+    first, last = others[0][0], others[-1][0]
+    span = f"Figure {first}" if first == last else f"Figures {first} to {last}"
+    return f"The same for {len(others)} more image{'s' * (len(others) > 1)} ({span})"
+
+
+def markdown(summary: Summary, chapters: dict[str, Chapter]) -> str:
+    environment = Environment(
+        loader=PackageLoader("attention_visualizer.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, not HTML; `escape_markdown` makes foreign text inert
+    )
+    environment.filters |= {
+        "escape_markdown": escape_markdown,
+        "file_address": quote,
+        "fence": fence,
+        "one_line": one_line,
+    }
+    return environment.get_template("report.md").render(
+        contents(summary, numbered(chapters)), thumbnail_width=THUMBNAIL_WIDTH
+    )
+
+
+def fence(text: str) -> str:
+    """Back quotes that `text` cannot end."""
+    return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))

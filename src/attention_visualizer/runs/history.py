@@ -1,0 +1,103 @@
+"""How attention evolved while a model trained: numbers and probe maps, kept in one .npz beside the run."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention_visualizer.files import atomic
+from attention_visualizer.files.plain_files import read_bytes
+from attention_visualizer.support.errors import UserError
+
+PARTS = ("probe", "frames", "validations")
+# Numbers of axes that an array, or an entry's part of one, may have; measures, which are not listed, have two.
+AXES = {
+    **dict.fromkeys(("step", "epoch"), (0,)),
+    **{"images": (0, 4), "labels": (1,), "class_names": (1,), "grid": (1,), "num_keys": (0, 1), "query": (0,)},
+    **{"data": (0,), "maps": (4,), "rollout": (3,), "predicted": (1,), "probability": (1,)},
+}
+LARGEST = 500_000_000  # bytes, unpacked; 1,000 looks at the default model have 10,000,000
+MOST_ENTRIES = 100_000
+
+
+@dataclass
+class AttentionHistory:
+    """A growing record. `probe` is written once; `frames` and `validations` gain one entry a call.
+
+    probe: images [probe, height, width, channel] uint8, labels [probe], class_names [class], grid [2],
+        num_keys [], query []
+    frames, one for each look at the probe images: step, epoch, maps [probe, layer, grid height, grid width] (the
+        readout query's attention, mean over heads), rollout [probe, grid height, grid width], entropy and distance
+        [layer, head], predicted and probability [probe]
+    validations, one for each pass over the validation set: step, epoch, images, and each measure [layer, head]
+    """
+
+    probe: dict[str, NDArray[Any]] = field(default_factory=dict)
+    frames: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    validations: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+
+    def discard_after(self, step: int) -> None:
+        """Forgets what a resumed run is about to repeat."""
+        self.frames = [frame for frame in self.frames if frame["step"] <= step]
+        self.validations = [entry for entry in self.validations if entry["step"] <= step]
+
+    def column(self, part: str, name: str) -> NDArray[Any]:
+        """All entries of one name in "frames" or "validations", stacked: [time, ...]."""
+        return np.stack([entry[name] for entry in getattr(self, part)])
+
+    def save(self, path: Path) -> None:
+        arrays = {f"probe/{name}": value for name, value in self.probe.items()}
+        for part in ("frames", "validations"):
+            for name in getattr(self, part)[0] if getattr(self, part) else ():
+                arrays[f"{part}/{name}"] = self.column(part, name)
+        with atomic.atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> AttentionHistory:
+        """Raises UserError when the file is not a whole history."""
+        history = cls()
+        try:
+            content = io.BytesIO(read_bytes(Path(path), LARGEST))
+            with zipfile.ZipFile(content) as archive:  # before anything is unpacked
+                if sum(member.file_size for member in archive.infolist()) > LARGEST:
+                    raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
+            with np.load(content, allow_pickle=False) as arrays:
+                for key in arrays.files:
+                    part, name = key.split("/")
+                    check_array(part, name, arrays[key])
+                    if part == "probe":
+                        history.probe[name] = arrays[key]
+                        continue
+                    entries = getattr(history, part)
+                    column = arrays[key]
+                    if not entries:
+                        entries.extend({} for _ in column)
+                    for entry, value in zip(entries, column, strict=True):
+                        entry[name] = value
+        except Exception as error:  # numpy and zipfile raise many kinds for a broken file
+            reason = " ".join(str(error).replace(f"{path} ", "").split())
+            raise UserError(f"{path} is not a readable attention history ({reason:.200})") from error
+        return history
+
+
+def check_array(part: str, name: str, array: NDArray[Any]) -> None:
+    """Raises ValueError for an array that no history has."""
+    if part not in PARTS:
+        raise ValueError(f"{part!r:.60} is no part of it")
+    if array.dtype.kind not in "biufU":
+        raise ValueError(f"{name!r:.60} is of type {array.dtype}")
+    if part == "probe":
+        axes = AXES.get(name, (array.ndim,))
+    else:
+        axes = tuple(1 + number for number in AXES.get(name, (2,)))
+        if array.ndim and not 0 < len(array) <= MOST_ENTRIES:
+            raise ValueError(f"{name!r:.60} has {len(array):,} entries")
+    if array.ndim not in axes or (array.size == 0 and name != "class_names"):
+        raise ValueError(f"{name!r:.60} is of shape {list(array.shape)}")

@@ -1,0 +1,202 @@
+"""One training run: fit, keep the manifest true whatever happens, test once, say where things are."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shlex
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from attention_visualizer.data.datamodule import DatasetDescription, ImageDataModule
+from attention_visualizer.figures import charts
+from attention_visualizer.files import atomic
+from attention_visualizer.runs.folders import RunFolder
+from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.text import printable, say
+from attention_visualizer.training.classifier import Classifier
+from attention_visualizer.training.overrides import override
+from attention_visualizer.training.training_state import check_training_state
+from attention_visualizer.watching import loggers
+
+STOPPED_BY: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, which draws itself and asks for the loss (on a GPU, waits for it) at every training batch
+    whatever its `refresh_rate`; this one does at every `refresh_rate`-th."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % self.refresh_rate == 0 or batch_idx + 1 == self.total_train_batches:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def check_resumable(path: Path, classifier: Classifier, trainer: Trainer) -> None:
+    """Raises UserError where training cannot go on from what the checkpoint at `path` holds."""
+    content = trainer.strategy.checkpoint_io.load_checkpoint(path)
+    try:
+        check_training_state(content, classifier, classifier.build_optimizer(), trainer)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def open_logs(logs: list[Logger], resumed_step: int | None) -> None:
+    """Opens all logs, so that what cannot be written shows before any work, and from where the checkpoint was saved.
+    Raises UserError."""
+    try:
+        for log in logs:
+            if resumed_step is not None and isinstance(log, CSVLogger):
+                keep_csv_rows(log, resumed_step)
+            loggers.guard(log)
+            log.experiment  # type: ignore[attr-defined]  # noqa: B018
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds
+        raise UserError(f"{type(log).__name__}: {error}") from error
+
+
+def keep_csv_rows(logger: CSVLogger, step: int) -> None:
+    """Lightning's CSVLogger deletes the file it finds; a resumed run goes on with the rows up to `step`."""
+    path = Path(logger.log_dir) / "metrics.csv"
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file that can be written: delete it")
+    kept = path.with_name(".metrics.kept.csv")  # what a kill on the way cannot take
+    source = path if path.is_file() or not kept.is_file() else kept
+    rows, names = [], []
+    if source.is_file():
+        with source.open(newline="") as file:
+            reader = csv.DictReader(file)
+            # The last row may have been cut off by a kill.
+            rows = [row for row in reader if None not in row.values() and is_before(row.get("step"), step)]
+            names = list(reader.fieldnames or [])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic.write_text(kept, text.getvalue())
+    with warnings.catch_warnings(action="ignore"):
+        experiment = logger.experiment
+    if rows:
+        experiment.metrics_keys = names
+        os.replace(kept, path)
+    kept.unlink(missing_ok=True)
+
+
+def is_before(text: str | None, step: int) -> bool:
+    return text is not None and text.isdecimal() and int(text) <= step
+
+
+@contextmanager
+def recorded(folder: RunFolder) -> Iterator[None]:
+    """Whatever ends a run early, its manifest says so, and the user how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        reason = STOPPED_BY.get(error.code) if isinstance(error, SystemExit) else None
+        with suppress(UserError):  # on a full disk; what ended the run is what is to be told
+            folder.update_manifest(
+                status="interrupted" if interrupted else "failed",
+                error=reason or f"{type(error).__name__}: {error}".rstrip(": "),
+            )
+        if folder.last.exists():
+            print()
+            say(f"Stopped early. Resume:  python train.py {shlex.quote(override('ckpt_path', folder.last))}")
+        raise
+
+
+def fit(trainer: Trainer, classifier: Classifier, data: ImageDataModule, ckpt_path: str | None) -> dict[str, Any]:
+    """Trains and returns the metrics. Raises UserError where nothing was validated."""
+    began = time.perf_counter()
+    trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
+    saver = trainer.checkpoint_callback
+    assert isinstance(saver, ModelCheckpoint)
+    if saver.best_model_score is None:
+        raise UserError("training ended before its first validation: nothing was saved; give it more steps or time")
+    return {
+        "validation_accuracy": float(saver.best_model_score),
+        "epochs": trainer.current_epoch,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, Any]:
+    """Tests best.ckpt, once: accuracy over all images and by class, and the confusion matrix [true][predicted]."""
+    logs, trainer.loggers = trainer.loggers, []  # Lightning would log it at the last step of training
+    scores = trainer.test(classifier, data, ckpt_path=folder.best, weights_only=True, verbose=False)[0]
+    trainer.loggers = logs
+    confusion = classifier.test_confusion.compute().cpu()
+    by_class = confusion.diag() / confusion.sum(dim=1).clamp_min(1)
+    drawn = Figure(figsize=(7.5, 6.5), layout="constrained")
+    charts.confusion_matrix(confusion.numpy(), list(data.description.class_names), drawn.subplots())
+    charts.finish(drawn, "Test set", data.description.face_note)
+    with atomic.atomic_path(folder.path / "test_confusion.png") as temporary:
+        drawn.savefig(temporary, dpi=120)
+    step = step_behind(trainer)
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(scores), step=step)
+        if isinstance(logger, TensorBoardLogger):
+            loggers.log_figure(logger, "test/confusion", drawn, step)
+    return {
+        "test_accuracy": scores["test/accuracy"],
+        "test_loss": scores["test/loss"],
+        "test_accuracy_by_class": [round(float(share), 4) for share in by_class],
+        "test_confusion": confusion.tolist(),
+    }
+
+
+def step_behind(trainer: Trainer) -> int:
+    """The step at which a run's end is logged: behind all checkpoints, so that a run that goes on from one begins its
+    charts before it."""
+    return trainer.global_step + 1
+
+
+def log_hyperparameters(trainer: Trainer, parameters: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Writes the run's settings to every logger, for TensorBoard together with how well they did."""
+    scores = {f"hparams/{name}": value for name, value in metrics.items() if name.endswith("_accuracy")}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(parameters, scores, step=step_behind(trainer))
+        else:
+            logger.log_hyperparams(parameters)
+        logger.save()
+        logger.finalize("success")
+
+
+def print_report(folder: RunFolder, description: DatasetDescription, metrics: dict[str, Any]) -> None:
+    """The end of a run on the terminal: how good, where, and what to do next, each command ready to paste."""
+    table = Table(title=Text(printable(f"{folder.path.name} on {description.title}")), title_justify="left")
+    table.add_column("")
+    table.add_column("accuracy", justify="right")
+    table.add_column("images", justify="right")
+    table.add_row(
+        "validation (best epoch)", f"{metrics['validation_accuracy']:.2%}", str(description.sizes["validation"])
+    )
+    if "test_accuracy" in metrics:
+        tested = sum(map(sum, metrics["test_confusion"]))
+        table.add_row("test (best.ckpt, once)", f"{metrics['test_accuracy']:.2%}", str(tested))
+        for name, share, row in zip(
+            description.class_names, metrics["test_accuracy_by_class"], metrics["test_confusion"], strict=True
+        ):
+            table.add_row(f"  class {name}", f"{share:.2%}", str(sum(row)))
+    Console().print(table)
+    path = atomic.short_path(folder.path)
+    # Plain lines, never wrapped, so that they can be pasted.
+    say(f"Run folder:   {shlex.quote(str(path))}")
+    say(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))} --samples_per_plugin images=200")
+    say(f"Analyse:      python analyze.py {shlex.quote(override('run', path))} ckpt=best")

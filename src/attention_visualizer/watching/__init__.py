@@ -1,0 +1,10 @@
+"""Attention while a model trains, in anybody's Lightning Trainer.
+
+Hands out AttentionLogger. May use report and below, but none of our own data, models and checkpoints.
+
+    attention_logger.py  AttentionLogger: when attention is captured and where it is written
+    event_checksums.py   faster checksums for TensorBoard's event files
+    loggers.py           what each of Lightning's loggers gets
+    probes.py            the images that are looked at again and again
+    validation.py        attention statistics from somebody's own validation pass
+"""

@@ -1,0 +1,187 @@
+"""Causal importance: a planted head is found, guessing models need none, and what is too much is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from torch import Tensor
+
+from attention_visualizer.analysis.importance import chapter as importance_chapter
+from attention_visualizer.analysis.importance.chapter import centred, correlate, measure_importance
+from attention_visualizer.analysis.study.study import Effort, Study
+from attention_visualizer.data.datamodule import ImageDataModule
+from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.images import DatasetDescription
+from attention_visualizer.measures import intervals
+from attention_visualizer.models.vision_transformer import VisionTransformer
+
+HEADS, LAYERS, N = 3, 2, 90
+SIZES: dict[str, Any] = {
+    "img_size": 8, "patch_size": 4, "embed_dim": 12, "num_heads": HEADS, "num_layers": LAYERS, "mlp_dim": 5,
+    "num_classes": 3,
+}  # fmt: skip
+
+
+class Planted(VisionTransformer):
+    """The answer is what head 2 of the second layer brings to the class token, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(**SIZES)
+        assert self.cls_token is not None and self.pos_embed is not None
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(0.01)
+            self.blocks[1].norm1.weight.fill_(1.0)
+            self.blocks[1].attn.qkv.weight[32:36] = 0.3 * torch.randn(4, 12)  # values of head 2
+            projection = torch.zeros(12, 12)
+            projection[:4, 8:12] = torch.eye(4)
+            self.blocks[1].attn.proj.weight.copy_(projection)
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        before = tokens
+        for block in self.blocks[:-1]:
+            before = block(before)
+        added = self.blocks[-1].attn(self.blocks[-1].norm1(before))[:, 0]
+        return 100 * added[:, :3]
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[VisionTransformer, LabelledImages]:
+    torch.manual_seed(0)
+    model: VisionTransformer = Planted().eval()
+    images = torch.randint(0, 256, (N, 1, 8, 8), dtype=torch.uint8)
+    description = DatasetDescription("digits", 8, 1, ("a", "b", "c"), 0.5, 0.3, {"test": N})
+    pictures = LabelledImages(description, images, torch.zeros(N, dtype=torch.long))
+    with torch.no_grad():
+        labels = model(pictures.model_input(images)).argmax(dim=1)
+    return model, LabelledImages(description, images, labels)
+
+
+def study_of(model: VisionTransformer, pictures: LabelledImages, folder: Path, **effort: Any) -> Study:
+    return Study(model, pictures, folder, "weights", effort=Effort(**{"pictures": 60, "controls": 1} | effort))
+
+
+def test_only_the_planted_head_matters(planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path) -> None:
+    study = study_of(*planted, tmp_path)
+    found = measure_importance(study, study.subset(60))
+    assert found.answers and float(found.accuracy.value) == 1.0 and found.classes == "true"
+    mattering = found.matters("zero")
+    assert mattering[1, 2] and mattering[1, HEADS]  # the head, and its layer
+    mattering[1, [2, HEADS]] = False
+    assert not mattering.any()
+    assert float(found.of_score["zero"].value[1, 2]) == pytest.approx(-float(found.score.value), rel=0.02)
+    chapter = importance_chapter.write(study)
+    assert chapter.finding is not None and "1 of 6 heads is needed alone" in chapter.finding.text
+    assert "head 2.3" in chapter.finding.text and (tmp_path / "attention_importance.png").is_file()
+    assert json.dumps(chapter.numbers, allow_nan=False) == json.dumps(importance_chapter.write(study).numbers)
+
+
+def test_switching_off_is_a_projection_without_the_heads_columns(
+    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path
+) -> None:
+    torch.manual_seed(4)
+    model = VisionTransformer(**SIZES).eval()
+    study = study_of(model, planted[1], tmp_path)
+    numbers = study.subset(40)
+    found = measure_importance(study, numbers)
+    images = study.model_input(study.pictures.read(numbers.tolist()))
+    labels = planted[1].labels
+    assert labels is not None
+    with torch.no_grad():
+        own = model(images)
+        model.blocks[0].attn.proj.weight[:, 4:8] = 0  # head 1
+        without = model(images)
+    change = centred(without.double().numpy()) - centred(own.double().numpy())
+    rows = np.arange(len(numbers))
+    expected = change[rows, labels[torch.from_numpy(numbers)].numpy()].mean()
+    assert float(found.of_score["zero"].value[0, 1]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("seed", "labelled", "said"),
+    [(1, True, "no better than by chance"), (2, True, "no better than by chance"), (1, False, "cannot be said")],
+)
+def test_nothing_is_needed_for_a_guess(seed: int, labelled: bool, said: str, tmp_path: Path) -> None:
+    """Also where classes are not known, and the model's agreement with itself would pass for an answer."""
+    data = ImageDataModule(name="digits", fallback=None)
+    data.load()
+    images, labels = (each[:80] for each in data.splits["test"])
+    pictures = LabelledImages(data.description, images, labels if labelled else None)
+    torch.manual_seed(seed)
+    model = VisionTransformer(embed_dim=12, num_heads=2, num_layers=2, mlp_dim=9).eval()
+    study = study_of(model, pictures, tmp_path)
+    found = measure_importance(study, study.subset(60))
+    assert not found.answers and not any(found.matters(way).any() for way in importance_chapter.WAYS)
+    chapter = importance_chapter.write(study)
+    assert chapter.finding is not None and said in chapter.finding.text
+    if not labelled:  # some would matter, but for that
+        assert (found.of_score["zero"].high < -0.05 * abs(float(found.score.value))).any()
+
+
+def test_too_much_work_and_too_few_images_are_left_out(
+    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path
+) -> None:
+    model, pictures = planted
+    much = importance_chapter.write(study_of(model, pictures, tmp_path, work=1e5))
+    assert "Left out" in much.text and "subset=50" in much.text and not much.figures
+    few = LabelledImages(pictures.description, pictures.images[:20], pictures.labels[:20])  # type: ignore[index]
+    assert "at least 30 images" in importance_chapter.write(study_of(model, few, tmp_path)).text
+
+
+def test_correlations_are_adjusted_together() -> None:
+    """Of two quantities and two ways, one pair is planted: its p is that of the smallest of four."""
+    generator = np.random.default_rng(0)
+    quantities = {"one": generator.standard_normal(30), "two": generator.standard_normal(30)}
+    losses = {"zero": -quantities["one"], "mean": generator.standard_normal(30)}
+    found = correlate(quantities, losses)
+    assert found["one"].value["zero"].value == pytest.approx(-1)
+    alone = {
+        (label, way): intervals.rank_correlation(values, losses[way])[1]
+        for label, values in quantities.items()
+        for way in losses
+    }
+    expected = scipy.stats.false_discovery_control(list(alone.values()))
+    assert [found[label].p_value[way] for label, way in alone] == pytest.approx(expected.tolist())
+    assert found["one"].p_value["zero"] == pytest.approx(4 * alone["one", "zero"])
+
+
+def test_all_correlations_are_told(planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path) -> None:
+    chapter = importance_chapter.write(study_of(*planted, tmp_path))
+    told = chapter.text.split("Rank correlations")[1]
+    assert told.count("when switched off (p = ") == told.count("when averaged (p = ") == 2 and "6 heads" in told
+
+
+def test_labels_of_points_stay_inside_their_axes(
+    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(*planted, tmp_path)
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Study, "save", lambda self, figure, stem: drawn.append(figure) or stem)
+    importance_chapter.write(study)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    annotated = [(axes, text) for axes in figure.axes for text in axes.texts if isinstance(text, Annotation)]
+    assert len(annotated) == 6  # three in each of two panels
+    for axes, text in annotated:
+        box, room = text.get_window_extent(), axes.get_window_extent()
+        assert room.x0 <= box.x0 and box.x1 <= room.x1, text.get_text()
+
+
+def test_an_accuracy_that_nothing_changes_still_has_an_interval(
+    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path
+) -> None:
+    study = study_of(*planted, tmp_path)
+    found = measure_importance(study, study.subset(60))
+    unchanged = found.of_accuracy["mean"][0, 0]
+    assert unchanged.value == 0 and unchanged.low < 0 < unchanged.high and unchanged.n == 60
+    assert found.accuracy.value == 1 and 0.9 < found.accuracy.low < found.accuracy.high == pytest.approx(1)
+    (table,) = importance_chapter.write(study).tables
+    assert all("%" not in cell for row in table.rows for cell in row) and "(points)" in table.columns[3]

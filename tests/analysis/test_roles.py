@@ -1,0 +1,524 @@
+"""Roles through the whole chapter: planted heads get their names, random weights none."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import cache, partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention_visualizer.analysis.roles import chapter
+from attention_visualizer.analysis.roles.measure import (
+    Roles,
+    find_roles,
+    ink_of,
+    reached_by,
+    relative_distance,
+    role_bounds,
+)
+from attention_visualizer.analysis.study.study import Effort, Study
+from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.data.datamodule import ImageDataModule
+from attention_visualizer.data.image_sets import InputFormat, LabelledImages, PictureFolder
+from attention_visualizer.data.images import DatasetDescription
+from attention_visualizer.data.ink import border_patches, inked_patches
+from attention_visualizer.measures.head_roles import BEYOND_CONTROLS, LEAST_INK, NO_ROLE
+from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.report.chapter import Chapter
+
+GRID, PATCHES = (4, 4), 16
+GEOMETRY = Geometry(GRID, 1, (7, 7))
+# No two numbers of layers, heads or widths are equal.
+SIZES: dict[str, Any] = {
+    "img_size": 28,
+    "patch_size": 7,
+    "embed_dim": 20,
+    "num_heads": 4,
+    "num_layers": 3,
+    "mlp_dim": 29,
+}
+
+
+@cache
+def digits() -> tuple[DatasetDescription, Tensor, Tensor]:
+    data = ImageDataModule(name="digits", fallback=None)
+    data.load()
+    images, labels = data.splits["test"]
+    return data.description, images, labels
+
+
+def pictures(labelled: bool = True) -> LabelledImages:
+    description, images, labels = digits()
+    return LabelledImages(description, images, labels if labelled else None)
+
+
+def random_model(seed: int, **changes: Any) -> VisionTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return VisionTransformer(**SIZES | changes).eval()
+
+
+def study_of(model: nn.Module, folder: Path = Path("unused"), controls: int = 2, **options: Any) -> Study:
+    options = {"pictures": pictures(), "effort": Effort(50, controls)} | options
+    return Study(model, output=folder, weights="planted", **options)
+
+
+def roles_of(study: Study, controls: tuple[Study, ...] = ()) -> Roles:
+    """Without figures."""
+    others = [(each.survey, ink_of(each, each.survey.kept, each.survey)) for each in controls]
+    return find_roles(study.survey, ink_of(study, study.survey.kept, study.survey), others)
+
+
+# --- planted attention ---
+
+
+def uniform(inked: Tensor) -> Tensor:
+    return torch.zeros(len(inked), PATCHES + 1, PATCHES + 1)
+
+
+def towards(strength: float, inked: Tensor) -> Tensor:
+    """Every token's scores rise where a patch holds ink."""
+    scores = uniform(inked)
+    scores[:, :, 1:] = strength * inked[:, None].float()
+    return scores
+
+
+def one_patch(patch: int, inked: Tensor) -> Tensor:
+    scores = uniform(inked)
+    scores[:, :, 1 + patch] = 6.0
+    return scores
+
+
+def class_token(inked: Tensor) -> Tensor:
+    scores = uniform(inked)
+    scores[:, :, 0] = 6.0
+    return scores
+
+
+def near(inked: Tensor) -> Tensor:
+    """Patches look at themselves and beside; the class token everywhere."""
+    centers = GEOMETRY.patch_centers()
+    scores = uniform(inked)
+    scores[:, 1:, 1:] = -torch.cdist(centers, centers) / 3  # pixels
+    scores[:, 1:, 0] = -20.0
+    return scores
+
+
+def anywhere(inked: Tensor) -> Tensor:
+    """One patch of each picture, whatever is on it."""
+    scores = uniform(inked)
+    chosen = torch.randint(0, PATCHES, (len(inked),), generator=torch.Generator().manual_seed(len(inked)))
+    scores[torch.arange(len(inked)), :, 1 + chosen] = 6.0
+    return scores
+
+
+class Planted(nn.Module):
+    """Attention with known scores, from the ink of each picture: a function [image, patch] -> [image, query, key] for
+    each head of each layer."""
+
+    def __init__(self, *layers: list[Any], grid: tuple[int, int] = GRID) -> None:
+        super().__init__()
+        self.grid = grid
+        self.layers = nn.ModuleList(PlantedAttention(heads) for heads in layers)
+        self.head = nn.Linear(math.prod(grid) + 1, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        description = digits()[0]
+        pixels = ((images * description.std + description.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        inked = inked_patches(pixels, self.grid)
+        for layer in self.layers:
+            seen = layer(inked)
+        return self.head(seen[:, 0, 0])
+
+
+class PlantedAttention(nn.Module):
+    def __init__(self, heads: list[Any]) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, inked: Tensor) -> Tensor:
+        keys = torch.stack([head(inked) for head in self.heads], dim=1).transpose(-1, -2)
+        # Queries of the identity: the scores are the keys' entries, whatever they are.
+        tokens = torch.eye(keys.shape[-1]).expand_as(keys)
+        return F.scaled_dot_product_attention(tokens, keys, tokens, scale=1.0)
+
+
+# Each head of two layers, in order, and the roles that it must get. The second layer has fewer heads, and only the
+# class token leaves it: where its patches look says nothing.
+HEADS: list[list[tuple[Any, list[str]]]] = [
+    [
+        (uniform, [NO_ROLE]),
+        (partial(towards, 4.0), ["ink"]),
+        (partial(towards, -4.0), ["background"]),
+        (partial(one_patch, 5), ["fixed place"]),
+        (near, ["neighbours"]),
+        (partial(towards, 0.12), [NO_ROLE]),
+    ],
+    [
+        (class_token, ["class token"]),  # whose patches all get the same: no place
+        (anywhere, ["varies with the picture"]),
+        (near, [NO_ROLE]),
+    ],
+]
+EXPECTED = [names for layer in HEADS for _, names in layer]
+
+
+@cache
+def planted() -> Study:
+    model = Planted(*([head for head, _ in layer] for layer in HEADS))
+    return study_of(model, controls=0, given_geometry=GEOMETRY)
+
+
+@cache
+def planted_roles() -> Roles:
+    return roles_of(planted())
+
+
+def test_planted_heads_get_their_names() -> None:
+    assert planted_roles().names == EXPECTED
+
+
+def test_what_is_measured_of_planted_heads_is_their_closed_form() -> None:
+    found, study = planted_roles(), planted()
+    inked = ink_of(study, study.survey.kept, study.survey)
+    assert found.uniform.value == pytest.approx(inked.mean()) and found.uniform.n == 300
+    count = inked.sum(axis=1, keepdims=True)
+    share = np.where(inked, math.exp(4), 1) / (math.exp(4) * count + PATCHES - count)  # of the patches alone
+    assert found.on_ink.value[0, 1] == pytest.approx((share * inked).sum(axis=1).mean(), abs=1e-5)
+    by_place = (share.mean(axis=0) * inked.mean(axis=0)).sum()
+    assert found.follows_ink.value[0, 1] == pytest.approx((share * inked).sum(axis=1).mean() - by_place, abs=1e-5)
+    assert found.on_ink.value[0, 0] == pytest.approx(inked.mean(), abs=1e-6)
+    assert found.class_token.value[1, 0] == pytest.approx(math.exp(6) / (math.exp(6) + PATCHES), abs=1e-5)
+    np.testing.assert_allclose(found.selectivity.place.value[0, [0, 4]], 0, atol=1e-6)
+    one = np.array([math.exp(6), *[1] * (PATCHES - 1)]) / (math.exp(6) + PATCHES - 1)
+    assert found.selectivity.place.value[0, 3] == pytest.approx(math.log(16) + (one * np.log(one)).sum(), abs=1e-5)
+    assert found.selectivity.place.value[1, 0] == pytest.approx(0, abs=1e-6)  # the class token is no place
+    assert (
+        found.entropy.value[0, 0] == pytest.approx(math.log(17)) and found.entropy.low[0, 1] < found.entropy.high[0, 1]
+    )
+    # The most that can vary: a patch of its own on every picture, but for what 300 draws leave uneven.
+    assert 0.95 * found.selectivity.place.value[0, 3] < found.selectivity.content.value[1, 1]
+
+
+def test_a_weak_follower_is_significant_and_has_no_role() -> None:
+    found = planted_roles()
+    weak = found.follows_ink[0, 5]
+    assert found.p_value[0, 5] < 0.01 and 0 < weak.low and weak.high < LEAST_INK and found.names[5] == [NO_ROLE]
+
+
+def test_heads_that_never_look_elsewhere_are_not_significant() -> None:
+    """Uniform, one patch, the class token, neighbours: to the last bit the same on every picture."""
+    found = planted_roles()
+    assert found.p_value[[0, 0, 0, 1, 1], [0, 3, 4, 0, 2]].tolist() == [1.0] * 5
+
+
+def test_heads_that_a_layer_does_not_have_are_in_no_family() -> None:
+    found, study = planted_roles(), planted()
+    absent = np.array([[False] * 6, [False] * 3 + [True] * 3])
+    for values in (found.p_value, found.follows_ink.value, found.effect.value, found.selectivity.place.value):
+        assert (np.isnan(values) == absent).all()
+    assert [label for _, label in chapter.head_labels(study.survey)] == [*(f"1.{head}" for head in range(1, 7)),
+                                                                        "2.1", "2.2", "2.3"]  # fmt: skip
+    # Three heads of nine at the smallest p of 999 permutations: adjusted by 9 / 3.
+    assert found.p_value[0, [1, 2, 5]] == pytest.approx(3 / 1000)
+    # As a control, such a model does not raise the bounds by what is not there.
+    few = study_of(Planted([uniform, uniform], [uniform]), controls=0, given_geometry=GEOMETRY)
+    assert max(reached_by([(few.survey, ink_of(few, few.survey.kept, few.survey))]).values()) == pytest.approx(
+        1 / 17, abs=1e-6
+    )  # what a uniform row gives the class token
+
+
+def test_the_order_of_heads_does_not_matter() -> None:
+    model = Planted(*([head for head, _ in layer[::-1]] for layer in HEADS))
+    found = roles_of(study_of(model, controls=0, given_geometry=GEOMETRY))
+    assert found.names == [*EXPECTED[:6][::-1], *EXPECTED[6:][::-1]]
+
+
+@pytest.mark.parametrize(
+    ("head", "role"),
+    [
+        (partial(towards, 4.0), "ink"),
+        (partial(towards, -4.0), "background"),
+        (class_token, "class token"),
+        (partial(one_patch, 7), "fixed place"),
+        (near, "neighbours"),
+        (anywhere, "varies with the picture"),
+    ],
+)
+def test_no_head_has_a_role_that_random_weights_reach_as_well(head: Any, role: str) -> None:
+    control = study_of(Planted([head], [uniform]), controls=0, given_geometry=GEOMETRY)
+    found = roles_of(planted(), (control,))
+    lost = {"ink", "background"} if role in ("ink", "background") else {role}  # two signs of one quantity
+    expected = [[name for name in names if name not in lost] or [NO_ROLE] for names in EXPECTED]
+    assert found.names == expected
+
+
+def test_bounds_are_the_least_effects_or_twice_what_controls_reach() -> None:
+    nothing = reached_by([])
+    least = {"ink": 0.05, "place": 0.5, "content": 0.5, "class token": 0.5, "distance": 0.5, "border": 0.5}
+    assert role_bounds(nothing) == least
+    reached = {"ink": 0.06, "place": 0.7, "content": 0.1, "class token": 0.3, "distance": 0.3, "border": 0.4}
+    expected = {"ink": 0.12, "place": 1.4, "content": 0.5, "class token": 0.6, "distance": 0.4, "border": 0.8}
+    assert BEYOND_CONTROLS == 2 and role_bounds(reached) == pytest.approx(expected)
+
+
+def test_distances_are_relative_to_uniform_attention() -> None:
+    found = relative_distance(planted().survey)
+    assert found.value[0, 0] == pytest.approx(1, abs=1e-5)  # of a uniform head
+    centers = GEOMETRY.patch_centers()
+    apart = torch.cdist(centers, centers)
+    weights = (-apart / 3).softmax(dim=-1)
+    assert found.value[0, 4] == pytest.approx(((weights * apart).sum(dim=-1).mean() / apart.mean()).item(), abs=1e-5)
+    assert np.isnan(found.value[1]).all() and np.isnan(found.high[1]).all()
+    assert (found.low <= found.value + 1e-9)[0].all() and (found.high >= found.value - 1e-9)[0].all()
+    alone = study_of(Planted([near]), controls=0, given_geometry=GEOMETRY)
+    assert roles_of(alone).names == [[NO_ROLE]]  # the only layer is also the last one
+
+
+# --- random weights ---
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "class token": {},
+    "mean": {"pooling": "mean"},
+    "fixed positions": {"positional_embedding": "sincos"},
+    "one head": {"num_heads": 1, "num_layers": 1},
+}
+
+
+@cache
+def untrained(shape: str, seed: int) -> Study:
+    return study_of(random_model(seed, **SHAPES[shape]), controls=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_weights_have_no_role(shape: str) -> None:
+    # Of one head, three models say too little of what random weights reach.
+    controls = tuple(untrained(shape, 1000 + number) for number in range(10 if shape == "one head" else 3))
+    for seed in range(4):
+        found = roles_of(untrained(shape, seed), controls)
+        assert all(names == [NO_ROLE] for names in found.names)
+        # Not for want of significance: such heads do follow ink, a little.
+        assert shape == "one head" or np.nanmin(found.p_value) < 0.01
+
+
+def test_random_weights_without_controls_would_have_roles() -> None:
+    """So the test above can fail."""
+    names = {name for seed in range(4) for names in roles_of(untrained("class token", seed)).names for name in names}
+    assert names > {NO_ROLE}
+
+
+def test_random_weights_stay_within_their_bounds_whichever_three_are_the_controls() -> None:
+    """16 models, each against all trios of the others: a role in less than 1 of 100 cases."""
+    reached = []
+    for seed in range(16):
+        study = untrained("class token", seed)
+        reached.append(reached_by([(study.survey, ink_of(study, study.survey.kept, study.survey))]))
+    beyond, cases = 0, 0
+    for subject in range(16):
+        for trio in combinations([number for number in range(16) if number != subject], 3):
+            of_controls = {name: max(reached[number][name] for number in trio) for name in reached[0]}
+            bounds = role_bounds(of_controls)
+            bounds["distance"] = 1 - bounds["distance"]
+            beyond += any(reached[subject][name] >= bounds[name] for name in bounds)
+            cases += 1
+    assert cases == 16 * 455 and beyond / cases < 0.01, beyond / cases
+
+
+# --- the chapter ---
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chapter, Path]:
+    folder = tmp_path_factory.mktemp("roles")
+    return chapter.write(study_of(random_model(0), folder)), folder
+
+
+def plain(numbers: dict[str, Any]) -> str:
+    """Raises ValueError for NaN and infinities."""
+    return json.dumps(numbers, allow_nan=False)
+
+
+def test_the_chapter_says_what_there_is(written: tuple[Chapter, Path]) -> None:
+    found, folder = written
+    assert found.numbers["roles"] == [[NO_ROLE]] * 12
+    assert found.finding is not None
+    assert found.finding.text == "No head of 12 has a role that the numbers carry (n = 300)."
+    assert "Heads without a role that the numbers carry: 12 of 12." in found.text
+    assert "nan" not in found.text and "{" not in found.text
+    assert [(folder / figure.name).stat().st_size > 10_000 for figure in found.figures] == [True, True]
+    assert found.finding.figure == found.figures[0].name
+    for table in found.tables:
+        assert len(table.rows) == 12 and all(len(row) == len(table.columns) for row in table.rows)
+        assert "300 test images" in table.caption
+    followed, looked = found.tables
+    assert all("–" not in cell for row in followed.rows for cell in row)
+    assert [row[-1] for row in looked.rows[8:]] == ["–"] * 4  # the last layer's distances
+    # Every number has its interval, but for p and where there is none.
+    told = [cell for row in looked.rows for cell in row[1:]] + [cell for row in followed.rows for cell in row[1:4]]
+    assert all(" to " in cell or cell == "–" for cell in told)
+
+
+def test_the_numbers_are_plain_and_the_same_again(written: tuple[Chapter, Path], tmp_path: Path) -> None:
+    again = chapter.write(study_of(random_model(0), tmp_path))
+    assert plain(again.numbers) == plain(written[0].numbers)
+    assert (again.text, again.tables, again.finding) == (written[0].text, written[0].tables, written[0].finding)
+    numbers = again.numbers
+    assert len(numbers["heads"]) == len(numbers["place"]["value"]) == len(numbers["cluster"]) == 12
+    assert numbers["follows_ink"]["n"] == 300 and np.shape(numbers["divergence"]) == (12, 12)
+
+
+def test_a_chapter_of_planted_heads(tmp_path: Path) -> None:
+    """Layers of six and three heads: every number is there, and the finding names what was planted."""
+    study = planted()
+    found = chapter.write(replace(study, output=tmp_path))
+    assert found.numbers["roles"] == EXPECTED and "NaN" not in plain(found.numbers)
+    assert [len(table.rows) for table in found.tables] == [9, 9]
+    assert found.finding is not None
+    assert found.finding.text.startswith(
+        "6 of 9 heads have a measured role (1 ink, 1 background, 1 fixed place, 1 varies with the picture, "
+        "1 class token, 1 neighbours). Head 1.3 moves most with the ink: -0.313"
+    )
+    # Uniform ones and those that only differ in where patches look are one cluster, and nobody is with the others.
+    cluster = found.numbers["cluster"]
+    assert cluster[0] == cluster[4] == cluster[5] == cluster[8]
+    assert len({cluster[number] for number in (0, 1, 2, 3, 6, 7)}) == 6
+
+
+def test_pairs_and_groups_are_counted_apart() -> None:
+    """Three heads of which one is alike the others, that are not alike each other: two pairs, one group or none."""
+    divergence = np.array([[0, 0.09, 0.12], [0.09, 0, 0.09], [0.12, 0.09, 0]])
+    apart = np.full(7, 0.1)
+    told = chapter.text_of_redundancy(divergence, apart, np.array([1, 1, 1]), None)
+    assert "0.100 (0.100 to 0.100) nats on average over 3 pairs and 7 images" in told
+    assert "2 of the pairs diverge by less than 0.1 nats" in told and "1 group of 3 heads" in told
+    told = chapter.text_of_redundancy(divergence + 0.2, apart, np.array([1, 2, 3]), None)
+    assert "0 of the pairs" in told and "form no group" in told
+    assert chapter.text_of_redundancy(divergence[:1, :1], apart, np.array([1]), None) == ""
+
+
+def test_roles_of_one_head_are_told() -> None:
+    found = planted_roles()
+    there = np.array([[0, 0], [0, 1]])
+    several = replace(found, names=[["ink", "fixed place"], ["ink"]])
+    named = {"ink": 2, "fixed place": 1, NO_ROLE: 0}
+    text = chapter.finding_of(several, named, there, "figure", planted().survey).text
+    assert text.startswith("2 of 2 heads have a measured role (2 ink, 1 fixed place; 1 of them has more than one).")
+
+
+# --- border and interior ---
+
+FINE, MANY = (7, 7), 49
+BORDER = torch.from_numpy(border_patches(FINE))
+
+
+def fine_uniform(inked: Tensor) -> Tensor:
+    return torch.zeros(len(inked), MANY + 1, MANY + 1)
+
+
+def on_border(strength: float, inked: Tensor) -> Tensor:
+    """Empty patches of the border draw attention, or of the interior where strength is negative."""
+    scores = fine_uniform(inked)
+    scores[:, :, 1:] = strength * (BORDER & ~inked)[:, None].float()
+    return scores
+
+
+def off_ink(inked: Tensor) -> Tensor:
+    scores = fine_uniform(inked)
+    scores[:, :, 1:] = -4.0 * inked[:, None].float()
+    return scores
+
+
+def fine_study(*heads: Any, controls: int = 0) -> Study:
+    """On digits of half the size, in the middle."""
+    description, images, labels = digits()
+    small = torch.zeros_like(images)
+    small[..., 7:21, 7:21] = F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
+    model = Planted([*heads], [fine_uniform], grid=FINE)
+    return study_of(
+        model,
+        controls=controls,
+        given_geometry=Geometry(FINE, 1, (4, 4)),
+        pictures=LabelledImages(description, small, labels),
+    )
+
+
+def test_a_head_on_the_border_is_named_where_the_interior_is_often_empty() -> None:
+    study = fine_study(
+        fine_uniform, partial(on_border, 3.0), partial(on_border, -3.0), off_ink, partial(on_border, 0.1)
+    )
+    found = roles_of(study)
+    inked = ink_of(study, study.survey.kept, study.survey)
+    assert found.compares_border and found.emptiness.value == pytest.approx((~inked[:, ~BORDER.numpy()]).mean())
+    assert ["border" in names for names in found.names] == [False, True, False, False, False, False]
+    assert found.border.value[0, [0, 3]] == pytest.approx([0, 0], abs=1e-4)
+    share = math.exp(3) / (math.exp(3) * (BORDER.numpy() & ~inked).sum(axis=1))  # at most, of an empty border patch
+    assert 1 < found.border.value[0, 1] < MANY * share.mean() and found.border.value[0, 2] < -0.9
+    # Random weights that reach as much take the name away.
+    control = fine_study(partial(on_border, 3.0))
+    assert all("border" not in names for names in roles_of(study, (control,)).names)
+
+
+def test_the_border_has_a_column_or_a_sentence(tmp_path: Path) -> None:
+    fine = chapter.write(replace(fine_study(fine_uniform, partial(on_border, 3.0)), output=tmp_path))
+    assert "border" in fine.tables[1].columns[-1] and "300 images that have both" in fine.tables[1].caption
+    assert (
+        "nan" not in fine.text
+        and plain(fine.numbers)
+        and fine.numbers["border"]["value"][0] == pytest.approx(0, abs=1e-4)
+    )
+    coarse = chapter.write(replace(planted(), output=tmp_path))
+    assert "border" not in coarse.tables[1].columns[-1] and coarse.numbers["border"] is None
+    empty = coarse.numbers["interior_emptiness"]["value"]
+    assert empty < 0.5 and f"only {100 * empty:.1f} % (" in coarse.text
+    assert "all patches lie at the border" in chapter.border_text(
+        replace(planted_roles(), emptiness=chapter.Interval(*[np.array(np.nan)] * 3, 300))
+    )
+
+
+def test_the_figure_shows_what_random_weights_reach_not_the_bound() -> None:
+    study, control = planted(), study_of(Planted([partial(towards, 0.12)], [uniform]), 0, given_geometry=GEOMETRY)
+    found = roles_of(study, (control,))
+    assert found.bounds["ink"] == LEAST_INK and found.reached["ink"] == pytest.approx(found.follows_ink.value[0, 5])
+    labels = chapter.head_labels(study.survey)
+    there = np.array([layer_head for layer_head, _ in labels])
+    drawn = chapter.role_figure(found, there, [label for _, label in labels], study.survey, "")
+    left = drawn.axes[0]
+    (band,) = [patch for patch in left.patches if patch.get_label() == "heads with random weights"]
+    assert band.get_extents().transformed(left.transData.inverted()).xmax == pytest.approx(found.reached["ink"])
+    dashed = [line.get_xdata()[0] for line in left.lines if line.get_linestyle() == "--"]
+    assert {-LEAST_INK, LEAST_INK} <= set(dashed)
+
+
+def test_one_head_alone_has_a_chapter(tmp_path: Path) -> None:
+    found = chapter.write(study_of(random_model(0, **SHAPES["one head"]), tmp_path))
+    assert found.numbers["heads"] == ["1.1"] and "nan" not in found.text and plain(found.numbers)
+    assert "Between two heads" not in found.text and [len(table.rows) for table in found.tables] == [1, 1]
+
+
+def test_labels_are_not_needed(tmp_path: Path) -> None:
+    found = chapter.write(study_of(random_model(0), tmp_path, pictures=pictures(labelled=False)))
+    assert found.numbers["roles"] == [[NO_ROLE]] * 12
+
+
+def test_pictures_without_ink_get_one_sentence(tmp_path: Path) -> None:
+    photos = PictureFolder(tmp_path, InputFormat((28, 28), 1, (0.5,), (0.5,)), ())
+    found = chapter.write(study_of(random_model(0), tmp_path, pictures=photos))
+    assert found.text == chapter.NO_INK and not (found.figures or found.tables or found.numbers)
+    assert found.finding is None and list(tmp_path.iterdir()) == []
+
+
+def test_ink_is_read_in_parts_of_bounded_size() -> None:
+    study = study_of(random_model(0), pictures=pictures())
+    inked = ink_of(study, study.survey.kept, study.survey)
+    torch.testing.assert_close(torch.from_numpy(inked), inked_patches(digits()[1], GRID))
+    numbers = np.resize(np.arange(300)[::-1], 1007)
+    assert (ink_of(study, numbers, study.survey) == inked[numbers]).all()

@@ -1,0 +1,487 @@
+"""Comparing runs: which are found and refused, heads that come again by design, random weights, settings."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import yaml
+
+from attention_visualizer.analysis.runs import chapter as runs_chapter
+from attention_visualizer.analysis.runs import seeds, seeds_measure, settings_measure
+from attention_visualizer.analysis.runs.survey import inked_of, look_at_runs, random_weights_of, uniform_distance
+from attention_visualizer.analysis.study import preparation
+from attention_visualizer.analysis.study.compared_runs import find_other_runs
+from attention_visualizer.analysis.study.study import OURS, Effort, Study
+from attention_visualizer.analysis.study.survey import MEASURE_NAMES
+from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.data.datamodule import ImageDataModule, normalise
+from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.files.atomic import write_json
+from attention_visualizer.measures.intervals import bootstrap_p_value, sign_flip_test, smallest_sign_flip_p
+from attention_visualizer.models.untrained import random_weights
+from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.runs.checkpoint import BLOCK, block_for
+from attention_visualizer.runs.folders import RunFolder
+from attention_visualizer.support.errors import UserError
+from tests.helpers.runs import ENVIRONMENT, run_script
+
+LAYERS, HEADS, WIDTH, IMAGES = 3, 4, 20, 150
+CONFIG: dict[str, Any] = {"embed_dim": WIDTH, "num_heads": HEADS, "num_layers": LAYERS, "mlp_dim": 23}
+
+
+@pytest.fixture(scope="session")
+def digits() -> ImageDataModule:
+    data = ImageDataModule(name="digits")
+    data.load()
+    return data
+
+
+def untrained(seed: int, **config: Any) -> VisionTransformer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VisionTransformer(**CONFIG | config).eval()
+
+
+@pytest.fixture(scope="session")
+def trained(digits: ImageDataModule) -> VisionTransformer:
+    """Some seconds of training: about nine of ten digits right."""
+    model = untrained(0).train()
+    images, labels = digits.splits["train"]
+    images = normalise(images, digits.description)
+    generator = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(8):
+        for rows in torch.randperm(len(images), generator=generator).split(64):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()
+            optimiser.step()
+    return model.eval()
+
+
+def heads_moved(
+    model: VisionTransformer, orders: Sequence[Sequence[int]], noise: float, seed: int
+) -> VisionTransformer:
+    """The same function, its heads in another order (new head k is the old orders[layer][k]), and a little noise."""
+    moved = copy.deepcopy(model)
+    size = WIDTH // HEADS
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for block, order in zip(moved.blocks, orders, strict=True):
+            for name, parameter in block.named_parameters():
+                if "qkv" in name:
+                    parts = parameter.view(3, HEADS, size, *parameter.shape[1:])
+                    parameter.copy_(parts[:, list(order)].reshape(parameter.shape))
+                if name.endswith("attn.proj.weight"):
+                    parameter.copy_(parameter.view(WIDTH, HEADS, size)[:, list(order)].reshape(WIDTH, WIDTH))
+        for parameter in moved.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)
+    return moved
+
+
+# --- runs on disk ---
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with runs/."""
+
+    path: Path
+    digits: ImageDataModule
+
+    def add(
+        self,
+        name: str,
+        model: VisionTransformer,
+        seed: int | None = 0,
+        files: Sequence[str] = ("best.ckpt",),
+        accuracy: float = 0.75,
+        settings: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> Path:
+        """A run as training leaves it; returns its first checkpoint."""
+        run = RunFolder(self.path / "runs" / name)
+        run.checkpoints.mkdir(parents=True)
+        described = self.digits.description.to_dict() | (data or {})
+        block = block_for(model.config, described, data_dir=None, split_seed=0, seed=seed or 0)
+        content = {
+            "state_dict": {f"model.{key}": tensor for key, tensor in model.state_dict().items()},
+            "epoch": 2,
+            "global_step": 17,
+            BLOCK: block | {"validation_accuracy": accuracy},
+        }
+        for file in files:
+            torch.save(content, run.checkpoints / file)
+        manifest = {"status": "completed", "metrics": {"validation_accuracy": accuracy}, "data": described}
+        write_json(run.manifest_path, manifest | ({} if seed is None else {"seed": seed}))
+        if settings is not None:
+            run.config_path.write_text(yaml.safe_dump(settings | {"seed": seed, "run_folder": str(run.path)}))
+        return run.checkpoints / files[0]
+
+    def find(self, pattern: str, own: Path) -> list[Any]:
+        weights = preparation.find_weights(str(own), None, str(self.path / "runs"))
+        assert weights.loaded is not None
+        return find_other_runs(str(self.path / pattern), weights.loaded, weights.run)
+
+    def study(self, pattern: str, own: Path, controls: int = 3) -> Study:
+        weights = preparation.find_weights(str(own), None, str(self.path / "runs"))
+        images, labels = self.digits.splits["test"]
+        pictures = LabelledImages(self.digits.description, images[:IMAGES], labels[:IMAGES])
+        output = self.path / "out"
+        output.mkdir(exist_ok=True)
+        study = Study(weights.model, pictures, output, weights.text, effort=Effort(IMAGES, controls))
+        study.others = self.find(pattern, own)
+        return study
+
+
+@pytest.fixture
+def place(tmp_path: Path, digits: ImageDataModule) -> Place:
+    return Place(tmp_path, digits)
+
+
+def refusal(place: Place, pattern: str, own: Path) -> str:
+    with pytest.raises(UserError) as error:
+        place.find(pattern, own)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_sweep_stands_for_its_jobs_in_their_order(place: Place) -> None:
+    for job in (10, 2, 0):
+        place.add(
+            f"sweep/{job}_x", untrained(job, embed_dim=8 * (job + 1)), seed=0, settings={"data": {"batch_size": 64}}
+        )
+    (place.path / "runs/sweep/multirun.yaml").touch()
+    found = place.find("runs/sweep", place.path / "runs/sweep/2_x/checkpoints/best.ckpt")
+    assert [run.knobs for run in found] == [{"model.embed_dim": width} for width in (8, 24, 88)]
+    assert [run.own for run in found] == [False, True, False]
+    assert [run.label for run in found] == ["sweep, job 0", "sweep, job 2", "sweep, job 10"]
+    assert {run.seed for run in found} == {0} and {run.validation_accuracy for run in found} == {0.75}
+
+
+def test_settings_come_from_config_and_checkpoint_and_the_seed_is_no_setting(place: Place) -> None:
+    config = {"data": {"batch_size": 64, "data_dir": "/here"}, "optimizer": {"_target_": "x", "learning_rate": 0.01}}
+    own = place.add("a", untrained(1), 4, settings=config)
+    place.add("b", untrained(2, dropout=0.3), 5, settings=config | {"data": {"batch_size": 32, "data_dir": "/there"}})
+    place.add("c", untrained(3), None)  # without config.yaml
+    found = place.find("runs/*", own)
+    assert [run.knobs for run in found] == [
+        {"model.dropout": 0.0, "data.batch_size": 64},
+        {"model.dropout": 0.3, "data.batch_size": 32},
+        {"model.dropout": 0.0, "data.batch_size": "?"},
+    ]
+    assert [run.seed for run in found] == [4, 5, None]
+    assert found[1].setting == ("dropout=0.3", "batch_size=32")
+
+
+def test_the_analysed_run_is_added_in_front_and_its_kind_of_file_is_taken(place: Place) -> None:
+    own = place.add("own", untrained(1), 0, files=("last.ckpt",))
+    place.add("x1", untrained(2), 1, files=("best.ckpt",))
+    other = place.add("x2", untrained(3), 2, files=("last.ckpt",))
+    place.add("x2_best", untrained(4), 3, files=("best.ckpt",))
+    (place.path / "runs/x3").mkdir()
+    found = place.find("runs/x*", own)
+    assert [run.label for run in found] == ["own", "x1", "x2", "x2_best"] and found[0].own
+    assert found[2].loaded.path == other
+    assert "x1 has no last.ckpt: its best.ckpt is compared" in found[0].remarks
+    assert any("x3 is no run" in remark for remark in found[0].remarks)
+
+
+def test_the_same_weights_and_the_same_seed_count_once(place: Place) -> None:
+    own = place.add("a", untrained(1), 0, settings={}, files=("best.ckpt",))
+    torch.save(torch.load(own, weights_only=True) | {"epoch": 3}, own.with_name("last.ckpt"))  # same weights
+    place.add("b", untrained(1), 0, settings={})
+    place.add("c", untrained(2), 1, settings={})
+    place.add("d", untrained(3), 1, settings={})  # another file of the same seed
+    found = place.find("runs/*", own)
+    assert [run.label for run in found] == ["a", "c"]
+    assert any("b holds the same weights as a" in remark for remark in found[0].remarks)
+    assert any("d has the same settings and seed" in remark for remark in found[0].remarks)
+    found = place.find("runs/*/checkpoints/*.ckpt", own)
+    assert [run.label for run in found] == ["a/best.ckpt", "c/best.ckpt"]
+    assert any("a/last.ckpt holds the same weights as a/best.ckpt" in remark for remark in found[0].remarks)
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(place: Place) -> None:
+    own = place.add("a", untrained(1), 0)
+    assert "matches no run" in refusal(place, "nothing*", own)
+    assert "nothing but the analysed weights" in refusal(place, "runs/a", own)
+    place.add("copy", untrained(1), 1)
+    assert "copy holds the same weights as a" in refusal(place, "runs/[ac]*", own)
+    place.add("other_data", untrained(2), 1, data={"name": "mnist"})
+    text = refusal(place, "runs/other_data", own)
+    assert "other_data" in text and "'mnist'" in text and "same data set" in text
+    place.add("other_size", untrained(2, img_size=35), 1)
+    text = refusal(place, "runs/other_size", own)
+    assert "other_size" in text and "img_size=35" in text
+    broken = place.add("broken", untrained(3), 1)
+    broken.write_bytes(broken.read_bytes()[:-900])
+    assert str(broken) in refusal(place, "runs/*", own)
+    with pytest.raises(UserError, match="runs= is empty"):
+        loaded = preparation.find_weights(str(own), None, "runs").loaded
+        assert loaded is not None
+        find_other_runs("", loaded)
+
+
+# --- the chapter where there is nothing to say ---
+
+
+def test_without_runs_or_labels_the_chapter_is_one_sentence(place: Place) -> None:
+    own = place.add("a", untrained(1), 0)
+    place.add("b", untrained(2), 1)
+    study = place.study("runs/*", own)
+    assert isinstance(study.pictures, LabelledImages)
+    no_labels = replace(study, pictures=replace(study.pictures, labels=None))
+    for lacking, told in ((replace(study, others=()), "runs=<glob>"), (no_labels, "known classes")):
+        chapter = runs_chapter.write(lacking)
+        assert told in chapter.text and not chapter.figures and not chapter.numbers and chapter.finding is None
+
+
+# --- several seeds ---
+
+ORDERS = ([[1, 2, 3, 0], [2, 0, 1, 3], [3, 2, 0, 1]], [[2, 1, 0, 3], [0, 3, 2, 1], [1, 3, 0, 2]])
+
+
+@pytest.fixture
+def planted(place: Place, trained: VisionTransformer) -> Study:
+    """Three "seeds" of which two are the first with its heads moved, and a little noise."""
+    own = place.add("0", trained, 0, settings={})
+    for number, orders in enumerate(ORDERS, 1):
+        place.add(str(number), heads_moved(trained, orders, 0.003, number), number, settings={})
+    return place.study("runs/*", own)
+
+
+def test_moved_heads_are_found_and_called_recurring(planted: Study) -> None:
+    looked = look_at_runs(planted)
+    found = seeds_measure.compare_seeds(
+        [each.survey for each in looked], planted.control_surveys, inked_of(planted, looked[0].survey)
+    )
+    expected = [np.argsort(orders, axis=1) for orders in ORDERS]  # where the first run's head k stands
+    np.testing.assert_array_equal(found.partners[1:], expected)
+    assert found.heads_recur and min(pair.gain for pair in found.pairs) > 0.8
+    for name, values in found.aligned.items():  # numbered alike, the runs' heads have the same values
+        np.testing.assert_allclose(values[1:], np.broadcast_to(values[0], values[1:].shape), rtol=0.1, atol=0.02)
+        assert min(pair.agreement[name] for pair in found.pairs) > 0.8 or name == "distance"
+    entropy = looked[1].survey.summaries["entropy"].mean / np.log(17)
+    np.testing.assert_allclose(found.values["entropy"][1], entropy)
+
+
+def test_the_chapter_on_seeds_says_what_holds_and_that_it_is_descriptive(planted: Study) -> None:
+    chapter = runs_chapter.write(planted)
+    assert "3 seeds" in chapter.title
+    assert "what is said about seeds is descriptive" in chapter.text and "below 0.25" in chapter.text
+    assert "closer than unrelated heads: heads come again." in chapter.text
+    (figure,) = chapter.figures
+    assert OURS.fullmatch(figure.name) and (planted.output / figure.name).stat().st_size > 30_000
+    assert chapter.finding is not None and chapter.finding.figure == figure.name
+    assert [table.columns[0] for table in chapter.tables] == ["run", "quantity", "head"]
+    assert len(chapter.tables[2].rows) == LAYERS * HEADS
+    told = json.loads(json.dumps(chapter.numbers, allow_nan=False))
+    assert told["descriptive"] and told["smallest_p"] == 0.25 and len(told["pairs"]) == 3
+    assert np.array(told["values_by_run_layer_head"]["entropy"]).shape == (3, LAYERS, HEADS)
+    assert told["families"]["layers"]["size"] == 4 * LAYERS - 1  # no distance for the last layer
+    assert runs_chapter.write(planted).numbers == chapter.numbers
+
+
+def test_eight_seeds_are_more_than_descriptive(place: Place, trained: VisionTransformer) -> None:
+    own = place.add("0", trained, 0, settings={})
+    for number in range(1, 8):
+        place.add(str(number), heads_moved(trained, ORDERS[number % 2], 0.01, number), number, settings={})
+    study = place.study("runs/*", own)
+    chapter = runs_chapter.write(study)
+    assert "descriptive" not in chapter.text and "sign-flip" in chapter.text
+    layers = chapter.numbers["families"]["layers"]
+    entropy, adjusted = np.array(layers["mean_difference"]["entropy"]), np.array(layers["adjusted_p"]["entropy"])
+    assert (entropy < -0.05).all() and (adjusted <= 0.05).all() and all(layers["in_every_seed"]["entropy"])
+
+
+@pytest.mark.parametrize("first", [20, 40, 60])
+def test_random_weights_never_give_a_finding(place: Place, first: int) -> None:
+    """Eight runs that have learnt nothing: heads do not recur, no layer and no head stands out."""
+    own = place.add("0", untrained(first), 0, settings={})
+    for number in range(1, 8):
+        place.add(str(number), untrained(first + number), number, settings={})
+    study = place.study("runs/*", own)
+    looked = look_at_runs(study)
+    found = seeds_measure.compare_seeds(
+        [each.survey for each in looked], study.control_surveys, inked_of(study, looked[0].survey)
+    )
+    assert not found.heads_recur
+    for claims in (seeds_measure.layer_claims(found), seeds_measure.head_claims(found)):
+        assert claims.significant(8) == 0
+    assert "not shown" in seeds.said_of_heads(found)
+
+
+def test_models_of_one_head_have_nothing_to_match(place: Place) -> None:
+    own = place.add("0", untrained(1, num_heads=1, num_layers=1), 0, settings={})
+    place.add("1", untrained(2, num_heads=1, num_layers=1), 1, settings={})
+    chapter = runs_chapter.write(place.study("runs/*", own))
+    assert "nothing to match" in chapter.text and chapter.finding is not None
+    assert "come again" not in chapter.finding.text
+    json.dumps(chapter.numbers, allow_nan=False)
+
+
+# --- settings ---
+
+
+def test_what_goes_with_a_knob(place: Place, trained: VisionTransformer) -> None:
+    """The same weights with queries four times as long attend to fewer patches: the entropy falls, and is told."""
+    sharp = copy.deepcopy(trained)
+    with torch.no_grad():
+        for block in sharp.blocks:
+            for name, parameter in block.named_parameters():
+                if "qkv" in name:
+                    parameter[:WIDTH] *= 4
+    config = {"optimizer": {"learning_rate": 0.01}}
+    own = place.add("b", trained, 0, settings=config)
+    place.add("a", sharp, 0, settings={"optimizer": {"learning_rate": 0.1}})
+    study = place.study("runs/*", own)
+    looked = look_at_runs(study)
+    settings = settings_measure.compare_settings(looked, random_weights_of(study, looked))
+    assert [setting.label for setting in settings] == ["learning_rate=0.01", "learning_rate=0.1"]
+    assert all(setting.has_learnt for setting in settings)
+    found = {each.quantity.name: each for each in settings_measure.differences(settings)}
+    assert found["entropy"].stands_out and float(found["entropy"].interval.value) < -0.1
+    # Paired over the pictures: the same numbers from each picture's own difference.
+    rights = [each.right for each in sorted(looked, key=lambda each: not each.run.own)]
+    assert rights[0] is not None and rights[1] is not None
+    gaps = rights[1].astype(float) - rights[0]
+    accuracy = found["accuracy"].interval
+    assert float(accuracy.value) == pytest.approx(gaps.mean()) and accuracy.n == IMAGES
+    half = 1.96 * gaps.std() / np.sqrt(IMAGES)
+    assert float(accuracy.high - accuracy.low) == pytest.approx(2 * half, rel=0.15)
+    mean = looked[1].survey.summaries["entropy"].mean.mean() / np.log(17)
+    assert settings[0].values["entropy"].mean == pytest.approx(mean, rel=1e-5)
+    distance = looked[1].survey.summaries["distance"].mean[:-1].mean() / 14.06  # without the last layer
+    assert settings[0].values["distance"].mean == pytest.approx(distance, rel=1e-3)
+    chapter = runs_chapter.write(study)
+    assert "learning_rate" in chapter.title and "One run is one sample" in chapter.text
+    assert "learning_rate=0.1: attention entropy -" in chapter.text
+    assert OURS.fullmatch(chapter.figures[0].name) and (study.output / chapter.figures[0].name).is_file()
+    json.dumps(chapter.numbers, allow_nan=False)
+
+
+@pytest.mark.parametrize("first", [20, 40, 60])
+def test_settings_of_random_weights_never_stand_out(place: Place, first: int) -> None:
+    """Not even where models are of different sizes, whose attention differs without any training."""
+    own = place.add("0", untrained(first), 0, settings={})
+    place.add("1", untrained(first + 1, patch_size=14), 0, settings={})
+    place.add("2", untrained(first + 2, num_heads=1, pooling="mean"), 0, settings={})
+    study = place.study("runs/*", own, controls=2)
+    looked = look_at_runs(study)
+    found = settings_measure.differences(settings_measure.compare_settings(looked, random_weights_of(study, looked)))
+    assert len(found) == 8 and not any(each.stands_out for each in found)
+    told = runs_chapter.write(study)
+    assert "No difference passes all of this." in told.text and "no better than random weights" in told.text
+    json.dumps(told.numbers, allow_nan=False)
+
+
+def test_a_setting_with_several_runs_must_be_apart_in_all(place: Place, trained: VisionTransformer) -> None:
+    """Two runs a setting: where one run of either lies among the other's, nothing stands out."""
+
+    def made(seed: int, factor: float) -> VisionTransformer:
+        model = heads_moved(trained, ORDERS[0], 0.001, seed)
+        with torch.no_grad():
+            for block in model.blocks:
+                for name, parameter in block.named_parameters():
+                    if "qkv" in name:
+                        parameter[:WIDTH] *= factor
+        return model
+
+    slow, fast = ({"optimizer": {"learning_rate": rate}} for rate in (0.01, 0.1))
+    own = place.add("a0", made(1, 1.0), 0, settings=slow)
+    place.add("a1", made(2, 4.0), 1, settings=slow)
+    place.add("b0", made(3, 2.5), 0, settings=fast)
+    place.add("b1", made(4, 6.0), 1, settings=fast)
+    study = place.study("runs/*", own)
+    looked = look_at_runs(study)
+    settings = settings_measure.compare_settings(looked, random_weights_of(study, looked))
+    entropy = next(each for each in settings_measure.differences(settings) if each.quantity.name == "entropy")
+    assert abs(float(entropy.interval.value)) > 0.05 and entropy.adjusted <= 0.05
+    assert not entropy.apart and not entropy.stands_out
+    assert "mean of its runs, 2 or more" in runs_chapter.write(study).text
+
+
+def test_pairing_uses_the_same_pictures_in_each_replicate(place: Place) -> None:
+    own = place.add("0", untrained(1), 0)
+    place.add("1", untrained(2), 1)
+    looked = look_at_runs(place.study("runs/*", own))
+    first, second = (each.survey.means.counts for each in looked)
+    np.testing.assert_array_equal(first, second)
+    copies = settings_measure.over_layers(looked[0].survey, "entropy")
+    assert copies[1].std() > 0 and np.isfinite(copies[1]).all() and "entropy" in MEASURE_NAMES
+
+
+def test_uniform_distances_are_those_of_the_documentation() -> None:
+    for grid, patch, expected in (((4, 4), 7, 14.06), ((2, 2), 14, 11.95), ((7, 7), 4, 14.44)):
+        assert uniform_distance(Geometry(grid, 1, (patch, patch))) == pytest.approx(expected, abs=0.006)
+
+
+# --- tests over seeds ---
+
+
+def test_the_sign_flip_test_is_scipys() -> None:
+    values = np.random.default_rng(0).normal(0.4, 1, (9, 4))
+    for column in range(4):
+        expected = scipy.stats.permutation_test(
+            (values[:, column],), lambda x: x.mean(), permutation_type="samples", n_resamples=np.inf
+        ).pvalue
+        assert sign_flip_test(values)[column] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("units", [3, 5, 8, 10, 20])
+def test_the_smallest_p_is_reached_by_units_on_one_side(units: int) -> None:
+    one_side = np.arange(1.0, units + 1)[:, None]
+    assert sign_flip_test(one_side)[0] == pytest.approx(smallest_sign_flip_p(units), rel=0.7 if units > 14 else 1e-9)
+    assert smallest_sign_flip_p(5) == 0.0625 and smallest_sign_flip_p(10) * 24 < 0.05
+    assert np.isnan(sign_flip_test(np.array([[np.nan], [1.0]])))[0]
+
+
+def test_error_rates_of_the_tests() -> None:
+    generator = np.random.default_rng(1)
+    p_values = sign_flip_test(generator.standard_t(3, (8, 2000)))
+    assert 0.035 < (p_values <= 0.05).mean() < 0.06
+    replicates = generator.normal(0, 1, (1000, 300)) + generator.normal(0, 1, 300)  # a true difference of 0
+    found = np.array([bootstrap_p_value(column) for column in replicates.T])
+    assert 0.02 < (found <= 0.05).mean() < 0.09
+    assert np.isnan(bootstrap_p_value(np.array([np.nan, 1.0])))
+
+
+def test_controls_are_the_architecture_and_not_the_weights(trained: VisionTransformer) -> None:
+    control = random_weights(trained, 1000)
+    assert isinstance(control, VisionTransformer) and control.config == trained.config
+
+
+# --- the command ---
+
+
+def test_the_command_compares_and_refuses(place: Place, trained: VisionTransformer) -> None:
+    place.add("2025-01-01_00-00-00-000001", trained, 0)
+    place.add("2025-01-01_00-00-00-000002", heads_moved(trained, ORDERS[0], 0.01, 1), 1)
+
+    def analyze(*arguments: str) -> Any:
+        environment = {name: value for name, value in ENVIRONMENT.items() if name != "MNIST_DIR"}
+        return run_script("analyze.py", *arguments, folder=place.path, environment=environment)
+
+    done = analyze("runs=runs/2025-01-01_00-00-00-00000?", "chapters=[runs]", "num_samples=1", "output_dir=out")
+    assert done.exit_code == 0, done.err
+    report = (place.path / "out/attention_analysis_report.md").read_text()
+    assert "2 seeds of one model" in report and "attention_across_seeds.png" in report
+    assert "runs=runs/2025" in report  # the command that makes it again
+    for arguments, told in (
+        (("runs=nowhere/*",), "matches no run"),
+        (("runs=runs/*", "ckpt=random"), "leave out ckpt=random or runs="),
+        (("runs=3",), "runs=3: give a text"),
+    ):
+        refused = analyze(*arguments, "output_dir=other")
+        assert refused.exit_code == 2 and told in refused.err and len(refused.err.strip().splitlines()) == 1
+        assert not (place.path / "other").exists()

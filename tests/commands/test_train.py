@@ -1,0 +1,558 @@
+"""train.py from end to end: what a run leaves behind, how it resumes, how a sweep ends."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning import Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+from torch import Tensor
+
+from attention_visualizer.data.datamodule import ImageDataModule
+from attention_visualizer.runs.checkpoint import load_checkpoint
+from attention_visualizer.runs.history import AttentionHistory
+from attention_visualizer.support.training_progress import batches_done
+from attention_visualizer.training.classifier import Classifier
+from tests.helpers.runs import (
+    BARE,
+    BATCHES,
+    BRIEF,
+    EPOCHS,
+    TINY,
+    Outcome,
+    TrainedRun,
+    assert_same_training,
+    compose_train,
+    leaves,
+    only_run,
+    read_checkpoint,
+    run_folders,
+    run_train,
+    train_function,
+    trained_run,
+)
+
+STEPS = EPOCHS * BATCHES
+
+
+@pytest.fixture
+def run() -> TrainedRun:
+    return trained_run()
+
+
+# --- a run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_what_the_design_promises(run: TrainedRun) -> None:
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}", run.path.name)
+    files = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
+    expected = {"checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "run.json", "attention_history.npz"}
+    expected |= {".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "csv/metrics.csv"}
+    assert expected <= files
+    assert any(name.startswith("tensorboard/events.out.tfevents") for name in files)
+    assert not any("=" in name or "partial" in name for name in files)
+    assert {path.name for path in run.path.parent.parent.iterdir()} == {"runs"}  # nothing beside it
+
+
+def test_the_manifest_says_how_it_went(run: TrainedRun) -> None:
+    manifest = run.manifest
+    assert manifest["status"] == "completed"
+    assert manifest["data"]["name"] == "digits"
+    assert manifest["data"]["sizes"] == {"train": 1297, "validation": 200, "test": 300}
+    assert manifest["versions"]["torch"] == version("torch")
+    assert {"python", "lightning", "attention-visualizer"} <= set(manifest["versions"])
+    assert "commit" in manifest and "created" in manifest and manifest["seed"] == 0
+    assert manifest["metrics"]["epochs"] == EPOCHS and manifest["metrics"]["seconds"] > 0
+
+
+def test_the_manifest_names_the_checkpoints_relative_to_itself(run: TrainedRun) -> None:
+    named = run.manifest["checkpoints"]
+    assert {"best", "last"} <= set(named)
+    for path in named.values():
+        assert not Path(path).is_absolute()
+        assert (run.path / path).is_file()
+    assert str(run.path.parent) not in (run.path / "run.json").read_text()
+
+
+def test_what_is_printed_at_the_end_can_be_pasted(run: TrainedRun) -> None:
+    out = run.outcome.out
+    where = f"runs/{run.path.name}"
+    assert f"tensorboard --logdir {where} --samples_per_plugin images=200\n" in out
+    assert f"python analyze.py run={where} ckpt=best\n" in out
+    assert f"Run folder:   {where}\n" in out
+    metrics = run.manifest["metrics"]
+    assert f"{metrics['validation_accuracy']:.2%}" in out and f"{metrics['test_accuracy']:.2%}" in out
+    assert "Traceback" not in run.outcome.err
+
+
+def test_the_saved_config_is_resolved(run: TrainedRun) -> None:
+    text = (run.path / "config.yaml").read_text()
+    assert "${" not in text
+    config = yaml.safe_load(text)
+    assert config["model"]["embed_dim"] == 24 and config["data"]["name"] == "digits"
+    assert config["data"]["batch_size"] == 103 and config["trainer"]["max_epochs"] == EPOCHS
+    overrides = yaml.safe_load((run.path / ".hydra" / "overrides.yaml").read_text())
+    assert set(TINY) <= set(overrides)
+    assert "hydra" in yaml.safe_load((run.path / ".hydra" / "hydra.yaml").read_text())
+
+
+def test_defaults_that_depend_on_the_data_are_recorded(tmp_path: Path) -> None:
+    small = ("data=digits", "model.embed_dim=8", "model.num_layers=1", *BARE, "test=false")
+    outcome = run_train(*small, "trainer.limit_train_batches=1", "trainer.max_steps=2", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    config = yaml.safe_load((only_run(tmp_path) / "config.yaml").read_text())
+    assert (config["data"]["batch_size"], config["trainer"]["max_epochs"]) == (32, 60)
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_checkpoints_hold_only_tensors_and_plain_values(run: TrainedRun, name: str) -> None:
+    content = read_checkpoint(run.path / "checkpoints" / f"{name}.ckpt")  # with weights_only=True
+    kinds = {type(value) for _, value in leaves(content)}
+    assert kinds <= {Tensor, int, float, str, bool, type(None)}
+    assert content["attention_visualizer"]["data"]["name"] == "digits"
+    assert content["attention_visualizer"]["model"]["embed_dim"] == 24
+
+
+def test_best_is_the_best_epoch_and_last_the_last(run: TrainedRun) -> None:
+    rows = list(csv.DictReader((run.path / "csv" / "metrics.csv").open()))
+    by_step = {
+        int(row["step"]) + 1: float(row["validation/accuracy"]) for row in rows if row["validation/accuracy"]
+    }  # Lightning counts the step in progress
+    assert list(by_step) == [BATCHES, 2 * BATCHES, 3 * BATCHES]
+    best, last = (load_checkpoint(run.path / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    assert best.validation_accuracy == max(by_step.values()) == run.manifest["metrics"]["validation_accuracy"]
+    assert best.step == max(by_step, key=lambda step: by_step[step])
+    assert last.step == STEPS and last.validation_accuracy == by_step[STEPS]
+
+
+def test_last_is_saved_when_the_validation_accuracy_does_not_rise(tmp_path: Path) -> None:
+    still = ("optimizer.learning_rate=1e-30", "optimizer.weight_decay=0", "trainer.max_epochs=3", "test=false")
+    assert run_train(*BRIEF, *BARE, *still, folder=tmp_path).exit_code == 0
+    checkpoints = only_run(tmp_path) / "checkpoints"
+    assert read_checkpoint(checkpoints / "best.ckpt")["global_step"] == 2
+    assert read_checkpoint(checkpoints / "last.ckpt")["global_step"] == 6
+
+
+def test_test_metrics_are_those_of_the_best_checkpoint(run: TrainedRun) -> None:
+    data = ImageDataModule(name="digits", batch_size=103)
+    data.load()
+    images, labels = data.splits["test"]
+    pixels = (images.float() / 255 - data.description.mean) / data.description.std
+    with torch.no_grad():
+        predicted = load_checkpoint(run.path / "checkpoints" / "best.ckpt").build_model()(pixels).argmax(dim=1)
+    confusion = np.zeros((10, 10), int)
+    np.add.at(confusion, (labels.numpy(), predicted.numpy()), 1)
+    metrics = run.manifest["metrics"]
+    assert metrics["test_confusion"] == confusion.tolist()  # 300 in all, so tested once
+    assert metrics["test_accuracy"] == pytest.approx(float((predicted == labels).float().mean()))
+    by_class = [float((predicted[labels == label] == label).float().mean()) for label in range(10)]
+    assert metrics["test_accuracy_by_class"] == pytest.approx(by_class, abs=1e-4)
+
+
+def test_the_same_command_gives_the_same_weights_and_tests_once(
+    run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested = []
+    test = Trainer.test
+
+    def spying(self: Trainer, *positional: Any, **named: Any) -> Any:
+        tested.append(Path(str(named["ckpt_path"])).name)
+        return test(self, *positional, **named)
+
+    monkeypatch.setattr(Trainer, "test", spying)
+    outcome = run_train(*TINY, f"trainer.max_epochs={EPOCHS}", *BARE, folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    assert tested == ["best.ckpt"]
+    other = only_run(tmp_path)
+    # That one logged attention, with dropout of attention weights and augmentation; this one did not.
+    for name in ("best.ckpt", "last.ckpt"):
+        assert_same_training(run.path / "checkpoints" / name, other / "checkpoints" / name)
+    assert not (other / "tensorboard").exists() and not (other / "attention_history.npz").exists()
+
+
+def test_a_run_that_stops_before_its_first_validation_ends_in_order(tmp_path: Path) -> None:
+    outcome = run_train(*BRIEF[:-1], *BARE, "trainer.max_time='00:00:00:00'", folder=tmp_path)
+    assert "Traceback" not in outcome.err, outcome.err[-600:]
+    assert TrainedRun(only_run(tmp_path), outcome).manifest["status"] != "running"
+
+
+def test_train_returns_a_python_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    score = train_function(compose_train(*BRIEF, *BARE, "test=false"))
+    assert type(score) is float and 0.0 <= score <= 1.0
+    assert "test_accuracy" not in TrainedRun(only_run(tmp_path), Outcome(0, "", "")).manifest["metrics"]
+
+
+def test_a_run_whose_training_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("broken in batch")
+
+    monkeypatch.setattr(Classifier, "on_train_batch_end", fail, raising=False)
+    assert run_train(*BRIEF, *BARE, folder=tmp_path).exit_code != 0
+    manifest = TrainedRun(only_run(tmp_path), Outcome(1, "", "")).manifest
+    assert manifest["status"] == "failed" and manifest["error"] == "RuntimeError: broken in batch"
+
+
+# --- resuming --------------------------------------------------------------------------------------------------
+
+
+def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when so many batches are done."""
+
+    def maybe_interrupt(self: Classifier, *_: Any) -> None:
+        if batches_done(self.trainer) == batches:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classifier, "on_train_batch_end", maybe_interrupt, raising=False)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    path: Path
+    interrupted: Outcome
+    manifest_then: dict[str, Any]
+    outcome: Outcome
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resumed]:
+    """The command of `trained_run`, interrupted within its third epoch and resumed."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    # TensorBoard reads event files in the order of their names: the second they began in, the process, and its count
+    # of files, as text. A run's own process counts from 0; the tests' would put its 100th before its 99th.
+    pytest.MonkeyPatch().setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_after(2 * BATCHES + 5, monkeypatch)
+        loggers = "logger=[tensorboard,csv]"
+        interrupted = run_train(*TINY, f"trainer.max_epochs={EPOCHS}", loggers, folder=folder)
+    path = only_run(folder)
+    manifest = TrainedRun(path, interrupted).manifest
+    outcome = run_train(f"ckpt_path={path}/checkpoints/last.ckpt", folder=folder)
+    assert outcome.exit_code == 0, outcome.err
+    assert run_folders(folder) == [path]
+    yield Resumed(path, interrupted, manifest, outcome)
+
+
+def test_an_interrupted_run_says_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(3, monkeypatch)
+    outcome = run_train(*BRIEF, *BARE, "trainer.max_epochs=5", folder=tmp_path)
+    path = only_run(tmp_path)
+    assert outcome.exit_code != 0 and "Traceback" not in outcome.err
+    assert TrainedRun(path, outcome).manifest["status"] == "interrupted"
+    (command,) = re.findall(r"Resume: +(python train.py .+)", outcome.out)
+    key, _, value = shlex.split(command)[-1].partition("=")
+    assert key == "ckpt_path" and (tmp_path / value).resolve() == (path / "checkpoints" / "last.ckpt").resolve()
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(resumed: Resumed) -> None:
+    assert resumed.interrupted.exit_code != 0 and resumed.manifest_then["status"] == "interrupted"
+    for name in ("best.ckpt", "last.ckpt"):
+        assert_same_training(trained_run().path / "checkpoints" / name, resumed.path / "checkpoints" / name)
+
+
+def test_precision_and_optimiser_are_kept_and_halves_of_batches_go_on_as_they_would_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropout = ("model.dropout=0.1", "model.attention_dropout=0")
+    command = (*TINY, *BARE, *dropout, "trainer=bf16", "trainer.accelerator=cpu", "optimizer=muon", "test=false")
+    brief = ("trainer.max_epochs=2", "trainer.limit_train_batches=4")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    folders = {name: tmp_path / name for name in ("whole", "interrupted")}
+    for folder in folders.values():
+        folder.mkdir()
+    try:
+        assert run_train(*command, *brief, folder=folders["whole"]).exit_code == 0
+        with monkeypatch.context() as patch:
+            interrupt_after(6, patch)
+            assert run_train(*command, *brief, folder=folders["interrupted"]).exit_code != 0
+        path = only_run(folders["interrupted"])
+        outcome = run_train(f"ckpt_path={last(path)}", folder=folders["interrupted"])
+        assert outcome.exit_code == 0, outcome.err
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_training(last(only_run(folders["whole"])), last(path))
+    assert read_checkpoint(last(path))["attention_visualizer"]["precision"] == "bf16-mixed"
+    refused = run_train("optimizer.muon=false", f"ckpt_path={last(path)}", folder=tmp_path)
+    assert refused.exit_code == 2 and "cannot resume a run that began with True" in refused.err
+
+
+def test_a_resumed_run_reports_like_any_other(resumed: Resumed) -> None:
+    ours, theirs = TrainedRun(resumed.path, resumed.outcome).manifest, trained_run().manifest
+    assert ours["status"] == "completed" and "error" not in ours
+    assert ours["created"] == resumed.manifest_then["created"]
+    for name, value in theirs["metrics"].items():
+        assert name == "seconds" or ours["metrics"][name] == value, name
+    assert f"tensorboard --logdir runs/{resumed.path.name} " in resumed.outcome.out
+
+
+def test_the_history_of_a_resumed_run_has_each_step_once(resumed: Resumed) -> None:
+    ours, theirs = (
+        AttentionHistory.load(path / "attention_history.npz") for path in (resumed.path, trained_run().path)
+    )
+    for part in ("frames", "validations"):
+        names = getattr(theirs, part)[0]
+        assert ours.column(part, "step").tolist() == theirs.column(part, "step").tolist()
+        for name in names:
+            np.testing.assert_allclose(ours.column(part, name), theirs.column(part, name), rtol=1e-6, err_msg=name)
+
+
+def test_the_charts_of_a_resumed_run_have_each_step_once(resumed: Resumed) -> None:
+    ours, theirs = (
+        EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+        for path in (resumed.path, trained_run().path)
+    )
+    for kind, read in (("scalars", EventAccumulator.Scalars), ("images", EventAccumulator.Images)):
+        assert set(ours.Tags()[kind]) == set(theirs.Tags()[kind])
+        for tag in theirs.Tags()[kind]:
+            assert [event.step for event in read(ours, tag)] == [event.step for event in read(theirs, tag)], tag
+
+
+def test_a_resumed_run_keeps_the_first_hydra_folder_and_its_own_config(resumed: Resumed) -> None:
+    overrides = yaml.safe_load((resumed.path / ".hydra" / "overrides.yaml").read_text())
+    assert set(TINY) <= set(overrides)
+    ours, theirs = (yaml.safe_load((path / "config.yaml").read_text()) for path in (resumed.path, trained_run().path))
+    for group in ("model", "data", "optimizer", "trainer", "callbacks", "seed"):
+        assert ours[group] == theirs[group]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of two epochs, which tests copy before they resume it."""
+    folder = tmp_path_factory.mktemp("finished")
+    outcome = run_train(*BRIEF, "trainer.max_epochs=2", "logger=[tensorboard,csv]", "test=false", folder=folder)
+    assert outcome.exit_code == 0, outcome.err
+    return only_run(folder)
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "runs" / finished.name))
+
+
+def last(run_folder: Path) -> Path:
+    return run_folder / "checkpoints" / "last.ckpt"
+
+
+def epochs_in_csv(run_folder: Path) -> list[int]:
+    rows = csv.DictReader((run_folder / "csv" / "metrics.csv").open())
+    return [int(row["epoch"]) for row in rows if row["validation/accuracy"]]
+
+
+def test_overrides_go_on_top_of_the_runs_own_config(copied: Path, tmp_path: Path) -> None:
+    outcome = run_train(f"ckpt_path={last(copied)}", "trainer.max_epochs=3", "test=true", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    assert read_checkpoint(last(copied))["global_step"] == 6
+    manifest = TrainedRun(copied, outcome).manifest
+    assert manifest["metrics"]["epochs"] == 3 and "test_accuracy" in manifest["metrics"]
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 3 and config["trainer"]["limit_train_batches"] == 2
+
+
+def test_a_run_from_before_a_field_was_there_goes_on_without_it(copied: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    assert config["data"].pop("elastic") > 0 and config["data"].pop("fade") > 0
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    outcome = run_train(f"ckpt_path={last(copied)}", "trainer.max_epochs=3", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    resumed = yaml.safe_load((copied / "config.yaml").read_text())
+    assert resumed["data"]["elastic"] == resumed["data"]["fade"] == 0
+
+
+def test_resuming_keeps_the_csv_of_the_epochs_before(copied: Path, tmp_path: Path) -> None:
+    assert epochs_in_csv(copied) == [0, 1]
+    outcome = run_train(f"ckpt_path={last(copied)}", "trainer.max_epochs=3", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    assert epochs_in_csv(copied) == [0, 1, 2]
+
+
+def test_a_run_that_was_moved_resumes_where_it_is_now(copied: Path, tmp_path: Path) -> None:
+    moved, elsewhere = tmp_path / "moved", tmp_path / "elsewhere"
+    copied.rename(moved)
+    elsewhere.mkdir()
+    outcome = run_train(f"ckpt_path={last(moved)}", "trainer.max_epochs=3", folder=elsewhere)
+    assert outcome.exit_code == 0, outcome.err
+    assert list(elsewhere.iterdir()) == [] and list((tmp_path / "runs").iterdir()) == []
+    assert read_checkpoint(last(moved))["global_step"] == 6
+
+
+def test_resuming_a_finished_run_leaves_it_finished(tmp_path: Path) -> None:
+    assert run_train(*BRIEF, *BARE, "test=false", folder=tmp_path).exit_code == 0
+    path = only_run(tmp_path)
+    weights = read_checkpoint(last(path))["state_dict"]
+    outcome = run_train(f"ckpt_path={last(path)}", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    assert TrainedRun(path, outcome).manifest["status"] == "completed"
+    assert all(torch.equal(weights[name], value) for name, value in read_checkpoint(last(path))["state_dict"].items())
+
+
+def test_a_run_that_was_moved_remembers_its_best(copied: Path, tmp_path: Path) -> None:
+    before = TrainedRun(copied, Outcome(0, "", "")).manifest["metrics"]["validation_accuracy"]
+    best = (copied / "checkpoints" / "best.ckpt").read_bytes()
+    outcome = run_train(f"ckpt_path={last(copied)}", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    assert TrainedRun(copied, outcome).manifest["metrics"]["validation_accuracy"] == before
+    assert (copied / "checkpoints" / "best.ckpt").read_bytes() == best
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model.mlp_dim=31"], "model.mlp_dim=31"),
+        (["model.pooling=mean"], "model.pooling=mean"),
+        (["data.split_seed=5"], "data"),
+        (["data.batch_size=107"], "batch_size"),
+        (["seed=1"], "seed"),
+        (["experiment=debug"], "experiment"),
+        (["-m", "test=true,false"], "ckpt_path"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_resumed_is_refused_and_the_run_stays_as_it_was(
+    copied: Path, tmp_path: Path, overrides: list[str], named: str
+) -> None:
+    before = contents(copied)
+    outcome = run_train(*overrides, f"ckpt_path={last(copied)}", folder=tmp_path)
+    assert outcome.exit_code != 0
+    if "-m" not in overrides:  # a sweep's jobs report on the terminal one by one
+        assert outcome.err.startswith("error: ") and len(outcome.err.splitlines()) == 1, outcome.err
+    assert named in outcome.err + outcome.out and "Traceback" not in outcome.err + outcome.out
+    assert contents(copied) == before
+
+
+def test_a_checkpoint_outside_a_run_is_not_resumed(copied: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.ckpt"
+    shutil.copy(last(copied), alone)
+    outcome = run_train(f"ckpt_path={alone}", folder=tmp_path)
+    assert outcome.exit_code == 2 and "not inside a run folder" in outcome.err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "folder"])
+def test_a_checkpoint_that_cannot_be_read_is_refused(copied: Path, tmp_path: Path, damage: str) -> None:
+    content = last(copied).read_bytes()
+    last(copied).unlink()
+    if damage == "truncated":
+        last(copied).write_bytes(content[: len(content) // 2])
+    elif damage == "folder":
+        last(copied).mkdir()
+    outcome = run_train(f"ckpt_path={last(copied)}", folder=tmp_path)
+    assert outcome.exit_code == 2
+    assert outcome.err.startswith("error: ") and len(outcome.err.splitlines()) == 1
+    assert run_folders(tmp_path) == [copied]
+
+
+def test_a_config_file_does_not_decide_which_code_runs(copied: Path, tmp_path: Path) -> None:
+    path = copied / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["callbacks"]["harmful"] = {"_target_": "pathlib.Path.touch", "self": str(tmp_path / "harm")}
+    path.write_text(yaml.safe_dump(config))
+    outcome = run_train(f"ckpt_path={last(copied)}", folder=tmp_path)
+    assert outcome.exit_code == 2 and "pathlib.Path.touch" in outcome.err
+    assert not (tmp_path / "harm").exists()
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    path: Path
+    outcome: Outcome
+
+
+SWEPT = ("data=digits", "data.batch_size=103", "model.num_layers=1", "model.mlp_dim=29", "trainer.max_epochs=1")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    folder = tmp_path_factory.mktemp("sweep")
+    outcome = run_train("-m", "model.embed_dim=16,30,32", *SWEPT, *BARE, folder=folder)
+    return Sweep(only_run(folder), outcome)
+
+
+def test_a_sweep_goes_on_past_a_job_that_fails_and_fails_in_the_end(sweep: Sweep) -> None:
+    assert sweep.outcome.exit_code != 0
+    rows = list(csv.DictReader((sweep.path / "sweep.csv").open()))
+    assert [row["status"] for row in rows] == ["completed", "failed", "completed"]
+    assert [bool(row["validation_accuracy"]) for row in rows] == [True, False, True]
+    assert [bool(row["seconds"]) for row in rows] == [True, False, True]
+    sizes = [int(row["parameters"]) for row in rows if row["parameters"]]
+    assert len(sizes) == 2 and sizes[0] < sizes[1]
+    text = sweep.outcome.out + sweep.outcome.err
+    assert "model.embed_dim=30 is not divisible by num_heads=4" in text and "Traceback" not in text
+    failed = TrainedRun(sweep.path / rows[1]["run"], sweep.outcome).manifest
+    assert failed["status"] == "failed" and "num_heads" in failed["error"]
+
+
+def test_a_sweep_ends_with_a_table(sweep: Sweep) -> None:
+    table = sweep.outcome.out[sweep.outcome.out.index("Sweep runs/") :]
+    for word in ("validation accuracy", "parameters", "seconds", "completed", "failed"):
+        assert word in table
+    assert f"python analyze.py run=runs/{sweep.path.name}" in table
+
+
+def test_a_sweeps_jobs_have_tidy_folders_of_their_own(sweep: Sweep) -> None:
+    jobs = run_names(sweep.path)
+    assert [name.split("_")[0] for name in jobs] == ["0", "1", "2"]
+    for name, width in zip(jobs, (16, 30, 32), strict=True):
+        assert re.fullmatch(r"[\w.\-]+", name) and f"embed_dim-{width}" in name
+    for name in (jobs[0], jobs[2]):
+        assert (sweep.path / name / "checkpoints" / "best.ckpt").is_file()
+        assert (sweep.path / name / ".hydra" / "config.yaml").is_file()
+
+
+def run_names(sweep_folder: Path) -> list[str]:
+    return sorted(path.name for path in sweep_folder.iterdir() if path.is_dir())
+
+
+def test_a_folders_name_tells_the_swept_value_after_many_overrides(tmp_path: Path) -> None:
+    outcome = run_train("-m", "trainer.max_epochs=1,2", *BRIEF[:-2], *BRIEF[-1:], *BARE, folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    first, second = run_names(only_run(tmp_path))
+    assert "max_epochs-1" in first and "max_epochs-2" in second
+
+
+def test_a_sweeps_jobs_leave_the_test_set_alone(sweep: Sweep, tmp_path: Path) -> None:
+    for name in (run_names(sweep.path)[0], run_names(sweep.path)[2]):
+        metrics = TrainedRun(sweep.path / name, sweep.outcome).manifest["metrics"]
+        assert "validation_accuracy" in metrics and "test_accuracy" not in metrics
+    outcome = run_train("-m", "seed=3", "test=true", *SWEPT, "model.embed_dim=8", *BARE, folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    path = only_run(tmp_path)
+    assert "test_accuracy" in TrainedRun(path / run_names(path)[0], outcome).manifest["metrics"]
+
+
+def test_a_job_trains_as_a_run_of_its_own_does(sweep: Sweep, tmp_path: Path) -> None:
+    outcome = run_train("model.embed_dim=32", *SWEPT, *BARE, "test=false", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    job = sweep.path / run_names(sweep.path)[2]
+    assert_same_training(last(job), last(only_run(tmp_path)))
+
+
+def test_a_resumed_run_may_change_its_recipe(copied: Path, tmp_path: Path) -> None:
+    """The optimiser's saved state does not bring the earlier learning rate back."""
+    changed = ("optimizer.learning_rate=0.5", "optimizer.weight_decay=0.25", "trainer.max_epochs=4")
+    outcome = run_train(f"ckpt_path={last(copied)}", *changed, folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    state = read_checkpoint(last(copied))
+    groups = state["optimizer_states"][0]["param_groups"]
+    assert state["lr_schedulers"][0]["base_lrs"] == [0.5, 0.5]
+    assert [group["initial_lr"] for group in groups] == [0.5, 0.5]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]

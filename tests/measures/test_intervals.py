@@ -1,0 +1,380 @@
+"""Intervals cover, tests reject at their level and find what is planted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from attention_visualizer.measures import intervals
+from attention_visualizer.measures.intervals import (
+    BootstrapMeans,
+    bootstrap_mean,
+    permutation_p_value,
+    permuted_products,
+)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(0)
+    samples = generator.exponential(2.0, (60, 400))  # 400 quantities of 60 images each, skewed
+    interval = bootstrap_mean(samples, replicates=400)
+    covered = ((interval.low <= 2.0) & (interval.high >= 2.0)).mean()
+    assert 0.90 <= covered <= 0.97
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    values = np.random.default_rng(1).gamma(3.0, 1.0, 300)
+    ours = bootstrap_mean(values, replicates=5000)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=5000, random_state=np.random.default_rng(2)
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert float(ours.low) == pytest.approx(theirs.low, abs=0.06 * width)
+    assert float(ours.high) == pytest.approx(theirs.high, abs=0.06 * width)
+    assert float(ours.value) == pytest.approx(values.mean()) and ours.n == 300
+
+
+def test_the_cut_into_batches_changes_nothing() -> None:
+    values = np.random.default_rng(3).standard_normal((37, 2, 3))
+    groups = np.random.default_rng(4).integers(-1, 2, 37)
+    whole, parts = BootstrapMeans(2), BootstrapMeans(2)
+    whole.update(values, groups)
+    for rows in (slice(0, 5), slice(5, 20), slice(20, 37)):
+        parts.update(values[rows], groups[rows])
+    for group in range(2):
+        for end in ("value", "low", "high"):
+            np.testing.assert_allclose(getattr(parts.of_group(group), end), getattr(whole.of_group(group), end))
+        np.testing.assert_allclose(whole.of_group(group).value, values[groups == group].mean(axis=0))
+        assert whole.of_group(group).n == (groups == group).sum()
+
+
+def test_group_differences_cover_their_truth() -> None:
+    """200 experiments of two groups of 40 and 55 images, far apart in spread; the third group is nobody's."""
+    generator = np.random.default_rng(6)
+    members = np.repeat([0, 1, -1], [40, 55, 20])
+    values = generator.standard_normal((115, 200)) * np.repeat([1.0, 4.0, 9.0], [40, 55, 20])[:, None]
+    values[members == 1] += 3.0
+    means = BootstrapMeans(2, 600)
+    means.update(values, members)
+    difference = means.difference(1, 0)
+    assert difference.n == 95
+    assert 0.9 <= ((difference.low <= 3) & (difference.high >= 3)).mean() <= 0.985
+
+
+def test_differences_and_functions_of_means() -> None:
+    generator = np.random.default_rng(5)
+    values, groups = generator.standard_normal((4000, 2)) + [1.0, 0.0], np.arange(4000) % 2
+    values[groups == 1] += [0.5, 0.0]
+    means = BootstrapMeans(2)
+    means.update(values, groups)
+    difference = means.difference(1, 0)
+    assert difference.low[0] > 0.4 and difference.high[0] < 0.6 and difference.low[1] < 0 < difference.high[1]
+    error = np.sqrt(1 / 2000 + 1 / 2000)
+    np.testing.assert_allclose(difference.high - difference.low, 2 * 1.96 * error, rtol=0.12)
+    contrast = means.of(lambda means: means[..., 0] - means[..., 1], group=0)
+    assert float(contrast.value) == pytest.approx(float(np.diff(means.of_group(0).value[::-1])[0]))
+    assert float(contrast.high - contrast.low) == pytest.approx(2 * 1.96 * np.sqrt(2 / 2000), rel=0.12)
+
+
+def test_columns_without_a_value_stay_without_one() -> None:
+    values = np.ones((6, 2))
+    values[:, 1] = np.nan
+    found = bootstrap_mean(values)
+    assert found.value[0] == found.low[0] == found.high[0] == 1.0 and np.isnan([found.value[1], found.low[1]]).all()
+    empty = BootstrapMeans(2)
+    empty.update(values[:, :1], np.zeros(6, np.int64))
+    assert np.isnan(empty.of_group(1).value).all() and np.isnan(empty.difference(0, 1).low).all()
+
+
+def test_intervals_as_text() -> None:
+    interval = intervals.Interval(np.array(0.12345), np.array(0.1), np.array(0.2), 7)
+    assert interval.text() == "0.123 (0.100 to 0.200)" and interval.text(1, percent=True) == "12.3 % (10.0 to 20.0)"
+    assert intervals.Interval(np.array(np.nan), np.array(np.nan), np.array(np.nan), 0).text() == "–"
+
+
+def test_permutation_p_values() -> None:
+    null = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])[:, None]
+    assert permutation_p_value(np.array([9.0]), null).tolist() == [1 / 6]
+    assert permutation_p_value(np.array([-2.0]), null).tolist() == [3 / 6]  # the ties count, on both sides
+    assert permutation_p_value(np.array([0.0]), null).tolist() == [1.0]
+    assert np.isnan(permutation_p_value(np.array([np.nan]), null)).all()
+
+
+@pytest.mark.parametrize("permutations", [19, 99, 999])
+def test_p_values_are_uniform_where_nothing_is_planted(permutations: int) -> None:
+    """At any number of permutations: with few of them, a null mean without the observed value rejects 6.4 % at 5 %."""
+    generator = np.random.default_rng(permutations)
+    cases = 20_000 if permutations < 999 else 4000
+    observed, null = generator.exponential(1.0, cases), generator.exponential(1.0, (permutations, cases))
+    p_values = permutation_p_value(observed, null)
+    assert set(np.round(p_values * (permutations + 1), 6) % 1) == {0.0}  # (b + 1) / (B + 1)
+    for level in (0.05, 0.2, 0.5):
+        error = np.sqrt(level * (1 - level) / cases)
+        assert (p_values <= level).mean() == pytest.approx(level, abs=4 * error)
+
+
+def test_ties_reject_no_more_often() -> None:
+    generator = np.random.default_rng(7)
+    observed, null = generator.binomial(3, 0.5, 20_000) * 1.0, generator.binomial(3, 0.5, (99, 20_000)) * 1.0
+    p_values = permutation_p_value(observed, null)
+    assert len(np.unique(null)) == 4
+    for level in (0.05, 0.1, 0.15, 0.25, 0.3):
+        assert (p_values <= level).mean() <= level + 4 * np.sqrt(level * (1 - level) / 20_000)
+
+
+def blobs(generator: np.random.Generator, n: int, patches: int = 9) -> np.ndarray:
+    """Content whose neighbouring places go together, and whose places differ in how often they hold something."""
+    smooth = generator.standard_normal((n, patches))
+    smooth = smooth + np.roll(smooth, 1, axis=1)
+    return (smooth > np.linspace(-2, 2, patches)).astype(np.float32)
+
+
+def test_the_null_of_products_keeps_what_each_place_has() -> None:
+    generator = np.random.default_rng(0)
+    attention, content = generator.random((80, 3, 9)).astype(np.float32), blobs(generator, 80)
+    observed, null = permuted_products(attention, content, 500)
+    np.testing.assert_allclose(observed, (attention * content[:, None]).sum(axis=-1).mean(axis=0), rtol=1e-5)
+    by_place = (attention.mean(axis=0) * content.mean(axis=0)).sum(axis=-1)
+    np.testing.assert_allclose(null.mean(axis=0), by_place, rtol=0.01)
+
+
+def test_a_head_without_a_choice_is_never_significant() -> None:
+    """The same row on every image, or the same content: nothing to permute, and no rounding that looks like a find."""
+    generator = np.random.default_rng(8)
+    for trial in range(20):
+        content = generator.random((300, 49)) < 0.3
+        attention = np.tile(generator.dirichlet(np.ones(49), 3).astype(np.float32), (300, 1, 1))
+        attention[:, 0] = 1 / 49
+        observed, null = permuted_products(attention, content, 99, seed=trial)
+        assert permutation_p_value(observed, null).tolist() == [1.0] * 3
+        np.testing.assert_allclose(observed, (attention[0] * content.mean(axis=0)).sum(axis=-1), rtol=1e-6)
+    moving = generator.dirichlet(np.ones(49), (300, 3)).astype(np.float32)
+    assert permutation_p_value(*permuted_products(moving, np.tile(content[0], (300, 1)), 99)).tolist() == [1.0] * 3
+
+
+def test_permutations_that_give_back_the_data_count() -> None:
+    """Of three images there are six orders: p lies near a multiple of one in six, and never below."""
+    generator = np.random.default_rng(9)
+    for trial in range(50):
+        attention, content = generator.dirichlet(np.ones(7), (3, 2)).astype(np.float32), generator.random((3, 7))
+        p_values = permutation_p_value(*permuted_products(attention, content, 599, seed=trial))
+        assert (p_values > 1 / 6 - 4 * np.sqrt(5 / 36 / 600)).all()
+
+
+def test_a_head_that_is_not_there_has_no_p_value() -> None:
+    attention = np.full((30, 2, 9), np.nan, np.float32)
+    attention[:, 1] = np.random.default_rng(0).dirichlet(np.ones(9), 30)
+    p_values = permutation_p_value(*permuted_products(attention, blobs(np.random.default_rng(1), 30), 19))
+    assert np.isnan(p_values[0]) and p_values[1] > 0
+
+
+def test_attention_to_places_alone_is_rejected_at_the_level() -> None:
+    """A planted null: heads that prefer the places which usually hold something, whatever this image holds."""
+    generator = np.random.default_rng(1)
+    rejected = []
+    for trial in range(60):
+        content = blobs(generator, 50)
+        attention = generator.dirichlet(np.linspace(3, 0.5, 9), (50, 5)).astype(np.float32)
+        p_values = permutation_p_value(*permuted_products(attention, content, 199, seed=trial))
+        rejected.append(p_values < 0.05)
+    assert 0.02 <= np.mean(rejected) <= 0.085  # 300 tests of 5 %: three standard errors either way
+
+
+def test_attention_to_content_is_found() -> None:
+    generator = np.random.default_rng(2)
+    content = blobs(generator, 120)
+    attention = generator.dirichlet(np.ones(9), (120, 2)).astype(np.float32)
+    attention[:, 1] += 0.1 * content
+    p_values = permutation_p_value(*permuted_products(attention, content, 199))
+    assert p_values[1] == 1 / 200 and p_values[0] > 0.05
+
+
+def test_blocks_of_permutations_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(10)
+    attention, content = generator.random((20, 3, 9)).astype(np.float32), blobs(generator, 20)
+    expected = permuted_products(attention, content, 70, seed=4)
+    monkeypatch.setattr(intervals, "BLOCK", 11)
+    found = permuted_products(attention, content, 70, seed=4)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    shuffled = permuted_products(attention, content, 70, seed=5)[1]
+    assert np.abs(shuffled - expected[1]).max() > 1e-3
+
+
+def test_the_largest_difference_holds_its_level_over_all_places() -> None:
+    generator = np.random.default_rng(3)
+    wrong = []
+    for trial in range(150):
+        groups = generator.standard_normal((2, 25, 3, 7)) * np.linspace(0.1, 5, 7)
+        _, p_values = intervals.largest_difference_test(groups[0], groups[1], 99, seed=trial)
+        wrong.append((p_values < 0.05).any())
+    assert 0.01 <= np.mean(wrong) <= 0.11
+
+
+def test_a_difference_is_found_in_its_place_only() -> None:
+    generator = np.random.default_rng(4)
+    first, second = generator.standard_normal((2, 60, 4, 5))
+    first[:, 2, 3] += 1.5
+    difference, p_values = intervals.largest_difference_test(first, second, 199)
+    assert difference[2, 3] == pytest.approx(1.5, abs=0.6) and p_values[2, 3] == 1 / 200
+    p_values[2, 3] = 1
+    assert (p_values > 0.05).all()
+    constant = np.ones((10, 2))
+    assert intervals.largest_difference_test(constant, constant, 19)[1].tolist() == [1.0, 1.0]
+
+
+def test_the_largest_difference_of_one_place_is_scipys_permutation_test() -> None:
+    generator = np.random.default_rng(11)
+    first, second = generator.standard_normal((17, 1)), generator.standard_normal((23, 1))
+    difference, p_values = intervals.largest_difference_test(first, second, 4999)
+    theirs = scipy.stats.permutation_test(
+        (first[:, 0], second[:, 0]),
+        lambda one, other: abs(one.mean() - other.mean()),
+        alternative="greater",
+        n_resamples=4999,
+        rng=np.random.default_rng(0),
+    )
+    assert abs(difference[0]) == pytest.approx(theirs.statistic)
+    assert 0.01 < theirs.pvalue < 0.5 and p_values[0] == pytest.approx(theirs.pvalue, abs=0.03)
+
+
+def test_false_discoveries_are_no_more_than_the_level() -> None:
+    """150 places without and 50 with an effect: of what is found, at most 5 % are false, and most effects are found."""
+    generator = np.random.default_rng(12)
+    false, found = [], []
+    for _ in range(300):
+        scores = generator.standard_normal(200)
+        scores[:50] += 4
+        significant = intervals.false_discovery_control(2 * scipy.stats.norm.sf(np.abs(scores))) < 0.05
+        false.append(significant[50:].sum() / max(significant.sum(), 1))
+        found.append(significant[:50].mean())
+    assert 0.02 < np.mean(false) <= 0.05 and np.mean(found) > 0.85
+
+
+def test_false_discovery_control_is_scipys_and_leaves_gaps() -> None:
+    p_values = np.array([[0.001, 0.02, np.nan], [0.04, 0.8, 0.03]])
+    adjusted = intervals.false_discovery_control(p_values)
+    there = ~np.isnan(p_values)
+    np.testing.assert_allclose(adjusted[there], scipy.stats.false_discovery_control(p_values[there]))
+    assert np.isnan(adjusted[0, 2]) and np.isnan(intervals.false_discovery_control(np.array([np.nan]))).all()
+
+
+def test_standardised_means() -> None:
+    values = np.array([[1.0, 2.0, 0.0], [3.0, 2.0, 0.0], [5.0, 2.0, 0.0]])
+    assert intervals.standardised_mean(values).tolist() == [1.5, np.inf, 0.0]
+    assert np.isnan(intervals.standardised_mean(np.full((3, 1), np.nan))).all()
+    paired = np.random.default_rng(0).standard_normal((19, 2)) + 1
+    t_values = scipy.stats.ttest_1samp(paired, 0).statistic
+    np.testing.assert_allclose(intervals.standardised_mean(paired), t_values / np.sqrt(19))
+
+
+def test_seeds_decide_what_is_drawn() -> None:
+    values = np.random.default_rng(13).standard_normal((30, 2))
+    first, again, other = bootstrap_mean(values, 3), bootstrap_mean(values, 3), bootstrap_mean(values, 4)
+    assert (first.low == again.low).all() and (first.low != other.low).all() and (first.value == other.value).all()
+
+
+@pytest.mark.parametrize("count", [1, 7, 50, 99, 100, 1000])
+def test_a_stratified_choice_has_each_class_in_its_share(count: int) -> None:
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    labels = labels[np.random.default_rng(0).permutation(100)]
+    chosen = intervals.stratified(labels, count)
+    taken = min(count, 100)
+    assert len(np.unique(chosen)) == len(chosen) == taken and (np.diff(chosen) > 0).all()
+    shares = np.bincount(labels[chosen], minlength=3)
+    assert np.abs(shares - taken * np.array([0.5, 0.3, 0.2])).max() <= 1
+    assert (chosen == intervals.stratified(labels, count)).all()
+
+
+def paired(both: int, gained: int, lost: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    before, after = (
+        np.repeat([1, 0, 1, 0], [both, gained, lost, neither]),
+        np.repeat([1, 1, 0, 0], [both, gained, lost, neither]),
+    )
+    return before.astype(bool), after.astype(bool)
+
+
+def test_shares_have_wilsons_interval() -> None:
+    for count, total in ((0, 7), (3, 7), (7, 7), (499, 500)):
+        found = intervals.share_interval(count, total)
+        expected = scipy.stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
+        assert (float(found.low), float(found.high)) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    many = intervals.share_interval(np.array([[0, 3, 7]]), 7)
+    assert many.low.shape == (1, 3) and many.low[0, 1] == intervals.share_interval(3, 7).low
+
+
+@pytest.mark.parametrize(
+    ("table", "value", "low", "high"),
+    [
+        # By hand from Newcombe's formula, phi = 0: Wilson's intervals of 1 and 1 of 500, added in squares.
+        ((500, 0, 0, 0), 0.0, -0.00762, 0.00762),
+        # Published: Newcombe (1998), Table II; the two studies of Fagerland et al. (2017), chapter 8.
+        ((20, 12, 2, 16), 0.2, 0.0562, 0.3292),
+        ((1, 1, 7, 12), -6 / 21, -0.507, -0.026),
+    ],
+)
+def test_changes_of_shares_have_newcombes_interval(
+    table: tuple[int, int, int, int], value: float, low: float, high: float
+) -> None:
+    before, after = paired(*table)
+    found = intervals.share_change(before, after)
+    assert found.n == sum(table) and float(found.value) == pytest.approx(value)
+    assert (float(found.low), float(found.high)) == pytest.approx((low, high), abs=5e-4)
+    # Turned round, the ends change places; columns are each for themselves.
+    back = intervals.share_change(after, np.stack([before, after], axis=1))
+    assert (-back.high[0], -back.low[0]) == pytest.approx((float(found.low), float(found.high)))
+    assert back.value[1] == 0 and back.low[1] < 0 < back.high[1]
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.02, 0.05, 0.03), (0.985, 0.0, 0.01, 0.005), (0.5, 0.2, 0.1, 0.2)])
+def test_changes_of_shares_cover_their_truth(shares: tuple[float, ...]) -> None:
+    generator, covered = np.random.default_rng(11), 0
+    for counts in generator.multinomial(200, shares, 400):
+        found = intervals.share_change(*paired(*counts))
+        covered += found.low <= shares[1] - shares[2] <= found.high
+    assert covered / 400 >= 0.93
+    if min(shares) > 0.05:
+        assert covered / 400 <= 0.98
+
+
+def test_rank_correlations_are_scipys() -> None:
+    generator = np.random.default_rng(12)
+    first = generator.standard_normal(24).round(1)  # with ties
+    second = first + generator.standard_normal(24)
+    found, p_value = intervals.rank_correlation(first, second)
+    expected = scipy.stats.spearmanr(first, second)
+    assert float(found.value) == pytest.approx(expected.statistic) and found.n == 24
+    assert abs(p_value - expected.pvalue) < 0.01
+    assert intervals.rank_correlation(np.arange(10.0), np.arange(10.0) ** 3)[0].value == pytest.approx(1)
+    assert np.isnan(intervals.rank_correlation(np.ones(5), np.arange(5.0))[1])
+    assert np.isnan(intervals.rank_correlation(np.arange(3.0), np.arange(3.0))[0].value)
+
+
+def test_intervals_of_rank_correlations_cover_and_their_p_is_uniform() -> None:
+    """Of a normal pair, whose rank correlation is known: 6 / pi arcsin(r / 2)."""
+    generator, truth = np.random.default_rng(15), 6 / np.pi * np.arcsin(0.3)
+    covered, rejected = 0, 0
+    for _ in range(300):
+        first, noise = generator.standard_normal((2, 24))
+        interval, _ = intervals.rank_correlation(first, 0.6 * first + 0.8 * noise, permutations=9)
+        covered += interval.low <= truth <= interval.high
+        rejected += intervals.rank_correlation(first, noise, permutations=99)[1] <= 0.1
+    assert 0.89 <= covered / 300 <= 0.985 and 0.03 <= rejected / 300 <= 0.17
+
+
+def test_intervals_of_effect_sizes_cover() -> None:
+    generator = np.random.default_rng(14)
+    symmetric, skewed = generator.standard_normal((120, 300)) + 0.5, generator.exponential(1, (250, 300))
+    for values, truth in ((symmetric, 0.5), (skewed, 1.0)):
+        found = intervals.standardised_mean_interval(values)
+        np.testing.assert_allclose(found.value, intervals.standardised_mean(values))
+        assert 0.9 <= ((found.low <= truth) & (found.high >= truth)).mean() <= 0.98
+    still = intervals.standardised_mean_interval(np.stack([np.zeros(9), np.ones(9), np.full(9, np.nan)], axis=1))
+    assert still.low[0] == still.high[0] == 0 and still.low[1] == np.inf and np.isnan(still.low[2])
+
+
+def test_intervals_in_other_units() -> None:
+    found = intervals.Interval(np.array(0.02), np.array(-0.01), np.array(0.05), 9).times(-100)
+    assert found.text(0) == "-2 (-5 to 1)" and found.n == 9
+    assert intervals.Interval(np.array(-1e-9), np.array(-0.1), np.array(0.0), 9).text(1) == "0.0 (-0.1 to 0.0)"

@@ -1,0 +1,625 @@
+"""A broken, unsafe or foreign file is refused in one line; a good one gives back exactly what was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
+from torch import Tensor
+
+from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.runs.checkpoint import (
+    DEFAULT_CONFIG,
+    AtomicCheckpointIO,
+    LoadedCheckpoint,
+    block_for,
+    load_checkpoint,
+    refuse_other_settings,
+)
+from attention_visualizer.runs.checkpoint_choice import choose_checkpoint
+from attention_visualizer.runs.folders import RunFolder
+from attention_visualizer.support.errors import UserError
+
+SIZES: dict[str, Any] = {
+    "img_size": 21,
+    "patch_size": 7,
+    "in_channels": 2,
+    "num_classes": 5,
+    "embed_dim": 44,
+    "num_heads": 4,
+    "num_layers": 3,
+    "mlp_dim": 13,
+}
+DATA = {"name": "mnist", "image_size": 21, "channels": 2, "class_names": list("01234"), "mean": 0.13, "std": 0.31}
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionTransformer:
+    torch.manual_seed(7)
+    return VisionTransformer(**SIZES).eval()
+
+
+def content_of(model: VisionTransformer, accuracy: float | None = 0.875, data: dict[str, Any] | None = None) -> Any:
+    block = block_for(model.config, data or DATA, data_dir="data", split_seed=3, seed=11)
+    return {
+        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+        "epoch": 2,
+        "global_step": 17,
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(17.0)}}, "param_groups": [{"lr": 0.1}]}],
+        "attention_visualizer": block | {"validation_accuracy": accuracy},
+    }
+
+
+@pytest.fixture
+def saved(model: VisionTransformer, tmp_path: Path) -> Path:
+    path = tmp_path / "best.ckpt"
+    torch.save(content_of(model), path)
+    return path
+
+
+def changed(model: VisionTransformer, path: Path, change: Callable[[Any], Any]) -> Path:
+    content = content_of(model)
+    torch.save(change(content) or content, path)
+    return path
+
+
+def same(loaded: LoadedCheckpoint, model: VisionTransformer) -> bool:
+    expected = model.state_dict()
+    return loaded.state_dict.keys() == expected.keys() and all(
+        torch.equal(loaded.state_dict[name], tensor) for name, tensor in expected.items()
+    )
+
+
+def refusal(path: str | Path) -> str:
+    """The message with which the file is refused: one line that names the file."""
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(str(path)) and len(message) < len(str(path)) + 250
+    return message
+
+
+# What is read
+
+
+def test_own_checkpoint_comes_back_whole(model: VisionTransformer, saved: Path) -> None:
+    loaded = load_checkpoint(str(saved))
+    assert same(loaded, model) and loaded.model_config == model.config
+    assert (loaded.epoch, loaded.step, loaded.split_seed, loaded.data_dir) == (2, 17, 3, "data")
+    assert loaded.data == DATA and loaded.validation_accuracy == 0.875
+    assert len(loaded.sha256) == 16
+
+    before = torch.get_rng_state()
+    rebuilt = loaded.build_model()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not rebuilt.training
+    images = torch.randn(2, 2, 21, 21)
+    assert torch.equal(rebuilt(images), model(images))
+
+
+@pytest.mark.parametrize("positional_embedding", ["learned", "sincos", "none"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_every_kind_of_model_comes_back(tmp_path: Path, positional_embedding: Any, pooling: Any) -> None:
+    model = VisionTransformer(**SIZES, positional_embedding=positional_embedding, pooling=pooling).eval()
+    torch.save(content_of(model), tmp_path / "a.ckpt")
+    loaded = load_checkpoint(tmp_path / "a.ckpt")
+    assert same(loaded, model)
+    images = torch.randn(1, 2, 21, 21)
+    assert torch.equal(loaded.build_model()(images), model(images))
+
+
+@pytest.mark.parametrize("written", ["a.ckpt", "a.pth", "bare.pth"])
+def test_a_model_with_a_convolutional_stem_comes_back(tmp_path: Path, written: str) -> None:
+    sizes = {**SIZES, "img_size": 12, "patch_size": 4, "stem": "convolutions"}
+    model = VisionTransformer(**sizes).eval()
+    contents = {
+        "a.ckpt": content_of(model),
+        "a.pth": {"model_state_dict": model.state_dict(), "config": model.config},
+        "bare.pth": model.state_dict(),
+    }
+    torch.save(contents[written], tmp_path / written)
+    if written == "bare.pth":
+        # Without a configuration the defaults are taken.
+        with pytest.raises(UserError, match=r"weights of model\.\w+="):
+            load_checkpoint(tmp_path / written)
+        return
+    images = torch.randn(1, 2, 12, 12)
+    assert torch.equal(load_checkpoint(tmp_path / written).build_model()(images), model(images))
+
+
+def test_a_stem_without_convolutions_is_refused(tmp_path: Path) -> None:
+    weights = VisionTransformer(**{**SIZES, "img_size": 12, "patch_size": 4, "stem": "convolutions"}).state_dict()
+    weights["patch_embed.convolutions.0.weight"] = torch.zeros(3)
+    torch.save(weights, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=r"patch_embed\.convolutions\.0\.weight is no convolution's"):
+        load_checkpoint(tmp_path / "bare.pth")
+
+
+def test_a_checkpoint_from_before_there_were_stems_has_patches(model: VisionTransformer, tmp_path: Path) -> None:
+    content = content_of(model)
+    del content["attention_visualizer"]["model"]["stem"]
+    torch.save(content, tmp_path / "old.ckpt")
+    assert load_checkpoint(tmp_path / "old.ckpt").model_config["stem"] == "patches"
+
+
+def test_hash_tells_files_apart(model: VisionTransformer, saved: Path, tmp_path: Path) -> None:
+    other = changed(model, tmp_path / "other.ckpt", lambda content: content | {"epoch": 5})
+    assert load_checkpoint(saved).sha256 == load_checkpoint(saved).sha256 != load_checkpoint(other).sha256
+
+
+def test_older_pth_ignores_training_fields_and_fills_in_defaults(model: VisionTransformer, tmp_path: Path) -> None:
+    config = SIZES | {"learning_rate": 1e-3, "epochs": 20}
+    del config["num_heads"]  # the default is 4
+    state_dict = {f"module._orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"model_state_dict": state_dict, "config": config, "loss": 0.3}, tmp_path / "best_model.pth")
+    loaded = load_checkpoint(tmp_path / "best_model.pth")
+    assert same(loaded, model) and loaded.model_config == DEFAULT_CONFIG | SIZES
+    assert loaded.data is None and loaded.epoch is None
+
+
+def test_bare_state_dict_is_taken_for_the_default_architecture(model: VisionTransformer, tmp_path: Path) -> None:
+    default = VisionTransformer()
+    torch.save(default.state_dict(), tmp_path / "model.pth")
+    loaded = load_checkpoint(tmp_path / "model.pth")
+    assert same(loaded, default) and loaded.model_config == default.config
+    torch.save(model.state_dict(), tmp_path / "other.pth")
+    assert "has weights of model.in_channels=2, but its configuration says 1" in refusal(tmp_path / "other.pth")
+
+
+def test_safetensors(model: VisionTransformer, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    weights = {f"model.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(weights, path, metadata={"config": json.dumps(SIZES)})
+    assert same(load_checkpoint(path), model)
+    save_file(weights, path, metadata={"config": "{broken"})
+    assert "is truncated, corrupt or no safetensors file" in refusal(path)
+    save_file(weights, path, metadata={"config": "3"})
+    assert "has a config that is a int" in refusal(path)
+    save_file(weights, path)
+    assert "its configuration says" in refusal(path)
+    whole = path.read_bytes()
+    for length in (9, 101, 1009, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert "is truncated, corrupt or no safetensors file" in refusal(path)
+
+
+def test_half_precision_becomes_float32(model: VisionTransformer, tmp_path: Path) -> None:
+    halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    torch.save({"model_state_dict": halves, "config": SIZES}, tmp_path / "half.pth")
+    loaded = load_checkpoint(tmp_path / "half.pth")
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.state_dict.values())
+    assert torch.equal(loaded.state_dict["head.weight"], halves["head.weight"].float())
+
+
+# What is refused: no checkpoint
+
+
+def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "missing.ckpt")
+    assert "is a folder" in refusal(tmp_path)
+    assert "is an address" in refusal("https://example.org/best.ckpt")
+    assert "cannot be read" in refusal("a" * 5000)
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    assert "is not a regular file" in refusal(tmp_path / "pipe.ckpt")
+    (tmp_path / "empty.ckpt").touch()
+    assert "is empty" in refusal(tmp_path / "empty.ckpt")
+
+
+def test_files_of_other_kinds(tmp_path: Path) -> None:
+    (tmp_path / "notes.ckpt").write_text("these are no weights")
+    (tmp_path / "short.ckpt").write_text("PK")
+    torch.save({"a": torch.ones(2)}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    for name in ("notes.ckpt", "short.ckpt", "legacy.pth"):
+        assert "is not a checkpoint: expected a checkpoint written by torch.save" in refusal(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "archive.ckpt", "w") as archive:
+        archive.writestr("letter.txt", "hello")
+    assert "is a zip archive but not a checkpoint" in refusal(tmp_path / "archive.ckpt")
+    with pytest.warns(FutureWarning):
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), tmp_path / "script.pt")
+    assert "is compressed" in refusal(tmp_path / "script.pt")
+
+
+# What is refused: broken
+
+
+def test_every_flipped_bit_is_caught_or_harmless(model: VisionTransformer, tmp_path: Path) -> None:
+    """41 places all over the file, and the first bytes, the directory and its end, bit by bit where it hurt once."""
+    path = tmp_path / "flipped.ckpt"
+    torch.save(content_of(model), path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        weights_at = archive.getinfo("flipped/data/0").header_offset
+        directory = archive.start_dir
+    chance = random.Random(5)
+    spots = [(chance.randrange(len(whole)), chance.randrange(8)) for _ in range(41)]
+    spots += [(chance.randrange(directory, len(whole)), chance.randrange(8)) for _ in range(31)]
+    spots += [(weights_at + place, chance.randrange(8)) for place in range(4, 30)]
+    first_entry = directory + 38  # external attributes of the first member; bit 4 flags a folder
+    second_entry = whole.index(b"PK\x01\x02", directory + 1) + 38
+    spots += [(first_entry, 4), (second_entry, 4), (len(whole) - 6, 0), (0, 1)]
+    refused = 0
+    for place, bit in spots:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bit
+        path.write_bytes(flipped)
+        try:
+            assert same(load_checkpoint(path), model), (place, bit)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused >= 41  # flips in padding, dates and attributes do no harm
+
+
+def test_a_member_flagged_as_a_folder_is_refused(saved: Path) -> None:
+    """torch.load gives memory as it happens to be for such a member, and says nothing."""
+    whole = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive:
+        entry = whole.rindex(b"best/data/3", archive.start_dir) - 46
+    whole[entry + 38] ^= 0x10
+    saved.write_bytes(whole)
+    assert "flagged as a folder" in refusal(saved)
+
+
+def test_flipped_weight_names_the_member(saved: Path) -> None:
+    whole = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive:
+        middle = archive.getinfo("best/data/3").header_offset + 130
+    whole[middle] ^= 1
+    saved.write_bytes(whole)
+    assert "is corrupt (the checksum of 'best/data/" in refusal(saved)
+
+
+def test_every_cut_is_caught(saved: Path) -> None:
+    whole = saved.read_bytes()
+    for length in (1, 4, 29, 101, 1009, len(whole) // 2, len(whole) - 23, len(whole) - 1):
+        saved.write_bytes(whole[:length])
+        expected = "is truncated or corrupt" if length >= 4 else "is not a checkpoint"
+        assert expected in refusal(saved)
+
+
+# What is refused: unsafe
+
+
+class Exploit:
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.touched}",)
+
+
+def test_a_malicious_pickle_runs_no_code(model: VisionTransformer, tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    path = changed(model, tmp_path / "evil.ckpt", lambda content: content | {"hyper_parameters": Exploit(touched)})
+    assert "holds Python objects (posix.system)" in refusal(path)
+    with pytest.raises(UserError, match="holds Python objects"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert not touched.exists()
+    torch.load(path, weights_only=False)  # the file is what it claims to be
+    assert touched.exists()
+
+
+def test_a_whole_model_is_refused(model: VisionTransformer, tmp_path: Path) -> None:
+    torch.save(model, tmp_path / "model.pt")
+    assert "holds Python objects" in refusal(tmp_path / "model.pt")
+
+
+def test_a_zip_bomb_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(10**7))
+    assert path.stat().st_size < 20_000
+    assert "is compressed, or unpacks to more than its size" in refusal(path)
+
+
+def test_two_members_of_one_name_are_refused(saved: Path) -> None:
+    with zipfile.ZipFile(saved, "a") as archive:
+        archive.writestr("best/DATA.pkl", b"other")
+    assert "holds two members of one name" in refusal(saved)
+
+
+@pytest.mark.filterwarnings("ignore:.*sparse.*")
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch.zeros(1).expand(10**12), "claims 4,000,0"),
+        (torch.zeros(1).expand(10**6, 44), "claims "),
+        (torch.eye(5, 44).to_sparse(), "sparse"),
+        (torch.empty(5, 44, device="meta"), "special tensor"),
+        (torch.ones(5, 44, dtype=torch.int64), "holds 'head.weight' as torch.int64"),
+        (torch.ones(5, 44, dtype=torch.complex64), "holds 'head.weight' as torch.complex64"),
+        (torch.full((5, 44), 1e300, dtype=torch.float64), "has NaN or infinite values in head.weight"),
+        (torch.full((5, 44), float("nan")), "has NaN or infinite values in head.weight"),
+        (torch.ones(5, 43), "head.weight|embed_dim=43"),
+        (torch.ones(44), "head.weight is not there"),
+    ],
+)
+def test_tensors_that_are_no_weights(model: VisionTransformer, tmp_path: Path, tensor: Tensor, reason: str) -> None:
+    def replace(content: Any) -> None:
+        content["state_dict"]["model.head.weight"] = tensor
+
+    message = refusal(changed(model, tmp_path / "odd.ckpt", replace))
+    assert any(part in message for part in reason.split("|"))
+
+
+# What is refused: another architecture
+
+
+def with_model(**fields: Any) -> Callable[[Any], None]:
+    def change(content: Any) -> None:
+        content["attention_visualizer"]["model"].update(fields)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"embed_dim": 88}, "has weights of model.embed_dim=44, but its configuration says 88"),
+        ({"embed_dim": 10**15}, "model.embed_dim=44"),
+        ({"num_layers": 2}, "has weights of model.num_layers=3, but its configuration says 2"),
+        ({"num_layers": 10**12}, "model.num_layers=3"),
+        ({"mlp_dim": 17}, "model.mlp_dim=13"),
+        ({"num_classes": 7}, "model.num_classes=5"),
+        ({"in_channels": 1}, "model.in_channels=2"),
+        ({"patch_size": 3}, "model.patch_size=7"),
+        ({"img_size": 28}, "has weights of model.img_size=21, but its configuration says 28"),
+        ({"pooling": "mean"}, "model.pooling=cls"),
+        ({"positional_embedding": "sincos"}, "model.positional_embedding=learned"),
+        ({"num_heads": 3}, "model.embed_dim=44 is not divisible by num_heads=3"),
+        ({"num_heads": 0}, "model.num_heads=0: give a whole number"),
+        ({"embed_dim": 44.0}, "model.embed_dim=44.0: give a whole number"),
+        ({"dropout": float("nan")}, "model.dropout=nan"),
+        ({"dropout": torch.zeros(3)}, "has model.dropout as a Tensor"),
+        ({"num_heads": [4]}, "has model.num_heads as a list"),
+        ({"_target_": "os.system"}, "has unknown or missing model fields: ['_target_']"),
+    ],
+)
+def test_configurations_that_do_not_fit(
+    model: VisionTransformer, tmp_path: Path, fields: dict[str, Any], reason: str
+) -> None:
+    assert reason in refusal(changed(model, tmp_path / "other.ckpt", with_model(**fields)))
+
+
+def test_a_huge_image_without_positions_to_tell_is_refused(tmp_path: Path) -> None:
+    model = VisionTransformer(**SIZES, positional_embedding="sincos")
+    path = changed(model, tmp_path / "huge.ckpt", with_model(img_size=7 * 10**9))
+    assert "patches a side: too large" in refusal(path)
+
+
+def test_heads_come_from_the_configuration(model: VisionTransformer, tmp_path: Path) -> None:
+    """Weights of four heads load strictly into two: only the configuration tells, so it is what is rebuilt."""
+    torch.save({"model_state_dict": model.state_dict(), "config": SIZES | {"num_heads": 2}}, tmp_path / "two.pth")
+    torch.save({"model_state_dict": model.state_dict(), "config": SIZES}, tmp_path / "four.pth")
+    two, four = (load_checkpoint(tmp_path / name).build_model() for name in ("two.pth", "four.pth"))
+    images = torch.randn(1, 2, 21, 21)
+    assert torch.equal(four(images), model(images)) and not torch.allclose(two(images), four(images))
+
+
+def test_missing_misshapen_and_unknown_weights_are_named(model: VisionTransformer, tmp_path: Path) -> None:
+    def lacking(content: Any) -> None:
+        del content["state_dict"]["model.blocks.1.norm2.bias"]
+
+    def misshapen(content: Any) -> None:
+        content["state_dict"]["model.blocks.1.norm2.bias"] = torch.ones(43)
+
+    def unknown(content: Any) -> None:
+        content["state_dict"]["model.distance_token"] = torch.ones(2)
+
+    path = tmp_path / "odd.ckpt"
+    assert "lacks the weights blocks.1.norm2.bias" in refusal(changed(model, path, lacking))
+    assert "has blocks.1.norm2.bias of shape [43], expected [44]" in refusal(changed(model, path, misshapen))
+    assert "has the unknown weights 'distance_token'" in refusal(changed(model, path, unknown))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([1, 2], "holds a list where a dictionary of weights was expected"),
+        ({}, "holds no dictionary of weights"),
+        ({"epoch": 3}, "holds 'epoch' where weights were expected"),
+        ({3: torch.ones(2)}, "holds 3 where weights were expected"),
+        ({"model_state_dict": [1]}, "holds no dictionary of weights"),
+        ({"model_state_dict": {"a": torch.ones(2)}, "config": [1]}, "has a config that is a list"),
+        ({"a": torch.ones(2), "model.a": torch.ones(2)}, "holds the weights 'a' twice"),
+        ({"conv1.weight": torch.ones(2, 3)}, "is of another architecture"),
+        ({"state_dict": {"a": torch.ones(2)}, "epoch": 1}, "does not say which model it holds"),
+        ({"attention_visualizer": {"format": 2}}, "is of format 2, this version reads 1"),
+        ({"attention_visualizer": None}, "is of format None"),
+        ({"attention_visualizer": {"format": 1}}, "has unknown or missing model fields"),
+    ],
+)
+def test_unknown_layouts(tmp_path: Path, content: Any, reason: str) -> None:
+    torch.save(content, tmp_path / "odd.ckpt")
+    assert reason in refusal(tmp_path / "odd.ckpt")
+
+
+@pytest.mark.parametrize("field", ["data", "data_dir", "split_seed", "validation_accuracy"])
+def test_block_fields_of_another_kind(model: VisionTransformer, tmp_path: Path, field: str) -> None:
+    def change(content: Any) -> None:
+        content["attention_visualizer"][field] = [3]
+
+    assert f"has {field}=[3]: expected a " in refusal(changed(model, tmp_path / "odd.ckpt", change))
+
+
+def test_resuming_with_other_settings_is_refused(model: VisionTransformer, saved: Path) -> None:
+    loaded = load_checkpoint(saved)
+    refuse_other_settings(loaded, model.config | {"dropout": 0.3}, DATA)
+    with pytest.raises(UserError, match=r"model\.num_heads=2 cannot resume .*, which was trained with 4"):
+        refuse_other_settings(loaded, model.config | {"num_heads": 2}, DATA)
+    with pytest.raises(UserError, match="the data set's name is 'digits' and .* was trained with 'mnist'"):
+        refuse_other_settings(loaded, model.config, DATA | {"name": "digits"})
+
+
+# Lightning's reader and writer
+
+
+def test_checkpoint_io_writes_whole_files_and_reads_only_whole_ones(model: VisionTransformer, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint(content_of(model), str(path))
+    assert os.listdir(path.parent) == ["last.ckpt"]
+    assert io.load_checkpoint(str(path))["global_step"] == 17
+    assert same(load_checkpoint(path), model)
+    whole = path.read_bytes()
+    with pytest.raises(AttributeError):  # what cannot be pickled leaves the old file
+        io.save_checkpoint({"function": lambda: None}, path)
+    assert path.read_bytes() == whole and os.listdir(path.parent) == ["last.ckpt"]
+    path.write_bytes(whole[:-101])
+    with pytest.raises(UserError, match=r"last\.ckpt is truncated or corrupt"):
+        io.load_checkpoint(path)
+    io.remove_checkpoint(path)
+    with pytest.raises(UserError, match=r"last\.ckpt does not exist"):
+        io.load_checkpoint(path)
+
+
+def test_checkpoint_io_serves_a_trainer(tmp_path: Path) -> None:
+    class Tiny(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.layer(batch).square().sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def trainer(max_epochs: int) -> Trainer:
+        return Trainer(
+            max_epochs=max_epochs,
+            plugins=AtomicCheckpointIO(),
+            callbacks=ModelCheckpoint(tmp_path, "best", save_last=True),
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    batches = torch.utils.data.DataLoader(torch.ones(6, 3), batch_size=2)  # type: ignore[var-annotated,arg-type]
+    trainer(1).fit(Tiny(), batches)
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "last.ckpt"]
+    resumed = trainer(2)
+    resumed.fit(Tiny(), batches, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert resumed.global_step == 6
+
+
+# Which checkpoint
+
+
+@pytest.fixture(scope="module")
+def template(model: VisionTransformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "best.ckpt"
+    torch.save(content_of(model, accuracy=0.5), path)
+    return path
+
+
+@pytest.fixture
+def make_run(template: Path, tmp_path: Path) -> Callable[..., RunFolder]:
+    """Makes a run below tmp_path/runs; accuracy None leaves the manifest without metrics, as in a running run."""
+
+    def make(
+        name: str, accuracy: float | None = None, files: tuple[str, ...] = ("best", "last"), data: str = "mnist"
+    ) -> RunFolder:
+        run = RunFolder(tmp_path / "runs" / name)
+        run.checkpoints.mkdir(parents=True)
+        for file in files:
+            shutil.copy(template, run.checkpoints / f"{file}.ckpt")
+        metrics = {} if accuracy is None else {"metrics": {"validation_accuracy": accuracy}}
+        run.update_manifest(status="completed", data={"name": data}, **metrics)
+        return run
+
+    return make
+
+
+def test_nothing_to_choose_from(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
+    for options in ({}, {"run": "all"}, {"ckpt": "last"}):
+        with pytest.raises(UserError, match=r"no checkpoint yet in .*/runs/: train one first with `python train.py`"):
+            choose_checkpoint(root=tmp_path / "runs", **options)
+    make_run("2025-01-01_00-00-00-000000", files=("last",))
+    for options in ({}, {"run": "all"}):
+        with pytest.raises(UserError, match=r"no best\.ckpt yet in .*/runs/"):
+            choose_checkpoint(root=tmp_path / "runs", **options)
+    with pytest.raises(UserError, match="run=nowhere is no run or sweep folder"):
+        choose_checkpoint(run="nowhere", root=tmp_path / "runs")
+
+
+def test_best_is_the_newest_run_s(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
+    make_run("2025-01-01_00-00-00-000000", 0.99)
+    newest = make_run("2025-01-02_00-00-00-000000", 0.9321)
+    choice = choose_checkpoint(root=tmp_path / "runs")
+    assert choice.path == newest.best and choice.run == newest
+    assert choice.reason == "best.ckpt of the newest run 2025-01-02_00-00-00-000000 (validation accuracy 0.9321)"
+    last = choose_checkpoint("last", root=tmp_path / "runs")
+    assert (last.path, last.reason) == (newest.last, "last.ckpt of the newest run 2025-01-02_00-00-00-000000")
+
+
+def test_a_running_run_counts_and_newer_ones_without_are_mentioned(
+    tmp_path: Path, make_run: Callable[..., RunFolder]
+) -> None:
+    running = make_run("2025-01-02_00-00-00-000000")
+    make_run("2025-01-03_00-00-00-000000", files=())
+    make_run("2025-01-04_00-00-00-000000", files=("last",))
+    choice = choose_checkpoint(root=str(tmp_path / "runs"))
+    assert choice.path == running.best
+    assert "(validation accuracy 0.5000)" in choice.reason  # from the checkpoint itself
+    assert choice.reason.endswith("newer ones have none: 2025-01-04_00-00-00-000000, 2025-01-03_00-00-00-000000")
+    assert choose_checkpoint("last", root=tmp_path / "runs").path.parts[-3] == "2025-01-04_00-00-00-000000"
+
+
+def test_a_sweep_stands_for_its_best_job(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
+    sweep = "2025-02-01_00-00-00-000000_sweep"
+    make_run("2025-01-01_00-00-00-000000", 0.99)
+    make_run(f"{sweep}/0_model.embed_dim-8", 0.7)
+    best = make_run(f"{sweep}/1_model.embed_dim-16", 0.9)
+    make_run(f"{sweep}/2_model.embed_dim-32")  # 0.5 in its checkpoint
+    make_run(f"{sweep}/3_model.embed_dim-64", 0.95, files=())
+    (tmp_path / "runs" / sweep / "multirun.yaml").touch()
+    expected = f"best.ckpt of {best.name}, the best job of the newest sweep {sweep} (validation accuracy 0.9000)"
+    choice = choose_checkpoint(root=tmp_path / "runs")
+    assert (choice.path, choice.reason) == (best.best, expected)
+    for by_name in (sweep, str(tmp_path / "runs" / sweep)):
+        assert choose_checkpoint(run=by_name, root=tmp_path / "runs").path == best.best
+    assert choose_checkpoint(str(tmp_path / "runs" / sweep)).path == best.best
+    job = choose_checkpoint(run=f"{sweep}/0_model.embed_dim-8", root=tmp_path / "runs")
+    assert job.reason == "best.ckpt of run 0_model.embed_dim-8 (validation accuracy 0.7000)"
+
+
+def test_run_all_compares_only_runs_of_the_newest_data_set(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
+    make_run("2025-01-01_00-00-00-000000", 0.999, data="digits")
+    best = make_run("2025-01-02_00-00-00-000000", 0.98)
+    make_run("2025-01-03_00-00-00-000000", 0.97)
+    choice = choose_checkpoint(run="all", root=tmp_path / "runs")
+    assert choice.path == best.best
+    assert "the best of 2 (validation accuracy 0.9800); 1 on other data than the newest (mnist)" in choice.reason
+
+
+def test_a_broken_manifest_does_not_stop_the_choice(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
+    run = make_run("2025-01-02_00-00-00-000000", 0.9)
+    for text in ("{", '{"metrics": null}', '{"metrics": {"validation_accuracy": "high"}, "data": "mnist"}'):
+        run.manifest_path.write_text(text)
+        assert choose_checkpoint(root=tmp_path / "runs").path == run.best
+
+
+def test_ckpt_as_a_path(tmp_path: Path, saved: Path, make_run: Callable[..., RunFolder]) -> None:
+    run = make_run("2025-01-02_00-00-00-000000", 0.9)
+    assert choose_checkpoint(str(saved)).path == saved and choose_checkpoint(str(saved)).run is None
+    assert choose_checkpoint(str(run.last)).run == run
+    assert choose_checkpoint(str(run.path)).path == run.best
+    with pytest.raises(UserError, match=r"ckpt=.*nowhere\.ckpt does not exist"):
+        choose_checkpoint(str(tmp_path / "nowhere.ckpt"))
+    with pytest.raises(UserError, match="is a folder"):
+        choose_checkpoint(str(tmp_path))
+    with pytest.raises(UserError, match="leave out run="):
+        choose_checkpoint(str(saved), run="all")

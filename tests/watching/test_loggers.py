@@ -1,0 +1,177 @@
+"""What each logger gets is what the history has: read back from real files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from attention_visualizer.runs.history import AttentionHistory
+from attention_visualizer.watching.attention_logger import AttentionLogger
+from tests.watching.test_any_training import Steps, kept_in, vit
+from tests.watching.test_attention_logger import MEASURES, Recorder, fit, loader
+
+STEPS = [0, 1, 2, 4, 5, 10]
+PROBES = torch.stack([loader().dataset[number][0] for number in range(2)])
+
+
+def train(folder: Path, logger: Any) -> AttentionHistory:
+    torch.manual_seed(5)
+    callback = AttentionLogger(head_grids=1, probe_images=PROBES, probe_labels=torch.tensor([0, 1]))
+    fit(folder, Steps(vit()), callback, logger=logger)
+    return kept_in(folder)
+
+
+def numbers_of(kept: AttentionHistory, validation: int) -> dict[str, float]:
+    """As they are logged, by tag."""
+    return {
+        f"attention_{measure}/layer_{layer + 1}_head_{head + 1}": float(value)
+        for measure in MEASURES
+        for (layer, head), value in np.ndenumerate(kept.validations[validation][measure])
+    }
+
+
+PICTURES = {
+    "attention_overlay/probe_0_class_0": STEPS,
+    "attention_overlay/probe_1_class_1": STEPS,
+    "attention_heads/probe_0_class_0": [0, 5, 10],
+    "attention_entropy_heat_map": [5, 10],
+}
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    kept = train(tmp_path, TensorBoardLogger(tmp_path, name="board", version=""))
+    read = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0, "scalars": 0}).Reload()
+    assert {tag: [event.step for event in read.Images(tag)] for tag in read.Tags()["images"]} == PICTURES
+    for number, step in enumerate((5, 10)):
+        for tag, value in numbers_of(kept, number).items():
+            (found,) = [event.value for event in read.Scalars(tag) if event.step == step]
+            assert found == pytest.approx(value, rel=1e-6)
+
+
+def test_csv(tmp_path: Path) -> None:
+    kept = train(tmp_path, CSVLogger(tmp_path, name="csv", version=""))
+    rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
+    for number, step in enumerate((5, 10)):
+        (row,) = [row for row in rows if row["step"] == str(step) and row["attention_entropy/layer_1_mean"]]
+        assert {tag: float(row[tag]) for tag in numbers_of(kept, number)} == pytest.approx(numbers_of(kept, number))
+
+
+def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(offline=True, save_dir=tmp_path, project="any")
+    kept = train(tmp_path, logger)
+    wandb.teardown()  # waits until all is written
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    rows = wandb_rows(next(folder.glob("*.wandb")))
+    pictures: dict[str, list[int]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, dict) and value.get("_type") == "images/separated":
+                pictures.setdefault(key, []).append(row["trainer/global_step"])
+                for name in value["filenames"]:
+                    with Image.open(folder / "files" / name) as picture:
+                        assert picture.size == (value["width"], value["height"]) and np.asarray(picture).std() > 1
+    assert pictures == PICTURES
+    for number, step in enumerate((5, 10)):
+        (row,) = [
+            row for row in rows if row.get("trainer/global_step") == step and "attention_mean/layer_1_mean" in row
+        ]
+        assert {tag: row[tag] for tag in numbers_of(kept, number)} == pytest.approx(numbers_of(kept, number))
+
+
+def wandb_rows(path: Path) -> list[dict[str, Any]]:
+    """What was logged, a dictionary for each call."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows = []
+    for data in wandb_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                *outer, name = item.nested_key or [item.key]
+                (row.setdefault(outer[0], {}) if outer else row)[name] = json.loads(item.value_json)
+            rows.append(row)
+    return rows
+
+
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """LevelDB's log format: blocks of 32 KiB, of parts with a checksum, a length, and 1 whole or 2 first ... 4 last."""
+    position, parts = 7, []  # behind the file's own header
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        parts.append(content[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):
+            yield b"".join(parts)
+            parts = []
+
+
+def test_mlflow(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger(
+        tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}", artifact_location=(tmp_path / "artifacts").as_uri()
+    )
+    kept = train(tmp_path, logger)
+    client, run = logger.experiment, logger.run_id
+    for number, step in enumerate((5, 10)):
+        for tag, value in numbers_of(kept, number).items():
+            (found,) = [each.value for each in client.get_metric_history(run, tag) if each.step == step]
+            assert found == pytest.approx(value)
+    pictures = [path for path in (tmp_path / "artifacts").rglob("*.png") if "compressed" not in path.name]
+    assert len(pictures) == sum(len(steps) for steps in PICTURES.values())
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert np.asarray(picture).std() > 1
+    names = [path.name.replace("#", "~") for path in pictures]  # in place of a slash, by version
+    for tag, steps in PICTURES.items():
+        assert sum(name.startswith(tag.replace("/", "~")) for name in names) == len(steps), names
+
+
+# --- several, none, broken -------------------------------------------------------------------------------------
+
+
+class Broken(Recorder):
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        raise ConnectionError("the service is away\nTraceback ...")
+
+
+def test_a_logger_that_fails_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    broken, whole = Broken(), Recorder()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tmp_path, [broken, whole, CSVLogger(tmp_path)])
+    said = [str(each.message) for each in caught if "AttentionLogger" in str(each.message)]
+    assert said == ["AttentionLogger: Broken gets no more images: the service is away"]
+    found: dict[str, list[int]] = {}
+    for tag, step, _ in whole.images:
+        found.setdefault(tag, []).append(step)
+    assert found == PICTURES
+    for logger in (broken, whole):  # numbers come all the same
+        assert [step for step, metrics in logger.metrics if "attention_entropy/layer_1_mean" in metrics] == [5, 10]
+
+
+def test_no_logger_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attention_visualizer.figures.attention_figures.overlay_strip", None)
+    kept = train(tmp_path, False)
+    assert kept.column("frames", "step").tolist() == STEPS and len(kept.validations) == 2
