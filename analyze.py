@@ -19,15 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from attention_visualizer.commands import command_line
 from attention_visualizer.files import atomic
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.text import say
+from attention_visualizer.support.text import print_sanitised
 from attention_visualizer.training.overrides import override
 from attention_visualizer.training.stopping import StopRequest
 
 # All else is imported when it is needed: it loads torch, for which --help and a misspelt field shall not wait.
 if TYPE_CHECKING:
-    from attention_visualizer.analysis.study.compared_runs import OtherRun
+    from attention_visualizer.analysis.study.compared_runs import ComparedRun
     from attention_visualizer.analysis.study.preparation import Weights
-    from attention_visualizer.data.image_sets import Pictures
+    from attention_visualizer.data.image_sets import ImageSet
 
 # What each field of conf/analyze.yaml may be; null is allowed where it is the default.
 TYPES = {
@@ -102,33 +102,33 @@ def analyze(options: dict[str, Any]) -> None:
     from attention_visualizer.analysis import writing
     from attention_visualizer.analysis.chapters import CHAPTERS, check_chapters
     from attention_visualizer.analysis.study import preparation
-    from attention_visualizer.analysis.study.compared_runs import find_other_runs
+    from attention_visualizer.analysis.study.compared_runs import find_compared_runs
     from attention_visualizer.analysis.study.study import FULL, QUICK
     from attention_visualizer.measures.observation import RolloutOptions
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     chapters = options["chapters"] if isinstance(options["chapters"], list) else list(CHAPTERS)
     check_chapters(chapters)
-    effort = FULL if options["chapters"] == "full" else QUICK
+    budget = FULL if options["chapters"] == "full" else QUICK
     if options["subset"] is not None:
-        effort = replace(effort, pictures=None if options["subset"] == "all" else options["subset"], work=None)
+        budget = replace(budget, pictures=None if options["subset"] == "all" else options["subset"], max_cost=None)
     if options["model_from"] is None:
         weights = preparation.find_weights(options["ckpt"], options["run"], options["runs_dir"])
     else:
         weights = preparation.foreign_weights(options["model_from"], options["ckpt"])
-    say(f"Checkpoint: {weights.text}")
+    print_sanitised(f"Checkpoint: {weights.text}")
     output = preparation.check_output(output_folder(options["output_dir"], weights))
-    pictures: Pictures
+    pictures: ImageSet
     if options["images"] is None:
         pictures = preparation.test_pictures(weights, preparation.load_data(weights.loaded, options["data_dir"]))
     else:
         pictures = preparation.folder_pictures(weights, options["images"])
-    others: list[OtherRun] = []
+    others: list[ComparedRun] = []
     if options["runs"] is not None:
         assert weights.loaded is not None  # see check_sources
-        others = find_other_runs(options["runs"], weights.loaded, weights.run)
+        others = find_compared_runs(options["runs"], weights.loaded, weights.run)
         print(f"Compared:   {len(others)} runs, this one among them")
-    subjects = preparation.Subjects(
+    subjects = preparation.SampleChoice(
         options["num_samples"], options["samples"], options["class"], options["wrong"], options["image"]
     )
     study = preparation.prepare(
@@ -142,12 +142,12 @@ def analyze(options: dict[str, Any]) -> None:
         options["head_layers"],
         RolloutOptions(options["rollout_fusion"], options["rollout_discard"]),
     )
-    study.effort = effort
+    study.budget = budget
     study.others = others
     command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
     written = writing.write_analysis(study, command, chapters)
-    say(f"Page:       {atomic.short_path(written.page)}")
-    say(f"Report:     {atomic.short_path(written.report)}")
+    print_sanitised(f"Page:       {atomic.short_path(written.page)}")
+    print_sanitised(f"Report:     {atomic.short_path(written.report)}")
     if written.missing:
         raise SystemExit(1)
 

@@ -40,14 +40,14 @@ from attention_visualizer.runs.checkpoint_choice import load_chosen
 from attention_visualizer.runs.export import export_safetensors
 from attention_visualizer.support import allocator
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.text import say
+from attention_visualizer.support.text import print_sanitised
 from attention_visualizer.training import configuration, resuming, sweeps
 from attention_visualizer.training import run as training_run
 from attention_visualizer.training.classifier import Classifier
 from attention_visualizer.training.configuration import arguments
 from attention_visualizer.training.saving import checkpoint_callbacks
 from attention_visualizer.training.stopping import StopRequest
-from attention_visualizer.watching.attention_logger import looking
+from attention_visualizer.watching.attention_logger import eval_mode
 
 gc.freeze()  # nor are they looked through later: for 0.2 s, in the middle of a step
 atexit.register(gc.unfreeze)  # or Triton says at the end that they leaked
@@ -77,8 +77,8 @@ def main(config: DictConfig) -> float:
         sweeps.SweepTable.job_failed = True
         folder = folders.RunFolder(job_path())
         with suppress(UserError):
-            if not isinstance(error, folders.OtherRun):
-                lock = folder.claim()  # not of a job that another process trains
+            if not isinstance(error, folders.RunExistsError):
+                lock = folder.lock()  # not of a job that another process trains
                 folder.update_manifest(status="failed", error=f"{type(error).__name__}: {command_line.one_line(error)}")
                 lock.release()
         log = logging.getLogger("train")
@@ -88,20 +88,22 @@ def main(config: DictConfig) -> float:
 
 def train(config: DictConfig, sweeping: bool) -> float:
     """One run, from a composed config to its report; returns the best validation accuracy, for Hydra's sweepers."""
-    with StopRequest() as stop, ExitStack() as claims:
-        return run(config, sweeping, stop, claims)
+    with StopRequest() as stop, ExitStack() as locks:
+        return run(config, sweeping, stop, locks)
 
 
-def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack) -> float:
+def run(config: DictConfig, sweeping: bool, stop: StopRequest, locks: ExitStack) -> float:
     quieten()
     if sweeping and job_path().parent.resolve() != Path(HydraConfig.get().sweep.dir).resolve():
-        raise folders.OtherRun(f"{job_path()} is not a folder of the sweep's own: leave hydra.sweep.subdir as it is")
+        raise folders.RunExistsError(
+            f"{job_path()} is not a folder of the sweep's own: leave hydra.sweep.subdir as it is"
+        )
     named = None
     if config.ckpt_path is not None:
         if sweeping:
             raise UserError("ckpt_path= resumes one run: it does not go with a sweep (-m); resume=auto does")
         named = load_chosen(Path(config.ckpt_path))
-        config = resuming.of_resumed_run(config, CONF)
+        config = resuming.config_of_resumed_run(config, CONF)
 
     # Whatever can be wrong is found out here, before a folder is made or touched.
     data, model, classifier = prepare(config)
@@ -109,7 +111,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
     unfinished = None
     if config.resume == "auto":
         if sweeping and (accuracy := resuming.accuracy_of_completed(folders.RunFolder(job_path()), config)) is not None:
-            say(f"Done already: {job_path()}")
+            print_sanitised(f"Done already: {job_path()}")
             return accuracy
         unfinished = find_unfinished(config, sweeping)
     begun = named is not None or unfinished is not None
@@ -121,7 +123,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
     folders.check_space(place, parameters)
     made = atomic.missing_folders(Path(config.runs_dir))
     folder = place_of(config, sweeping, begun) if unfinished is None else unfinished.folder
-    claims.callback((folder.claim() if unfinished is None else unfinished.lock).release)
+    locks.callback((folder.lock() if unfinished is None else unfinished.lock).release)
     config.run_folder = str(folder.path)
     try:
         resumed_step = (resumed.step if resumed else -1) if begun else None
@@ -144,7 +146,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         seed=config.seed,
         checkpoints={path.stem: str(path.relative_to(folder.path)) for path in (folder.best, folder.last)},
     )
-    say(f"Run folder: {folder.path}")
+    print_sanitised(f"Run folder: {folder.path}")
     if config.compile:
         classifier.halves = None  # compiled code is made for one thread
         on_gpu = trainer.strategy.root_device.type == "cuda"
@@ -154,7 +156,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, claims: ExitStack
         if config.test or (config.test is None and not sweeping):
             metrics |= training_run.test_best(trainer, classifier, data, folder)
         if config.export:
-            say(f"Exported:     {export_safetensors(folder.best, folder.best.with_suffix('.safetensors'))}")
+            print_sanitised(f"Exported:     {export_safetensors(folder.best, folder.best.with_suffix('.safetensors'))}")
         settings: Any = OmegaConf.to_container(config, resolve=True)
         recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
         training_run.log_hyperparameters(trainer, recorded | {"parameters": parameters}, metrics)
@@ -200,7 +202,7 @@ def find_unfinished(config: DictConfig, sweeping: bool) -> resuming.Unfinished |
         found = resuming.find_unfinished(config)
     if found is not None:
         where = "from its start" if found.checkpoint is None else f"step {found.checkpoint.step}"
-        say(f"Going on with {found.folder.path}, {where}")
+        print_sanitised(f"Going on with {found.folder.path}, {where}")
     return found
 
 
@@ -212,7 +214,7 @@ def place_of(config: DictConfig, sweeping: bool, begun: bool) -> folders.RunFold
         return folders.RunFolder.create(Path(config.runs_dir))
     job = folders.RunFolder(job_path())
     if job.exists:
-        raise folders.OtherRun(
+        raise folders.RunExistsError(
             f"{job.path} holds a run already, of other settings or data: choose a new hydra.sweep.dir"
         )
     return job
@@ -249,7 +251,7 @@ def check_watched_part(config: DictConfig, classifier: Classifier, data: ImageDa
     name = OmegaConf.select(config, "callbacks.attention_logger.model")
     if name is not None:
         images, _ = next(data.evaluation_batches("validation"))
-        with looking(classifier):
+        with eval_mode(classifier):
             find_model(classifier, images[:1], name)
 
 

@@ -52,7 +52,7 @@ def study_in(folder: str, num_images: int, num_samples: int) -> Any:
     copies = -(-NUM_IMAGES // len(digits))
     images, labels = digits.images.repeat(copies, 1, 1, 1), digits.labels.repeat(copies)
     pictures = replace(digits, images=images[:num_images], labels=labels[:num_images])
-    return preparation.prepare(weights, pictures, Path(folder), preparation.Subjects(num_samples), device="cpu")
+    return preparation.prepare(weights, pictures, Path(folder), preparation.SampleChoice(num_samples), device="cpu")
 
 
 def timed(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

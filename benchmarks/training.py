@@ -111,7 +111,7 @@ def measure_lightning(scale: Scale, precision: str, workers: int) -> dict[str, f
 
     images, labels = training_images()
 
-    class Pictures(Dataset[Any]):
+    class ImageSet(Dataset[Any]):
         """As torchvision.datasets.MNIST reads its images."""
 
         transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
@@ -150,7 +150,7 @@ def measure_lightning(scale: Scale, precision: str, workers: int) -> dict[str, f
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1.5e-3, weight_decay=0.05)
 
-    loader = DataLoader(Pictures(), scale.batch_size, True, num_workers=workers, drop_last=True)
+    loader = DataLoader(ImageSet(), scale.batch_size, True, num_workers=workers, drop_last=True)
     timer = clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(

@@ -26,7 +26,7 @@ from attention_visualizer import AttentionVisualizer
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
 from attention_visualizer.data.mnist import MnistUnavailable
 from attention_visualizer.models.vision_transformer import VisionTransformer
-from attention_visualizer.runs.checkpoint import BLOCK, block_for
+from attention_visualizer.runs.checkpoint import CHECKPOINT_KEY, block_for
 from attention_visualizer.support.errors import UserError
 
 PRINTED_PATH = "exp/experiments/efficient_ablation_20250609_101146/embed_dim_ablation_embed_dim_128/best_model.pth"
@@ -420,7 +420,7 @@ def test_every_kind_of_model_file(kind: str) -> None:
         data.load()
         block = block_for(model.config, data.description.to_dict(), data_dir=None, split_seed=0, seed=0)
         weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        torch.save({"state_dict": weights, "epoch": 0, "global_step": 7, BLOCK: block}, "model.ckpt")
+        torch.save({"state_dict": weights, "epoch": 0, "global_step": 7, CHECKPOINT_KEY: block}, "model.ckpt")
     elif kind == "pth":
         save_pth("model.pth", model)
     elif kind == "bare":

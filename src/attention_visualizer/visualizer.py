@@ -25,7 +25,7 @@ from attention_visualizer.analysis.study import preparation
 from attention_visualizer.analysis.study.study import Sample, Study, check_sample
 from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.attention.geometry import Geometry
-from attention_visualizer.data.image_sets import InputFormat, Pictures
+from attention_visualizer.data.image_sets import ImageSet, InputFormat
 from attention_visualizer.files import atomic
 from attention_visualizer.support.errors import UserError
 
@@ -95,14 +95,14 @@ class AttentionVisualizer:
                 weights,
                 self._find_pictures(weights),
                 preparation.check_output(self._output_folder()),
-                preparation.Subjects(),
+                preparation.SampleChoice(),
                 device=str(self.device),
                 geometry=self._geometry,
             )
             log.debug("%s on %s, figures go to %s", self._study.weights, self.device, self._study.output)
         return self._study
 
-    def _find_pictures(self, weights: preparation.Weights) -> Pictures:
+    def _find_pictures(self, weights: preparation.Weights) -> ImageSet:
         if self._images is None:
             return preparation.test_pictures(weights, preparation.load_data(weights.loaded, self.data_dir))
         return preparation.folder_pictures(
@@ -113,7 +113,7 @@ class AttentionVisualizer:
         """Images float32 [channel, height, width] in 0..1 with their classes (None where they are not known), by the
         report's fixed rule."""
         study = self.study
-        chosen = preparation.find_samples(study, preparation.Subjects(num_samples))
+        chosen = preparation.find_samples(study, preparation.SampleChoice(num_samples))
         return [(sample.image.float() / 255, sample.label) for sample in chosen]
 
     def visualize_attention_patterns(self, image: Any, label: int | None, i: int = 0) -> Figure:
@@ -139,7 +139,7 @@ class AttentionVisualizer:
         known = [sample.label for sample in taken if sample.label is not None]
         labels = torch.tensor(known, device=inputs.device) if len(known) == len(taken) else None
         measured = self.study.survey_of([(inputs, labels)], labels, len(taken))
-        figure = statistics_chapter.figure(measured, f"{len(taken):,} given images", self.study.face_note)
+        figure = statistics_chapter.figure(measured, f"{len(taken):,} given images", self.study.watermark)
         self._claim_output()
         self.study.save(figure, "attention_statistics")
         return figure, pd.DataFrame(statistics_chapter.records(measured))

@@ -15,9 +15,9 @@ from attention_visualizer.analysis.atlas import chapter as atlas_chapter
 from attention_visualizer.analysis.atlas import measure as atlas_measure
 from attention_visualizer.analysis.atlas.chapter import chosen_pairs, class_means
 from attention_visualizer.analysis.atlas.measure import difference, resampled_differences, without_ink
-from attention_visualizer.analysis.study.study import Effort, Study
+from attention_visualizer.analysis.study.study import Budget, Study
 from attention_visualizer.data.datamodule import ImageDataModule
-from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.models.vision_transformer import VisionTransformer
 
 N, LAYERS, PATCHES = 120, 3, 5
@@ -136,10 +136,10 @@ def test_means_of_classes() -> None:
 def test_the_chapter_on_digits(tmp_path: Path) -> None:
     data = ImageDataModule(name="digits", fallback=None)
     data.load()
-    pictures = LabelledImages(data.description, *data.splits["test"])
+    pictures = LabelledImageSet(data.description, *data.splits["test"])
     torch.manual_seed(0)
     model = VisionTransformer(embed_dim=12, num_heads=2, num_layers=2, mlp_dim=9).eval()
-    study = Study(model, pictures, tmp_path, "weights", effort=Effort(40, 1))
+    study = Study(model, pictures, tmp_path, "weights", budget=Budget(40, 1))
     chapter = atlas_chapter.write(study)
     assert len(chapter.numbers["pairs"]) == 6 and chapter.numbers["images"] == 300
     assert json.dumps(chapter.numbers, allow_nan=False) == json.dumps(atlas_chapter.write(study).numbers)
@@ -148,5 +148,5 @@ def test_the_chapter_on_digits(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.sum(chapter.numbers["mean_rollouts"], axis=-1), 1, atol=1e-4)
     assert all("300 test images" in figure.caption for figure in chapter.figures[:2])
     assert "all images of both classes" in chapter.tables[0].caption
-    nameless = Study(model, LabelledImages(data.description, pictures.images, None), tmp_path, "weights")
+    nameless = Study(model, LabelledImageSet(data.description, pictures.images, None), tmp_path, "weights")
     assert not atlas_chapter.write(nameless).figures

@@ -36,10 +36,10 @@ from attention_visualizer.analysis.claims.measure import (
     uniform_distance,
 )
 from attention_visualizer.analysis.claims.verdicts import Judgement, judge
-from attention_visualizer.analysis.study.study import Effort, Study
+from attention_visualizer.analysis.study.study import Budget, Study
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.datamodule import ImageDataModule
-from attention_visualizer.data.image_sets import InputFormat, LabelledImages, PictureFolder
+from attention_visualizer.data.image_sets import ImageFolder, InputFormat, LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.data.ink import border_patches
 from attention_visualizer.figures.charts import verdict_forest
@@ -259,11 +259,11 @@ def study(model: torch.nn.Module, output: Path, images: int = 900) -> Study:
     description, pictures, classes = digits()
     return Study(
         model,
-        LabelledImages(description, pictures[:images], classes[:images]),
+        LabelledImageSet(description, pictures[:images], classes[:images]),
         output,
         "random weights",
-        face_note=description.face_note,
-        effort=Effort(100, 3),
+        watermark=description.watermark,
+        budget=Budget(100, 3),
     )
 
 
@@ -350,9 +350,9 @@ def test_border_against_interior_where_the_interior_is_often_empty() -> None:
     reference = [read(weights(), False)]
     empty = 4 - 3 * part.inked[:, None].astype(np.float32)
     for planted, verdict in ((1 + 3 * border, "supported"), (1 + 0 * border, "not supported")):
-        looking = weights()
-        looking[:, :, 2] *= empty * planted
-        subject = read(looking)
+        eval_mode = weights()
+        eval_mode[:, :, 2] *= empty * planted
+        subject = read(eval_mode)
         claims, missing = declared_claims(subject)
         assert subject.emptiness > 0.5 and 0 < subject.counts["border"] <= 400
         assert not any("background only" in each for each in missing)
@@ -449,7 +449,7 @@ def test_the_chapter(tmp_path: Path) -> None:
 
 
 def test_pictures_that_are_no_digits_are_told_in_a_sentence(tmp_path: Path) -> None:
-    folder = PictureFolder(tmp_path, InputFormat((28, 28), 1, (0.0,), (1.0,)), ())
+    folder = ImageFolder(tmp_path, InputFormat((28, 28), 1, (0.0,), (1.0,)), ())
     found = chapter.write(Study(VisionTransformer(), folder, tmp_path, "none"))
     assert not found.figures and "ink" in found.text
 
@@ -460,8 +460,8 @@ def test_strokes_without_junctions(tmp_path: Path) -> None:
     for number in range(150):
         images[number, 0, number % 9 : 15 + number % 11, 4 + number % 17 : 7 + number % 17] = 255
     model = VisionTransformer(num_layers=1, embed_dim=32).eval()
-    lines = LabelledImages(digits()[0], images, torch.arange(150) % 3)
-    found = chapter.write(Study(model, lines, tmp_path, "random weights", effort=Effort(100, 2)))
+    lines = LabelledImageSet(digits()[0], images, torch.arange(150) % 3)
+    found = chapter.write(Study(model, lines, tmp_path, "random weights", budget=Budget(100, 2)))
     (row,) = (row for row in found.tables[0].rows if row[0].startswith("Junctions"))
     assert row[2] == "–" and "could not be measured" in row[-1]
     json.dumps(found.numbers, allow_nan=False)
@@ -476,8 +476,8 @@ def test_digits_without_labels(tmp_path: Path) -> None:
     """Only what is said of classes is left out."""
     description, images, _ = digits()
     model = VisionTransformer(num_layers=1, embed_dim=32).eval()
-    unlabelled = LabelledImages(description, images[:200], None)
-    found = chapter.write(Study(model, unlabelled, tmp_path, "random weights", effort=Effort(100, 1)))
+    unlabelled = LabelledImageSet(description, images[:200], None)
+    found = chapter.write(Study(model, unlabelled, tmp_path, "random weights", budget=Budget(100, 1)))
     assert not any("classes" in row[0] for row in found.tables[0].rows) and "Without labels" in found.text
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from attention_visualizer.analysis.importance import chapter as importance_chapter
 from attention_visualizer.analysis.importance.chapter import centred, correlate, measure_importance
-from attention_visualizer.analysis.study.study import Effort, Study
+from attention_visualizer.analysis.study.study import Budget, Study
 from attention_visualizer.data.datamodule import ImageDataModule
-from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.measures import intervals
 from attention_visualizer.models.vision_transformer import VisionTransformer
@@ -54,22 +54,22 @@ class Planted(VisionTransformer):
 
 
 @pytest.fixture(scope="module")
-def planted() -> tuple[VisionTransformer, LabelledImages]:
+def planted() -> tuple[VisionTransformer, LabelledImageSet]:
     torch.manual_seed(0)
     model: VisionTransformer = Planted().eval()
     images = torch.randint(0, 256, (N, 1, 8, 8), dtype=torch.uint8)
     description = DatasetDescription("digits", 8, 1, ("a", "b", "c"), 0.5, 0.3, {"test": N})
-    pictures = LabelledImages(description, images, torch.zeros(N, dtype=torch.long))
+    pictures = LabelledImageSet(description, images, torch.zeros(N, dtype=torch.long))
     with torch.no_grad():
         labels = model(pictures.model_input(images)).argmax(dim=1)
-    return model, LabelledImages(description, images, labels)
+    return model, LabelledImageSet(description, images, labels)
 
 
-def study_of(model: VisionTransformer, pictures: LabelledImages, folder: Path, **effort: Any) -> Study:
-    return Study(model, pictures, folder, "weights", effort=Effort(**{"pictures": 60, "controls": 1} | effort))
+def study_of(model: VisionTransformer, pictures: LabelledImageSet, folder: Path, **budget: Any) -> Study:
+    return Study(model, pictures, folder, "weights", budget=Budget(**{"pictures": 60, "controls": 1} | budget))
 
 
-def test_only_the_planted_head_matters(planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path) -> None:
+def test_only_the_planted_head_matters(planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path) -> None:
     study = study_of(*planted, tmp_path)
     found = measure_importance(study, study.subset(60))
     assert found.answers and float(found.accuracy.value) == 1.0 and found.classes == "true"
@@ -85,7 +85,7 @@ def test_only_the_planted_head_matters(planted: tuple[VisionTransformer, Labelle
 
 
 def test_switching_off_is_a_projection_without_the_heads_columns(
-    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path
+    planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path
 ) -> None:
     torch.manual_seed(4)
     model = VisionTransformer(**SIZES).eval()
@@ -114,7 +114,7 @@ def test_nothing_is_needed_for_a_guess(seed: int, labelled: bool, said: str, tmp
     data = ImageDataModule(name="digits", fallback=None)
     data.load()
     images, labels = (each[:80] for each in data.splits["test"])
-    pictures = LabelledImages(data.description, images, labels if labelled else None)
+    pictures = LabelledImageSet(data.description, images, labels if labelled else None)
     torch.manual_seed(seed)
     model = VisionTransformer(embed_dim=12, num_heads=2, num_layers=2, mlp_dim=9).eval()
     study = study_of(model, pictures, tmp_path)
@@ -127,12 +127,12 @@ def test_nothing_is_needed_for_a_guess(seed: int, labelled: bool, said: str, tmp
 
 
 def test_too_much_work_and_too_few_images_are_left_out(
-    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path
+    planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path
 ) -> None:
     model, pictures = planted
     much = importance_chapter.write(study_of(model, pictures, tmp_path, work=1e5))
     assert "Left out" in much.text and "subset=50" in much.text and not much.figures
-    few = LabelledImages(pictures.description, pictures.images[:20], pictures.labels[:20])  # type: ignore[index]
+    few = LabelledImageSet(pictures.description, pictures.images[:20], pictures.labels[:20])  # type: ignore[index]
     assert "at least 30 images" in importance_chapter.write(study_of(model, few, tmp_path)).text
 
 
@@ -153,14 +153,14 @@ def test_correlations_are_adjusted_together() -> None:
     assert found["one"].p_value["zero"] == pytest.approx(4 * alone["one", "zero"])
 
 
-def test_all_correlations_are_told(planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path) -> None:
+def test_all_correlations_are_told(planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path) -> None:
     chapter = importance_chapter.write(study_of(*planted, tmp_path))
     told = chapter.text.split("Rank correlations")[1]
     assert told.count("when switched off (p = ") == told.count("when averaged (p = ") == 2 and "6 heads" in told
 
 
 def test_labels_of_points_stay_inside_their_axes(
-    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_of(*planted, tmp_path)
     drawn: list[Figure] = []
@@ -176,7 +176,7 @@ def test_labels_of_points_stay_inside_their_axes(
 
 
 def test_an_accuracy_that_nothing_changes_still_has_an_interval(
-    planted: tuple[VisionTransformer, LabelledImages], tmp_path: Path
+    planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path
 ) -> None:
     study = study_of(*planted, tmp_path)
     found = measure_importance(study, study.subset(60))

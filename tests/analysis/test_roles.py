@@ -25,10 +25,10 @@ from attention_visualizer.analysis.roles.measure import (
     relative_distance,
     role_bounds,
 )
-from attention_visualizer.analysis.study.study import Effort, Study
+from attention_visualizer.analysis.study.study import Budget, Study
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.datamodule import ImageDataModule
-from attention_visualizer.data.image_sets import InputFormat, LabelledImages, PictureFolder
+from attention_visualizer.data.image_sets import ImageFolder, InputFormat, LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.data.ink import border_patches, inked_patches
 from attention_visualizer.measures.head_roles import BEYOND_CONTROLS, LEAST_INK, NO_ROLE
@@ -56,9 +56,9 @@ def digits() -> tuple[DatasetDescription, Tensor, Tensor]:
     return data.description, images, labels
 
 
-def pictures(labelled: bool = True) -> LabelledImages:
+def pictures(labelled: bool = True) -> LabelledImageSet:
     description, images, labels = digits()
-    return LabelledImages(description, images, labels if labelled else None)
+    return LabelledImageSet(description, images, labels if labelled else None)
 
 
 def random_model(seed: int, **changes: Any) -> VisionTransformer:
@@ -68,7 +68,7 @@ def random_model(seed: int, **changes: Any) -> VisionTransformer:
 
 
 def study_of(model: nn.Module, folder: Path = Path("unused"), controls: int = 2, **options: Any) -> Study:
-    options = {"pictures": pictures(), "effort": Effort(50, controls)} | options
+    options = {"pictures": pictures(), "effort": Budget(50, controls)} | options
     return Study(model, output=folder, weights="planted", **options)
 
 
@@ -447,7 +447,7 @@ def fine_study(*heads: Any, controls: int = 0) -> Study:
         model,
         controls=controls,
         given_geometry=Geometry(FINE, 1, (4, 4)),
-        pictures=LabelledImages(description, small, labels),
+        pictures=LabelledImageSet(description, small, labels),
     )
 
 
@@ -510,7 +510,7 @@ def test_labels_are_not_needed(tmp_path: Path) -> None:
 
 
 def test_pictures_without_ink_get_one_sentence(tmp_path: Path) -> None:
-    photos = PictureFolder(tmp_path, InputFormat((28, 28), 1, (0.5,), (0.5,)), ())
+    photos = ImageFolder(tmp_path, InputFormat((28, 28), 1, (0.5,), (0.5,)), ())
     found = chapter.write(study_of(random_model(0), tmp_path, pictures=photos))
     assert found.text == chapter.NO_INK and not (found.figures or found.tables or found.numbers)
     assert found.finding is None and list(tmp_path.iterdir()) == []

@@ -17,19 +17,19 @@ import yaml
 
 from attention_visualizer.analysis.runs import chapter as runs_chapter
 from attention_visualizer.analysis.runs import seeds, seeds_measure, settings_measure
-from attention_visualizer.analysis.runs.survey import inked_of, look_at_runs, random_weights_of, uniform_distance
+from attention_visualizer.analysis.runs.survey import inked_of, random_weights_of, survey_runs, uniform_distance
 from attention_visualizer.analysis.study import preparation
-from attention_visualizer.analysis.study.compared_runs import find_other_runs
-from attention_visualizer.analysis.study.study import OURS, Effort, Study
+from attention_visualizer.analysis.study.compared_runs import find_compared_runs
+from attention_visualizer.analysis.study.study import ANALYSIS_FILE_NAMES, Budget, Study
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
-from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.files.atomic import write_json
 from attention_visualizer.measures.intervals import bootstrap_p_value, sign_flip_test, smallest_sign_flip_p
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.models.vision_transformer import VisionTransformer
-from attention_visualizer.runs.checkpoint import BLOCK, block_for
+from attention_visualizer.runs.checkpoint import PERMUTATION_BATCH, block_for
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
 from tests.helpers.runs import ENVIRONMENT, run_script
@@ -116,7 +116,7 @@ class Place:
             "state_dict": {f"model.{key}": tensor for key, tensor in model.state_dict().items()},
             "epoch": 2,
             "global_step": 17,
-            BLOCK: block | {"validation_accuracy": accuracy},
+            PERMUTATION_BATCH: block | {"validation_accuracy": accuracy},
         }
         for file in files:
             torch.save(content, run.checkpoints / file)
@@ -129,15 +129,15 @@ class Place:
     def find(self, pattern: str, own: Path) -> list[Any]:
         weights = preparation.find_weights(str(own), None, str(self.path / "runs"))
         assert weights.loaded is not None
-        return find_other_runs(str(self.path / pattern), weights.loaded, weights.run)
+        return find_compared_runs(str(self.path / pattern), weights.loaded, weights.run)
 
     def study(self, pattern: str, own: Path, controls: int = 3) -> Study:
         weights = preparation.find_weights(str(own), None, str(self.path / "runs"))
         images, labels = self.digits.splits["test"]
-        pictures = LabelledImages(self.digits.description, images[:IMAGES], labels[:IMAGES])
+        pictures = LabelledImageSet(self.digits.description, images[:IMAGES], labels[:IMAGES])
         output = self.path / "out"
         output.mkdir(exist_ok=True)
-        study = Study(weights.model, pictures, output, weights.text, effort=Effort(IMAGES, controls))
+        study = Study(weights.model, pictures, output, weights.text, budget=Budget(IMAGES, controls))
         study.others = self.find(pattern, own)
         return study
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(place: Place) -> None:
     with pytest.raises(UserError, match="runs= is empty"):
         loaded = preparation.find_weights(str(own), None, "runs").loaded
         assert loaded is not None
-        find_other_runs("", loaded)
+        find_compared_runs("", loaded)
 
 
 # --- the chapter where there is nothing to say ---
@@ -239,7 +239,7 @@ def test_without_runs_or_labels_the_chapter_is_one_sentence(place: Place) -> Non
     own = place.add("a", untrained(1), 0)
     place.add("b", untrained(2), 1)
     study = place.study("runs/*", own)
-    assert isinstance(study.pictures, LabelledImages)
+    assert isinstance(study.pictures, LabelledImageSet)
     no_labels = replace(study, pictures=replace(study.pictures, labels=None))
     for lacking, told in ((replace(study, others=()), "runs=<glob>"), (no_labels, "known classes")):
         chapter = runs_chapter.write(lacking)
@@ -261,7 +261,7 @@ def planted(place: Place, trained: VisionTransformer) -> Study:
 
 
 def test_moved_heads_are_found_and_called_recurring(planted: Study) -> None:
-    looked = look_at_runs(planted)
+    looked = survey_runs(planted)
     found = seeds_measure.compare_seeds(
         [each.survey for each in looked], planted.control_surveys, inked_of(planted, looked[0].survey)
     )
@@ -281,7 +281,7 @@ def test_the_chapter_on_seeds_says_what_holds_and_that_it_is_descriptive(planted
     assert "what is said about seeds is descriptive" in chapter.text and "below 0.25" in chapter.text
     assert "closer than unrelated heads: heads come again." in chapter.text
     (figure,) = chapter.figures
-    assert OURS.fullmatch(figure.name) and (planted.output / figure.name).stat().st_size > 30_000
+    assert ANALYSIS_FILE_NAMES.fullmatch(figure.name) and (planted.output / figure.name).stat().st_size > 30_000
     assert chapter.finding is not None and chapter.finding.figure == figure.name
     assert [table.columns[0] for table in chapter.tables] == ["run", "quantity", "head"]
     assert len(chapter.tables[2].rows) == LAYERS * HEADS
@@ -311,7 +311,7 @@ def test_random_weights_never_give_a_finding(place: Place, first: int) -> None:
     for number in range(1, 8):
         place.add(str(number), untrained(first + number), number, settings={})
     study = place.study("runs/*", own)
-    looked = look_at_runs(study)
+    looked = survey_runs(study)
     found = seeds_measure.compare_seeds(
         [each.survey for each in looked], study.control_surveys, inked_of(study, looked[0].survey)
     )
@@ -345,7 +345,7 @@ def test_what_goes_with_a_knob(place: Place, trained: VisionTransformer) -> None
     own = place.add("b", trained, 0, settings=config)
     place.add("a", sharp, 0, settings={"optimizer": {"learning_rate": 0.1}})
     study = place.study("runs/*", own)
-    looked = look_at_runs(study)
+    looked = survey_runs(study)
     settings = settings_measure.compare_settings(looked, random_weights_of(study, looked))
     assert [setting.label for setting in settings] == ["learning_rate=0.01", "learning_rate=0.1"]
     assert all(setting.has_learnt for setting in settings)
@@ -366,7 +366,7 @@ def test_what_goes_with_a_knob(place: Place, trained: VisionTransformer) -> None
     chapter = runs_chapter.write(study)
     assert "learning_rate" in chapter.title and "One run is one sample" in chapter.text
     assert "learning_rate=0.1: attention entropy -" in chapter.text
-    assert OURS.fullmatch(chapter.figures[0].name) and (study.output / chapter.figures[0].name).is_file()
+    assert ANALYSIS_FILE_NAMES.fullmatch(chapter.figures[0].name) and (study.output / chapter.figures[0].name).is_file()
     json.dumps(chapter.numbers, allow_nan=False)
 
 
@@ -377,7 +377,7 @@ def test_settings_of_random_weights_never_stand_out(place: Place, first: int) ->
     place.add("1", untrained(first + 1, patch_size=14), 0, settings={})
     place.add("2", untrained(first + 2, num_heads=1, pooling="mean"), 0, settings={})
     study = place.study("runs/*", own, controls=2)
-    looked = look_at_runs(study)
+    looked = survey_runs(study)
     found = settings_measure.differences(settings_measure.compare_settings(looked, random_weights_of(study, looked)))
     assert len(found) == 8 and not any(each.stands_out for each in found)
     told = runs_chapter.write(study)
@@ -403,7 +403,7 @@ def test_a_setting_with_several_runs_must_be_apart_in_all(place: Place, trained:
     place.add("b0", made(3, 2.5), 0, settings=fast)
     place.add("b1", made(4, 6.0), 1, settings=fast)
     study = place.study("runs/*", own)
-    looked = look_at_runs(study)
+    looked = survey_runs(study)
     settings = settings_measure.compare_settings(looked, random_weights_of(study, looked))
     entropy = next(each for each in settings_measure.differences(settings) if each.quantity.name == "entropy")
     assert abs(float(entropy.interval.value)) > 0.05 and entropy.adjusted <= 0.05
@@ -414,7 +414,7 @@ def test_a_setting_with_several_runs_must_be_apart_in_all(place: Place, trained:
 def test_pairing_uses_the_same_pictures_in_each_replicate(place: Place) -> None:
     own = place.add("0", untrained(1), 0)
     place.add("1", untrained(2), 1)
-    looked = look_at_runs(place.study("runs/*", own))
+    looked = survey_runs(place.study("runs/*", own))
     first, second = (each.survey.means.counts for each in looked)
     np.testing.assert_array_equal(first, second)
     copies = settings_measure.over_layers(looked[0].survey, "entropy")

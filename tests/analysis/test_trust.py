@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import torch
 
-from attention_visualizer.analysis.study.study import FIRST_CONTROL, Effort, Study
+from attention_visualizer.analysis.study.study import FIRST_CONTROL, Budget, Study
 from attention_visualizer.analysis.trust import chapter as trust_chapter
 from attention_visualizer.analysis.trust import measure as trust_measure
 from attention_visualizer.analysis.trust.measure import (
@@ -31,7 +31,7 @@ from attention_visualizer.analysis.trust.measure import (
     try_methods,
 )
 from attention_visualizer.data.datamodule import ImageDataModule
-from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.perturbation import OPERATORS, Curves, Operator, ranking_of
@@ -45,15 +45,15 @@ METHODS = ["CLS attention", "rollout", "relevance", "gradient x attention"]
 
 
 @pytest.fixture(scope="module")
-def digits() -> LabelledImages:
+def digits() -> LabelledImageSet:
     data = ImageDataModule(name="digits", fallback=None)
     data.load()
     images, labels = data.splits["test"]
-    return LabelledImages(data.description, images[:120], labels[:120])
+    return LabelledImageSet(data.description, images[:120], labels[:120])
 
 
-def study_of(model: VisionTransformer, pictures: LabelledImages, folder: Path, count: int = 40) -> Study:
-    return Study(model.eval(), pictures, folder, "weights", effort=Effort(count, 2))
+def study_of(model: VisionTransformer, pictures: LabelledImageSet, folder: Path, count: int = 40) -> Study:
+    return Study(model.eval(), pictures, folder, "weights", budget=Budget(count, 2))
 
 
 def random_model(seed: int) -> VisionTransformer:
@@ -191,7 +191,7 @@ def test_gradient_x_attention_is_captums() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_randomisation_is_quantus(digits: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_randomisation_is_quantus(digits: LabelledImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parameter randomisation test, given the same random weights, stage by stage."""
     quantus = pytest.importorskip("quantus", reason=WITHOUT_QUANTUS)
     from quantus.helpers.model.pytorch_model import PyTorchModel
@@ -238,7 +238,7 @@ def test_weights_become_random_from_the_output_down() -> None:
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13, 14])
-def test_random_weights_are_never_trusted(seed: int, digits: LabelledImages, tmp_path: Path) -> None:
+def test_random_weights_are_never_trusted(seed: int, digits: LabelledImageSet, tmp_path: Path) -> None:
     study = study_of(random_model(seed), digits, tmp_path)
     model = study.model
     assert isinstance(model, VisionTransformer)
@@ -251,7 +251,7 @@ def test_random_weights_are_never_trusted(seed: int, digits: LabelledImages, tmp
 
 
 def test_blocks_of_pictures_change_nothing(
-    digits: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: LabelledImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_of(random_model(5), digits, tmp_path)
     whole = try_methods(study, study.subset(20))
@@ -266,16 +266,16 @@ def test_blocks_of_pictures_change_nothing(
         np.testing.assert_allclose(curves.insertion, whole.curves[task].insertion, atol=1e-6)
 
 
-def test_what_random_weights_answer_as_well_is_not_learnt(digits: LabelledImages, tmp_path: Path) -> None:
+def test_what_random_weights_answer_as_well_is_not_learnt(digits: LabelledImageSet, tmp_path: Path) -> None:
     """Labels that the first control happens to know: a model that knows them too has learnt nothing by that."""
     model = random_model(5)
     lucky = random_weights(model, FIRST_CONTROL)
     with torch.no_grad():
         labels = lucky(digits.model_input(digits.images)).argmax(dim=1)
-    pictures, all_of_them = LabelledImages(digits.description, digits.images, labels), np.arange(120)
+    pictures, all_of_them = LabelledImageSet(digits.description, digits.images, labels), np.arange(120)
     answers = []
     for controls in (0, 1):
-        study = Study(lucky, pictures, tmp_path, "weights", effort=Effort(120, controls))
+        study = Study(lucky, pictures, tmp_path, "weights", budget=Budget(120, controls))
         answers.append(has_learnt(study, all_of_them, labels.numpy(), all_of_them[::2]))
     assert answers == [True, False]
 
@@ -292,7 +292,7 @@ def test_without_a_class_token_the_map_is_not_called_its_attention() -> None:
 MARKS = ([0, 2, 6, 8], [1, 3, 5, 7])  # of the 9 pixels of a patch: the two classes, as dim as their patch is alone
 
 
-def marked_pictures(count: int) -> LabelledImages:
+def marked_pictures(count: int) -> LabelledImageSet:
     """Six of 16 patches evenly bright, and one with a mark, which is darker: uint8 [image, 1, 12, 12]."""
     generator = np.random.default_rng(0)
     patches = np.zeros((count, 16, 9), np.uint8)
@@ -304,7 +304,7 @@ def marked_pictures(count: int) -> LabelledImages:
     images = patches.reshape(count, 4, 4, 3, 3).transpose(0, 1, 3, 2, 4).reshape(count, 1, 12, 12)
     sizes = {"train": 1, "validation": 1, "test": count}
     description = DatasetDescription("marks", 12, 1, ("corners", "sides"), 0.0, 1.0, sizes)
-    return LabelledImages(description, torch.from_numpy(images.copy()), torch.from_numpy(labels))
+    return LabelledImageSet(description, torch.from_numpy(images.copy()), torch.from_numpy(labels))
 
 
 def marked_model() -> VisionTransformer:
@@ -336,7 +336,7 @@ def marked_model() -> VisionTransformer:
 def test_known_good_maps_are_trusted_and_known_bad_ones_are_not(tmp_path: Path) -> None:
     """The mark is the least inked of inked patches, and hardly attended to."""
     pictures = marked_pictures(60)
-    study = Study(marked_model(), pictures, tmp_path, "planted", effort=Effort(60, 3))
+    study = Study(marked_model(), pictures, tmp_path, "planted", budget=Budget(60, 3))
     found = try_methods(study, study.subset(60))
     verdicts = {each.name: each.trusted for each in found.methods}
     assert verdicts == {"CLS attention": False, "rollout": False, "relevance": True, "gradient x attention": True}, [
@@ -345,13 +345,13 @@ def test_known_good_maps_are_trusted_and_known_bad_ones_are_not(tmp_path: Path) 
     good = found.curves["relevance", "fill"]
     assert (good.deletion[:, 0] > 0.99).all() and np.allclose(good.deletion[:, 1:], 0.5, atol=1e-3)
     assert found.methods[0].worst.baseline == AMOUNT or found.methods[0].worst.value.value < 0
-    alone = Study(marked_model(), pictures, tmp_path, "planted", effort=Effort(60, 0))
+    alone = Study(marked_model(), pictures, tmp_path, "planted", budget=Budget(60, 0))
     assert not any(each.trusted for each in try_methods(alone, alone.subset(60)).methods)
-    unlearnt = Study(random_weights(marked_model(), 5), pictures, tmp_path, "random", effort=Effort(60, 3))
+    unlearnt = Study(random_weights(marked_model(), 5), pictures, tmp_path, "random", budget=Budget(60, 3))
     assert not any(each.trusted for each in try_methods(unlearnt, unlearnt.subset(60)).methods)
 
 
-def test_the_chapter_says_the_same_twice_and_all_of_it(digits: LabelledImages, tmp_path: Path) -> None:
+def test_the_chapter_says_the_same_twice_and_all_of_it(digits: LabelledImageSet, tmp_path: Path) -> None:
     chapters = [trust_chapter.write(study_of(random_model(5), digits, tmp_path, 30)) for _ in range(2)]
     first = json.dumps(chapters[0].numbers, allow_nan=False)
     assert first == json.dumps(chapters[1].numbers, allow_nan=False) and chapters[0].text == chapters[1].text
@@ -362,8 +362,8 @@ def test_the_chapter_says_the_same_twice_and_all_of_it(digits: LabelledImages, t
     assert chapters[0].finding is not None and "None of the maps" in chapters[0].finding.text
 
 
-def test_without_known_classes_the_chapter_is_one_sentence(digits: LabelledImages, tmp_path: Path) -> None:
-    nameless = LabelledImages(digits.description, digits.images, None)
+def test_without_known_classes_the_chapter_is_one_sentence(digits: LabelledImageSet, tmp_path: Path) -> None:
+    nameless = LabelledImageSet(digits.description, digits.images, None)
     chapter = trust_chapter.write(study_of(random_model(5), nameless, tmp_path))
     assert "classes are known" in chapter.text and not chapter.figures
 

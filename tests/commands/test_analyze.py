@@ -41,7 +41,7 @@ from attention_visualizer.files.atomic import write_json
 from attention_visualizer.measures.observation import observe
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.report.chapter import Chapter, FigureFile
-from attention_visualizer.runs.checkpoint import BLOCK, block_for
+from attention_visualizer.runs.checkpoint import CHECKPOINT_KEY, block_for
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError
@@ -100,7 +100,7 @@ def content_of(model: VisionTransformer, digits: ImageDataModule, accuracy: floa
         "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
         "epoch": 2,
         "global_step": 17,
-        BLOCK: block | {"validation_accuracy": accuracy},
+        CHECKPOINT_KEY: block | {"validation_accuracy": accuracy},
     }
 
 
@@ -133,7 +133,7 @@ def history_of(model: VisionTransformer, digits: ImageDataModule) -> AttentionHi
         "images": images.permute(0, 2, 3, 1).numpy(),
         "labels": digits.splits["validation"][1][:3].numpy(),
         "class_names": np.array(digits.description.class_names),
-        "data": np.array(digits.description.face_note),
+        "data": np.array(digits.description.watermark),
         "num_keys": np.array(seen.num_keys),
         "query": np.array(str(seen.query)),
     }
@@ -463,10 +463,10 @@ def test_memory_does_not_grow_with_the_test_set(
 ) -> None:
     """What the model sees at once is bounded, and nothing of it is kept."""
     from attention_visualizer.analysis.study.study import Study
-    from attention_visualizer.data.image_sets import LabelledImages
+    from attention_visualizer.data.image_sets import LabelledImageSet
 
     images = digits.splits["test"][0].repeat(5, 1, 1, 1)[:1307]
-    pictures = LabelledImages(digits.description, images, torch.zeros(1307, dtype=torch.long))
+    pictures = LabelledImageSet(digits.description, images, torch.zeros(1307, dtype=torch.long))
     study = Study(model, pictures, tmp_path, "weights")
     sizes: list[int] = []
     handle = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
@@ -979,7 +979,7 @@ def test_foreign_names_are_text_in_every_file(work: Workplace, model: VisionTran
     folder.mkdir()
     content = content_of(model, work.digits)
     names = [f"{HOSTILE}{number}" for number in range(10)]
-    content[BLOCK]["data"]["class_names"] = names
+    content[CHECKPOINT_KEY]["data"]["class_names"] = names
     torch.save(content, folder / "x.ckpt")
     chapters = "[patterns,statistics,atlas,roles]"
     succeed(f"ckpt='{folder / 'x.ckpt'}'", f"chapters={chapters}", "num_samples=2", "output_dir=out", folder=work.path)
@@ -1150,7 +1150,7 @@ def other_architecture(content: dict[str, Any]) -> None:
 
 
 def more_heads_in_the_configuration(content: dict[str, Any]) -> None:
-    content[BLOCK]["model"]["num_layers"] = 5
+    content[CHECKPOINT_KEY]["model"]["num_layers"] = 5
 
 
 @pytest.mark.parametrize("change", [other_architecture, more_heads_in_the_configuration])
@@ -1206,9 +1206,9 @@ def test_mnist_that_is_gone_is_named_by_the_field_of_this_command(
     without_mnist(monkeypatch)
     run = work.add_run("2025-01-01_00-00-00-000000", model)
     content = content_of(model, work.digits)
-    content[BLOCK]["data"]["name"] = "mnist"
+    content[CHECKPOINT_KEY]["data"]["name"] = "mnist"
     torch.save(content, run.best)
-    run.update_manifest(data=content[BLOCK]["data"])
+    run.update_manifest(data=content[CHECKPOINT_KEY]["data"])
     assert_refused(work.path, "data_dir=elsewhere", said="error: data_dir=elsewhere")
     assert "data.fallback" not in analyze("data_dir=elsewhere", folder=work.path).err
 

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from attention_visualizer.data.image_sets import IMAGENET_MEAN, InputFormat, PictureFolder, read_picture
+from attention_visualizer.data.image_sets import IMAGENET_MEAN, ImageFolder, InputFormat, read_picture
 from attention_visualizer.support.errors import UserError
 
 COLOUR = InputFormat((32, 48), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -149,7 +149,7 @@ def test_it_is_what_timms_own_transform_gives(tmp_path: Path, name: str) -> None
     transform: Any = create_transform(**resolve_model_data_config(model))
     picture = photo(480, 320)
     picture.save(tmp_path / "photo.png")
-    folder = PictureFolder.find(tmp_path, InputFormat.of(model))
+    folder = ImageFolder.find(tmp_path, InputFormat.of(model))
     ours = folder.model_input(folder.read([0]))[0]
     theirs = transform(picture)
     assert ours.shape == theirs.shape
@@ -164,7 +164,7 @@ def test_the_folder_is_read_by_name_with_those_below_it(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"nothing")
     whole = (tmp_path / "c.png").read_bytes()
     (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
-    folder = PictureFolder.find(tmp_path, COLOUR)
+    folder = ImageFolder.find(tmp_path, COLOUR)
     assert [folder.name(number) for number in range(len(folder))] == ["a.JPG", "b/d.webp", "c.png"]
     assert set(folder.broken) == {"broken.png", "truncated.png"} and folder.shape == (3, 32, 48)
     pictures = folder.read([2, 0])
@@ -178,7 +178,7 @@ def test_names_that_are_no_text_can_be_told(tmp_path: Path) -> None:
     strange = tmp_path / os.fsdecode(b"caf\xe9\nphoto.png")
     photo().save(strange)
     (tmp_path / os.fsdecode(b"broken\xe9.png")).write_bytes(b"nothing")
-    folder = PictureFolder.find(tmp_path, COLOUR)
+    folder = ImageFolder.find(tmp_path, COLOUR)
     for text in (folder.name(0), *folder.broken):
         assert text.isprintable() and text.encode()
     assert folder.name(0).startswith("caf") and folder.read([0]).shape == (1, 3, 32, 48)
@@ -190,7 +190,7 @@ def test_links_in_a_circle_end_and_files_to_skip_are_skipped(tmp_path: Path) -> 
     (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "folder.png").mkdir()
-    folder = PictureFolder.find(tmp_path, COLOUR, skip=lambda path: path.name == "figure.png")
+    folder = ImageFolder.find(tmp_path, COLOUR, skip=lambda path: path.name == "figure.png")
     assert [folder.name(number) for number in range(len(folder))] == ["photo.png"]
 
 
@@ -198,7 +198,7 @@ def test_the_folder_one_is_in_has_a_name(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "holiday").mkdir()
     photo().save(tmp_path / "holiday/photo.png")
     monkeypatch.chdir(tmp_path / "holiday")
-    assert PictureFolder.find(".", COLOUR).title == "pictures in holiday"
+    assert ImageFolder.find(".", COLOUR).title == "pictures in holiday"
 
 
 @pytest.mark.parametrize(("name", "said"), [("", "this is a folder"), ("none.png", "no such file")])
@@ -209,14 +209,14 @@ def test_a_picture_that_is_none_is_named(tmp_path: Path, name: str, said: str) -
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pictures in it"):
-        PictureFolder.find(tmp_path, COLOUR)
+        ImageFolder.find(tmp_path, COLOUR)
     with pytest.raises(UserError, match="there is no such folder"):
-        PictureFolder.find(tmp_path / "none", COLOUR)
+        ImageFolder.find(tmp_path / "none", COLOUR)
     (tmp_path / "file.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match="this is a file, not a folder"):
-        PictureFolder.find(tmp_path / "file.png", COLOUR)
+        ImageFolder.find(tmp_path / "file.png", COLOUR)
     with pytest.raises(UserError, match=r"1 cannot be read, such as file\.png"):
-        PictureFolder.find(tmp_path, COLOUR)
+        ImageFolder.find(tmp_path, COLOUR)
 
 
 def test_what_a_model_takes_is_found_or_asked_for() -> None:

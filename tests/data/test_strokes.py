@@ -96,7 +96,7 @@ def test_images_do_not_touch_each_other() -> None:
 def test_blocks_of_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     inks = np.stack([ink for ink, _ in DRAWINGS.values()])
     whole = find_strokes(inks)
-    monkeypatch.setattr("attention_visualizer.data.strokes.BLOCK", 5)
+    monkeypatch.setattr("attention_visualizer.data.strokes.IMAGE_BATCH", 5)
     assert np.array_equal(find_strokes(inks).bends, whole.bends)
 
 

@@ -12,8 +12,8 @@ import pytest
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.figures import attention_figures as figures
 from attention_visualizer.figures import panels
-from attention_visualizer.figures.attention_figures import Subject
-from attention_visualizer.figures.panels import Picture, PlacedImage, attention_scale, overlay
+from attention_visualizer.figures.attention_figures import ExplainedImage
+from attention_visualizer.figures.panels import PanelFigure, PlacedImage, attention_scale, overlay
 from attention_visualizer.measures.observation import Observation
 
 LAYERS, HEADS, GRID = 3, 5, (2, 7)
@@ -22,7 +22,7 @@ HEADLINE, SUBTITLE, NOTE = "the headline", "true 3, predicted 8 (91.0%)", "rando
 LONG_NAMES = ["Schleiereule (Tyto alba), im Flug über dem Kornfeld", "ένα πολύ μακρύ όνομα κλάσης"]
 
 
-def subject(layers: int = LAYERS, heads: int = HEADS, grid: tuple[int, int] = GRID, **changes: Any) -> Subject:
+def subject(layers: int = LAYERS, heads: int = HEADS, grid: tuple[int, int] = GRID, **changes: Any) -> ExplainedImage:
     random = np.random.default_rng(0)
     num_keys = 1 + grid[0] * grid[1]
     rows = random.dirichlet(np.full(num_keys, 0.7), (layers, heads)).astype(np.float32)
@@ -39,10 +39,10 @@ def subject(layers: int = LAYERS, heads: int = HEADS, grid: tuple[int, int] = GR
         "predicted_class": "8",
         "probability": 0.91,
     }
-    return Subject(**fields | changes)
+    return ExplainedImage(**fields | changes)
 
 
-def tiles(picture: Picture) -> list[PlacedImage]:
+def tiles(picture: PanelFigure) -> list[PlacedImage]:
     """All images but the colour bars and their titles, in reading order."""
     bars = [image for image in picture.images if image.rgb.shape == (256, 1, 3)]
     left_of_bars = min((bar.x - 19 for bar in bars), default=picture.width)
@@ -51,7 +51,7 @@ def tiles(picture: Picture) -> list[PlacedImage]:
     return sorted(found, key=lambda image: (image.y, image.x))
 
 
-def texts(picture: Picture) -> list[str]:
+def texts(picture: PanelFigure) -> list[str]:
     return [text.text for text in picture.texts]
 
 
@@ -59,7 +59,7 @@ def assert_tile(tile: PlacedImage, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(tile.rgb, panels.as_rgb(expected))
 
 
-def assert_tidy(picture: Picture) -> None:
+def assert_tidy(picture: PanelFigure) -> None:
     """Nothing reaches over the edge, and no two things share a pixel."""
     drawn: list[tuple[str, float, float, float, float]] = [
         (repr(image), image.x, image.y, image.x + image.width, image.y + image.height) for image in picture.images
@@ -74,7 +74,7 @@ def assert_tidy(picture: Picture) -> None:
         assert apart, f"{name} overlaps {other_name}"
 
 
-def every_figure(of: Subject, note: str = NOTE) -> dict[str, Picture]:
+def every_figure(of: ExplainedImage, note: str = NOTE) -> dict[str, PanelFigure]:
     return {
         "strip": figures.overlay_strip(of, HEADLINE, SUBTITLE, note),
         "pattern": figures.attention_pattern(of, HEADLINE, SUBTITLE, note),
@@ -288,7 +288,7 @@ def test_a_subject_is_one_image_of_an_observation() -> None:
         reconstruction_error=0.0,
     )
     image = np.zeros((6, 35, 1), np.uint8)
-    of = Subject.of(seen, 1, image, "b", ["a", "b", "c"])
+    of = ExplainedImage.of(seen, 1, image, "b", ["a", "b", "c"])
     assert (of.true_class, of.predicted_class, of.probability, of.num_keys) == ("b", "c", 0.75, (NUM_KEYS,) * LAYERS)
     np.testing.assert_array_equal(of.maps, seen.head_maps[1].mean(axis=1))
     np.testing.assert_array_equal(of.rollouts, seen.rollouts[1])
@@ -310,7 +310,7 @@ def test_a_subject_is_one_image_of_an_observation() -> None:
     ],
     ids=["1 x 1", "12 layers x 12 heads", "12 x 12 patches", "tall", "long names"],
 )
-def test_nothing_overlaps_or_leaves_a_figure(of: Subject) -> None:
+def test_nothing_overlaps_or_leaves_a_figure(of: ExplainedImage) -> None:
     for picture in every_figure(of).values():
         assert_tidy(picture)
     assert_tidy(figures.overlay_strip(of, of.verdict, SUBTITLE, NOTE))

@@ -18,7 +18,7 @@ from PIL import Image
 from attention_visualizer.figures import panels
 from attention_visualizer.figures.panels import (
     ColorScale,
-    Picture,
+    PanelFigure,
     PlacedImage,
     PlacedText,
     Tile,
@@ -165,7 +165,7 @@ def text_box(text: PlacedText) -> tuple[float, float, float, float]:
     return panels.font(text.size, text.bold).getbbox(text.text, anchor=text.anchor)
 
 
-def boxes(picture: Picture) -> list[tuple[str, float, float, float, float]]:
+def boxes(picture: PanelFigure) -> list[tuple[str, float, float, float, float]]:
     """Name, left, top, right, bottom of all that is drawn."""
     found: list[tuple[str, float, float, float, float]] = []
     for number, image in enumerate(picture.images):
@@ -176,7 +176,7 @@ def boxes(picture: Picture) -> list[tuple[str, float, float, float, float]]:
     return found
 
 
-def assert_tidy(picture: Picture) -> None:
+def assert_tidy(picture: PanelFigure) -> None:
     """Nothing reaches over the edge, and no two things share a pixel."""
     drawn = boxes(picture)
     for name, left, top, right, bottom in drawn:
@@ -188,7 +188,7 @@ def assert_tidy(picture: Picture) -> None:
         assert apart, f"{first} at {one} overlaps {second} at {other}"
 
 
-def grid_of_tiles(rows: int, columns: int, shape: tuple[int, ...] = (11, 11, 1), words: str = "") -> Picture:
+def grid_of_tiles(rows: int, columns: int, shape: tuple[int, ...] = (11, 11, 1), words: str = "") -> PanelFigure:
     tile = np.full(shape, 90, np.uint8)
     return tile_grid(
         [[Tile(tile, words, f"H 2.83 {words}") for _ in range(columns)] for _ in range(rows)],
@@ -196,7 +196,7 @@ def grid_of_tiles(rows: int, columns: int, shape: tuple[int, ...] = (11, 11, 1),
         f"subtitle {words}",
         column_titles=[f"{words} head {column + 1}" for column in range(columns)],
         row_titles=[f"{words} layer {row + 1}" for row in range(rows)],
-        face_note=f"random weights {words}",
+        watermark=f"random weights {words}",
         scale=attention_scale(NUM_KEYS),
         second_scale=difference_scale(3.0, "change since the layer before"),
     )
@@ -238,9 +238,9 @@ def test_row_titles_stand_at_the_middle_of_their_rows() -> None:
         assert text.y == tiles[2 * row].y + tiles[2 * row].height // 2
 
 
-def test_the_face_note_stands_out_and_is_left_out_when_there_is_none() -> None:
+def test_the_watermark_stands_out_and_is_left_out_when_there_is_none() -> None:
     tile = Tile(np.zeros((5, 5, 1), np.uint8))
-    noted = tile_grid([[tile]], "headline", face_note="random weights")
+    noted = tile_grid([[tile]], "headline", watermark="random weights")
     (note,) = (text for text in noted.texts if text.text == "random weights")
     assert note.color == panels.RED and note.bold
     assert all(text.color != panels.RED for text in tile_grid([[tile]], "headline").texts)
@@ -270,19 +270,19 @@ def test_the_fitting_size_is_the_largest_that_fits() -> None:
 
 
 @pytest.fixture(scope="module")
-def rich_picture() -> Picture:
+def rich_picture() -> PanelFigure:
     gradient = np.linspace(0, 255, 5 * 7 * 3).reshape(5, 7, 3).astype(np.uint8)
     return tile_grid(
         [[Tile(gradient, "layer 1", "H 1.23  self 0.04"), Tile(gradient[::-1], "layer 2", "H 2.83")]],
         "A headline",
         "true é, predicted Ω (99.9%)",
         row_titles=["overlay"],
-        face_note="random weights",
+        watermark="random weights",
         scale=attention_scale(NUM_KEYS),
     )
 
 
-def test_to_rgb_draws_images_and_texts_where_they_are_placed(rich_picture: Picture) -> None:
+def test_to_rgb_draws_images_and_texts_where_they_are_placed(rich_picture: PanelFigure) -> None:
     rgb = rich_picture.to_rgb()
     assert rgb.shape == (rich_picture.height, rich_picture.width, 3) and rgb.dtype == np.uint8
     for image in rich_picture.images:
@@ -295,7 +295,7 @@ def test_to_rgb_draws_images_and_texts_where_they_are_placed(rich_picture: Pictu
     assert blank.min() == 255
 
 
-def test_the_figure_is_the_same_picture(rich_picture: Picture) -> None:
+def test_the_figure_is_the_same_picture(rich_picture: PanelFigure) -> None:
     rgb = rich_picture.to_rgb()
     file = io.BytesIO()
     rich_picture.to_figure().savefig(file, format="png")
@@ -310,7 +310,7 @@ def test_the_figure_is_the_same_picture(rich_picture: Picture) -> None:
     assert np.abs(np.full_like(rgb, 255) - expected).mean() > 20  # a blank page would be told apart
 
 
-def test_the_figures_texts_stay_inside(rich_picture: Picture) -> None:
+def test_the_figures_texts_stay_inside(rich_picture: PanelFigure) -> None:
     figure = rich_picture.to_figure()
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -324,18 +324,18 @@ def test_the_figures_texts_stay_inside(rich_picture: Picture) -> None:
 @pytest.mark.parametrize("width", [53, 991, 968, 1151])
 def test_figures_have_the_pictures_size_to_the_pixel(width: int) -> None:
     file = io.BytesIO()
-    Picture(width, 71).to_figure().savefig(file, format="png")
+    PanelFigure(width, 71).to_figure().savefig(file, format="png")
     assert Image.open(file).size == (width, 71)
 
 
 def test_mathematics_is_not_read_into_names() -> None:
     text = "price $5 to $7_x"
-    figure = Picture(300, 40, texts=[PlacedText(5, 5, text, 13)]).to_figure()
+    figure = PanelFigure(300, 40, texts=[PlacedText(5, 5, text, 13)]).to_figure()
     FigureCanvasAgg(figure).draw()
     assert not figure.texts[0].get_parse_math() and figure.texts[0].get_text() == text
 
 
-def test_an_svg_holds_its_texts_as_text(rich_picture: Picture) -> None:
+def test_an_svg_holds_its_texts_as_text(rich_picture: PanelFigure) -> None:
     """As `panels` says of PDF and SVG: text can be searched and edited."""
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
@@ -346,13 +346,13 @@ def test_an_svg_holds_its_texts_as_text(rich_picture: Picture) -> None:
 
 def test_smooth_images_are_smooth_both_ways() -> None:
     step = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
-    sharp, smooth = (Picture(64, 8, [PlacedImage(0, 0, 64, 8, step, smooth)]) for smooth in (False, True))
+    sharp, smooth = (PanelFigure(64, 8, [PlacedImage(0, 0, 64, 8, step, smooth)]) for smooth in (False, True))
     assert len(np.unique(sharp.to_rgb())) == 2 < len(np.unique(smooth.to_rgb()))
     (image,) = smooth.to_figure().axes[0].images
     assert image.get_interpolation() == "bicubic"
 
 
-def test_drawing_leaves_pyplot_and_its_settings_alone(rich_picture: Picture) -> None:
+def test_drawing_leaves_pyplot_and_its_settings_alone(rich_picture: PanelFigure) -> None:
     plt.get_backend()  # which pyplot chooses when first asked
     settings, figures = matplotlib.rcParams.copy(), plt.get_fignums()
     rich_picture.to_rgb()

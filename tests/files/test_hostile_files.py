@@ -26,17 +26,17 @@ from safetensors.torch import load_file, save_file
 
 from attention_visualizer.analysis.study.preparation import find_weights, load_data
 from attention_visualizer.commands import command_line
-from attention_visualizer.data.image_sets import InputFormat, PictureFolder
+from attention_visualizer.data.image_sets import ImageFolder, InputFormat
 from attention_visualizer.data.images import DatasetDescription, read_image
 from attention_visualizer.data.mnist import FILES
 from attention_visualizer.files import atomic
-from attention_visualizer.files.tensor_files import BLOCK, HASH
+from attention_visualizer.files.tensor_files import CHECKPOINT_KEY, HASH
 from attention_visualizer.runs import folders
 from attention_visualizer.runs.checkpoint import AtomicCheckpointIO, load_checkpoint
 from attention_visualizer.runs.export import export_safetensors
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.text import cell, printable
+from attention_visualizer.support.text import csv_safe, printable
 from attention_visualizer.training import sweeps
 from attention_visualizer.training.resuming import accuracy_of_completed, read_config
 from tests.helpers.runs import BARE, BRIEF, ENVIRONMENT, only_run, run_script, run_train, trained_run
@@ -130,7 +130,9 @@ def test_a_dictionary_key_that_takes_for_ever_to_hash(checkpoint: Path, tmp_path
 @pytest.mark.parametrize("kind", [list, tuple])
 @pytest.mark.parametrize("field", ["format", "data", "model", "validation_accuracy", "split_seed"])
 def test_values_that_are_endless_when_written_out(checkpoint: Path, tmp_path: Path, field: str, kind: type) -> None:
-    path = changed(checkpoint, tmp_path / "endless.ckpt", lambda content: content[BLOCK].update({field: doubled(kind)}))
+    path = changed(
+        checkpoint, tmp_path / "endless.ckpt", lambda content: content[CHECKPOINT_KEY].update({field: doubled(kind)})
+    )
     assert "refers to parts of itself" in refusal(load_checkpoint, path)
     assert "refers to parts of itself" in refusal(AtomicCheckpointIO().load_checkpoint, path)
 
@@ -332,7 +334,7 @@ def test_a_checkpoint_of_another_run_in_a_run_s_folder(tmp_path: Path, checkpoin
 def test_a_checkpoint_of_other_data_in_a_run_s_folder(tmp_path: Path, checkpoint: Path) -> None:
     folder = folders.RunFolder(tmp_path / "run")
     folder.checkpoints.mkdir(parents=True)
-    change = lambda content: content[BLOCK]["data"].update(mean=0.5)  # noqa: E731
+    change = lambda content: content[CHECKPOINT_KEY]["data"].update(mean=0.5)  # noqa: E731
     changed(checkpoint, folder.best, change)
     (folder.path / "run.json").write_text((checkpoint.parents[1] / "run.json").read_text())
     with pytest.raises(UserError, match="the data set's mean=0.5 and .*run.json says 0.3"):
@@ -341,8 +343,8 @@ def test_a_checkpoint_of_other_data_in_a_run_s_folder(tmp_path: Path, checkpoint
 
 def test_a_checkpoint_does_not_say_where_data_is_downloaded_to(tmp_path: Path, checkpoint: Path) -> None:
     def point(content: Any) -> None:
-        content[BLOCK]["data_dir"] = str(tmp_path / "home")
-        content[BLOCK]["data"]["name"] = "mnist"
+        content[CHECKPOINT_KEY]["data_dir"] = str(tmp_path / "home")
+        content[CHECKPOINT_KEY]["data"]["name"] = "mnist"
 
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / next(iter(FILES))).touch()
@@ -375,8 +377,8 @@ def test_names_of_a_sweep_s_folders() -> None:
 def test_text_is_inert_on_terminals_and_in_spreadsheets(capsys: pytest.CaptureFixture[str]) -> None:
     assert printable("\x1b[31mred\x9b2J\n\u202e\udcff") == "�[31mred�2J���"
     for text in ("=1+1", "+1", "-1", "@x", "\t=1", "＝1", " =1", "\x1b=1"):
-        assert not str(cell(text)).lstrip().startswith(("=", "+", "-", "@", "\t", "＝", "\x1b"))
-    assert cell(-1.5) == -1.5
+        assert not str(csv_safe(text)).lstrip().startswith(("=", "+", "-", "@", "\t", "＝", "\x1b"))
+    assert csv_safe(-1.5) == -1.5
     with pytest.raises(SystemExit):
         command_line.fail(UserError("no run called \x1b]0;title\x07"))
     assert capsys.readouterr().err == "error: no run called �]0;title�\n"
@@ -453,7 +455,7 @@ def test_the_rest_of_a_folder_is_read_and_the_broken_are_named_once(
     (tmp_path / "a\x1b[31m.png").write_text("hello")
     (tmp_path / "good.png").write_bytes(png(9, 9))
     with caplog.at_level("WARNING"):
-        pictures = PictureFolder.find(tmp_path, FORMAT)
+        pictures = ImageFolder.find(tmp_path, FORMAT)
     assert [pictures.name(number) for number in range(len(pictures))] == ["good.png"]
     assert set(pictures.broken) == {*BROKEN, "a�[31m.png"}
     named = [record.getMessage() for record in caplog.records]
@@ -518,9 +520,9 @@ def test_an_export_with_other_settings_or_without_its_hash(checkpoint: Path, tmp
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     weights = load_file(path)
-    other_heads = metadata | {BLOCK: metadata[BLOCK].replace('"num_heads": 3', '"num_heads": 4')}
+    other_heads = metadata | {CHECKPOINT_KEY: metadata[CHECKPOINT_KEY].replace('"num_heads": 3', '"num_heads": 4')}
     assert other_heads != metadata
-    for change in (other_heads, {BLOCK: metadata[BLOCK]}, {HASH: metadata[HASH]}):
+    for change in (other_heads, {CHECKPOINT_KEY: metadata[CHECKPOINT_KEY]}, {HASH: metadata[HASH]}):
         save_file(weights, path, change)
         assert "is corrupt" in refusal(load_checkpoint, path)
 

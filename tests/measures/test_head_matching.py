@@ -77,7 +77,7 @@ def test_a_noisy_copy_is_matched_back(noise: float) -> None:
     found = match_heads(own, mixed)
     np.testing.assert_array_equal(found.partners, where)
     assert 0.5 < found.gains.min() <= found.gains.max() < 1
-    assert (found.matched < found.arbitrary).all()
+    assert (found.matched < found.random_pairing).all()
 
 
 def test_the_heads_of_a_model_are_found_in_a_copy_whose_heads_were_moved() -> None:
@@ -127,7 +127,7 @@ def test_partners_are_the_best_of_all_pairings() -> None:
             for order in permutations(range(HEADS))
         ]
         assert found.matched[layer].sum() == pytest.approx(min(totals))
-        assert found.arbitrary[layer].sum() == pytest.approx(np.mean(totals))  # partners by lot
+        assert found.random_pairing[layer].sum() == pytest.approx(np.mean(totals))  # partners by lot
         assert found.gains[layer] == pytest.approx(1 - min(totals) / np.mean(totals))
 
 

@@ -22,7 +22,7 @@ from attention_visualizer.measures.streaming import (
     NUM_BINS,
     AttentionStatistics,
     Distribution,
-    Summary,
+    MeasureSummary,
     histogram_quantiles,
 )
 from attention_visualizer.support.errors import UserError
@@ -60,7 +60,7 @@ def in_batches(weights: list[Tensor], sizes: list[int]) -> AttentionStatistics:
     return statistics
 
 
-def assert_same(first: dict[str, Summary], second: dict[str, Summary]) -> None:
+def assert_same(first: dict[str, MeasureSummary], second: dict[str, MeasureSummary]) -> None:
     assert first.keys() == second.keys()
     for name, summary in first.items():
         other = second[name]

@@ -23,7 +23,7 @@ from PIL import Image
 
 from attention_visualizer.report import markdown as markdown_report
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
-from attention_visualizer.report.markdown import Summary, escape_markdown
+from attention_visualizer.report.markdown import ReportHeader, escape_markdown
 from attention_visualizer.support.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def chapters() -> dict[str, Chapter]:
     }
 
 
-def summary(**changes: Any) -> Summary:
+def summary(**changes: Any) -> ReportHeader:
     fields: dict[str, Any] = {
         "title": "Attention analysis",
         "facts": {"weights": "best.ckpt of run_7", "data": NASTY},
@@ -72,7 +72,7 @@ def summary(**changes: Any) -> Summary:
         "command": "python analyze.py 'ckpt=my run/best.ckpt'",
         "headline": ("6 layers", NASTY, "accuracy 99.30 %, n = 10,000"),
     }
-    return Summary(**fields | changes)
+    return ReportHeader(**fields | changes)
 
 
 def draw(folder: Path, given: dict[str, Chapter]) -> None:
@@ -135,7 +135,7 @@ class Page(HTMLParser):
         return [attributes["id"] for _, attributes in self.elements if "id" in attributes]
 
 
-def page_of(folder: Path, told: Summary | None = None, given: dict[str, Chapter] | None = None) -> Page:
+def page_of(folder: Path, told: ReportHeader | None = None, given: dict[str, Chapter] | None = None) -> Page:
     markdown_report.write(folder, told or summary(), given or chapters())
     return Page((folder / markdown_report.PAGE).read_text(encoding="utf-8"))
 
@@ -242,7 +242,7 @@ def test_foreign_text_stays_itself(text: str) -> None:
     assert {child.type for child in paragraph.children or []} <= {"text", "text_special"}
 
 
-def hostile() -> tuple[Summary, dict[str, Chapter]]:
+def hostile() -> tuple[ReportHeader, dict[str, Chapter]]:
     """Foreign text wherever it may come: what prose and findings hold went through `escape_markdown`."""
     escaped = escape_markdown(NASTY)
     made = {

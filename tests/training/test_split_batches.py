@@ -108,14 +108,14 @@ def test_an_error_in_a_half_is_the_callers() -> None:
 def test_only_where_it_suits() -> None:
     images, _ = batch(2)
     halves = Halves()
-    assert halves.suit(model(), images)
-    assert not halves.suit(model(), images[:1])
-    assert not halves.suit(model(), images.to("meta"))
+    assert halves.applies_to(model(), images)
+    assert not halves.applies_to(model(), images[:1])
+    assert not halves.applies_to(model(), images.to("meta"))
     # Its random numbers would depend on which thread comes first.
-    assert not halves.suit(model(attention_dropout=0.1), images)
-    assert not halves.suit(nn.Flatten(), images)
+    assert not halves.applies_to(model(attention_dropout=0.1), images)
+    assert not halves.applies_to(nn.Flatten(), images)
     torch.set_num_threads(1)
-    assert not halves.suit(model(), images)
+    assert not halves.applies_to(model(), images)
 
 
 def test_a_module_that_has_threads_can_be_copied() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from attention_visualizer.files.tensor_files import BLOCK
+from attention_visualizer.files.tensor_files import CHECKPOINT_KEY
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.runs.checkpoint import AtomicCheckpointIO
 from attention_visualizer.support.errors import UserError
@@ -57,7 +57,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     assert outcome.exit_code == 0, outcome.err
     run = only_run(folder)
     content = read_checkpoint(run / "checkpoints" / "last.ckpt")
-    classifier = Classifier(VisionTransformer(**content[BLOCK]["model"]), 10, muon=request.param == "muon")
+    classifier = Classifier(VisionTransformer(**content[CHECKPOINT_KEY]["model"]), 10, muon=request.param == "muon")
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
     return Saved(run, content, classifier, trainer)
 
@@ -147,7 +147,7 @@ def test_a_moment_must_fill_its_memory(saved: Saved) -> None:
         (("ImageDataModule", "seed"), torch.zeros(3), "data.seed"),
         (("pytorch-lightning_version",), "x", "pytorch-lightning_version"),
         (("callbacks",), {"EMAWeightAveraging": {"latest_update_step": "x"}}, "latest_update_step"),
-        ((BLOCK, "train_right"), -1, "train_right"),
+        ((CHECKPOINT_KEY, "train_right"), -1, "train_right"),
     ],
 )
 def test_training_does_not_begin(saved: Saved, tmp_path: Path, path: Any, value: Any, said: str) -> None:

@@ -444,9 +444,9 @@ def subtitles(folder: Path, monkeypatch: pytest.MonkeyPatch, module: Foreign, **
     seen = []
     strip = attention_figures.overlay_strip
 
-    def spying(subject: Any, headline: str, subtitle: str = "", face_note: str = "") -> Any:
-        seen.append((headline, subtitle, face_note))
-        return strip(subject, headline, subtitle, face_note)
+    def spying(subject: Any, headline: str, subtitle: str = "", watermark: str = "") -> Any:
+        seen.append((headline, subtitle, watermark))
+        return strip(subject, headline, subtitle, watermark)
 
     monkeypatch.setattr(attention_figures, "overlay_strip", spying)
     fit(folder, module, AttentionLogger(head_grids=0, **options), logger=Recorder(), max_epochs=1)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from attention_visualizer.analysis.chapters import CHAPTERS, write_chapters
-from attention_visualizer.analysis.study.study import OURS, Study
+from attention_visualizer.analysis.study.study import ANALYSIS_FILE_NAMES, Study
 from attention_visualizer.attention.geometry import Geometry
-from attention_visualizer.data.image_sets import InputFormat, PictureFolder
+from attention_visualizer.data.image_sets import ImageFolder, InputFormat
 from attention_visualizer.files import atomic
 from attention_visualizer.files.staging import move_in, staging
 from attention_visualizer.models.vision_transformer import VisionTransformer
@@ -99,7 +99,7 @@ def files_of_ours(folder: Path, earlier: EarlierAnalysis | None) -> set[str]:
         return set()
     listed = earlier.figures if earlier is not None else frozenset()
     names = {path.name for path in folder.iterdir() if path.is_file()}
-    return {name for name in names if name in listed or OURS.fullmatch(name)}
+    return {name for name in names if name in listed or ANALYSIS_FILE_NAMES.fullmatch(name)}
 
 
 def discard(folder: Path) -> None:
@@ -120,7 +120,7 @@ def identity(weights: str) -> str:
     return found.group() if found else weights
 
 
-def summarise(study: Study, command: str, language: str) -> markdown_report.Summary:
+def summarise(study: Study, command: str, language: str) -> markdown_report.ReportHeader:
     pictures = study.pictures
     whole_set = f"{pictures.title}, test set of {len(pictures):,} images"
     facts = {
@@ -138,16 +138,16 @@ def summarise(study: Study, command: str, language: str) -> markdown_report.Summ
     facts["proof"] = "the maps are the model's own: weights times values differ from its own attention output " + (
         f"by at most {error:.1e}" if error else "by nothing"
     )
-    if isinstance(pictures, PictureFolder):
+    if isinstance(pictures, ImageFolder):
         facts["input"] = describe_input(pictures.format)
     versions = ", ".join(f"{name} {folders.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
     facts["software"] = f"{versions}, Python {platform.python_version()}"
     headline = [facts["model"], facts["data"], *([f"accuracy {facts['accuracy']}"] if accuracy is not None else [])]
-    return markdown_report.Summary("Attention analysis", facts, warnings_of(study), command, language, headline)
+    return markdown_report.ReportHeader("Attention analysis", facts, warnings_of(study), command, language, headline)
 
 
 def warnings_of(study: Study) -> list[str]:
-    told = [study.face_note] if study.face_note else []
+    told = [study.watermark] if study.watermark else []
     if study.first_look.left_out:
         names = ", ".join(study.first_look.left_out)
         told.append(f"layers whose keys cannot be placed on the image are left out: {names}")

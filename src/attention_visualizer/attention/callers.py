@@ -11,9 +11,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from attention_visualizer.attention.calls import StatedHeads, tensors_of
+from attention_visualizer.attention.calls import DeclaredHeads, tensors_of
 
-HEAD_NUMBERS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_head", "nheads", "nhead", "heads")
+NUM_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_head", "nheads", "nhead", "heads")
 CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 MODULE_CALL = nn.Module._call_impl.__code__
 
@@ -66,7 +66,7 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def stated_heads(stack: Stack) -> StatedHeads:
+def stated_heads(stack: Stack) -> DeclaredHeads:
     """The number of heads, as the calling module or the one around it states it; the batch that it was given."""
     numbers = (num_heads_of(module) for module in stack.modules[:2])
     number = next((number for number in numbers if number is not None), None)
@@ -77,7 +77,7 @@ def stated_heads(stack: Stack) -> StatedHeads:
 
 
 def num_heads_of(module: nn.Module) -> int | None:
-    for name in HEAD_NUMBERS:
+    for name in NUM_HEADS_ATTRIBUTES:
         number = getattr(module, name, None)
         if isinstance(number, int) and number > 0:
             return number

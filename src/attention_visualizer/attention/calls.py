@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Source = Literal["rebuilt", "multiplied"]
-StatedHeads = tuple[int | None, int | None]  # number of heads, and the batch that the module was given; None: not known
+DeclaredHeads = tuple[
+    int | None, int | None
+]  # number of heads, and the batch that the module was given; None: not known
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def random_numbers(device: torch.device, state: Tensor | None) -> Iterator[None]
 
 
 def fused_call(
-    heads: StatedHeads, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: Tensor | None = None
+    heads: DeclaredHeads, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: Tensor | None = None
 ) -> AttentionCall:
     """From the arguments of `scaled_dot_product_attention` and its output. before: the random state of its dropout."""
     weights, values = attention_weights(*args, **kwargs)
@@ -201,12 +203,12 @@ multi_head_body = FunctionType(
 # --- arguments ---------------------------------------------------------------------------------------------------
 
 
-def exchanged(arguments: Any, old: Tensor, new: Any) -> Any:
+def replace_tensor(arguments: Any, old: Tensor, new: Any) -> Any:
     """Arguments with `new` in place of `old`, also inside lists, tuples and dictionaries."""
     if isinstance(arguments, dict):
-        return {name: exchanged(value, old, new) for name, value in arguments.items()}
+        return {name: replace_tensor(value, old, new) for name, value in arguments.items()}
     if isinstance(arguments, tuple | list):
-        return type(arguments)(exchanged(value, old, new) for value in arguments)
+        return type(arguments)(replace_tensor(value, old, new) for value in arguments)
     return new if arguments is old else arguments
 
 

@@ -38,8 +38,8 @@ from attention_visualizer.attention.callers import (
 )
 from attention_visualizer.attention.calls import (
     AttentionCall,
+    DeclaredHeads,
     Source,
-    StatedHeads,
     fused_call,
     fused_dropout,
     largest,
@@ -200,7 +200,7 @@ _eager = _Eager()
 
 
 # What an intervention made of an attention call, by the output that the model goes on with; for blocks inside it.
-EDITED: Any = WeakIdKeyDictionary()  # Tensor -> AttentionLayer
+_edits_by_output: Any = WeakIdKeyDictionary()  # Tensor -> AttentionLayer
 
 
 class _Watch(TorchFunctionMode):
@@ -271,7 +271,7 @@ class _Watch(TorchFunctionMode):
         self._check("nn.MultiheadAttention", difference, largest(own[0]), own[0].dtype)
         return own
 
-    def _seen(self, output: Tensor, describe: Callable[[StatedHeads], AttentionCall]) -> Tensor:
+    def _seen(self, output: Tensor, describe: Callable[[DeclaredHeads], AttentionCall]) -> Tensor:
         """Records the call and returns what the model goes on with."""
         began = time.perf_counter()
         stack = calling_stack(self.names, self.channels, sys._getframe(2))
@@ -294,7 +294,7 @@ class _Watch(TorchFunctionMode):
             torch.set_grad_enabled(keeps_graph),
         ):  # no calls of the model: an enclosing capture skips them
             call = describe(stated_heads(stack))
-            edited = EDITED.get(output)
+            edited = _edits_by_output.get(output)
             # In place: the product is there for this alone.
             error = largest(call.product.detach().sub_(call.expected.detach())) if edited is None else edited.error
             self._check(name, error, call.magnitude, call.expected.dtype)
@@ -363,7 +363,7 @@ class _Watch(TorchFunctionMode):
                 )
             weights = weights.to(given)
             output = call.replay(weights)
-        EDITED[output] = replace(layer, weights=weights)
+        _edits_by_output[output] = replace(layer, weights=weights)
         return output
 
     def _check(self, name: str, error: float, magnitude: float, dtype: torch.dtype) -> None:

@@ -91,7 +91,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class StatedLayout:
+class DeclaredLayout:
     """What a model says of its tokens in its attributes. None: it does not say."""
 
     patch_size: Size | None
@@ -108,7 +108,7 @@ def find_geometry(model: nn.Module) -> Geometry | None:
     return Geometry(layout.grid, layout.num_prefix_tokens, layout.patch_size, class_token=layout.class_token)
 
 
-def stated_layout(model: nn.Module) -> StatedLayout:
+def stated_layout(model: nn.Module) -> DeclaredLayout:
     """In the attribute names of timm, torchvision, Hugging Face, vit-pytorch and this project."""
     for module in model.modules():
         embedding = patch_embedding(module)
@@ -121,8 +121,8 @@ def stated_layout(model: nn.Module) -> StatedLayout:
             grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
         if patch_size is not None:
             prefix = num_prefix_tokens(model, module)
-            return StatedLayout(patch_size, prefix, grid, class_token_of(module) if prefix else "read")
-    return StatedLayout(None, num_prefix_tokens(model, model), None)
+            return DeclaredLayout(patch_size, prefix, grid, class_token_of(module) if prefix else "read")
+    return DeclaredLayout(None, num_prefix_tokens(model, model), None)
 
 
 def patch_embedding(module: nn.Module) -> nn.Module | None:

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attention_visualizer.attention.calls import AttentionCall, HeadLayout, StatedHeads, exchanged, largest, tensors_of
+from attention_visualizer.attention.calls import (
+    AttentionCall,
+    DeclaredHeads,
+    HeadLayout,
+    largest,
+    replace_tensor,
+    tensors_of,
+)
 
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul}
@@ -35,7 +42,7 @@ REORDERINGS |= {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")
 
 
 @dataclass(frozen=True)
-class Followed:
+class TrackedTensor:
     """What is known of a tensor on its way: "scores" come from a product, "weights" from their softmax.
 
     key_axis: counted from 0, None of scores that were reshaped. Where there was dropout, `before` are the weights
@@ -57,7 +64,7 @@ class HandWrittenAttention:
     def __init__(self) -> None:
         self.known: Any = WeakIdKeyDictionary()
 
-    def followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Followed] | None:
+    def followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, TrackedTensor] | None:
         """The first argument that is being followed; weights come before scores."""
         found = None
         if not self.known:
@@ -80,11 +87,11 @@ class HandWrittenAttention:
         output = function(*args, **kwargs)
         if function in SOFTMAX:
             if found is not None and found[1].kind == "scores":
-                self.known[output] = Followed("weights", softmax_axis(output, args, kwargs))
+                self.known[output] = TrackedTensor("weights", softmax_axis(output, args, kwargs))
         elif function in SCORES and (found is None or found[1].kind == "scores"):
             learnt = any(isinstance(tensor, nn.Parameter) for tensor in tensors_of((*args, *kwargs.values())))
             if not learnt and isinstance(output, Tensor) and output.ndim >= 2 and output.is_floating_point():
-                self.known[output] = Followed("scores", score_axis(function, output, args))
+                self.known[output] = TrackedTensor("scores", score_axis(function, output, args))
         elif found is not None and not (found[1].kind == "scores" and _makes_features(function, found, args, kwargs)):
             self._follow(function, *found, output, args, kwargs)
         return output
@@ -93,7 +100,7 @@ class HandWrittenAttention:
         self,
         function: Callable[..., Any],
         tensor: Tensor,
-        known: Followed,
+        known: TrackedTensor,
         output: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -107,21 +114,24 @@ class HandWrittenAttention:
         if known.before is not None and known.mask is not None:  # the same step without dropout
             alone = [part.clone() if in_place else part for part in (known.before, known.mask)]
             with torch._C.DisableTorchFunction():
-                steps = [function(*exchanged(args, tensor, part), **exchanged(kwargs, tensor, part)) for part in alone]
+                steps = [
+                    function(*replace_tensor(args, tensor, part), **replace_tensor(kwargs, tensor, part))
+                    for part in alone
+                ]
             parts = [tuple(alone)] if in_place else list(zip(*map(results_of, steps), strict=True))
         for result, (before, mask) in zip(results, parts, strict=False):
             axis = self._key_axis_after(function, tensor, known, result, args, kwargs)
             if (axis is not None or known.kind == "scores") and result.is_floating_point():
-                self.known[result] = Followed(known.kind, axis, before, mask)
+                self.known[result] = TrackedTensor(known.kind, axis, before, mask)
 
     def _dropout(
         self,
         function: Callable[..., Any],
         tensor: Tensor,
-        known: Followed,
+        known: TrackedTensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Followed]:
+    ) -> tuple[Tensor, TrackedTensor]:
         share = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
         training = args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))
         if not (training and share > 0):
@@ -131,13 +141,13 @@ class HandWrittenAttention:
         devices = [tensor.device.index] if tensor.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch._C.DisableTorchFunction():  # the same random numbers twice
             mask = F.dropout(torch.ones_like(tensor, requires_grad=False), share)
-        return function(*args, **kwargs), Followed("weights", known.key_axis, before, mask)
+        return function(*args, **kwargs), TrackedTensor("weights", known.key_axis, before, mask)
 
     def _key_axis_after(
         self,
         function: Callable[..., Any],
         tensor: Tensor,
-        known: Followed,
+        known: TrackedTensor,
         result: Tensor,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -149,7 +159,7 @@ class HandWrittenAttention:
             # Sizes that are all different tell where an axis goes.
             marker = torch.empty(tuple(range(2, 2 + tensor.ndim)), device="meta")
             with torch._C.DisableTorchFunction():
-                moved = function(*exchanged(args, tensor, marker), **exchanged(kwargs, tensor, marker))
+                moved = function(*replace_tensor(args, tensor, marker), **replace_tensor(kwargs, tensor, marker))
             return list(moved.shape).index(2 + known.key_axis)
         if function is torch.einsum:
             parsed = einsum_labels(args)
@@ -208,7 +218,7 @@ class HandWrittenAttention:
         if left is tensor and known.key_axis == tensor.ndim - 1:
             return HandWrittenProduct(tensor, known, _same, right, _same, _same, _same)
         if right is tensor and known.key_axis == tensor.ndim - 2:  # values' @ weights'
-            return HandWrittenProduct(tensor, known, _turned, left, _turned, _turned, _turned)
+            return HandWrittenProduct(tensor, known, _transposed, left, _transposed, _transposed, _transposed)
         return None
 
 
@@ -220,7 +230,7 @@ class HandWrittenProduct:
     """
 
     tensor: Tensor
-    known: Followed
+    known: TrackedTensor
     to_weights: Callable[[Tensor], Tensor]
     other: Tensor
     to_values: Callable[[Tensor], Tensor]
@@ -229,7 +239,7 @@ class HandWrittenProduct:
 
     def call(
         self,
-        heads: StatedHeads,
+        heads: DeclaredHeads,
         function: Callable[..., Any],
         output: Tensor,
         args: tuple[Any, ...],
@@ -249,7 +259,7 @@ class HandWrittenProduct:
         def replay(other: Tensor) -> Tensor:
             tensor = self.from_weights(layout.restore(other)).to(multiplied.dtype)
             tensor = tensor if mask is None else tensor * mask
-            return function(*exchanged(args, multiplied, tensor), **exchanged(kwargs, multiplied, tensor))
+            return function(*replace_tensor(args, multiplied, tensor), **replace_tensor(kwargs, multiplied, tensor))
 
         # Weights that were mixed between heads need not be shares: their rows can sum to more than one.
         magnitude = largest(values) * max(1.0, largest(form.detach().abs().sum(dim=-1)))
@@ -262,7 +272,7 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _turned(tensor: Tensor) -> Tensor:
+def _transposed(tensor: Tensor) -> Tensor:
     return tensor.transpose(-2, -1)
 
 
@@ -300,7 +310,7 @@ def einsum_labels(args: tuple[Any, ...]) -> EinsumLabels | None:
     return EinsumLabels(inputs, output, operands)
 
 
-def einsum_product(tensor: Tensor, known: Followed, args: tuple[Any, ...]) -> HandWrittenProduct | None:
+def einsum_product(tensor: Tensor, known: TrackedTensor, args: tuple[Any, ...]) -> HandWrittenProduct | None:
     labels = einsum_labels(args)
     if labels is None or len(labels.operands) != 2 or known.key_axis is None:
         return None
@@ -358,7 +368,7 @@ def score_axis(function: Callable[..., Any], output: Tensor, args: tuple[Any, ..
 
 
 def _makes_features(
-    function: Callable[..., Any], found: tuple[Tensor, Followed], args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Any], found: tuple[Tensor, TrackedTensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
     """What `function` makes of scores are no scores any more: a norm, or a learnt map that does not mix heads alone.
 

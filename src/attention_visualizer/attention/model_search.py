@@ -40,7 +40,7 @@ class FoundModel:
 
 
 @dataclass(frozen=True)
-class Trial:
+class ProbeRun:
     """What a module showed on images: its attention layers, or why it showed none."""
 
     layers: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ def find_model(
     return FoundModel(name, model, trial.layers, unplaced, runs, classifies(module, runs, images), others)
 
 
-def run_on(model: nn.Module, images: Tensor, geometry: Geometry | None = None) -> Trial:
+def run_on(model: nn.Module, images: Tensor, geometry: Geometry | None = None) -> ProbeRun:
     """Raises UserError only where `geometry` is given and does not fit."""
     places: dict[str, Geometry | None] = {}
 
@@ -89,8 +89,8 @@ def run_on(model: nn.Module, images: Tensor, geometry: Geometry | None = None) -
         if geometry is not None and isinstance(error, UserError):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        return Trial(failure=reason if isinstance(error, CaptureError) else f"{type(error).__name__}: {reason}")
-    return Trial(tuple(places), tuple(places.values()))
+        return ProbeRun(failure=reason if isinstance(error, CaptureError) else f"{type(error).__name__}: {reason}")
+    return ProbeRun(tuple(places), tuple(places.values()))
 
 
 # --- search ----------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def _search(module: nn.Module, images: Tensor) -> tuple[str, nn.Module, tuple[st
 
 def working_parts(
     module: nn.Module, images: Tensor, failures: dict[str, str] | None = None, prefix: str = ""
-) -> Iterator[tuple[str, Trial]]:
+) -> Iterator[tuple[str, ProbeRun]]:
     """The outermost parts that show attention on images, as (name, trial), from the outside in.
 
     failures: gains the reason of each part that cuts images into patches and still does not work.
@@ -140,7 +140,7 @@ def working_parts(
         level = below
 
 
-def _inside(module: nn.Module, outer: str, trial: Trial, images: Tensor) -> list[str]:
+def _inside(module: nn.Module, outer: str, trial: ProbeRun, images: Tensor) -> list[str]:
     """The Vision Transformers that the working part `outer` is made of: mostly one, it or a part of it."""
     layers = [joined(outer, layer.partition("#")[0]) for layer in trial.layers]
     parts = module_names(module)

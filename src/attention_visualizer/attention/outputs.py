@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-HEADS = ("head", "heads", "fc", "classifier", "mlp_head")
+CLASSIFIER_NAMES = ("head", "heads", "fc", "classifier", "mlp_head")
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -26,7 +26,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 def has_head(model: nn.Module) -> bool:
     """False where the model states no classes or its head was taken off: its features would look like scores."""
-    without = any(isinstance(getattr(model, name, None), nn.Identity) for name in HEADS)
+    without = any(isinstance(getattr(model, name, None), nn.Identity) for name in CLASSIFIER_NAMES)
     return not without and getattr(model, "num_classes", None) != 0
 
 

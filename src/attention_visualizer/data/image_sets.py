@@ -25,17 +25,17 @@ LONGEST = 100  # times the other side: of a longer picture only the middle is sc
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Pictures(Protocol):
+class ImageSet(Protocol):
     """A numbered collection of pictures of one shape, uint8 [channel, height, width], as they are shown.
 
-    title: for headings; face_note: what every figure must say, or nothing; kind: what one of them is called;
+    title: for headings; watermark: what every figure must say, or nothing; kind: what one of them is called;
     class_names: of the model's classes, as far as known; labels: [image], None where they are not known.
     """
 
     @property
     def title(self) -> str: ...
     @property
-    def face_note(self) -> str: ...
+    def watermark(self) -> str: ...
     @property
     def kind(self) -> str: ...
     @property
@@ -60,7 +60,7 @@ class Pictures(Protocol):
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabelledImageSet:
     """The test set that a model of this project was trained beside. images: uint8 [image, channel, height, width]."""
 
     description: DatasetDescription
@@ -73,8 +73,8 @@ class LabelledImages:
         return self.description.title
 
     @property
-    def face_note(self) -> str:
-        return self.description.face_note
+    def watermark(self) -> str:
+        return self.description.watermark
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -147,7 +147,7 @@ class InputFormat:
 
 
 @dataclass(frozen=True)
-class PictureFolder:
+class ImageFolder:
     """Pictures of any size in a folder and those below it, by name; each is scaled and cut to what the model takes."""
 
     folder: Path
@@ -156,14 +156,14 @@ class PictureFolder:
     num_classes: int | None = None
     class_names: Sequence[str] = ()
     labels: Tensor | None = None
-    face_note: str = ""
+    watermark: str = ""
     kind: str = "picture"
     broken: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def find(
         cls, folder: str | Path, format: InputFormat, skip: Callable[[Path], bool] = lambda path: False, **known: Any
-    ) -> PictureFolder:
+    ) -> ImageFolder:
         """Raises UserError for a folder without pictures. Files that cannot be read are named in `broken`.
 
         skip: for files that are not to be looked at.

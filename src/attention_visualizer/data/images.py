@@ -51,7 +51,7 @@ class DatasetDescription:
         return TITLES[self.name]
 
     @property
-    def face_note(self) -> str:
+    def watermark(self) -> str:
         """What every figure of these images must say on its face; nothing for the real data set."""
         return "" if self.name == "mnist" else f"data: {self.title}"
 

@@ -21,7 +21,7 @@ TOUCHING = np.zeros((3, 3, 3), dtype=bool)  # eight neighbours, none of another 
 TOUCHING[1] = True
 TURN = 60.0  # degrees from which a stroke bends: twice what a straight line of pixels can seem to turn
 REACH = 1 / 7  # of the picture's side, how far along the stroke a turn is looked at: 4 of 28 pixels
-BLOCK = 1000  # images at once: bounds memory
+IMAGE_BATCH = 1000  # images at once: bounds memory
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def find_strokes(ink: Array) -> Strokes:
     Junctions or bends of pixels at most 3 apart are one, since thinning pulls a crossing apart; side branches shorter
     than REACH are cut off.
     """
-    found = [_strokes(ink[start : start + BLOCK]) for start in range(0, len(ink), BLOCK)] or [_strokes(ink)]
+    found = [_strokes(ink[start : start + IMAGE_BATCH]) for start in range(0, len(ink), IMAGE_BATCH)] or [_strokes(ink)]
     return Strokes(*(np.concatenate(each) for each in zip(*found, strict=True)))
 
 

@@ -327,11 +327,11 @@ def box(ax: Axes, start: float, end: float, color: str = MEDIAN) -> None:
     ax.plot([start, end, end, start, start], [start, start, end, end, start], color=color, linewidth=2, clip_on=False)
 
 
-def finish(figure: Figure, headline: str, face_note: str = "") -> Figure:
+def finish(figure: Figure, headline: str, watermark: str = "") -> Figure:
     """The headline, and in red what the reader must know of the data or the weights."""
     figure.suptitle(headline, fontsize=14, fontweight="bold", x=0.01, ha="left")
-    if face_note:
-        figure.text(0.99, 0.985, face_note, color=NOTE, fontweight="bold", fontsize=11, ha="right", va="top")
+    if watermark:
+        figure.text(0.99, 0.985, watermark, color=NOTE, fontweight="bold", fontsize=11, ha="right", va="top")
     return figure
 
 

@@ -52,7 +52,7 @@ class PlacedText:
 
 
 @dataclass
-class Picture:
+class PanelFigure:
     """width, height: pixels; the background is white."""
 
     width: int
@@ -312,12 +312,12 @@ def tile_grid(
     subtitle: str = "",
     column_titles: list[str] | None = None,
     row_titles: list[str] | None = None,
-    face_note: str = "",
+    watermark: str = "",
     tile_size: int = 112,
     scale: ColorScale | None = None,
     second_scale: ColorScale | None = None,
-) -> Picture:
-    """Rows of tiles with their titles, a headline, and a colour bar for each scale. face_note stands out in red."""
+) -> PanelFigure:
+    """Rows of tiles with their titles, a headline, and a colour bar for each scale. watermark stands out in red."""
     num_columns = max(len(row) for row in tiles)
     first = next(tile for row in tiles for tile in row if tile is not None)
     aspect = first.rgb.shape[0] / first.rgb.shape[1]
@@ -333,9 +333,9 @@ def tile_grid(
     bars = [bar_width(one) for one in scales]
     lines = [(headline, HEADLINE, True, INK)]
     lines += [(subtitle, SUBTITLE, False, GREY)] if subtitle else []
-    lines += [(face_note, SUBTITLE, True, RED)] if face_note else []
+    lines += [(watermark, SUBTITLE, True, RED)] if watermark else []
     text_needs = max(text_width(text, size, bold) for text, size, bold, _ in lines) + 2 * MARGIN
-    picture = Picture(max(left + grid_width + sum(bars) + MARGIN, text_needs, LEAST_WIDTH), 0)
+    picture = PanelFigure(max(left + grid_width + sum(bars) + MARGIN, text_needs, LEAST_WIDTH), 0)
 
     y = MARGIN - 2
     for text, size, bold, color in lines:
@@ -394,7 +394,7 @@ def bar_width(scale: ColorScale) -> int:
     return BAR_GAP + CAPTION + 8 + BAR_WIDTH + 6 + labels
 
 
-def draw_bar(picture: Picture, scale: ColorScale, x: int, y: int, height: int) -> None:
+def draw_bar(picture: PanelFigure, scale: ColorScale, x: int, y: int, height: int) -> None:
     """A vertical colour bar with its ticks; its title stands upright beside it."""
     x += BAR_GAP
     title = upright(scale.title, fitting_size([scale.title], CAPTION, height, least=7))

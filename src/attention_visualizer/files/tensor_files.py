@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attention_visualizer.support.errors import UserError
 
-BLOCK = "attention_visualizer"  # this project's own entry in a Lightning checkpoint, or in a safetensors file
+CHECKPOINT_KEY = "attention_visualizer"  # this project's own entry in a Lightning checkpoint, or in a safetensors file
 HASH = "attention_visualizer_sha256"
 EXPECTED = "expected a checkpoint written by torch.save (.ckpt, .pth, .pt) or a .safetensors file"
 FOLDER_FLAG = 0x10  # of a zip member's external attributes
@@ -219,11 +219,11 @@ def read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if BLOCK not in metadata and HASH not in metadata:
+        if CHECKPOINT_KEY not in metadata and HASH not in metadata:
             return {"model_state_dict": tensors, "config": json.loads(metadata.get("config", "{}"))}
-        if metadata.get(HASH) != sha256_of(tensors, metadata.get(BLOCK, "")):
+        if metadata.get(HASH) != sha256_of(tensors, metadata.get(CHECKPOINT_KEY, "")):
             raise UserError("is corrupt (its weights or its settings are not those of its hash): export it again")
-        return {"state_dict": tensors, **json.loads(metadata[BLOCK])}
+        return {"state_dict": tensors, **json.loads(metadata[CHECKPOINT_KEY])}
     except UserError:
         raise
     except Exception as error:  # the reader's own kind, or broken JSON

@@ -66,7 +66,7 @@ class Matching:
         return np.take_along_axis(self.divergences, self.partners[..., None], axis=2)[..., 0]
 
     @property
-    def arbitrary(self) -> Array:
+    def random_pairing(self) -> Array:
         """The mean divergence of each head from the other model's heads of its layer, as a partner drawn by lot would
         have it: [layer, head]."""
         return self.divergences.mean(axis=2)
@@ -74,7 +74,7 @@ class Matching:
     @property
     def gains(self) -> Array:
         """How much closer partners are than heads paired by lot, by layer: 0 not at all, 1 copies; [layer]."""
-        by_lot = self.arbitrary.mean(axis=1)
+        by_lot = self.random_pairing.mean(axis=1)
         gained = by_lot - self.matched.mean(axis=1)
         return np.divide(gained, by_lot, out=np.zeros_like(by_lot), where=by_lot > 1e-12)
 

@@ -20,7 +20,7 @@ Array = NDArray[Any]
 REPLICATES = 1000
 PERMUTATIONS = 999
 LEVEL = 0.05  # of tests and, as 1 - LEVEL, of intervals
-BLOCK = 64  # permutations at once: bounds memory
+PERMUTATION_BATCH = 64  # permutations at once: bounds memory
 NORMAL = NormalDist().inv_cdf(1 - LEVEL / 2)  # 1.96
 MOST_EXACT = 14  # units of which all sign flips are counted
 
@@ -291,8 +291,8 @@ def permuted_products(
     observed = by_place + rows @ content.reshape(-1) / n
     generator = np.random.default_rng(seed)
     null = np.empty((permutations, heads))
-    for start in range(0, permutations, BLOCK):
-        orders = [generator.permutation(n) for _ in range(min(BLOCK, permutations - start))]
+    for start in range(0, permutations, PERMUTATION_BATCH):
+        orders = [generator.permutation(n) for _ in range(min(PERMUTATION_BATCH, permutations - start))]
         mixed = np.stack([content[order].reshape(-1) for order in orders], axis=1)
         null[start : start + len(orders)] = by_place + (rows @ mixed).T / n
     return observed, null
@@ -335,7 +335,7 @@ def false_discovery_control(p_values: Array) -> Array:
     return adjusted
 
 
-def well_above(chance: float) -> float:
+def learnt_threshold(chance: float) -> float:
     """The share of right answers from which a model has learnt something: a tenth of the way from guessing to knowing,
     which models with random weights do not reach by their luck."""
     return chance + (1 - chance) / 10

@@ -31,7 +31,7 @@ def effective_tokens(weights: Tensor) -> Tensor:
     return attention_entropy(weights).exp()
 
 
-def asks_for_itself(weights: Tensor, geometry: Geometry) -> bool:
+def is_self_attention(weights: Tensor, geometry: Geometry) -> bool:
     """Whether the queries are the tokens that are also the keys; else they are others, such as a pooling's own."""
     return weights.shape[-2] == geometry.num_tokens
 
@@ -42,7 +42,7 @@ def query_attention(weights: Tensor, geometry: Geometry, query: Query) -> Tensor
     "cls" is the first prefix token's row, "patches" the mean over the patch queries, (row, column) one patch. A layer
     that pools, with queries of its own, has the mean over them whatever is asked for.
     """
-    if not asks_for_itself(weights, geometry):
+    if not is_self_attention(weights, geometry):
         return weights.mean(dim=2)
     if query == "cls":
         if geometry.num_prefix_tokens == 0:
@@ -68,7 +68,7 @@ def query_entropy(weights: Tensor, geometry: Geometry, query: Query) -> Tensor:
 
     [batch, head, query, key] -> [batch, head].
     """
-    if not asks_for_itself(weights, geometry):
+    if not is_self_attention(weights, geometry):
         return attention_entropy(weights).mean(dim=-1)
     if query == "patches":
         return attention_entropy(weights[:, :, geometry.num_prefix_tokens :]).mean(dim=-1)
@@ -98,7 +98,7 @@ def readout_effective_tokens(weights: Tensor, geometry: Geometry) -> Tensor:
 
     The mean of exponentials, which is not the exponential of the mean.
     """
-    if not asks_for_itself(weights, geometry):
+    if not is_self_attention(weights, geometry):
         return effective_tokens(weights).mean(dim=-1)
     if readout_query(geometry) == "cls":
         return effective_tokens(weights[:, :, 0])
@@ -112,7 +112,7 @@ def head_confidence(weights: Tensor, geometry: Geometry) -> Tensor:
 
 def reads_class_token(weights: Tensor, geometry: Geometry) -> bool:
     """Whether the classification reads a class token that attends to itself among the others."""
-    return asks_for_itself(weights, geometry) and readout_query(geometry) == "cls"
+    return is_self_attention(weights, geometry) and readout_query(geometry) == "cls"
 
 
 def class_token_self_attention(weights: Tensor, geometry: Geometry) -> Tensor:
@@ -130,7 +130,7 @@ def mean_attention_distance(weights: Tensor, geometry: Geometry) -> Tensor:
     Patch keys are renormalised to 1 for each query (Dosovitskiy et al., 2021; Raghu et al., 2021). NaN where the
     queries are not the patches. [batch, head, query, key] -> [batch, head].
     """
-    if not asks_for_itself(weights, geometry):
+    if not is_self_attention(weights, geometry):
         return torch.full_like(weights[:, :, 0, 0], math.nan)
     # Both sums run over it, and a copy in order is a third faster.
     patches = weights[:, :, geometry.num_prefix_tokens :, geometry.num_prefix_tokens :].contiguous()

@@ -91,11 +91,11 @@ class ObservationCollector:
         self.columns["entropy"].append(geometry.per_image(map_measures.query_entropy(weights, geometry, query)))
         self.columns["self"].append(map_measures.query_attention(weights, geometry, query)[..., 0])
         self.columns["distance"].append(geometry.per_image(map_measures.mean_attention_distance(weights, geometry)))
-        if self.hands_on_tokens(weights):
+        if self.is_single_token_stream(weights):
             self.rollout = map_measures.rollout_step(self.rollout, weights, self.options.fusion, self.options.discard)
             self.columns["rollouts"].append(geometry_row(self.rollout[:, None], geometry, query)[:, 0])
 
-    def hands_on_tokens(self, weights: Tensor) -> bool:
+    def is_single_token_stream(self, weights: Tensor) -> bool:
         """Whether all layers so far work on the same tokens, from image to image without windows."""
         first, last = self.layers[0][1], self.layers[-1][1]
         return first == last and last.window is None and weights.shape[-2] == weights.shape[-1]

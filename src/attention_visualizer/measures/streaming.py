@@ -74,7 +74,7 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Summary:
+class MeasureSummary:
     """One measure over images, by layer and head.
 
     mean, deviation: [layer, head], NaN where a layer has fewer heads or the measure does not apply; counts: [layer,
@@ -154,7 +154,7 @@ MEASURES = (
         "pixels",
         map_measures.mean_attention_distance,
         _longest_distance,
-        map_measures.asks_for_itself,
+        map_measures.is_self_attention,
     ),
 )
 # With those that cost more, for what is measured once.
@@ -242,7 +242,7 @@ class AttentionStatistics:
             for mine, theirs in zip(distributions, other.distributions[name], strict=True):
                 mine.merge(theirs)
 
-    def compute(self) -> dict[str, Summary]:
+    def compute(self) -> dict[str, MeasureSummary]:
         """measure name -> Summary. Raises UserError if no layer's place on the image was known."""
         if not self.layer_names:
             raise UserError(NO_GEOMETRY)
@@ -271,7 +271,7 @@ class MeanWeights:
         return {name: (total / self.counts[name]).float() for name, total in self.sums.items()}
 
 
-def _summary(distributions: list[Distribution]) -> Summary:
+def _summary(distributions: list[Distribution]) -> MeasureSummary:
     """Layers of fewer heads are filled up with NaN, and without counts."""
     num_heads = max(len(distribution.counts) for distribution in distributions)
     edges = np.linspace(0.0, max(distribution.high for distribution in distributions), NUM_BINS + 1)
@@ -296,7 +296,7 @@ def _summary(distributions: list[Distribution]) -> Summary:
             for values in few
             if values is not None
         )
-    return Summary(mean, deviation, counts, edges, np.array(extremes), int(n), kept)
+    return MeasureSummary(mean, deviation, counts, edges, np.array(extremes), int(n), kept)
 
 
 def _on_edges(counts: NDArray[np.float64], high: float, edges: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -41,7 +41,7 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
         raise UserError(f"model_from={model_from}: timm has no such model; it has, among others, {', '.join(similar)}")
     if ckpt == "pretrained":
         try:
-            with no_useless_retries():
+            with offline_if_unreachable():
                 return timm.create_model(name, pretrained=True).eval()
         except Exception as error:  # the hub's own kinds, requests' and the operating system's
             raise UserError(
@@ -62,7 +62,7 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
 
 
 @contextmanager
-def no_useless_retries() -> Iterator[None]:
+def offline_if_unreachable() -> Iterator[None]:
     """Without a network, Hugging Face's client tries again for a minute and prints each time: it then gets to use what
     is in its cache alone, as with HF_HUB_OFFLINE=1."""
     logger = logging.getLogger("huggingface_hub")

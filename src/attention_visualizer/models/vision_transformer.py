@@ -22,7 +22,7 @@ PositionalEmbedding = Literal["learned", "sincos", "none"]
 Pooling = Literal["cls", "mean"]
 Stem = Literal["patches", "convolutions"]
 
-LARGEST_SIZE = 1_000_000  # of any of the model's numbers: far beyond what trains, and soon found out
+MAX_DIMENSION = 1_000_000  # of any of the model's numbers: far beyond what trains, and soon found out
 LARGEST_SIZES = {"num_layers": 1_000}
 
 
@@ -295,8 +295,8 @@ def validate_model_config(config: dict[str, Any]) -> None:
         value = config[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"model.{name}={value!r}: give a whole number of at least 1")
-        if value > LARGEST_SIZES.get(name, LARGEST_SIZE):
-            raise UserError(f"model.{name}={value}: give at most {LARGEST_SIZES.get(name, LARGEST_SIZE)}")
+        if value > LARGEST_SIZES.get(name, MAX_DIMENSION):
+            raise UserError(f"model.{name}={value}: give at most {LARGEST_SIZES.get(name, MAX_DIMENSION)}")
     for name in ("dropout", "attention_dropout"):
         value = config[name]
         # NaN fails both comparisons.

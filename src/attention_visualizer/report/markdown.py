@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from attention_visualizer.files import atomic
 from attention_visualizer.report import html as html_report
 from attention_visualizer.report.chapter import Chapter, FigureFile, Table, escape_markdown
-from attention_visualizer.support.text import cell
+from attention_visualizer.support.text import csv_safe
 
 REPORT = "attention_analysis_report.md"
 PAGE = "attention_analysis_report.html"
@@ -30,7 +30,7 @@ THUMBNAIL_WIDTH = 240  # pixels, in Markdown
 
 
 @dataclass(frozen=True)
-class Summary:
+class ReportHeader:
     """The head of the report: what was analysed. headline: model, data and accuracy, for a line; facts: label -> text;
     command: what makes it again, in `language`."""
 
@@ -104,13 +104,15 @@ def check(chapters: dict[str, Chapter], folder: Path) -> None:
         for _, table in part.tables:
             if any(len(row) != len(table.columns) for row in table.rows):
                 raise ValueError(f"chapter {part.name}: not all rows of a table have {len(table.columns)} cells")
-    empty = Summary("", {}, [], "")
+    empty = ReportHeader("", {}, [], "")
     json.dumps(atomic.json_ready(statistics(empty, parts)), allow_nan=False)
     as_csv([record for chapter in chapters.values() for record in chapter.records])
     markdown(empty, chapters)
 
 
-def write(output: Path, summary: Summary, chapters: dict[str, Chapter], earlier_figures: Iterable[str] = ()) -> Path:
+def write(
+    output: Path, summary: ReportHeader, chapters: dict[str, Chapter], earlier_figures: Iterable[str] = ()
+) -> Path:
     """Writes the report and the numbers behind it into the folder of the figures; the reports come last, so that they
     never name what is not there. earlier_figures: of an earlier analysis of the same weights, which stay."""
     parts = numbered(chapters)
@@ -125,7 +127,7 @@ def write(output: Path, summary: Summary, chapters: dict[str, Chapter], earlier_
     return output / REPORT
 
 
-def statistics(summary: Summary, parts: list[Part], earlier_figures: Iterable[str] = ()) -> dict[str, Any]:
+def statistics(summary: ReportHeader, parts: list[Part], earlier_figures: Iterable[str] = ()) -> dict[str, Any]:
     """What attention_statistics.json holds, as docs/report.md describes it."""
     return {
         "schema": SCHEMA,
@@ -168,12 +170,12 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     names = dict.fromkeys(name for record in records for name in record)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([cell(name) for name in names])
-    writer.writerows([cell(record.get(name, "")) for name in names] for record in records)
+    writer.writerow([csv_safe(name) for name in names])
+    writer.writerows([csv_safe(record.get(name, "")) for name in names] for record in records)
     return text.getvalue()
 
 
-def contents(summary: Summary, parts: list[Part]) -> dict[str, Any]:
+def contents(summary: ReportHeader, parts: list[Part]) -> dict[str, Any]:
     """What both templates are filled with."""
     return {
         "summary": summary,
@@ -211,7 +213,7 @@ def more(others: list[tuple[int, FigureFile]]) -> str:
     return f"The same for {len(others)} more image{'s' * (len(others) > 1)} ({span})"
 
 
-def markdown(summary: Summary, chapters: dict[str, Chapter]) -> str:
+def markdown(summary: ReportHeader, chapters: dict[str, Chapter]) -> str:
     environment = Environment(
         loader=PackageLoader("attention_visualizer.report"),
         undefined=StrictUndefined,

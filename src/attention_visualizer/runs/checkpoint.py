@@ -21,7 +21,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from attention_visualizer.files.atomic import atomic_path
-from attention_visualizer.files.tensor_files import BLOCK, EXPECTED, existing_file, read_safetensors, read_torch
+from attention_visualizer.files.tensor_files import (
+    CHECKPOINT_KEY,
+    EXPECTED,
+    existing_file,
+    read_safetensors,
+    read_torch,
+)
 from attention_visualizer.files.weights import bare_names, check_weights, finite_weights
 from attention_visualizer.models.vision_transformer import VisionTransformer, validate_model_config
 from attention_visualizer.support.errors import UserError
@@ -115,7 +121,7 @@ def interpret(content: Any) -> dict[str, Any]:
     """LoadedCheckpoint's fields from any of the known layouts. Raises UserError for others."""
     if not isinstance(content, Mapping):
         raise UserError(f"holds a {type(content).__name__} where a dictionary of weights was expected")
-    if BLOCK in content:
+    if CHECKPOINT_KEY in content:
         return interpret_block(content)
     if "model_state_dict" in content:
         config = content.get("config", {})
@@ -124,13 +130,15 @@ def interpret(content: Any) -> dict[str, Any]:
         known = {name: config[name] for name in DEFAULT_CONFIG if name in config}
         return {"state_dict": bare_names(content["model_state_dict"]), "model_config": DEFAULT_CONFIG | known}
     if "state_dict" in content:
-        raise UserError(f"does not say which model it holds (it has no {BLOCK!r} entry): it is from another project")
+        raise UserError(
+            f"does not say which model it holds (it has no {CHECKPOINT_KEY!r} entry): it is from another project"
+        )
     return {"state_dict": bare_names(content), "model_config": dict(DEFAULT_CONFIG)}
 
 
 def interpret_block(content: Mapping[str, Any]) -> dict[str, Any]:
     """As `interpret`, for a file written through `block_for`: exactly the known fields."""
-    block = content[BLOCK]
+    block = content[CHECKPOINT_KEY]
     if not isinstance(block, Mapping) or not isinstance(block.get("format"), int) or block["format"] != FORMAT:
         found = block.get("format") if isinstance(block, Mapping) else block
         raise UserError(f"is of format {found!r:.60}, this version reads {FORMAT}: update attention-visualizer")

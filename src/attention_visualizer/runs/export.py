@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from attention_visualizer.files.atomic import atomic_path
-from attention_visualizer.files.tensor_files import BLOCK, HASH, sha256_of
+from attention_visualizer.files.tensor_files import CHECKPOINT_KEY, HASH, sha256_of
 from attention_visualizer.runs.checkpoint import block_for, load_checkpoint
 
 
@@ -19,9 +19,9 @@ def export_safetensors(checkpoint: str | Path, path: str | Path) -> Path:
     block = block_for(
         loaded.model_config, loaded.data, data_dir=None, split_seed=loaded.split_seed, seed=loaded.seed
     ) | {"validation_accuracy": loaded.validation_accuracy}
-    settings = json.dumps({BLOCK: block, "epoch": loaded.epoch, "global_step": loaded.step}, sort_keys=True)
+    settings = json.dumps({CHECKPOINT_KEY: block, "epoch": loaded.epoch, "global_step": loaded.step}, sort_keys=True)
     weights = {name: tensor.contiguous() for name, tensor in loaded.state_dict.items()}
-    metadata = {"format": "pt", BLOCK: settings, HASH: sha256_of(weights, settings)}
+    metadata = {"format": "pt", CHECKPOINT_KEY: settings, HASH: sha256_of(weights, settings)}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(weights, metadata))
     return Path(path)

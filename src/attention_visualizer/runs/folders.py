@@ -28,7 +28,7 @@ TIME_PATTERN = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{1,6}")
 LOG_BYTES = 20_000_000  # events, history and figures of a run
 
 
-class OtherRun(UserError):
+class RunExistsError(UserError):
     """What is asked for would be written over another run."""
 
 
@@ -92,7 +92,7 @@ class RunFolder:
         """Whether a run has left its marks here."""
         return self.manifest_path.is_file() or self.checkpoints.is_dir()
 
-    def claim(self) -> filelock.BaseFileLock:
+    def lock(self) -> filelock.BaseFileLock:
         """Makes the run this process's own until the lock is released or the process ends, however it does. Raises
         UserError if another one trains it, or if nothing can be written."""
         self.refuse_links_out()

@@ -12,12 +12,12 @@ def printable(text: str | Path) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
 
 
-def say(line: str) -> None:
+def print_sanitised(line: str) -> None:
     """Prints a line that names files or holds an error: see `printable`."""
     print(printable(line), flush=True)
 
 
-def cell(value: object) -> object:
+def csv_safe(value: object) -> object:
     """For CSV. Text in one line, because some readers begin a row at any line break; what spreadsheets would take for
     a formula gets the apostrophe that makes them show it."""
     if not isinstance(value, str):

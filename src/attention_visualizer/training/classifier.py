@@ -76,7 +76,7 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        if self.halves is not None and self.halves.suit(self.model, images):
+        if self.halves is not None and self.halves.applies_to(self.model, images):
             loss, logits = self.halves.loss(self.model, self.training_loss, images, labels)
         else:
             logits = self(images)

@@ -22,7 +22,7 @@ from attention_visualizer.runs import folders
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.text import say
+from attention_visualizer.support.text import print_sanitised
 
 # --- settings ----------------------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ FIXED = ("seed", "data.name", "data.batch_size", "data.split_seed", "optimizer.m
 BEFORE_THEY_WERE_ADDED = {"data.elastic": 0.0, "data.fade": 0.0, "optimizer.muon": False}
 
 
-def of_resumed_run(config: DictConfig, conf: Path) -> DictConfig:
+def config_of_resumed_run(config: DictConfig, conf: Path) -> DictConfig:
     """The interrupted run's own config, with this command's overrides on top. conf: the folder of config files."""
     folder = RunFolder(Path(config.ckpt_path).resolve().parent.parent)
     if not folder.config_path.is_file():
@@ -161,7 +161,7 @@ def unfinished_at(folder: RunFolder, config: DictConfig) -> Unfinished | None:
     if not folder.config_path.is_file() or not has_settings(folder, config):
         return None
     try:
-        lock = folder.claim()
+        lock = folder.lock()
     except UserError:  # somebody trains it, or nothing may be written there
         return None
     with suppress(UserError):
@@ -216,7 +216,7 @@ def newest_whole_checkpoint(folder: RunFolder) -> LoadedCheckpoint | None:
         try:
             found = load_checkpoint(path)
         except UserError as error:
-            say(f"Not used: {error}")
+            print_sanitised(f"Not used: {error}")
             continue
         if path != folder.last:  # or a run that has nothing left to train would leave the damaged one
             with atomic.atomic_path(folder.last) as temporary:

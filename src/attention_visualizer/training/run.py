@@ -26,7 +26,7 @@ from attention_visualizer.figures import charts
 from attention_visualizer.files import atomic
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.text import printable, say
+from attention_visualizer.support.text import print_sanitised, printable
 from attention_visualizer.training.classifier import Classifier
 from attention_visualizer.training.overrides import override
 from attention_visualizer.training.training_state import check_training_state
@@ -116,7 +116,9 @@ def recorded(folder: RunFolder) -> Iterator[None]:
             )
         if folder.last.exists():
             print()
-            say(f"Stopped early. Resume:  python train.py {shlex.quote(override('ckpt_path', folder.last))}")
+            print_sanitised(
+                f"Stopped early. Resume:  python train.py {shlex.quote(override('ckpt_path', folder.last))}"
+            )
         raise
 
 
@@ -144,7 +146,7 @@ def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, f
     by_class = confusion.diag() / confusion.sum(dim=1).clamp_min(1)
     drawn = Figure(figsize=(7.5, 6.5), layout="constrained")
     charts.confusion_matrix(confusion.numpy(), list(data.description.class_names), drawn.subplots())
-    charts.finish(drawn, "Test set", data.description.face_note)
+    charts.finish(drawn, "Test set", data.description.watermark)
     with atomic.atomic_path(folder.path / "test_confusion.png") as temporary:
         drawn.savefig(temporary, dpi=120)
     step = step_behind(trainer)
@@ -197,6 +199,6 @@ def print_report(folder: RunFolder, description: DatasetDescription, metrics: di
     Console().print(table)
     path = atomic.short_path(folder.path)
     # Plain lines, never wrapped, so that they can be pasted.
-    say(f"Run folder:   {shlex.quote(str(path))}")
-    say(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))} --samples_per_plugin images=200")
-    say(f"Analyse:      python analyze.py {shlex.quote(override('run', path))} ckpt=best")
+    print_sanitised(f"Run folder:   {shlex.quote(str(path))}")
+    print_sanitised(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))} --samples_per_plugin images=200")
+    print_sanitised(f"Analyse:      python analyze.py {shlex.quote(override('run', path))} ckpt=best")

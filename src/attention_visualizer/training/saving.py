@@ -50,7 +50,7 @@ class LastCheckpoint(RunCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._saved_at = time.monotonic()
-        self.stop.take()  # Lightning has put a handler of its own before this one
+        self.stop.install_handlers()  # Lightning has put a handler of its own before this one
         self.stop.deferred = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -28,7 +28,7 @@ class Halves:
         """A copy starts threads of its own: threads cannot be copied, and a module that has them can."""
         return Halves, ()
 
-    def suit(self, model: nn.Module, images: Tensor) -> bool:
+    def applies_to(self, model: nn.Module, images: Tensor) -> bool:
         """Whether there are cores to share, and threads draw the same random numbers at each repetition."""
         ready = getattr(model, "draws_by_thread", False)
         return ready and images.device.type == "cpu" and len(images) > 1 and torch.get_num_threads() > 1

@@ -23,10 +23,10 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self.take()
+        self.install_handlers()
         return self
 
-    def take(self) -> None:
+    def install_handlers(self) -> None:
         """Takes the signals, again if somebody else took them meanwhile; a job in the background ignores Ctrl-C."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread alone

@@ -21,7 +21,7 @@ from rich.text import Text
 from attention_visualizer.files import atomic
 from attention_visualizer.runs import folders
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.text import cell, printable, say
+from attention_visualizer.support.text import csv_safe, print_sanitised, printable
 from attention_visualizer.training.overrides import override
 
 
@@ -54,7 +54,7 @@ class SweepTable(Callback):
             config.hydra.sweep.dir = str(SweepTable.folder)
             # Each job's config is composed anew, from these.
             config.hydra.overrides.hydra.append(override("hydra.sweep.dir", SweepTable.folder))
-            say(f"Going on with sweep {SweepTable.folder}")
+            print_sanitised(f"Going on with sweep {SweepTable.folder}")
             return
         SweepTable.folder = Path(config.hydra.sweep.dir)
         SweepTable.made = atomic.missing_folders(SweepTable.folder)
@@ -82,10 +82,10 @@ class SweepTable(Callback):
         print_table(folder, rows)
         try:
             atomic.write_text(folder / "sweep.csv", as_csv(rows))
-            say(f"Table:    {folder / 'sweep.csv'}")
+            print_sanitised(f"Table:    {folder / 'sweep.csv'}")
         except UserError as error:  # Hydra would make a warning of it
-            say(f"No table: {error}")
-        say(f"Analyse:  python analyze.py {shlex.quote(override('run', folder))}")
+            print_sanitised(f"No table: {error}")
+        print_sanitised(f"Analyse:  python analyze.py {shlex.quote(override('run', folder))}")
         if SweepTable.job_failed or any(row["status"] != "completed" for row in rows):
             raise SystemExit(1)
 
@@ -107,14 +107,14 @@ def print_table(folder: Path, rows: list[dict[str, Any]]) -> None:
     Console().print(table)
     for row in rows:
         if row["error"]:
-            say(f"{row['run']}: {row['error']}")
+            print_sanitised(f"{row['run']}: {row['error']}")
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
-    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
+    writer.writerows({name: csv_safe(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 

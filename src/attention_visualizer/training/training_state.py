@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from attention_visualizer.files.tensor_files import BLOCK
+from attention_visualizer.files.tensor_files import CHECKPOINT_KEY
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.training.muon import MuonWithAdamW
 
@@ -44,9 +44,9 @@ def check_training_state(content: Mapping[str, Any], model: nn.Module, optimizer
     states: Any = content.get("optimizer_states")
     check_length(1, states, "optimizer_states")
     check_optimizer(states[0], optimizer, "optimizer_states.0")
-    block = dictionary(content.get(BLOCK), BLOCK)
+    block = dictionary(content.get(CHECKPOINT_KEY), CHECKPOINT_KEY)
     for name in ("train_right", "train_images"):
-        check_like(0, block.get(name, 0), f"{BLOCK}.{name}")
+        check_like(0, block.get(name, 0), f"{CHECKPOINT_KEY}.{name}")
     schedules: Any = content.get("lr_schedulers")
     check_length(1, schedules, "lr_schedulers")
     found = dictionary(schedules[0], "lr_schedulers.0")

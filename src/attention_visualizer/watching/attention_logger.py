@@ -23,7 +23,7 @@ from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.model_search import FoundModel, find_model
 from attention_visualizer.figures import attention_figures as figures
 from attention_visualizer.measures.observation import Observation, observe
-from attention_visualizer.measures.streaming import MEASURES, AttentionStatistics, Summary
+from attention_visualizer.measures.streaming import MEASURES, AttentionStatistics, MeasureSummary
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.training_progress import batches_done
@@ -92,9 +92,9 @@ class AttentionLogger(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_began = time.perf_counter()
-        refuse_shards(trainer)
+        require_unsharded_model(trainer)
         with self._timed():
-            with looking(pl_module):
+            with eval_mode(pl_module):
                 self._probes, labels = self._choose_probes(trainer, pl_module)
                 self._found = find_model(pl_module, self._probes, self.model, self.geometry)
             if not trainer.is_global_zero:
@@ -198,7 +198,7 @@ class AttentionLogger(Callback):
             "images": displayable(self._probes),
             "labels": labels.cpu().numpy(),
             "class_names": np.array(names),
-            "data": np.array(getattr(description, "face_note", "")),
+            "data": np.array(getattr(description, "watermark", "")),
         }
         self.history = AttentionHistory()
         path = history_path(trainer)
@@ -235,7 +235,7 @@ class AttentionLogger(Callback):
         assert self._found is not None and self._probes is not None
         if self.history.frames and self.history.frames[-1]["step"] == trainer.global_step:
             return  # a validation right after an early frame, or a batch of accumulated gradients
-        with looking(pl_module):
+        with eval_mode(pl_module):
             seen = observe(self._found.runs, self._probes, geometry=self.geometry)
         if not self._found.classifies:
             nothing = np.full_like(seen.predicted, -1), np.full_like(seen.probability, np.nan)
@@ -265,7 +265,7 @@ class AttentionLogger(Callback):
         moment = figures.moment(progress_in_epochs(trainer), trainer.global_step)
         for number, label in enumerate(probe["labels"]):
             true_class = figures.class_name(names, int(label)) if label >= 0 else None
-            subject = figures.Subject.of(seen, number, probe["images"][number], true_class, names)
+            subject = figures.ExplainedImage.of(seen, number, probe["images"][number], true_class, names)
             tag = f"probe_{number}" if true_class is None else f"probe_{number}_class_{true_class}"
             subtitle = f"{figures.query_name(seen.query)}, {moment}"
             strip = figures.overlay_strip(subject, subject.verdict, subtitle, note)
@@ -274,7 +274,7 @@ class AttentionLogger(Callback):
                 grid = figures.head_grid(subject, subject.verdict, subtitle, note)
                 self._loggers.picture(f"attention_heads/{tag}", grid, trainer.global_step)
 
-    def _log_statistics(self, trainer: Trainer, summaries: dict[str, Summary]) -> None:
+    def _log_statistics(self, trainer: Trainer, summaries: dict[str, MeasureSummary]) -> None:
         numbers: dict[str, float] = {}
         for measure in MEASURES:
             summary = summaries[measure.name]
@@ -363,7 +363,7 @@ def validation_batches(trainer: Trainer) -> Iterator[Any]:
 
 
 @contextmanager
-def looking(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """In eval mode; afterwards each part's mode and the random numbers are as they were."""
     training = [part for part in module.modules() if part.training]
     module.eval()
@@ -375,7 +375,7 @@ def looking(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def refuse_shards(trainer: Trainer) -> None:
+def require_unsharded_model(trainer: Trainer) -> None:
     """Raises UserError where no process has the whole model."""
     strategy = type(trainer.strategy).__name__
     if trainer.world_size > 1 and strategy in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):

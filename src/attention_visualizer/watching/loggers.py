@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
-from attention_visualizer.figures.panels import Picture, encode_png
-from attention_visualizer.measures.streaming import MEASURES, Summary
+from attention_visualizer.figures.panels import PanelFigure, encode_png
+from attention_visualizer.measures.streaming import MEASURES, MeasureSummary
 
 SILENT: WeakSet[Logger] = WeakSet()  # those that could not write
 
@@ -40,7 +40,7 @@ class Loggers:
     def take_images(self) -> bool:
         return any(takes_images(logger) for logger in self.loggers)
 
-    def picture(self, tag: str, picture: Picture, step: int) -> None:
+    def picture(self, tag: str, picture: PanelFigure, step: int) -> None:
         takers = [logger for logger in self.loggers if takes_images(logger)]
         if not takers:
             return
@@ -48,7 +48,7 @@ class Loggers:
         for logger in takers:
             self._guarded(logger, "images", partial(log_image, logger, tag, rgb, step))
 
-    def histograms(self, summaries: dict[str, Summary], step: int) -> None:
+    def histograms(self, summaries: dict[str, MeasureSummary], step: int) -> None:
         """To TensorBoard, whose histograms take counts."""
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -141,7 +141,7 @@ def takes_images(logger: Logger) -> bool:
 def log_image(logger: Any, tag: str, rgb: NDArray[np.uint8], step: int) -> None:
     """rgb: [height, width, 3]."""
     if isinstance(logger, TensorBoardLogger):
-        from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import MeasureSummary as EventSummary  # type: ignore[import-untyped]
 
         # Encoded here: add_image takes three times as long, and so does PNG's usual search for the best filter.
         image = EventSummary.Image(
@@ -159,7 +159,7 @@ def add_layout(logger: TensorBoardLogger, layout: dict[str, dict[str, list[Any]]
     logger.experiment.add_custom_scalars(layout)
 
 
-def log_histograms(logger: TensorBoardLogger, summaries: dict[str, Summary], step: int) -> None:
+def log_histograms(logger: TensorBoardLogger, summaries: dict[str, MeasureSummary], step: int) -> None:
     """One histogram a layer and measure, over images and heads, straight from the streamed counts."""
     for name, summary in summaries.items():
         for layer, counts in enumerate(summary.counts.sum(axis=1), start=1):

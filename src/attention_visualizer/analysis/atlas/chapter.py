@@ -13,9 +13,9 @@ from attention_visualizer.analysis.atlas.measure import LEAST_SHARE, MOST_OF_CLA
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.data import ink
-from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.figures.attention_figures import query_name
-from attention_visualizer.figures.panels import Picture, Tile, attention_scale, overlay, signed_scale, tile_grid
+from attention_visualizer.figures.panels import PanelFigure, Tile, attention_scale, overlay, signed_scale, tile_grid
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.intervals import Interval
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table, escape_markdown
@@ -52,7 +52,7 @@ def chosen_pairs(names: list[str], labels: Array, predicted: Array) -> list[tupl
 
 def write(study: Study) -> Chapter:
     title = "Class by class"
-    if not isinstance(study.pictures, LabelledImages) or study.pictures.labels is None:
+    if not isinstance(study.pictures, LabelledImageSet) or study.pictures.labels is None:
         return Chapter(title, "Classes are compared on a test set of digits whose classes are known.")
     survey = study.survey
     labels = survey.labels[survey.kept]
@@ -251,7 +251,7 @@ def atlas_figure(
     headline: str,
     subtitle: str,
     study: Study,
-) -> Picture:
+) -> PanelFigure:
     """A row a class: the mean picture, then its mean map in each layer over it. means: [class, layer, patch]."""
     grid = study.survey.grid
     num_patches = means.shape[-1]
@@ -265,13 +265,13 @@ def atlas_figure(
         subtitle,
         column_titles=["mean picture", *column_names],
         row_titles=row_names,
-        face_note=study.face_note,
+        watermark=study.watermark,
         tile_size=84,
         scale=replace(attention_scale(num_patches), title=f"share / even share (1/{num_patches})"),
     )
 
 
-def difference_figure(differences: list[Difference], names: list[str], study: Study) -> Picture:
+def difference_figure(differences: list[Difference], names: list[str], study: Study) -> PanelFigure:
     """A row a pair of classes: the difference by layer, then that of the ink."""
     grid = study.survey.grid
     reach = max(float(np.abs(each.attention.value).max()) for each in differences)
@@ -295,7 +295,7 @@ def difference_figure(differences: list[Difference], names: list[str], study: St
         "first class minus second; ring: beyond chance; full dot: also without what goes with the place's ink",
         column_titles=[*(f"layer {layer + 1}" for layer in range(len(differences[0].p_value))), "ink"],
         row_titles=[f"{names[each.first]} minus {names[each.second]}" for each in differences],
-        face_note=study.face_note,
+        watermark=study.watermark,
         tile_size=96,
         scale=scale,
         second_scale=ink_scale,

@@ -24,7 +24,7 @@ from attention_visualizer.analysis.claims.measure import Evidence, evidence_of
 from attention_visualizer.analysis.claims.verdicts import CONTROL_MARGIN, Judgement, Result, judge
 from attention_visualizer.analysis.study.study import CONTROL_PICTURES, Study
 from attention_visualizer.analysis.study.survey import nan_mean
-from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.data.strokes import TURN
 from attention_visualizer.figures import charts
 from attention_visualizer.measures.intervals import Interval, percentiles
@@ -39,7 +39,7 @@ FEWEST = 100  # pictures from which like patches can be found
 
 
 def write(study: Study) -> Chapter:
-    if not isinstance(study.pictures, LabelledImages):
+    if not isinstance(study.pictures, LabelledImageSet):
         return Chapter(
             TITLE, "These claims are about digits of ink on an empty background, which these pictures are not."
         )
@@ -100,7 +100,7 @@ def figure(judgements: list[Judgement], subject: Evidence, num_controls: int, st
     ]
     drawn.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     headline = f"{TITLE}: n = {subject.n:,} {study.pictures.kind}s"
-    return charts.finish(drawn, headline, study.face_note)
+    return charts.finish(drawn, headline, study.watermark)
 
 
 def claim_table(judgements: list[Judgement], n: int) -> Table:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey, nan_mean
 from attention_visualizer.data import ink, strokes
 from attention_visualizer.measures.head_roles import OFTEN_EMPTY, border_excess
-from attention_visualizer.measures.intervals import BLOCK, PERMUTATIONS, REPLICATES
+from attention_visualizer.measures.intervals import PERMUTATION_BATCH, PERMUTATIONS, REPLICATES
 from attention_visualizer.measures.matched_patches import above_median, excess, permuted_excess, strata_of
 
 Array = NDArray[Any]
@@ -240,8 +240,8 @@ def between_classes(relative: Array, amount: Array, labels: Array, resampled: bo
     observed = between(one_hot.T @ left, counts)
     generator = np.random.default_rng(0)
     permuted = []
-    for start in range(0, PERMUTATIONS, BLOCK):
-        orders = [generator.permutation(n) for _ in range(min(BLOCK, PERMUTATIONS - start))]
+    for start in range(0, PERMUTATIONS, PERMUTATION_BATCH):
+        orders = [generator.permutation(n) for _ in range(min(PERMUTATION_BATCH, PERMUTATIONS - start))]
         sums = np.concatenate([one_hot[order] for order in orders], axis=1).T @ left
         permuted.append(between(sums.reshape(len(orders), len(classes), -1), counts))
     null = np.concatenate(permuted)

@@ -51,7 +51,7 @@ def figure(history: AttentionHistory, study: Study) -> Figure:
             # The last layer's patch queries cannot affect the logits.
             values[:, -1], probe_values[:, -1] = np.nan, np.nan
         charts.lines_over_training(steps, values, label, axis, reference, probe_steps, probe_values)
-    charts.finish(drawn, "Attention while the model trained", study.face_note)
+    charts.finish(drawn, "Attention while the model trained", study.watermark)
     return drawn
 
 
@@ -61,7 +61,7 @@ def animate(history: AttentionHistory, study: Study) -> str:
     step = -(-len(history.frames) // MOST_FRAMES)
     for frame in history.frames[::-step][::-1]:  # the last one among them
         moment = figures.moment(float(frame["epoch"]), int(frame["step"]))
-        frames.append(Image.fromarray(figures.probe_sheet(history.probe, frame, moment, study.face_note).to_rgb()))
+        frames.append(Image.fromarray(figures.probe_sheet(history.probe, frame, moment, study.watermark).to_rgb()))
     path = study.output / "attention_evolution.webp"
     durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [4 * FRAME_MILLISECONDS]  # rest on the result
     with atomic.atomic_path(path) as temporary:

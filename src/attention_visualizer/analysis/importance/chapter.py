@@ -20,7 +20,7 @@ from attention_visualizer.attention.edits import replace_by_mean, switch_off
 from attention_visualizer.attention.outputs import has_head, logits_of
 from attention_visualizer.figures import charts
 from attention_visualizer.measures import intervals
-from attention_visualizer.measures.intervals import Interval, well_above
+from attention_visualizer.measures.intervals import Interval, learnt_threshold
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 from attention_visualizer.support.parallel import on_all_cores
 
@@ -53,7 +53,7 @@ class Importance:
     def answers(self) -> bool:
         """Whether there is something that heads could be needed for: answers well above guessing. Where true
         classes are not known, that is not known either: any model agrees with itself."""
-        return bool(self.classes == "true" and self.accuracy.low > well_above(self.chance) and self.score.low > 0)
+        return bool(self.classes == "true" and self.accuracy.low > learnt_threshold(self.chance) and self.score.low > 0)
 
     @property
     def least(self) -> float:
@@ -345,7 +345,7 @@ def importance_figure(
         axis.set_xlabel(label)
         axis.set_ylabel("" if number else "loss of the class's score (logits)")
         charts.clean(axis)
-    return charts.finish(drawn, f"What the answer needs, {found.score.n:,} {study.pictures.kind}s", study.face_note)
+    return charts.finish(drawn, f"What the answer needs, {found.score.n:,} {study.pictures.kind}s", study.watermark)
 
 
 def importance_table(found: Importance, heads: list[tuple[tuple[int, int], str]]) -> Table:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from attention_visualizer.analysis.methods.chapter import describe_rollout
 from attention_visualizer.analysis.study.study import Sample, Study
 from attention_visualizer.figures import attention_figures as figures
-from attention_visualizer.figures.attention_figures import Subject
-from attention_visualizer.figures.panels import Picture
+from attention_visualizer.figures.attention_figures import ExplainedImage
+from attention_visualizer.figures.panels import PanelFigure
 from attention_visualizer.report.chapter import Chapter
 
 
-def picture(study: Study, subject: Subject, sample: Sample) -> Picture:
+def picture(study: Study, subject: ExplainedImage, sample: Sample) -> PanelFigure:
     headline = f"From shallow to deep: {figures.query_name(subject.query)}, mean over heads"
-    return figures.layer_comparison(subject, headline, f"{sample.source}: {subject.verdict}", study.face_note)
+    return figures.layer_comparison(subject, headline, f"{sample.source}: {subject.verdict}", study.watermark)
 
 
 def write(study: Study) -> Chapter:

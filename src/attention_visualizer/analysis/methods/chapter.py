@@ -6,8 +6,8 @@ import numpy as np
 
 from attention_visualizer.analysis.study.study import Sample, Study
 from attention_visualizer.figures import attention_figures as figures
-from attention_visualizer.figures.attention_figures import Subject
-from attention_visualizer.figures.panels import Picture
+from attention_visualizer.figures.attention_figures import ExplainedImage
+from attention_visualizer.figures.panels import PanelFigure
 from attention_visualizer.measures.explanations import explain
 from attention_visualizer.report.chapter import Chapter
 
@@ -27,10 +27,10 @@ def explanations(study: Study, sample: Sample) -> dict[str, np.ndarray]:
     return {name: np.asarray(maps[0]) for name, maps in found.maps.items() if maps[0].any()}
 
 
-def picture(study: Study, subject: Subject, sample: Sample) -> Picture:
+def picture(study: Study, subject: ExplainedImage, sample: Sample) -> PanelFigure:
     maps = explanations(study, sample)
     headline = f"By method: {figures.query_name(subject.query)}"
-    return figures.method_comparison(subject, maps, headline, f"{sample.source}: {subject.verdict}", study.face_note)
+    return figures.method_comparison(subject, maps, headline, f"{sample.source}: {subject.verdict}", study.watermark)
 
 
 def write(study: Study) -> Chapter:

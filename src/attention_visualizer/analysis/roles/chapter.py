@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attention_visualizer.analysis.roles.measure import Roles, find_roles, head_labels, ink_of
 from attention_visualizer.analysis.study.study import CONTROL_PICTURES, Study
 from attention_visualizer.analysis.study.survey import Survey
-from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.figures import charts
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.head_roles import (
@@ -33,7 +33,7 @@ Array = NDArray[Any]
 
 
 def write(study: Study) -> Chapter:
-    if not isinstance(study.pictures, LabelledImages):
+    if not isinstance(study.pictures, LabelledImageSet):
         return Chapter("What each head does", NO_INK)
     survey = study.survey
     study.progress("roles of heads")
@@ -47,7 +47,7 @@ def write(study: Study) -> Chapter:
     divergence, apart = divergences(rows[:, there[:, 0], there[:, 1]])
     order, cluster = clustered(divergence)
     redundancy = text_of_redundancy(divergence, apart, cluster, controls_apart(survey, study.control_surveys))
-    note = study.face_note
+    note = study.watermark
     by_head = study.save(role_figure(roles, there, [label for _, label in labels], survey, note), "attention_roles")
     alike = study.save(
         redundancy_figure(divergence, order, cluster, [label for _, label in labels], len(rows), note),
@@ -89,7 +89,7 @@ def controls_apart(survey: Survey, controls: list[Survey]) -> Interval | None:
     return intervals.bootstrap_mean(np.mean(of_images, axis=0))
 
 
-def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, face_note: str) -> Figure:
+def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, watermark: str) -> Figure:
     """A row a head: what it follows, how selective it is, and the roles that the numbers carry."""
     count = len(labels)
     drawn = Figure(figsize=(12.5, 0.27 * count + 1.9), layout="constrained")
@@ -125,11 +125,11 @@ def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, f
         axis.set_ylim(-0.7, count - 0.3)
         for row in np.flatnonzero(np.diff(layers)):
             axis.axhline(at[row] - 0.5, color="#cccccc", linewidth=0.7)
-    return charts.finish(drawn, f"What each head does, {len(survey.kept):,} test images", face_note)
+    return charts.finish(drawn, f"What each head does, {len(survey.kept):,} test images", watermark)
 
 
 def redundancy_figure(
-    divergence: Array, order: Array, cluster: Array, labels: list[str], n: int, face_note: str
+    divergence: Array, order: Array, cluster: Array, labels: list[str], n: int, watermark: str
 ) -> Figure:
     """Heads in the order of their tree; boxes around those that are alike."""
     side = max(6.0, 0.3 * len(labels) + 2)
@@ -152,7 +152,7 @@ def redundancy_figure(
             charts.box(axis, start, end)
         start = end
     axis.set_xlabel("layer.head, ordered by likeness")
-    return charts.finish(drawn, f"How alike heads are, {n:,} test images", face_note)
+    return charts.finish(drawn, f"How alike heads are, {n:,} test images", watermark)
 
 
 def ink_table(roles: Roles, there: Array) -> Table:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from attention_visualizer.analysis.runs import seeds, settings
-from attention_visualizer.analysis.runs.survey import look_at_runs
+from attention_visualizer.analysis.runs.survey import survey_runs
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.report.chapter import Chapter
 
 TITLE = "Comparing runs"
@@ -14,9 +14,9 @@ TITLE = "Comparing runs"
 def write(study: Study) -> Chapter:
     if not study.others:
         return Chapter(TITLE, NO_RUNS)
-    if not isinstance(study.pictures, LabelledImages) or study.pictures.labels is None:
+    if not isinstance(study.pictures, LabelledImageSet) or study.pictures.labels is None:
         return Chapter(TITLE, NO_LABELS)
-    looked = look_at_runs(study)
+    looked = survey_runs(study)
     if len({each.run.setting for each in looked}) == 1:
         return seeds.write(study, looked)
     return settings.write(study, looked)

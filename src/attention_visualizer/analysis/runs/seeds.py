@@ -21,7 +21,7 @@ from attention_visualizer.analysis.runs.seeds_measure import (
 from attention_visualizer.analysis.runs.survey import (
     CONTROL_FACTOR,
     SEED_CLAIMS,
-    Looked,
+    SurveyedRun,
     inked_of,
     numbers_of_runs,
     remarks_of,
@@ -36,7 +36,7 @@ from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Ta
 MOST_LISTED = 5  # runs whose values a cell of the table holds one by one
 
 
-def write(study: Study, looked: list[Looked]) -> Chapter:
+def write(study: Study, looked: list[SurveyedRun]) -> Chapter:
     """looked: at least two runs that differ in the seed only."""
     found = compare_seeds([each.survey for each in looked], study.control_surveys, inked_of(study, looked[0].survey))
     layers, heads = layer_claims(found), head_claims(found)
@@ -155,12 +155,12 @@ def finding(found: SeedComparison, layers: Claims, n: int, kind: str) -> str:
     )
 
 
-def figure(study: Study, looked: list[Looked], found: SeedComparison) -> Figure:
+def figure(study: Study, looked: list[SurveyedRun], found: SeedComparison) -> Figure:
     drawn = Figure(figsize=(15, 9), layout="constrained")
     axes = drawn.subplots(2, 3).flatten()
     run_charts.partners_by_layer(
         np.stack([pair.matching.matched for pair in found.pairs]),
-        np.stack([pair.matching.arbitrary for pair in found.pairs]),
+        np.stack([pair.matching.random_pairing for pair in found.pairs]),
         np.stack([pair.matching.matched for pair in found.shifted]) if found.shifted else None,
         np.stack([pair.matching.matched for pair in found.random]) if found.random else None,
         axes[0],
@@ -189,10 +189,10 @@ def figure(study: Study, looked: list[Looked], found: SeedComparison) -> Figure:
         axis.set_visible(False)
     n = looked[0].survey.num_pictures
     headline = f"{found.num_seeds} seeds of one model, n = {n:,} {study.pictures.kind}s"
-    return charts.finish(drawn, headline, study.face_note)
+    return charts.finish(drawn, headline, study.watermark)
 
 
-def short_labels(looked: list[Looked]) -> list[str]:
+def short_labels(looked: list[SurveyedRun]) -> list[str]:
     known = [each.run.seed for each in looked]
     if None not in known and len(set(known)) == len(known):
         return [f"seed {seed}" for seed in known]
@@ -228,7 +228,7 @@ def table_of_heads(found: SeedComparison) -> Table:
             f"{layer + 1}.{head + 1}",
             ", ".join(str(partner + 1) for partner in found.partners[1:, layer, head]),
             listed([pair.matching.matched[layer, head] for pair in with_first]),
-            f"{np.mean([pair.matching.arbitrary[layer, head] for pair in with_first]):.2f}",
+            f"{np.mean([pair.matching.random_pairing[layer, head] for pair in with_first]):.2f}",
         ]
         rows.append([*own, *(listed(values[:, layer, head]) for values in found.aligned.values())])
     return Table(
@@ -248,7 +248,7 @@ def listed(values: Any) -> str:
     return ", ".join(f"{value:.2f}" for value in values)
 
 
-def numbers(looked: list[Looked], found: SeedComparison, layers: Claims, heads: Claims) -> dict[str, Any]:
+def numbers(looked: list[SurveyedRun], found: SeedComparison, layers: Claims, heads: Claims) -> dict[str, Any]:
     return {
         "comparison": "seeds",
         "images": looked[0].survey.num_pictures,
@@ -263,7 +263,7 @@ def numbers(looked: list[Looked], found: SeedComparison, layers: Claims, heads: 
                 "p": pair.matching.p_value(),
                 "partners": pair.matching.partners.tolist(),
                 "divergence": pair.matching.matched.tolist(),
-                "divergence_by_lot": pair.matching.arbitrary.tolist(),
+                "divergence_by_lot": pair.matching.random_pairing.tolist(),
                 "rank_correlation": pair.agreement,
             }
             for pair in found.pairs

@@ -21,7 +21,7 @@ from attention_visualizer.analysis.runs.settings_measure import (
 )
 from attention_visualizer.analysis.runs.survey import (
     SEED_CLAIMS,
-    Looked,
+    SurveyedRun,
     numbers_of_runs,
     random_weights_of,
     remarks_of,
@@ -36,7 +36,7 @@ from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Ta
 MOST_SAID = 6  # differences that the text names
 
 
-def write(study: Study, looked: list[Looked]) -> Chapter:
+def write(study: Study, looked: list[SurveyedRun]) -> Chapter:
     """looked: at least two runs of different settings."""
     settings = compare_settings(looked, random_weights_of(study, looked))
     found = differences(settings)
@@ -46,7 +46,7 @@ def write(study: Study, looked: list[Looked]) -> Chapter:
     knobs = [short_name(knob) for knob in looked[0].run.knobs]
     text = TEXT.format(
         runs=len(looked), knobs=and_list(knobs), n=n, total=total, kind=kind, first=settings[0].name,
-        controls=study.effort.controls, size=len(found), seeds=how_many_seeds(settings, len(knobs)),
+        controls=study.budget.controls, size=len(found), seeds=how_many_seeds(settings, len(knobs)),
     )  # fmt: skip
     return Chapter(
         f"Comparing runs: {headline(settings)}",
@@ -148,7 +148,7 @@ def figure(study: Study, settings: Sequence[Setting], found: Sequence[Difference
     ]
     drawn.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=10)
     count = sum(len(setting.runs) for setting in settings)
-    return charts.finish(drawn, f"What goes with {headline(settings)}: {count} runs", study.face_note)
+    return charts.finish(drawn, f"What goes with {headline(settings)}: {count} runs", study.watermark)
 
 
 def has_values(settings: Sequence[Setting], quantity: Quantity) -> bool:
@@ -200,7 +200,7 @@ def table(settings: Sequence[Setting], found: Sequence[Difference]) -> Table:
     )
 
 
-def numbers(looked: list[Looked], settings: Sequence[Setting], found: Sequence[Difference]) -> dict[str, Any]:
+def numbers(looked: list[SurveyedRun], settings: Sequence[Setting], found: Sequence[Difference]) -> dict[str, Any]:
     return {
         "comparison": "settings",
         "images": looked[0].survey.num_pictures,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_visualizer.analysis.runs.survey import CONTROL_FACTOR, Looked, scales
-from attention_visualizer.analysis.study.compared_runs import OtherRun
+from attention_visualizer.analysis.runs.survey import CONTROL_FACTOR, SurveyedRun, scales
+from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
 from attention_visualizer.measures.intervals import (
     LEVEL,
@@ -70,7 +70,7 @@ class Setting:
 
     label: str
     name: str
-    runs: list[OtherRun]
+    runs: list[ComparedRun]
     values: dict[str, Value]
     of_runs: dict[str, list[float]]
     controls: dict[str, Array]
@@ -106,7 +106,7 @@ class Difference:
         return self.learnt and self.apart and self.adjusted <= LEVEL and size >= max(self.quantity.minimum, limit)
 
 
-def compare_settings(looked: Sequence[Looked], controls: Sequence[Sequence[Looked]]) -> list[Setting]:
+def compare_settings(looked: Sequence[SurveyedRun], controls: Sequence[Sequence[SurveyedRun]]) -> list[Setting]:
     """controls: for each run, models with random weights in its architecture. -> by the knobs' values."""
     grouped: dict[tuple[str, ...], list[int]] = {}
     for position in sorted(range(len(looked)), key=lambda position: order(looked[position].run)):
@@ -128,7 +128,7 @@ def compare_settings(looked: Sequence[Looked], controls: Sequence[Sequence[Looke
     return settings
 
 
-def order(run: OtherRun) -> tuple[tuple[int, float, str], ...]:
+def order(run: ComparedRun) -> tuple[tuple[int, float, str], ...]:
     """Numbers by size, before words by the alphabet."""
     return tuple(
         (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value))
@@ -136,7 +136,7 @@ def order(run: OtherRun) -> tuple[tuple[int, float, str], ...]:
     )
 
 
-def values_of(looked: Looked) -> dict[str, Value]:
+def values_of(looked: SurveyedRun) -> dict[str, Value]:
     """Quantity -> value; NaN where the model has none, such as the divergence of a single head."""
     found = {}
     if looked.accuracies is not None:

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attention_visualizer.analysis.study.compared_runs import OtherRun
+from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.study import FIRST_CONTROL, Study
 from attention_visualizer.analysis.study.survey import Survey, take_survey
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.outputs import logits_of
-from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.data.ink import inked_patches
 from attention_visualizer.measures.intervals import BootstrapMeans, Interval
@@ -31,11 +31,11 @@ SEED_CLAIMS = 8  # seeds from which on statements about seeds are more than desc
 
 
 @dataclass(frozen=True)
-class Looked:
+class SurveyedRun:
     """One run over the pictures. right: [picture], whether each is classified right; of a run, over all pictures of the
     study, else over those of the survey."""
 
-    run: OtherRun
+    run: ComparedRun
     survey: Survey
     right: Array | None
 
@@ -53,7 +53,7 @@ class Looked:
         return None if self.accuracies is None else self.accuracies.of_group()
 
 
-def look_at_runs(study: Study) -> list[Looked]:
+def survey_runs(study: Study) -> list[SurveyedRun]:
     """In the order of `study.others`."""
     looked = []
     numbers = study.subset(PICTURES)
@@ -63,14 +63,14 @@ def look_at_runs(study: Study) -> list[Looked]:
         theirs = replace(study, model=model, pictures=pictures_for(run, study))
         survey = survey_of(theirs, model, numbers)
         study.reconstruction_error = max(study.reconstruction_error, survey.reconstruction_error)
-        looked.append(Looked(run, survey, classified_right(theirs)))
+        looked.append(SurveyedRun(run, survey, classified_right(theirs)))
     return looked
 
 
-def random_weights_of(study: Study, looked: list[Looked]) -> list[list[Looked]]:
+def random_weights_of(study: Study, looked: list[SurveyedRun]) -> list[list[SurveyedRun]]:
     """For each run, so many models with random weights in its architecture as the study's effort says."""
     numbers = study.subset(PICTURES)
-    found: dict[str, list[Looked]] = {}
+    found: dict[str, list[SurveyedRun]] = {}
     every = []
     for each in looked:
         # What training alone knows of makes no other model.
@@ -79,18 +79,18 @@ def random_weights_of(study: Study, looked: list[Looked]) -> list[list[Looked]]:
             study.progress(f"random weights in the architecture of {each.run.label}")
             models = [
                 random_weights(each.run.loaded.build_model().to(study.device), FIRST_CONTROL + number)
-                for number in range(study.effort.controls)
+                for number in range(study.budget.controls)
             ]
             surveys = [survey_of(replace(study, model=model), model, numbers) for model in models]
-            found[repr(config)] = [Looked(each.run, survey, survey.right) for survey in surveys]
+            found[repr(config)] = [SurveyedRun(each.run, survey, survey.right) for survey in surveys]
         every.append(found[repr(config)])
     return every
 
 
-def pictures_for(run: OtherRun, study: Study) -> LabelledImages:
+def pictures_for(run: ComparedRun, study: Study) -> LabelledImageSet:
     """The study's pictures, normalised as the run was trained: another split has another mean."""
     pictures = study.pictures
-    assert isinstance(pictures, LabelledImages)
+    assert isinstance(pictures, LabelledImageSet)
     if run.loaded.data is None:
         return pictures
     return replace(pictures, description=DatasetDescription.from_dict(run.loaded.data))
@@ -162,7 +162,7 @@ def inked_of(study: Study, survey: Survey) -> Array:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def table_of_runs(looked: list[Looked]) -> Table:
+def table_of_runs(looked: list[SurveyedRun]) -> Table:
     rows = []
     for each in looked:
         run, accuracy = each.run, each.accuracy
@@ -183,13 +183,13 @@ def table_of_runs(looked: list[Looked]) -> Table:
     )
 
 
-def remarks_of(looked: list[Looked]) -> str:
+def remarks_of(looked: list[SurveyedRun]) -> str:
     """What was left out, and why, as a paragraph; empty if nothing was."""
     remarks = [remark for each in looked for remark in each.run.remarks]
     return f"\n\nOf what was matched: {'; '.join(remarks)}." if remarks else ""
 
 
-def numbers_of_runs(looked: list[Looked]) -> list[dict[str, Any]]:
+def numbers_of_runs(looked: list[SurveyedRun]) -> list[dict[str, Any]]:
     return [
         {
             "run": each.run.label,

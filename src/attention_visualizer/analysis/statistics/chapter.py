@@ -12,7 +12,7 @@ from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
 from attention_visualizer.figures import charts
 from attention_visualizer.measures.intervals import Interval, share_interval
-from attention_visualizer.measures.streaming import ALL_MEASURES, Summary
+from attention_visualizer.measures.streaming import ALL_MEASURES, MeasureSummary
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table, escape_markdown
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -29,8 +29,8 @@ def write(study: Study) -> Chapter:
     survey = study.survey
     n, kind = survey.num_pictures, f"{study.pictures.kind}s"
     who = f"{n:,} {kind}"
-    name = study.save(figure(survey, who, study.face_note), "attention_statistics")
-    by_head = study.save(head_figure(survey, who, study.face_note), "attention_statistics_by_head")
+    name = study.save(figure(survey, who, study.watermark), "attention_statistics")
+    by_head = study.save(head_figure(survey, who, study.watermark), "attention_statistics_by_head")
     cls = survey.reads_class_token
     unread = " (no distance for the last layer, whose patch queries cannot affect the logits)" if cls else ""
     figures = [
@@ -46,7 +46,7 @@ def write(study: Study) -> Chapter:
     if groups:
         assert study.pictures.labels is not None
         names = list(study.pictures.class_names)
-        by_class = study.save(group_figure(survey, names, who, study.face_note), "attention_statistics_by_class")
+        by_class = study.save(group_figure(survey, names, who, study.watermark), "attention_statistics_by_class")
         wrong = int((~survey.right).sum()) if survey.right is not None else 0
         sizes = np.bincount(survey.labels)
         smallest, largest = sizes[sizes > 0].min(), sizes.max()
@@ -152,7 +152,7 @@ def finding_of(survey: Survey, figure: str) -> Finding:
     return Finding(text, figure)
 
 
-def figure(measured: Survey, images: str, face_note: str) -> Figure:
+def figure(measured: Survey, images: str, watermark: str) -> Figure:
     """Box plots above, distributions below, for each measure."""
     drawn = Figure(figsize=(14, 8.5), layout="constrained")
     axes = drawn.subplots(2, len(SHOWN))
@@ -167,11 +167,11 @@ def figure(measured: Survey, images: str, face_note: str) -> Figure:
         )
         medians = summary.quantiles((0.5,))[:, 0]
         charts.distribution_by_layer(summary.counts.sum(axis=1), summary.edges, LABELS[name], axes[1, column], medians)
-    charts.finish(drawn, f"Attention over {images}, all heads", face_note)
+    charts.finish(drawn, f"Attention over {images}, all heads", watermark)
     return drawn
 
 
-def head_figure(measured: Survey, images: str, face_note: str) -> Figure:
+def head_figure(measured: Survey, images: str, watermark: str) -> Figure:
     """Layers down, heads across; no distance where patch queries cannot affect the logits."""
     means = {name: summary.mean.copy() for name, summary in measured.summaries.items()}
     num_layers, num_heads = means["entropy"].shape
@@ -191,7 +191,7 @@ def head_figure(measured: Survey, images: str, face_note: str) -> Figure:
             axis.text(num_heads / 2, num_layers - 0.5, "cannot affect the answer", ha="center", va="center", fontsize=9)
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
-    charts.finish(drawn, f"By layer and head, means over {images}", face_note)
+    charts.finish(drawn, f"By layer and head, means over {images}", watermark)
     return drawn
 
 
@@ -223,7 +223,7 @@ def heads_of(survey: Survey) -> str:
     return str(counts[0]) if np.ptp(counts) == 0 else f"{counts.min()} to {counts.max()}"
 
 
-def layer_numbers(summaries: dict[str, Summary]) -> list[dict[str, Any]]:
+def layer_numbers(summaries: dict[str, MeasureSummary]) -> list[dict[str, Any]]:
     return [
         {
             measure.name: {
@@ -282,7 +282,7 @@ def outcome_table(survey: Survey) -> Table:
     )
 
 
-def group_figure(survey: Survey, class_names: list[str], images: str, face_note: str) -> Figure:
+def group_figure(survey: Survey, class_names: list[str], images: str, watermark: str) -> Figure:
     """Entropy by class and layer, and wrong against right answers."""
     num_layers = len(survey.layer_names)
     drawn = Figure(
@@ -305,7 +305,7 @@ def group_figure(survey: Survey, class_names: list[str], images: str, face_note:
     counts = f"(n = {wrong:,} and {len(survey.right) - wrong:,})"
     right.set_xlabel(f"entropy when wrong minus when right (nats)\n{counts}")
     charts.clean(right, "x")
-    return charts.finish(drawn, f"By class and by outcome, {images}", face_note)
+    return charts.finish(drawn, f"By class and by outcome, {images}", watermark)
 
 
 def records(survey: Survey) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from attention_visualizer.support.errors import UserError
 SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 DATA_FIELDS = ("name", "image_size", "channels", "class_names")  # mean and deviation depend on the split alone
 # What does not change the weights that training arrives at, or is the seed.
-NO_KNOBS = (
+NON_HYPERPARAMETERS = (
     *(
         "seed",
         "ckpt_path",
@@ -40,7 +40,7 @@ NO_KNOBS = (
 
 
 @dataclass(frozen=True)
-class OtherRun:
+class ComparedRun:
     """One run to compare, or the study's own (`own`).
 
     knobs: the settings in which the compared runs differ, but for the seed: "model.embed_dim" -> value, "?" where the
@@ -70,7 +70,7 @@ class Found:
     run: RunFolder | None
 
 
-def find_other_runs(pattern: str, own: LoadedCheckpoint, own_run: RunFolder | None = None) -> list[OtherRun]:
+def find_compared_runs(pattern: str, own: LoadedCheckpoint, own_run: RunFolder | None = None) -> list[ComparedRun]:
     """The runs that the glob `pattern` matches, each weights once, `own` among them (in front if it is not matched).
 
     A match is a run folder, a sweep folder (all its jobs) or a checkpoint file. Of a run, the file that `own` has is
@@ -170,7 +170,7 @@ def fingerprint(loaded: LoadedCheckpoint) -> str:
     return digest.hexdigest()
 
 
-def described(all_found: Sequence[Found], own: int) -> list[OtherRun]:
+def described(all_found: Sequence[Found], own: int) -> list[ComparedRun]:
     """With labels of their own, seeds, and the settings that differ."""
     settings = [settings_of(found) for found in all_found]
     manifests = [manifest_of(found.run) for found in all_found]
@@ -185,7 +185,7 @@ def described(all_found: Sequence[Found], own: int) -> list[OtherRun]:
         seed = each.get("seed", manifest.get("seed"))
         accuracy = found.loaded.validation_accuracy
         runs.append(
-            OtherRun(
+            ComparedRun(
                 found.label if labels.count(found.label) == 1 else str(found.loaded.path),
                 found.loaded,
                 {name: each.get(name, "?") for name in differing},
@@ -197,10 +197,10 @@ def described(all_found: Sequence[Found], own: int) -> list[OtherRun]:
     return runs
 
 
-def without_repetitions(runs: Sequence[OtherRun]) -> tuple[list[OtherRun], list[str]]:
+def without_repetitions(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], list[str]]:
     """Of runs with the same settings and the same seed (such as best.ckpt and last.ckpt of one run) one is kept, the
     analysed one first: they would count as two seeds."""
-    kept: dict[Any, OtherRun] = {}
+    kept: dict[Any, ComparedRun] = {}
     for run in sorted(runs, key=lambda run: not run.own):  # stable
         kept.setdefault(id(run) if run.seed is None else (run.setting, run.seed), run)
     chosen = [run for run in runs if any(run is each for each in kept.values())]
@@ -235,7 +235,7 @@ def flat(content: Any, name: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def not_a_knob(name: str) -> bool:
-    return any(name == each or name.startswith(f"{each}.") for each in NO_KNOBS)
+    return any(name == each or name.startswith(f"{each}.") for each in NON_HYPERPARAMETERS)
 
 
 def manifest_of(run: RunFolder | None) -> dict[str, Any]:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attention_visualizer.analysis.study.study import OURS, FileFormat, HeadLayers, Sample, Study
+from attention_visualizer.analysis.study.study import ANALYSIS_FILE_NAMES, FileFormat, HeadLayers, Sample, Study
 from attention_visualizer.attention.capture import CaptureError
 from attention_visualizer.attention.geometry import Geometry, Size
 from attention_visualizer.data.datamodule import ImageDataModule
-from attention_visualizer.data.image_sets import InputFormat, LabelledImages, PictureFolder, Pictures, read_picture
+from attention_visualizer.data.image_sets import ImageFolder, ImageSet, InputFormat, LabelledImageSet, read_picture
 from attention_visualizer.data.images import DatasetDescription, read_image
 from attention_visualizer.data.mnist import MnistUnavailable, holds_all
 from attention_visualizer.files.atomic import short_path
@@ -43,7 +43,7 @@ RANDOM_NOTE = "random weights (untrained)"
 
 
 @dataclass(frozen=True)
-class Subjects:
+class SampleChoice:
     """Which pictures to look at: see `choose_samples`. image: a picture file instead of test images."""
 
     num_samples: int = 8
@@ -153,7 +153,7 @@ def foreign_weights(model_from: str, ckpt: str) -> Weights:
     return Weights(model, f"{model_from}; {short_path(Path(ckpt))}, sha256 {sha256}")
 
 
-def test_pictures(weights: Weights, data: ImageDataModule) -> LabelledImages:
+def test_pictures(weights: Weights, data: ImageDataModule) -> LabelledImageSet:
     """The test set, normalised as the model was trained. Raises UserError where it does not fit the model."""
     description = data.description
     if weights.loaded is not None and weights.loaded.data is not None:
@@ -161,7 +161,7 @@ def test_pictures(weights: Weights, data: ImageDataModule) -> LabelledImages:
         description = DatasetDescription.from_dict(weights.loaded.data)
     assert isinstance(weights.model, VisionTransformer)
     check_fit(weights.model, description)
-    return LabelledImages(description, *data.splits["test"])
+    return LabelledImageSet(description, *data.splits["test"])
 
 
 def folder_pictures(
@@ -170,7 +170,7 @@ def folder_pictures(
     image_format: InputFormat | None = None,
     class_names: Sequence[str] = (),
     image_size: Size | int | None = None,
-) -> PictureFolder:
+) -> ImageFolder:
     """A folder's pictures as the model takes them. Raises UserError where there are none."""
     model = weights.model
     if isinstance(model, VisionTransformer) and image_format is None:
@@ -181,10 +181,10 @@ def folder_pictures(
         image_format = InputFormat((side, side), channels, (mean,) * channels, (std,) * channels)
         class_names = class_names or (() if data is None else data.class_names)
     num_classes = getattr(model, "num_classes", None)
-    return PictureFolder.find(
+    return ImageFolder.find(
         folder,
         image_format or InputFormat.of(model, image_size),
-        skip=lambda path: bool(OURS.fullmatch(path.name)),  # an earlier analysis inside the folder
+        skip=lambda path: bool(ANALYSIS_FILE_NAMES.fullmatch(path.name)),  # an earlier analysis inside the folder
         num_classes=num_classes if isinstance(num_classes, int) and num_classes else None,
         class_names=class_names,
     )
@@ -192,9 +192,9 @@ def folder_pictures(
 
 def prepare(
     weights: Weights,
-    pictures: Pictures,
+    pictures: ImageSet,
     output: Path,
-    subjects: Subjects,
+    subjects: SampleChoice,
     query: Query | None = None,
     device: str = "auto",
     file_format: FileFormat = "png",
@@ -211,7 +211,7 @@ def prepare(
         raise UserError(f"rollout_discard={rollout.discard}: give a share from 0 up to, but not, 1")
     chosen_device = choose_device(device)
     notes = [RANDOM_NOTE] if weights.random else []
-    notes += [pictures.face_note] if pictures.face_note else []
+    notes += [pictures.watermark] if pictures.watermark else []
     study = Study(
         weights.model.to(chosen_device),
         pictures,
@@ -231,7 +231,7 @@ def prepare(
     if seen.left_out:
         shown, num_layers = len(seen.layer_names), len(seen.layer_names) + len(seen.left_out)
         notes.append(f"only the {shown} of {num_layers} layers whose keys have a place on the image")
-        study.face_note = "; ".join(notes)
+        study.watermark = "; ".join(notes)
     return study
 
 
@@ -279,17 +279,17 @@ def check_query(query: Any) -> Query | None:
     return (query[0], query[1])
 
 
-def find_samples(study: Study, subjects: Subjects) -> list[Sample]:
+def find_samples(study: Study, subjects: SampleChoice) -> list[Sample]:
     named = [name for name in ("image", "samples") if getattr(subjects, name) is not None]
     rules = [name for name, on in (("class", subjects.class_ is not None), ("wrong", subjects.wrong)) if on]
     if len(named) + bool(rules) > 1:
         raise UserError(f"{named[0]}= says which pictures: leave out {', '.join([*named[1:], *rules])}=")
     pictures = study.pictures
     if subjects.image is not None:
-        if isinstance(pictures, LabelledImages):
+        if isinstance(pictures, LabelledImageSet):
             picture = read_image(subjects.image, pictures.description)
         else:
-            assert isinstance(pictures, PictureFolder)
+            assert isinstance(pictures, ImageFolder)
             picture = read_picture(subjects.image, pictures.format)
         return [Sample(picture, None, printable(Path(subjects.image).name))]
     if subjects.num_samples < 1:

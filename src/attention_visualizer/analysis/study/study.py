@@ -18,14 +18,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attention_visualizer.analysis.study.compared_runs import OtherRun
+from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.survey import Survey, take_survey
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.outputs import has_head, predict
-from attention_visualizer.data.image_sets import Pictures
+from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.figures import charts
-from attention_visualizer.figures.attention_figures import Subject, class_name
-from attention_visualizer.figures.panels import Picture, encode_png
+from attention_visualizer.figures.attention_figures import ExplainedImage, class_name
+from attention_visualizer.figures.panels import PanelFigure, encode_png
 from attention_visualizer.files import atomic
 from attention_visualizer.measures.intervals import Interval, share_interval, stratified
 from attention_visualizer.measures.map_measures import Query
@@ -39,7 +39,7 @@ from attention_visualizer.support.parallel import on_all_cores
 FileFormat = Literal["png", "pdf", "svg"]
 HeadLayers = Literal["all", "last"]
 # What an analysis writes.
-OURS = re.compile(
+ANALYSIS_FILE_NAMES = re.compile(
     r"(attention_(pattern|heads|methods)|layer_comparison)_sample_\d+\.(png|pdf|svg)"
     r"|attention_(statistics(_by_(head|class))?|atlas(_(differences|rollout))?|roles|redundancy|importance|trust|claims|evolution"
     r"|across_(seeds|runs))"
@@ -58,20 +58,20 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Effort:
+class Budget:
     """How much is spent where a chapter runs the model many times.
 
-    pictures: of a stratified subset, None for all; controls: models with random weights; work: the most that such a
+    pictures: of a stratified subset, None for all; controls: models with random weights; max_cost: the most that such a
     chapter may cost in passes x pictures x parameters x tokens, None for no bound.
     """
 
     pictures: int | None
     controls: int
-    work: float | None = None
+    max_cost: float | None = None
 
 
 # The default model costs 1.4e7 a picture and pass; two cores do about 5e10 of them in a second.
-QUICK, FULL = Effort(500, 3, 1e12), Effort(2000, 10, 1e13)
+QUICK, FULL = Budget(500, 3, 1e12), Budget(2000, 10, 1e13)
 LEAST_PICTURES = 30  # with fewer, intervals say nothing
 CONTROL_PICTURES = 1000  # that each control model looks at
 FIRST_CONTROL = 1000  # the seed of the first control: no run is likely to have it
@@ -79,7 +79,7 @@ FIRST_CONTROL = 1000  # the seed of the first control: no run is likely to have 
 
 @dataclass
 class Study:
-    """pictures: the test set, or what else the model is looked at with. face_note stands on every figure.
+    """pictures: the test set, or what else the model is looked at with. watermark stands on every figure.
 
     weights: what the weights are, in words; query: None for the one that the model reads out; history: of the
     training, where the checkpoint comes from a run; given_geometry: for models that do not state theirs; others: the
@@ -87,10 +87,10 @@ class Study:
     """
 
     model: nn.Module
-    pictures: Pictures
+    pictures: ImageSet
     output: Path
     weights: str
-    face_note: str = ""
+    watermark: str = ""
     history: AttentionHistory | None = None
     samples: Sequence[Sample] = ()
     query: Query | None = None
@@ -99,8 +99,8 @@ class Study:
     file_format: FileFormat = "png"
     head_layers: HeadLayers = "all"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    effort: Effort = QUICK
-    others: Sequence[OtherRun] = ()
+    budget: Budget = QUICK
+    others: Sequence[ComparedRun] = ()
     progress: Callable[[str], None] = lambda doing: None  # told what is being done within a chapter
     reconstruction_error: float = 0.0  # the largest that any capture of this study measured
 
@@ -126,7 +126,7 @@ class Study:
     @cached_property
     def control_models(self) -> list[nn.Module]:
         """The same architecture with random weights, so many as `effort` says."""
-        return [random_weights(self.model, FIRST_CONTROL + number) for number in range(self.effort.controls)]
+        return [random_weights(self.model, FIRST_CONTROL + number) for number in range(self.budget.controls)]
 
     @cached_property
     def control_surveys(self) -> list[Survey]:
@@ -143,9 +143,9 @@ class Study:
     def subset_for(self, passes: int) -> NDArray[np.int64] | None:
         """Numbers of the pictures for a chapter that runs the model over each `passes` times; None where it would cost
         more than `effort` allows."""
-        count, work = self.effort.pictures, self.effort.work
-        if work is not None:
-            count = min(len(self.pictures) if count is None else count, int(work / self.work_of(passes)))
+        count, max_cost = self.budget.pictures, self.budget.max_cost
+        if max_cost is not None:
+            count = min(len(self.pictures) if count is None else count, int(max_cost / self.cost_of(passes)))
             if count < LEAST_PICTURES:
                 return None
         return self.subset(count)
@@ -159,7 +159,7 @@ class Study:
             return None
         if "survey" in self.__dict__:
             right = self.survey.right
-        elif self.work_of(1) * len(self.pictures) <= (self.effort.work or np.inf):
+        elif self.cost_of(1) * len(self.pictures) <= (self.budget.max_cost or np.inf):
             with torch.no_grad():
                 answers = [predict(self.model(batch), len(batch))[0] for batch, _ in self.batches()]
             predicted = np.concatenate(answers)
@@ -168,8 +168,8 @@ class Study:
             right = None
         return None if right is None else share_interval(int(right.sum()), len(right))
 
-    def work_of(self, passes: int) -> float:
-        """What so many passes over one picture cost: see `Effort`."""
+    def cost_of(self, passes: int) -> float:
+        """What so many passes over one picture cost: see `Budget`."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return passes * parameters * max(geometry.num_tokens for geometry in self.first_look.geometries)
 
@@ -204,17 +204,17 @@ class Study:
             )
 
     @cached_property
-    def subjects(self) -> list[Subject]:
+    def subjects(self) -> list[ExplainedImage]:
         """What the model attends to on each sample."""
         return self.look_at(self.samples)
 
-    def look_at(self, samples: Sequence[Sample]) -> list[Subject]:
+    def look_at(self, samples: Sequence[Sample]) -> list[ExplainedImage]:
         for sample in samples:
             check_sample(sample, self.pictures)
         seen = self.observe(torch.stack([sample.image for sample in samples]))
         names = self.pictures.class_names
         return [
-            Subject.of(
+            ExplainedImage.of(
                 seen,
                 number,
                 picture_of(sample.image),
@@ -224,7 +224,9 @@ class Study:
             for number, sample in enumerate(samples)
         ]
 
-    def save_for_samples(self, draw: Callable[[Study, Subject, Sample], Picture], stem: str) -> list[FigureFile]:
+    def save_for_samples(
+        self, draw: Callable[[Study, ExplainedImage, Sample], PanelFigure], stem: str
+    ) -> list[FigureFile]:
         """Writes `<stem>_sample_<i>` for each sample."""
         return [
             FigureFile(
@@ -243,11 +245,11 @@ class Study:
         finally:
             self.output = output
 
-    def save(self, figure: Picture | Figure, stem: str) -> str:
+    def save(self, figure: PanelFigure | Figure, stem: str) -> str:
         """Writes a figure whole or not at all; returns its file name."""
         path = self.output / f"{stem}.{self.file_format}"
         with atomic.atomic_path(path) as temporary:
-            if isinstance(figure, Picture) and self.file_format == "png":
+            if isinstance(figure, PanelFigure) and self.file_format == "png":
                 temporary.write_bytes(encode_png(figure.to_rgb()))
             else:
                 # Text stays text in SVG files.
@@ -263,7 +265,7 @@ def batch_size(shape: tuple[int, int, int]) -> int:
     return max(8, min(500, 500 * 28 * 28 // (shape[1] * shape[2])))
 
 
-def check_sample(sample: Sample, pictures: Pictures) -> None:
+def check_sample(sample: Sample, pictures: ImageSet) -> None:
     """Raises UserError for a picture or a label that the model cannot take."""
     wanted, classes = pictures.shape, pictures.num_classes
     if tuple(sample.image.shape) != wanted:

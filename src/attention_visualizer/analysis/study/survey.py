@@ -19,7 +19,7 @@ from attention_visualizer.measures import map_measures
 from attention_visualizer.measures.head_roles import MOST_PICTURES, Selectivity, nan_mean, selectivity
 from attention_visualizer.measures.intervals import BootstrapMeans, Interval, stratified
 from attention_visualizer.measures.observation import Observation, ObservationCollector, RolloutOptions
-from attention_visualizer.measures.streaming import ALL_MEASURES, AttentionStatistics, MeanWeights, Summary
+from attention_visualizer.measures.streaming import ALL_MEASURES, AttentionStatistics, MeanWeights, MeasureSummary
 
 Array = NDArray[Any]
 Batch = tuple[Tensor, Tensor | None]
@@ -41,7 +41,7 @@ class Survey:
       rollouts: [kept, layer, patch], None where layers do not hand on the same tokens.
     """
 
-    summaries: dict[str, Summary]
+    summaries: dict[str, MeasureSummary]
     geometries: list[Geometry]
     layer_names: list[str]
     left_out: list[str]

@@ -21,10 +21,10 @@ from attention_visualizer.analysis.trust.measure import (
     PASSES,
     RANDOM,
     Gain,
-    Trial,
+    TrustResult,
     try_methods,
 )
-from attention_visualizer.data.image_sets import LabelledImages
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.figures import charts
 from attention_visualizer.measures.intervals import Interval
 from attention_visualizer.measures.perturbation import OPERATORS
@@ -35,7 +35,7 @@ from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Ta
 def write(study: Study) -> Chapter:
     title = "Is the map an explanation?"
     model = study.model
-    if not isinstance(study.pictures, LabelledImages) or study.pictures.labels is None:
+    if not isinstance(study.pictures, LabelledImageSet) or study.pictures.labels is None:
         return Chapter(title, "Maps are put to the test against ink, on a test set of digits whose classes are known.")
     if not isinstance(model, VisionTransformer):
         return Chapter(title, "Maps are put to the test for this project's Vision Transformer only.")
@@ -43,7 +43,7 @@ def write(study: Study) -> Chapter:
     if numbers is None:
         return Chapter(title, "Left out: it is long for a model of this size. `subset=50` does it for 50 images.")
     trial = try_methods(study, numbers)
-    figure = study.save(trust_figure(trial, study.face_note), "attention_trust")
+    figure = study.save(trust_figure(trial, study.watermark), "attention_trust")
     trusted = [each.name for each in trial.methods if each.trusted]
     return Chapter(
         title,
@@ -69,7 +69,7 @@ def write(study: Study) -> Chapter:
     )
 
 
-def headline(trial: Trial, trusted: list[str]) -> str:
+def headline(trial: TrustResult, trusted: list[str]) -> str:
     best = max(trial.methods, key=lambda each: float(each.worst.value.value) - each.worst.needed)
     who = (
         "None of the maps is"
@@ -83,7 +83,7 @@ def headline(trial: Trial, trusted: list[str]) -> str:
     )
 
 
-def text_of(trial: Trial) -> str:
+def text_of(trial: TrustResult) -> str:
     return TEXT.format(
         n=trial.num_pictures,
         least=LEAST_GAIN,
@@ -95,7 +95,7 @@ def text_of(trial: Trial) -> str:
     )
 
 
-def value_table(trial: Trial) -> Table:
+def value_table(trial: TrustResult) -> Table:
     """Areas, pointing game, mass on ink; baselines below the methods."""
     columns = [
         "ranking by",
@@ -125,7 +125,7 @@ def value_table(trial: Trial) -> Table:
     )
 
 
-def gain_table(trial: Trial) -> Table:
+def gain_table(trial: TrustResult) -> Table:
     """Each comparison that trust needs."""
     rows = [
         [*comparison_names(gain), *(each.gains[index].value.text() for each in trial.methods)]
@@ -141,7 +141,7 @@ def gain_table(trial: Trial) -> Table:
     )
 
 
-def control_table(trial: Trial) -> Table:
+def control_table(trial: TrustResult) -> Table:
     """What each comparison comes to without training."""
     rows = [
         [*comparison_names(gain), *(reached(each.gains[index]) for each in trial.methods)]
@@ -163,7 +163,7 @@ def reached(gain: Gain) -> str:
     return "–" if gain.control is None else gain.control.text()
 
 
-def numbers_of(trial: Trial) -> dict[str, Any]:
+def numbers_of(trial: TrustResult) -> dict[str, Any]:
     return {
         "images": trial.num_pictures,
         "images_randomised": trial.num_randomised,
@@ -207,7 +207,7 @@ COLORS = ("#b2182b", "#1b7837", "#2166ac", "#e08214")
 GREYS = {RANDOM: ":", INKED: "--", AMOUNT: "-"}
 
 
-def trust_figure(trial: Trial, face_note: str) -> Figure:
+def trust_figure(trial: TrustResult, watermark: str) -> Figure:
     """Curves above; gains and randomisation below."""
     drawn = Figure(figsize=(14, 11.5), layout="constrained")
     parts: Any = drawn.subfigures(2, 1, height_ratios=(1, 1.7))
@@ -242,10 +242,10 @@ def trust_figure(trial: Trial, face_note: str) -> Figure:
     right.set_xlabel("weights made random, from the output down to")
     right.set_ylabel("rank correlation with the trained map")
     charts.clean(right)
-    return charts.finish(drawn, f"Is the map an explanation? {trial.num_pictures:,} test images", face_note)
+    return charts.finish(drawn, f"Is the map an explanation? {trial.num_pictures:,} test images", watermark)
 
 
-def draw_gains(axis: Axes, trial: Trial) -> None:
+def draw_gains(axis: Axes, trial: TrustResult) -> None:
     """A row for each comparison: each method's gain with its interval, and a bar where random weights make it need
     more than LEAST_GAIN."""
     gains = trial.methods[0].gains

@@ -144,7 +144,7 @@ class MethodTrust:
 
 
 @dataclass
-class Trial:
+class TrustResult:
     """Everything measured on one model. curves: (ranking, operator) -> Curves; order of stages as in `stages`."""
 
     methods: list[MethodTrust]
@@ -156,7 +156,7 @@ class Trial:
     stages: list[str]
 
 
-def try_methods(study: Study, numbers: Array, seed: int = 0) -> Trial:
+def try_methods(study: Study, numbers: Array, seed: int = 0) -> TrustResult:
     """Of the study's model over pictures by their numbers; classes are those that it predicts."""
     classes, maps, inked, amount = look(study, numbers)
     # A generator each, so that no ranking depends on another.
@@ -187,7 +187,7 @@ def try_methods(study: Study, numbers: Array, seed: int = 0) -> Trial:
         )
         for name in rankings
     }
-    return Trial(
+    return TrustResult(
         [found[name] for name in maps],
         {name: found[name] for name in BASELINES},
         curves,
@@ -239,14 +239,14 @@ def curves_along(
         pictures = study.pictures.read(numbers[rows].tolist())
         perturbation = Perturbation(own_model(study), pictures, classes[rows], study.model_input)
 
-        def put_to_the_test(
+        def run_curves(
             task: tuple[str, Operator], perturbation: Perturbation = perturbation, rows: slice = rows
         ) -> Curves:
             name, operator = task
             study.progress(f"{name} ({whose}): deletion and insertion, {OPERATOR_NAMES[operator]}")
             return perturbation.curves(rankings[name][rows], operator)
 
-        for task, curves in zip(tasks, on_all_cores(put_to_the_test, tasks, study.device), strict=True):
+        for task, curves in zip(tasks, on_all_cores(run_curves, tasks, study.device), strict=True):
             found[task].append(curves)
     return {task: Curves.joined(each) for task, each in found.items()}
 
@@ -268,7 +268,7 @@ def has_learnt(study: Study, numbers: Array, predicted: Array, few: Array) -> bo
         guesses = [model(inputs).argmax(dim=1).cpu().numpy() for model in study.control_models]
     by_luck = max((float((guess == known[few]).mean()) for guess in guesses), default=0.0)
     right = share_interval(int((predicted == known).sum()), len(known))
-    return bool(right.low > max(by_luck, intervals.well_above(1 / num_classes)))
+    return bool(right.low > max(by_luck, intervals.learnt_threshold(1 / num_classes)))
 
 
 @dataclass(frozen=True)
