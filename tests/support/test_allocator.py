@@ -11,8 +11,8 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from attention_visualizer.allocator import keep_freed_memory
-from attention_visualizer.model import VisionTransformer
+from attention_visualizer.support.allocator import keep_freed_memory
+from attention_visualizer.models.vision_transformer import VisionTransformer
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

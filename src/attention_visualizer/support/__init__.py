@@ -3,7 +3,7 @@
 Hands out UserError, safe text, and small helpers for processes and cores. May use no other room.
 
     allocator.py          keep freed memory in the process, for faster training steps
-    errors.py             UserError: a mistake that the user can correct, in one line
+    errors.py             UserError: a mistake that the user can correct; the text of any error in one line
     parallel.py           independent passes of a model, one on each core
     text.py               make untrusted text safe for terminals, CSV and reports
     training_progress.py  how many batches training has done

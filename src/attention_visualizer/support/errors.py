@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""UserError, and the text of other errors in one line."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,13 @@ class UserError(ValueError):
 
     The entry points print it without a traceback and exit with a non-zero code.
     """
+
+
+def summary(error: BaseException) -> str:
+    """Return the first line of an error's message that is not empty, or the name of its type if there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's whole message in one line, or the name of its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

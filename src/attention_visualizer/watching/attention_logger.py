@@ -25,7 +25,7 @@ from attention_visualizer.figures import attention_figures as figures
 from attention_visualizer.measures.observation import Observation, observe
 from attention_visualizer.measures.streaming import MEASURES, AttentionStatistics, MeasureSummary
 from attention_visualizer.runs.history import AttentionHistory
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, summary
 from attention_visualizer.support.training_progress import batches_done
 from attention_visualizer.watching.loggers import Loggers
 from attention_visualizer.watching.probes import check_probes, displayable, first_of_each_class
@@ -277,8 +277,7 @@ class AttentionLogger(Callback):
     def _log_statistics(self, trainer: Trainer, summaries: dict[str, MeasureSummary]) -> None:
         numbers: dict[str, float] = {}
         for measure in MEASURES:
-            summary = summaries[measure.name]
-            for layer, means in enumerate(summary.mean, start=1):
+            for layer, means in enumerate(summaries[measure.name].mean, start=1):
                 heads = {head: float(mean) for head, mean in enumerate(means, start=1) if not np.isnan(mean)}
                 if not heads:
                     continue  # a measure that this layer does not have
@@ -291,7 +290,7 @@ class AttentionLogger(Callback):
         headline = f"attention entropy, mean over {entropy.n:,} validation images"
         picture = figures.entropy_heat_map(entropy.mean, entropy.edges[-1], headline, str(self.history.probe["data"]))
         self._loggers.picture("attention_entropy_heat_map", picture, trainer.global_step)
-        entry = {name: summary.mean for name, summary in summaries.items()}
+        entry = {name: measured.mean for name, measured in summaries.items()}
         self.history.validations.append(
             entry
             | {
@@ -322,7 +321,7 @@ class AttentionLogger(Callback):
         try:
             yield
         except Exception as error:
-            self._warn(kind, f"no {kind} this time: {(str(error) or type(error).__name__).splitlines()[0]}")
+            self._warn(kind, f"no {kind} this time: {summary(error)}")
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from attention_visualizer.figures.panels import PanelFigure, encode_png
 from attention_visualizer.measures.streaming import MEASURES, MeasureSummary
+from attention_visualizer.support.errors import summary
 
 SILENT: WeakSet[Logger] = WeakSet()  # those that could not write
 
@@ -71,8 +72,7 @@ class Loggers:
                 silence(logger, error)
                 return
             self._failed.add((id(logger), kind))
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            rank_zero_warn(f"AttentionLogger: {type(logger).__name__} gets no more {kind}: {reason}")
+            rank_zero_warn(f"AttentionLogger: {type(logger).__name__} gets no more {kind}: {summary(error)}")
 
 
 def guard(logger: Logger) -> None:
@@ -114,7 +114,7 @@ def log_figure(logger: TensorBoardLogger, tag: str, figure: Any, step: int) -> N
 def first_cause(error: BaseException) -> str:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return summary(error)
 
 
 def without_writers(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -141,7 +141,7 @@ def takes_images(logger: Logger) -> bool:
 def log_image(logger: Any, tag: str, rgb: NDArray[np.uint8], step: int) -> None:
     """rgb: [height, width, 3]."""
     if isinstance(logger, TensorBoardLogger):
-        from tensorboard.compat.proto.summary_pb2 import MeasureSummary as EventSummary  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary  # type: ignore[import-untyped]
 
         # Encoded here: add_image takes three times as long, and so does PNG's usual search for the best filter.
         image = EventSummary.Image(
@@ -161,21 +161,21 @@ def add_layout(logger: TensorBoardLogger, layout: dict[str, dict[str, list[Any]]
 
 def log_histograms(logger: TensorBoardLogger, summaries: dict[str, MeasureSummary], step: int) -> None:
     """One histogram a layer and measure, over images and heads, straight from the streamed counts."""
-    for name, summary in summaries.items():
-        for layer, counts in enumerate(summary.counts.sum(axis=1), start=1):
+    for name, measured in summaries.items():
+        for layer, counts in enumerate(measured.counts.sum(axis=1), start=1):
             filled = np.flatnonzero(counts)
             if not len(filled):
                 continue  # a measure that this layer does not have
             first, last = int(filled[0]), int(filled[-1])
-            centers = (summary.edges[:-1] + summary.edges[1:]) / 2
+            centers = (measured.edges[:-1] + measured.edges[1:]) / 2
             logger.experiment.add_histogram_raw(
                 f"attention_{name}_distribution/layer_{layer}",
-                min=summary.edges[first],
-                max=summary.edges[last + 1],
+                min=measured.edges[first],
+                max=measured.edges[last + 1],
                 num=int(counts.sum()),
                 sum=float((counts * centers).sum()),
                 sum_squares=float((counts * centers**2).sum()),
-                bucket_limits=summary.edges[first + 1 : last + 2].tolist(),
+                bucket_limits=measured.edges[first + 1 : last + 2].tolist(),
                 bucket_counts=counts[first : last + 1].tolist(),
                 global_step=step,
             )

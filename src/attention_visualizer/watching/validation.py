@@ -16,7 +16,7 @@ from attention_visualizer.attention.capture import AttentionLayer, CaptureError,
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.model_search import FoundModel
 from attention_visualizer.measures.streaming import AttentionStatistics
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, summary
 
 
 class ValidationWatch:
@@ -98,7 +98,7 @@ class ValidationWatch:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self.failure = self.failure or (str(error) or type(error).__name__).splitlines()[0]
+        self.failure = self.failure or summary(error)
 
 
 def name_in_pass(name: str, layers: tuple[str, ...]) -> str | None:
