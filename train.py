@@ -34,7 +34,8 @@ from attention_visualizer.attention.model_search import find_model
 from attention_visualizer.commands import command_line
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.files import atomic
-from attention_visualizer.models.vision_transformer import VisionTransformer, num_parameters
+from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs import checkpoint, folders
 from attention_visualizer.runs.checkpoint_choice import load_chosen
 from attention_visualizer.runs.export import export_safetensors
@@ -107,7 +108,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, locks: ExitStack)
 
     # Whatever can be wrong is found out here, before a folder is made or touched.
     data, model, classifier = prepare(config)
-    parameters = num_parameters(model.config)
+    parameters = ViTConfig(**model.config).num_parameters
     unfinished = None
     if config.resume == "auto":
         if sweeping and (accuracy := resuming.accuracy_of_completed(folders.RunFolder(job_path()), config)) is not None:
@@ -172,9 +173,9 @@ def prepare(config: DictConfig) -> tuple[ImageDataModule, VisionTransformer, Cla
     allocator.keep_freed_memory()
     seed_everything(config.seed, verbose=False)
     data = ImageDataModule(**arguments(config, "data", ImageDataModule), seed=config.seed)
-    architecture = arguments(config, "model", VisionTransformer)
-    folders.check_memory(num_parameters(architecture))
-    model = VisionTransformer(**architecture)
+    architecture = ViTConfig(**arguments(config, "model", ViTConfig))
+    folders.check_memory(architecture.num_parameters)
+    model = VisionTransformer(architecture)
     recipe = arguments(config, "optimizer", Classifier)
     data.load()
     check_model_fits_data(model, data)

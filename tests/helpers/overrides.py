@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from attention_visualizer.data.images import DatasetName
-from attention_visualizer.models.vision_transformer import Pooling, PositionalEmbedding, Stem
+from attention_visualizer.models.vit_config import Pooling, PositionalEmbedding, Stem
 from tests.helpers.runs import PROJECT, compose_train
 
 CONF = PROJECT / "conf"

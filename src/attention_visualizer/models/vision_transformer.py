@@ -5,34 +5,29 @@ Parameter names are timm's, so weights move between the two without renaming.
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_visualizer.support.errors import UserError
-
-PositionalEmbedding = Literal["learned", "sincos", "none"]
-Pooling = Literal["cls", "mean"]
-Stem = Literal["patches", "convolutions"]
-
-MAX_DIMENSION = 1_000_000  # of any of the model's numbers: far beyond what trains, and soon found out
-LARGEST_SIZES = {"num_layers": 1_000}
+from attention_visualizer.models.vit_config import ViTConfig
 
 
 class PatchEmbedding(nn.Module):
     """Cuts the image into patches and projects each: [batch, channel, height, width] -> [batch, patch, embed]."""
 
-    def __init__(self, in_channels: int, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.patch_size = (patch_size, patch_size)
-        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_size = (config.patch_size, config.patch_size)
+        self.proj = nn.Conv2d(config.in_channels, config.embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         batch, channels, height, width = images.shape
@@ -52,16 +47,15 @@ class ConvolutionalStem(nn.Module):
     patch, so that a map shows where its token looks: at 4 pixels, the patch and 4 pixels around it.
     """
 
-    def __init__(self, in_channels: int, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.patch_size = (patch_size, patch_size)
-        halvings = patch_size.bit_length() - 1
-        widths = [max(1, embed_dim >> (halvings - step)) for step in range(halvings + 1)]
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1), nn.GELU()]
+        self.patch_size = (config.patch_size, config.patch_size)
+        widths = config.stem_widths
+        layers: list[nn.Module] = [nn.Conv2d(config.in_channels, widths[0], kernel_size=3, padding=1), nn.GELU()]
         for width, wider in zip(widths[:-2], widths[1:-1], strict=True):
             layers += [nn.Conv2d(width, wider, kernel_size=4, stride=2, padding=1), nn.GELU()]
         self.convolutions = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(widths[-2], embed_dim, kernel_size=4, stride=2, padding=1)
+        self.proj = nn.Conv2d(widths[-2], config.embed_dim, kernel_size=4, stride=2, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(self.convolutions(images)).flatten(2).transpose(1, 2)
@@ -118,13 +112,13 @@ def random_bits(shape: torch.Size) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention on the fused `scaled_dot_product_attention`."""
 
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float, attention_dropout: float) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
-        self.proj_drop = Dropout(dropout)
+        self.num_heads = config.num_heads
+        self.attention_dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.proj_drop = Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, num_queries: int | None = None) -> Tensor:
         """[batch, token, embed] -> the same, or [batch, num_queries, embed] for the first tokens only."""
@@ -160,12 +154,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
 class Mlp(nn.Module):
     """Two linear layers with a GELU between, applied to each token."""
 
-    def __init__(self, embed_dim: int, mlp_dim: int, dropout: float) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(embed_dim, mlp_dim)
-        self.fc2 = nn.Linear(mlp_dim, embed_dim)
-        self.drop1 = Dropout(dropout)
-        self.drop2 = Dropout(dropout)
+        self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
+        self.drop1 = Dropout(config.dropout)
+        self.drop2 = Dropout(config.dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.drop1(F.gelu(self.fc1(tokens)))))
@@ -174,12 +168,12 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, dropout: float, attention_dropout: float) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.attn = Attention(embed_dim, num_heads, dropout, attention_dropout)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.mlp = Mlp(embed_dim, mlp_dim, dropout)
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.mlp = Mlp(config)
 
     def forward(self, tokens: Tensor, num_queries: int | None = None) -> Tensor:
         """[batch, token, embed] -> the same, or only the first `num_queries` tokens of it."""
@@ -190,67 +184,35 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Images [batch, channel, height, width] -> logits [batch, class].
 
-    img_size and patch_size are pixels of a square; `stem` says how patches become tokens; `pooling="cls"` prepends a
-    class token and classifies from it, "mean" has none and classifies from the mean patch. `dropout` sits after the
-    embedding, after the attention projection and in the MLP; `attention_dropout` drops attention weights.
-    Raises UserError for sizes that do not fit together.
+    Takes a ViTConfig, or its fields by keyword, or both: then the fields replace the config's. Raises UserError for
+    fields that make no model.
     """
 
-    def __init__(
-        self,
-        img_size: int = 28,
-        patch_size: int = 7,
-        in_channels: int = 1,
-        num_classes: int = 10,
-        embed_dim: int = 128,
-        num_heads: int = 4,
-        num_layers: int = 6,
-        mlp_dim: int = 256,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        positional_embedding: PositionalEmbedding = "learned",
-        pooling: Pooling = "cls",
-        stem: Stem = "patches",
-    ) -> None:
-        super().__init__()
-        self.config: dict[str, Any] = {
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "embed_dim": embed_dim,
-            "num_heads": num_heads,
-            "num_layers": num_layers,
-            "mlp_dim": mlp_dim,
-            "dropout": dropout,
-            "attention_dropout": attention_dropout,
-            "positional_embedding": positional_embedding,
-            "pooling": pooling,
-            "stem": stem,
-        }
-        validate_model_config(self.config)
-        self.pooling = pooling
-        self.grid_size = (img_size // patch_size, img_size // patch_size)
-        self.num_prefix_tokens = 1 if pooling == "cls" else 0
-        num_tokens = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
+    __signature__ = inspect.signature(ViTConfig)  # of the keywords, for help() and completion
 
-        embedding = PatchEmbedding if stem == "patches" else ConvolutionalStem
-        self.patch_embed = embedding(in_channels, embed_dim, patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pooling == "cls" else None
+    def __init__(self, config: ViTConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        config = replace(config or ViTConfig(), **fields)
+        self.config = config.to_dict()  # plain values: a checkpoint that holds them loads with weights_only
+        self.pooling = config.pooling
+        self.grid_size = config.grid_size
+        self.num_prefix_tokens = config.num_prefix_tokens
+        embed_dim = config.embed_dim
+
+        self.patch_embed = PatchEmbedding(config) if config.stem == "patches" else ConvolutionalStem(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if config.pooling == "cls" else None
         self.pos_embed: Tensor | None = None
-        if positional_embedding == "learned":
-            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim))
-        elif positional_embedding == "sincos":
-            table = sincos_positions(self.grid_size, embed_dim)
-            prefix = torch.zeros(self.num_prefix_tokens, embed_dim)
+        if config.positional_embedding == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, embed_dim))
+        elif config.positional_embedding == "sincos":
+            table = sincos_positions(config.grid_size, embed_dim)
+            prefix = torch.zeros(config.num_prefix_tokens, embed_dim)
             del self.pos_embed
             self.register_buffer("pos_embed", torch.cat([prefix, table])[None], persistent=False)
-        self.pos_drop = Dropout(dropout)
-        self.blocks = nn.Sequential(
-            *(Block(embed_dim, num_heads, mlp_dim, dropout, attention_dropout) for _ in range(num_layers))
-        )
+        self.pos_drop = Dropout(config.dropout)
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.num_layers)))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.head = nn.Linear(embed_dim, config.num_classes)
         self.apply(initialise)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -286,54 +248,6 @@ class VisionTransformer(nn.Module):
         tokens = self.norm(self.blocks[-1](tokens, 1 if only_class_token else None))
         pooled = tokens[:, 0] if self.pooling == "cls" else tokens.mean(dim=1)
         return self.head(pooled)
-
-
-def validate_model_config(config: dict[str, Any]) -> None:
-    """Raises UserError, naming the field, for a value or a combination that makes no model."""
-    sizes = "img_size patch_size in_channels num_classes embed_dim num_heads num_layers mlp_dim".split()
-    for name in sizes:
-        value = config[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"model.{name}={value!r}: give a whole number of at least 1")
-        if value > LARGEST_SIZES.get(name, MAX_DIMENSION):
-            raise UserError(f"model.{name}={value}: give at most {LARGEST_SIZES.get(name, MAX_DIMENSION)}")
-    for name in ("dropout", "attention_dropout"):
-        value = config[name]
-        # NaN fails both comparisons.
-        if isinstance(value, bool) or not (isinstance(value, int | float) and 0.0 <= value < 1.0):
-            raise UserError(f"model.{name}={value!r}: give a share from 0 up to, but not, 1")
-    for name, choices in (("positional_embedding", PositionalEmbedding), ("pooling", Pooling), ("stem", Stem)):
-        if config[name] not in get_args(choices):
-            raise UserError(f"model.{name}={config[name]!r}: choose one of {', '.join(get_args(choices))}")
-    if config["img_size"] % config["patch_size"]:
-        raise UserError(
-            f"model.patch_size={config['patch_size']} does not divide img_size={config['img_size']}: "
-            f"choose a divisor ({', '.join(str(d) for d in divisors(config['img_size']))})"
-        )
-    if config["stem"] == "convolutions" and (config["patch_size"] == 1 or config["patch_size"].bit_count() != 1):
-        raise UserError(
-            f"model.stem=convolutions halves the image again and again: model.patch_size={config['patch_size']} must "
-            "be 2, 4, 8 or another power of two"
-        )
-    if config["embed_dim"] % config["num_heads"]:
-        raise UserError(
-            f"model.embed_dim={config['embed_dim']} is not divisible by num_heads={config['num_heads']}: "
-            f"choose num_heads from {', '.join(str(d) for d in divisors(config['embed_dim']))}"
-        )
-    if config["positional_embedding"] == "sincos" and config["embed_dim"] % 4:
-        raise UserError(
-            f"model.positional_embedding=sincos needs an embed_dim divisible by 4, not {config['embed_dim']}"
-        )
-
-
-def num_parameters(config: dict[str, Any]) -> int:
-    """Of a VisionTransformer with these arguments, without making one."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in VisionTransformer(**config).parameters())
-
-
-def divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def sincos_positions(grid: tuple[int, int], embed_dim: int) -> Tensor:

@@ -7,7 +7,6 @@ a name found inside it.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import io
 import math
 import re
@@ -29,12 +28,13 @@ from attention_visualizer.files.tensor_files import (
     read_torch,
 )
 from attention_visualizer.files.weights import bare_names, check_weights, finite_weights
-from attention_visualizer.models.vision_transformer import VisionTransformer, validate_model_config
+from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.support.errors import UserError
 
 FORMAT = 1
 LARGEST_GRID = 256  # patches a side; beyond it attention would not fit any memory
-DEFAULT_CONFIG = {name: field.default for name, field in inspect.signature(VisionTransformer).parameters.items()}
+DEFAULT_CONFIG = ViTConfig().to_dict()
 ADDED_FIELDS = {"stem": "patches"}  # which checkpoints of version 2.0.0 do not have yet
 
 
@@ -185,7 +185,6 @@ def check_architecture(weights: Mapping[str, Tensor], config: dict[str, Any]) ->
     if "img_size" not in told and isinstance(config["img_size"], int):
         if config["img_size"] > LARGEST_GRID * told["patch_size"]:
             raise UserError(f"has model.img_size={config['img_size']}, over {LARGEST_GRID} patches a side: too large")
-    validate_model_config(config)
     with torch.device("meta"):
         expected = VisionTransformer(**config).state_dict()
     for name, tensor in expected.items():

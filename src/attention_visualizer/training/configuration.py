@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.files import atomic
 from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs import folders
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.training.classifier import Classifier
@@ -68,7 +69,7 @@ def register_schemas() -> None:
 
     add = ConfigStore.instance().store
     add("train_options", TrainOptions)
-    add("vision_transformer", signature(VisionTransformer), group="model")
+    add("vision_transformer", builds(VisionTransformer, builds_bases=(signature(ViTConfig),)), group="model")
     add("image_data_module", signature(ImageDataModule, "seed"), group="data")
     add("classifier", signature(Classifier, "model", "num_classes", "seed"), group="optimizer")
     made_here = ("logger", "callbacks", "default_root_dir", "plugins", "enable_checkpointing", "fast_dev_run")
@@ -165,7 +166,7 @@ def check_options(config: DictConfig) -> None:
         raise UserError(f"{name}: there is no such field; see --help for those there are")
     for name in TrainOptions.__dataclass_fields__.keys() - {str(key) for key in config}:  # taken away with "~"
         raise UserError(f"{name} is needed: give a value instead of taking it away")
-    for group, target in (("trainer", Trainer), ("model", VisionTransformer), ("data", ImageDataModule)):
+    for group, target in (("trainer", Trainer), ("model", ViTConfig), ("data", ImageDataModule)):
         arguments(config, group, target)
     placed = OmegaConf.merge(config, {"run_folder": config.run_folder or "runs"})  # which loggers refer to
     assert isinstance(placed, DictConfig)
