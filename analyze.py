@@ -26,7 +26,7 @@ from attention_visualizer.training.stopping import StopRequest
 # All else is imported when it is needed: it loads torch, for which --help and a misspelt field shall not wait.
 if TYPE_CHECKING:
     from attention_visualizer.analysis.study.compared_runs import ComparedRun
-    from attention_visualizer.analysis.study.preparation import Weights
+    from attention_visualizer.analysis.study.weights import Weights
     from attention_visualizer.data.image_sets import ImageSet
 
 # What each field of conf/analyze.yaml may be; null is allowed where it is the default.
@@ -99,11 +99,13 @@ def import_analysis() -> None:
 
 
 def analyze(options: dict[str, Any]) -> None:
-    from attention_visualizer.analysis import writing
-    from attention_visualizer.analysis.chapters import CHAPTERS, check_chapters
-    from attention_visualizer.analysis.study import preparation
+    from attention_visualizer.analysis.chapters import CHAPTERS, check_chapters, is_analysis_file
+    from attention_visualizer.analysis.preparation import check_output, make_study
+    from attention_visualizer.analysis.study.budget import FULL, QUICK
     from attention_visualizer.analysis.study.compared_runs import find_compared_runs
-    from attention_visualizer.analysis.study.study import FULL, QUICK
+    from attention_visualizer.analysis.study.samples import SampleChoice
+    from attention_visualizer.analysis.study.weights import find_weights, folder_images, test_images, timm_weights
+    from attention_visualizer.analysis.writing import write_analysis
     from attention_visualizer.measures.observation import RolloutOptions
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -111,41 +113,38 @@ def analyze(options: dict[str, Any]) -> None:
     check_chapters(chapters)
     budget = FULL if options["chapters"] == "full" else QUICK
     if options["subset"] is not None:
-        budget = replace(budget, pictures=None if options["subset"] == "all" else options["subset"], max_cost=None)
+        budget = replace(budget, images=None if options["subset"] == "all" else options["subset"], max_cost=None)
     if options["model_from"] is None:
-        weights = preparation.find_weights(options["ckpt"], options["run"], options["runs_dir"])
+        weights = find_weights(options["ckpt"], options["run"], options["runs_dir"])
     else:
-        weights = preparation.foreign_weights(options["model_from"], options["ckpt"])
+        weights = timm_weights(options["model_from"], options["ckpt"])
     print_sanitised(f"Checkpoint: {weights.text}")
-    output = preparation.check_output(output_folder(options["output_dir"], weights))
-    pictures: ImageSet
+    folder = check_output(output_folder(options["output_dir"], weights))
+    images: ImageSet
     if options["images"] is None:
-        pictures = preparation.test_pictures(weights, preparation.load_data(weights.loaded, options["data_dir"]))
+        images = test_images(weights, options["data_dir"])
     else:
-        pictures = preparation.folder_pictures(weights, options["images"])
-    others: list[ComparedRun] = []
+        images = folder_images(weights, options["images"], skip=is_analysis_file)
+    compared_runs: list[ComparedRun] = []
     if options["runs"] is not None:
         assert weights.loaded is not None  # see check_sources
-        others = find_compared_runs(options["runs"], weights.loaded, weights.run)
-        print(f"Compared:   {len(others)} runs, this one among them")
-    subjects = preparation.SampleChoice(
-        options["num_samples"], options["samples"], options["class"], options["wrong"], options["image"]
-    )
-    study = preparation.prepare(
+        compared_runs = find_compared_runs(options["runs"], weights.loaded, weights.run)
+        print(f"Compared:   {len(compared_runs)} runs, this one among them")
+    study = make_study(
         weights,
-        pictures,
-        output,
-        subjects,
-        options["query"],
-        options["device"],
-        options["format"],
-        options["head_layers"],
-        RolloutOptions(options["rollout_fusion"], options["rollout_discard"]),
+        images,
+        folder,
+        SampleChoice(options["num_samples"], options["samples"], options["class"], options["wrong"], options["image"]),
+        query=options["query"],
+        rollout=RolloutOptions(options["rollout_fusion"], options["rollout_discard"]),
+        device=options["device"],
+        file_format=options["format"],
+        head_layers=options["head_layers"],
+        budget=budget,
+        compared_runs=compared_runs,
     )
-    study.budget = budget
-    study.others = others
     command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
-    written = writing.write_analysis(study, command, chapters)
+    written = write_analysis(study, command, chapters)
     print_sanitised(f"Page:       {atomic.short_path(written.page)}")
     print_sanitised(f"Report:     {atomic.short_path(written.report)}")
     if written.missing:

@@ -16,13 +16,22 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from attention_visualizer.analysis.chapters import CHAPTERS
+from attention_visualizer.analysis.chapters import CHAPTERS, is_analysis_file
 from attention_visualizer.analysis.heads import chapter as heads_chapter
 from attention_visualizer.analysis.layers import chapter as layers_chapter
 from attention_visualizer.analysis.patterns import chapter as patterns_chapter
+from attention_visualizer.analysis.preparation import check_output, choose_device, make_study
 from attention_visualizer.analysis.statistics import chapter as statistics_chapter
-from attention_visualizer.analysis.study import preparation
-from attention_visualizer.analysis.study.study import Sample, Study, check_sample
+from attention_visualizer.analysis.study.samples import Sample, SampleChoice, check_sample, find_samples
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.survey import survey_model
+from attention_visualizer.analysis.study.weights import (
+    Weights,
+    find_weights,
+    folder_images,
+    random_model,
+    test_images,
+)
 from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import ImageSet, InputFormat
@@ -70,7 +79,7 @@ class AttentionVisualizer:
         if model is not None and images is None:
             raise UserError("model= needs pictures to look at: give images=<folder>")
         self.model_path = Path(model_path) if model_path is not None else Path(type(model).__name__)
-        self.device = preparation.choose_device(device)
+        self.device = choose_device(device)
         self.data_dir = data_dir
         self._asked_output = None if output_dir is None else Path(output_dir)
         self._model = model
@@ -84,37 +93,35 @@ class AttentionVisualizer:
 
     def load_optimal_model(self) -> nn.Module:
         """The model, in eval mode on the device; read once."""
-        return self.study.model
+        return self.study.target.model
 
     @property
     def study(self) -> Study:
         """Model, data and output folder together; made when first needed."""
         if self._study is None:
             weights = self._read_weights()
-            self._study = preparation.prepare(
+            self._study = make_study(
                 weights,
-                self._find_pictures(weights),
-                preparation.check_output(self._output_folder()),
-                preparation.SampleChoice(),
+                self._find_images(weights),
+                check_output(self._output_folder()),
                 device=str(self.device),
                 geometry=self._geometry,
             )
-            log.debug("%s on %s, figures go to %s", self._study.weights, self.device, self._study.output)
+            log.debug("%s on %s, figures go to %s", self._study.weights, self.device, self._study.output.folder)
         return self._study
 
-    def _find_pictures(self, weights: preparation.Weights) -> ImageSet:
+    def _find_images(self, weights: Weights) -> ImageSet:
         if self._images is None:
-            return preparation.test_pictures(weights, preparation.load_data(weights.loaded, self.data_dir))
-        return preparation.folder_pictures(
-            weights, str(self._images), self._image_format, self._class_names, self._image_size
+            return test_images(weights, self.data_dir)
+        return folder_images(
+            weights, str(self._images), self._image_format, self._class_names, self._image_size, is_analysis_file
         )
 
     def get_test_samples(self, num_samples: int = 8) -> list[tuple[Tensor, int | None]]:
         """Images float32 [channel, height, width] in 0..1 with their classes (None where they are not known), by the
         report's fixed rule."""
-        study = self.study
-        chosen = preparation.find_samples(study, preparation.SampleChoice(num_samples))
-        return [(sample.image.float() / 255, sample.label) for sample in chosen]
+        samples = find_samples(self.study.target, SampleChoice(num_samples))
+        return [(sample.image.float() / 255, sample.label) for sample in samples]
 
     def visualize_attention_patterns(self, image: Any, label: int | None, i: int = 0) -> Figure:
         """Attention by layer, alone and over the image; saved as attention_pattern_sample_<i>.png."""
@@ -132,17 +139,19 @@ class AttentionVisualizer:
         """Statistics over `samples`, saved as attention_statistics.png; and a row for each measure, layer, head."""
         if not samples:
             raise UserError("there are no samples to make statistics of: give a list of (image, label)")
-        taken = [as_sample(image, label, i) for i, (image, label) in enumerate(samples)]
-        for sample in taken:
-            check_sample(sample, self.study.pictures)
-        inputs = self.study.model_input(torch.stack([sample.image for sample in taken]))
-        known = [sample.label for sample in taken if sample.label is not None]
-        labels = torch.tensor(known, device=inputs.device) if len(known) == len(taken) else None
-        measured = self.study.survey_of([(inputs, labels)], labels, len(taken))
-        figure = statistics_chapter.figure(measured, f"{len(taken):,} given images", self.study.watermark)
-        self._claim_output()
-        self.study.save(figure, "attention_statistics")
-        return figure, pd.DataFrame(statistics_chapter.records(measured))
+        given = [as_sample(image, label, i) for i, (image, label) in enumerate(samples)]
+        target, output = self.study.target, self.study.output
+        for sample in given:
+            check_sample(sample, target.images)
+        inputs = target.model_input(torch.stack([sample.image for sample in given]))
+        known = [sample.label for sample in given if sample.label is not None]
+        labels = torch.tensor(known, device=inputs.device) if len(known) == len(given) else None
+        survey = survey_model(target.model, [(inputs, labels)], labels, len(given), target.geometry, target.rollout)
+        self.study.errors.append(survey.reconstruction_error)
+        figure = statistics_chapter.figure(survey, f"{len(given):,} given images")
+        self._sign_output()
+        output.save(figure, "attention_statistics")
+        return figure, pd.DataFrame(statistics_chapter.records(survey))
 
     def run_comprehensive_analysis(self, model_path: str | Path | None = None) -> Path:
         """Every figure, the statistics over the whole test set and the report, in Markdown and HTML; returns the first
@@ -155,7 +164,7 @@ class AttentionVisualizer:
             if self._model is not None:  # what was said of it does not hold for the other one
                 self._geometry, self._image_size, self._image_format, self._class_names = None, None, None, ()
             self.model_path, self._model, self._study = Path(model_path), None, None
-        self._claim_output()
+        self._sign_output()
         given = repr(str(self.model_path)) if self._model is None else f"model=model, images={str(self._images)!r}"
         command = (
             "from attention_visualizer import AttentionVisualizer\n\n"
@@ -168,31 +177,29 @@ class AttentionVisualizer:
 
     def _draw(self, chapter: Any, stem: str, image: Any, label: int | None, i: int) -> Figure:
         sample = as_sample(image, label, i)
-        (subject,) = self.study.look_at([sample])
-        picture = chapter.picture(self.study, subject, sample)
-        self._claim_output()
-        name = self.study.save(picture, f"{stem}_sample_{i}")
-        log.debug("wrote %s", self.study.output / name)
-        return picture.to_figure()
+        (explained,) = self.study.explain_images([sample])
+        figure, output = chapter.draw(self.study, explained, sample), self.study.output
+        self._sign_output()
+        name = output.save(figure, f"{stem}_sample_{i}")
+        log.debug("wrote %s", output.folder / name)
+        return output.as_matplotlib(figure)
 
-    def _read_weights(self) -> preparation.Weights:
+    def _read_weights(self) -> Weights:
         if self._model is not None:
             self._digest = digest_of(self._model)
-            return preparation.Weights(
-                self._model.eval(), f"{type(self._model).__name__} as given, sha256 {self._digest}"
-            )
+            return Weights(self._model.eval(), f"{type(self._model).__name__} as given, sha256 {self._digest}")
         if not self.model_path.exists():
             message = f"{self.model_path} does not exist: RANDOM WEIGHTS are shown, which have learnt nothing"
             warnings.warn(message, UserWarning, stacklevel=4)
             log.warning(message)
-            return preparation.Weights(
-                preparation.random_model(),
+            return Weights(
+                random_model(),
                 f"random weights ({self.model_path} does not exist)",
                 None,
                 None,
                 random=True,
             )
-        return preparation.find_weights(str(self.model_path), None, "runs")
+        return find_weights(str(self.model_path), None, "runs")
 
     def _output_folder(self) -> Path:
         if self._asked_output is not None:
@@ -211,9 +218,10 @@ class AttentionVisualizer:
         path = folder / OWNER
         return atomic.read_json(path).get("model") if path.exists() else None
 
-    def _claim_output(self) -> None:
-        self.study.output.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(self.study.output / OWNER, {"model": self._identity()})
+    def _sign_output(self) -> None:
+        folder = self.study.output.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(folder / OWNER, {"model": self._identity()})
 
 
 def digest_of(model: nn.Module) -> str:

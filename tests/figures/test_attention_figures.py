@@ -75,14 +75,15 @@ def assert_tidy(picture: PanelFigure) -> None:
 
 
 def every_figure(of: ExplainedImage, note: str = NOTE) -> dict[str, PanelFigure]:
-    return {
-        "strip": figures.overlay_strip(of, HEADLINE, SUBTITLE, note),
-        "pattern": figures.attention_pattern(of, HEADLINE, SUBTITLE, note),
-        "heads": figures.head_grid(of, HEADLINE, SUBTITLE, note),
-        "last heads": figures.head_grid(of, HEADLINE, SUBTITLE, note, layers=[len(of.maps) - 1]),
-        "comparison": figures.layer_comparison(of, HEADLINE, SUBTITLE, note),
-        "entropy": figures.entropy_heat_map(of.entropy, np.log(max(of.num_keys)), HEADLINE, note),
+    every = {
+        "strip": figures.overlay_strip(of, HEADLINE, SUBTITLE),
+        "pattern": figures.attention_pattern(of, HEADLINE, SUBTITLE),
+        "heads": figures.head_grid(of, HEADLINE, SUBTITLE),
+        "last heads": figures.head_grid(of, HEADLINE, SUBTITLE, layers=[len(of.maps) - 1]),
+        "comparison": figures.layer_comparison(of, HEADLINE, SUBTITLE),
+        "entropy": figures.entropy_heat_map(of.entropy, np.log(max(of.num_keys)), HEADLINE),
     }
+    return {name: picture.with_watermark(note) for name, picture in every.items()}
 
 
 # --- what each shows ---
@@ -198,7 +199,7 @@ def probe(names: list[str], label: int = 1, layers: int = LAYERS) -> tuple[dict[
 
 def test_the_probe_sheet_has_a_row_for_each_probe_image() -> None:
     fixed, frame = probe(["zero", "one"])
-    picture = figures.probe_sheet(fixed, frame, "epoch 0.5, step 7", NOTE)
+    picture = figures.probe_sheet(fixed, frame, "epoch 0.5, step 7").with_watermark(NOTE)
     drawn = tiles(picture)
     assert len(drawn) == 2 * (1 + LAYERS + 1)
     for number in range(2):
@@ -313,10 +314,10 @@ def test_a_subject_is_one_image_of_an_observation() -> None:
 def test_nothing_overlaps_or_leaves_a_figure(of: ExplainedImage) -> None:
     for picture in every_figure(of).values():
         assert_tidy(picture)
-    assert_tidy(figures.overlay_strip(of, of.verdict, SUBTITLE, NOTE))
+    assert_tidy(figures.overlay_strip(of, of.verdict, SUBTITLE).with_watermark(NOTE))
     assert figures.head_grid(of, of.verdict).to_rgb().ndim == 3
 
 
 @pytest.mark.parametrize("names", [["0", "1"], LONG_NAMES], ids=["digits", "long"])
 def test_nothing_overlaps_or_leaves_a_probe_sheet(names: list[str]) -> None:
-    assert_tidy(figures.probe_sheet(*probe(names), "epoch 10.000, step  2,140", NOTE))
+    assert_tidy(figures.probe_sheet(*probe(names), "epoch 10.000, step  2,140").with_watermark(NOTE))

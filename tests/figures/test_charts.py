@@ -286,11 +286,13 @@ def test_a_perfect_matrix_and_an_empty_class_are_drawn_without_complaint(counts:
 
 
 def test_the_note_stands_on_the_face_in_red() -> None:
-    figure = charts.finish(Figure(), "the headline", "random weights")
+    figure = charts.with_watermark(charts.with_headline(Figure(), "the headline"), "random weights")
     assert figure.get_suptitle() == "the headline"
     (note,) = (text for text in figure.texts if text.get_text() == "random weights")
     assert to_hex(note.get_color()) == charts.NOTE
-    assert [text.get_text() for text in charts.finish(Figure(), "the headline").texts] == ["the headline"]
+    assert [
+        text.get_text() for text in charts.with_watermark(charts.with_headline(Figure(), "the headline"), "").texts
+    ] == ["the headline"]
 
 
 def boxes(layers: int) -> Axes:
@@ -333,7 +335,9 @@ def test_a_long_note_and_the_headline_stand_side_by_side() -> None:
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     charts.box_by_layer(quantiles(), "entropy", figure.subplots())
     note = "random weights (untrained); data: scikit-learn digits (not MNIST)"
-    assert_readable(charts.finish(figure, "Attention over 10,000 test images, all heads", note))
+    assert_readable(
+        charts.with_watermark(charts.with_headline(figure, "Attention over 10,000 test images, all heads"), note)
+    )
 
 
 @pytest.mark.parametrize("draw", [boxes, ridges, training, heat, confusion])

@@ -196,10 +196,9 @@ def grid_of_tiles(rows: int, columns: int, shape: tuple[int, ...] = (11, 11, 1),
         f"subtitle {words}",
         column_titles=[f"{words} head {column + 1}" for column in range(columns)],
         row_titles=[f"{words} layer {row + 1}" for row in range(rows)],
-        watermark=f"random weights {words}",
         scale=attention_scale(NUM_KEYS),
         second_scale=difference_scale(3.0, "change since the layer before"),
-    )
+    ).with_watermark(f"random weights {words}")
 
 
 @pytest.mark.parametrize("words", ["", LONG, NON_ASCII], ids=["plain", "long", "not ASCII"])
@@ -240,7 +239,7 @@ def test_row_titles_stand_at_the_middle_of_their_rows() -> None:
 
 def test_the_watermark_stands_out_and_is_left_out_when_there_is_none() -> None:
     tile = Tile(np.zeros((5, 5, 1), np.uint8))
-    noted = tile_grid([[tile]], "headline", watermark="random weights")
+    noted = tile_grid([[tile]], "headline").with_watermark("random weights")
     (note,) = (text for text in noted.texts if text.text == "random weights")
     assert note.color == panels.RED and note.bold
     assert all(text.color != panels.RED for text in tile_grid([[tile]], "headline").texts)
@@ -277,9 +276,8 @@ def rich_picture() -> PanelFigure:
         "A headline",
         "true é, predicted Ω (99.9%)",
         row_titles=["overlay"],
-        watermark="random weights",
         scale=attention_scale(NUM_KEYS),
-    )
+    ).with_watermark("random weights")
 
 
 def test_to_rgb_draws_images_and_texts_where_they_are_placed(rich_picture: PanelFigure) -> None:

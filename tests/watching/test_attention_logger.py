@@ -440,13 +440,13 @@ def test_images_go_to_every_logger_that_takes_them(tmp_path: Path) -> None:
 
 
 def subtitles(folder: Path, monkeypatch: pytest.MonkeyPatch, module: Foreign, **options: Any) -> list[tuple[str, ...]]:
-    """(headline, subtitle, note) of every overlay strip of one epoch."""
+    """(headline, subtitle) of every overlay strip of one epoch."""
     seen = []
     strip = attention_figures.overlay_strip
 
-    def spying(subject: Any, headline: str, subtitle: str = "", watermark: str = "") -> Any:
-        seen.append((headline, subtitle, watermark))
-        return strip(subject, headline, subtitle, watermark)
+    def spying(subject: Any, headline: str, subtitle: str = "") -> Any:
+        seen.append((headline, subtitle))
+        return strip(subject, headline, subtitle)
 
     monkeypatch.setattr(attention_figures, "overlay_strip", spying)
     fit(folder, module, AttentionLogger(head_grids=0, **options), logger=Recorder(), max_epochs=1)
@@ -461,11 +461,11 @@ def test_pictures_say_whose_attention_it_is(
 ) -> None:
     seen = subtitles(tmp_path, monkeypatch, Foreign(pooling))
     assert len(seen) == 5 * CLASSES  # steps 0, 1, 2, 4, 5
-    assert all(subtitle.startswith(words) for _, subtitle, _ in seen)
-    for number, (headline, _, _) in enumerate(seen):
+    assert all(subtitle.startswith(words) for _, subtitle in seen)
+    for number, (headline, _) in enumerate(seen):
         assert re.match(rf"true {number % CLASSES}, predicted \d \(\d+\.\d%\)", headline)
     assert "epoch 0, step 0" in seen[0][1] and "epoch 1, step 5" in seen[-1][1]
-    assert ["RANDOM WEIGHTS" in line for _, line, _ in seen] == [True] * CLASSES + [False] * 4 * CLASSES
+    assert ["RANDOM WEIGHTS" in line for _, line in seen] == [True] * CLASSES + [False] * 4 * CLASSES
     query = str(AttentionHistory.load(tmp_path / "attention_history.npz").probe["query"])
     assert query == ("patches" if pooling == "mean" else "cls")
 
@@ -474,7 +474,7 @@ def test_given_probe_images_take_the_place_of_the_rule(tmp_path: Path, monkeypat
     probes = torch.randn(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     options = {"probe_images": probes, "probe_labels": torch.tensor([6, 0, 6])}
     seen = subtitles(tmp_path, monkeypatch, Foreign(), **options)
-    assert [headline.split(",")[0] for headline, _, _ in seen[:3]] == ["true 6", "true 0", "true 6"]
+    assert [headline.split(",")[0] for headline, _ in seen[:3]] == ["true 6", "true 0", "true 6"]
     kept = AttentionHistory.load(tmp_path / "attention_history.npz")
     assert kept.probe["labels"].tolist() == [6, 0, 6] and kept.frames[0]["maps"].shape[0] == 3
 
@@ -482,7 +482,7 @@ def test_given_probe_images_take_the_place_of_the_rule(tmp_path: Path, monkeypat
 def test_probe_images_without_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probes = torch.randn(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     seen = subtitles(tmp_path, monkeypatch, Foreign(), probe_images=probes)
-    assert all(re.match(r"predicted \d \(", headline) for headline, _, _ in seen)
+    assert all(re.match(r"predicted \d \(", headline) for headline, _ in seen)
 
 
 def test_a_model_with_more_classes_than_the_validation_set(tmp_path: Path) -> None:

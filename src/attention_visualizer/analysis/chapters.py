@@ -1,10 +1,12 @@
-"""The offline analysis: chapters over one study. A new chapter is one new file with a `write(study)`, named here."""
+"""The list of chapters, and how they are written. A new chapter is a folder with a `CHAPTER`, named here."""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
@@ -16,6 +18,7 @@ from attention_visualizer.analysis.heads import chapter as heads_chapter
 from attention_visualizer.analysis.importance import chapter as importance_chapter
 from attention_visualizer.analysis.layers import chapter as layers_chapter
 from attention_visualizer.analysis.methods import chapter as methods_chapter
+from attention_visualizer.analysis.needs import ChapterWriter
 from attention_visualizer.analysis.patterns import chapter as patterns_chapter
 from attention_visualizer.analysis.roles import chapter as roles_chapter
 from attention_visualizer.analysis.runs import chapter as runs_chapter
@@ -30,20 +33,30 @@ log = logging.getLogger(__name__)
 
 LONGEST_REASON = 300  # characters
 
-CHAPTERS: dict[str, Callable[[Study], Chapter]] = {
-    "patterns": patterns_chapter.write,
-    "heads": heads_chapter.write,
-    "layers": layers_chapter.write,
-    "methods": methods_chapter.write,
-    "statistics": statistics_chapter.write,
-    "atlas": atlas_chapter.write,
-    "roles": roles_chapter.write,
-    "importance": importance_chapter.write,
-    "trust": trust_chapter.write,
-    "claims": claims_chapter.write,
-    "evolution": evolution_chapter.write,
-    "runs": runs_chapter.write,
+CHAPTERS: dict[str, ChapterWriter] = {
+    "patterns": patterns_chapter.CHAPTER,
+    "heads": heads_chapter.CHAPTER,
+    "layers": layers_chapter.CHAPTER,
+    "methods": methods_chapter.CHAPTER,
+    "statistics": statistics_chapter.CHAPTER,
+    "atlas": atlas_chapter.CHAPTER,
+    "roles": roles_chapter.CHAPTER,
+    "importance": importance_chapter.CHAPTER,
+    "trust": trust_chapter.CHAPTER,
+    "claims": claims_chapter.CHAPTER,
+    "evolution": evolution_chapter.CHAPTER,
+    "runs": runs_chapter.CHAPTER,
 }
+
+# File names that an analysis may create, and may therefore delete; the report's own names are apart.
+FIGURE_STEMS = [stem.replace("#", r"\d+") for chapter in CHAPTERS.values() for stem in chapter.figures]
+ANALYSIS_FILE_NAMES = re.compile(
+    rf"({'|'.join(FIGURE_STEMS)})\.(png|pdf|svg|webp)|{markdown_report.STATISTICS}\.(csv|json)"
+)
+
+
+def is_analysis_file(path: Path) -> bool:
+    return ANALYSIS_FILE_NAMES.fullmatch(path.name) is not None
 
 
 def check_chapters(names: Sequence[str]) -> None:
@@ -58,29 +71,32 @@ def write_chapters(study: Study, names: Sequence[str]) -> dict[str, Chapter]:
     A chapter that fails is named on stderr and says in the report why it is missing; the others go on.
     """
     written: dict[str, Chapter] = {}
-    told = study.progress
     try:
         with progress_bar() as progress:
             task = progress.add_task("analysing", total=len(names), doing="")
-            study.progress = lambda doing: progress.update(task, doing=doing)
-            for name in names:
-                progress.update(task, description=name, doing="")
-                try:
-                    chapter = CHAPTERS[name](study)
-                    markdown_report.check(written | {name: chapter}, study.output)
-                except Exception as error:  # whatever goes wrong in one chapter is no reason to lose the others
-                    chapter = Chapter(name.capitalize(), "", missing=reason_of(error))
-                    log.debug("chapter %s", name, exc_info=True)
-                written[name] = chapter
-                progress.advance(task)
+            with study.progress.shown_by(lambda doing: progress.update(task, doing=doing)):
+                for name in names:
+                    progress.update(task, description=name, doing="")
+                    written[name] = write_chapter(study, name, written)
+                    progress.advance(task)
             progress.update(task, description="done", doing="")
     finally:
-        study.progress = told
         # Not while the bar is drawn, which would take the line to standard output.
         for name, chapter in written.items():
             if chapter.missing:
                 print(f"chapter {name} is missing: {chapter.missing}", file=sys.stderr)
     return written
+
+
+def write_chapter(study: Study, name: str, written: Mapping[str, Chapter]) -> Chapter:
+    """One chapter, or why it is missing, checked together with those `written` before."""
+    try:
+        chapter = CHAPTERS[name](study)
+        markdown_report.check({**written, name: chapter}, study.output.folder)
+    except Exception as error:  # whatever goes wrong in one chapter is no reason to lose the others
+        log.debug("chapter %s", name, exc_info=True)
+        return Chapter(name.capitalize(), "", missing=reason_of(error))
+    return chapter
 
 
 def progress_bar() -> Progress:

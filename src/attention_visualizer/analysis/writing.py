@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from attention_visualizer.analysis.chapters import CHAPTERS, write_chapters
-from attention_visualizer.analysis.study.study import ANALYSIS_FILE_NAMES, Study
+from attention_visualizer.analysis.chapters import CHAPTERS, is_analysis_file, write_chapters
+from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import ImageFolder, InputFormat
 from attention_visualizer.files import atomic
@@ -47,11 +47,11 @@ def write_analysis(
     If a chapter fails, an earlier report of the same weights stays as it is, and what there is goes into
     <output>_incomplete.
     """
-    with staging(study.output) as new:
-        with study.saving_to(new):
-            written = write_chapters(study, chapters)
+    with staging(study.output.folder) as new:
+        staged = replace(study, output=replace(study.output, folder=new))
+        written = write_chapters(staged, chapters)
         missing = {name: chapter.missing for name, chapter in written.items() if chapter.missing}
-        target = study.output
+        target = study.output.folder
         earlier = EarlierAnalysis.of(target)
         if missing and earlier is not None and earlier.reported and earlier.identity == identity(study.weights):
             target = target.with_name(f"{target.name}_incomplete")
@@ -61,7 +61,7 @@ def write_analysis(
         old = files_of_ours(target, earlier)
         # Figures of an earlier analysis of the same weights stay; of others, they would mislead.
         kept = sorted(name for name in old - set(figures) if Path(name).suffix not in NUMBERS) if same else []
-        markdown_report.write(new, summarise(study, command, language), written, kept)
+        markdown_report.write(new, summarise(staged, command, language), written, kept)
         numbers = [name for suffix in NUMBERS if (new / (name := f"{markdown_report.STATISTICS}{suffix}")).exists()]
         files = [*figures, *numbers, markdown_report.PAGE, markdown_report.REPORT]
         move_in(new, target, files, [] if same else sorted(old - set(files)))
@@ -98,8 +98,8 @@ def files_of_ours(folder: Path, earlier: EarlierAnalysis | None) -> set[str]:
     if not folder.is_dir():
         return set()
     listed = earlier.figures if earlier is not None else frozenset()
-    names = {path.name for path in folder.iterdir() if path.is_file()}
-    return {name for name in names if name in listed or ANALYSIS_FILE_NAMES.fullmatch(name)}
+    files = [path for path in folder.iterdir() if path.is_file()]
+    return {path.name for path in files if path.name in listed or is_analysis_file(path)}
 
 
 def discard(folder: Path) -> None:
@@ -121,12 +121,12 @@ def identity(weights: str) -> str:
 
 
 def summarise(study: Study, command: str, language: str) -> markdown_report.ReportHeader:
-    pictures = study.pictures
+    pictures = study.target.images
     whole_set = f"{pictures.title}, test set of {len(pictures):,} images"
     facts = {
         "weights": study.weights,
         "model": describe_model(study),
-        "tokens": describe_tokens(study.first_look.geometries),
+        "tokens": describe_tokens(study.first_observation.geometries),
         "data": whole_set if pictures.kind == "test image" else f"{pictures.title}, {len(pictures):,} {pictures.kind}s",
         "samples": "; ".join(sample.source for sample in study.samples)
         + (CHOSEN if pictures.labels is not None else ""),
@@ -147,11 +147,11 @@ def summarise(study: Study, command: str, language: str) -> markdown_report.Repo
 
 
 def warnings_of(study: Study) -> list[str]:
-    told = [study.watermark] if study.watermark else []
-    if study.first_look.left_out:
-        names = ", ".join(study.first_look.left_out)
+    told = [study.output.watermark] if study.output.watermark else []
+    if study.first_observation.left_out:
+        names = ", ".join(study.first_observation.left_out)
         told.append(f"layers whose keys cannot be placed on the image are left out: {names}")
-    broken = getattr(study.pictures, "broken", {})
+    broken = getattr(study.target.images, "broken", {})
     unread = [f"{name} could not be read and is left out ({reason})" for name, reason in broken.items()]
     told += unread[:MOST_UNREAD]
     if len(unread) > MOST_UNREAD:
@@ -173,18 +173,18 @@ CHOSEN = " (unless named: in test-set order, the first of each class, then the s
 
 
 def describe_model(study: Study) -> str:
-    parameters = f"{sum(parameter.numel() for parameter in study.model.parameters()):,} parameters"
-    if isinstance(study.model, VisionTransformer):
-        config = study.model.config
+    parameters = f"{sum(parameter.numel() for parameter in study.target.model.parameters()):,} parameters"
+    if isinstance(study.target.model, VisionTransformer):
+        config = study.target.model.config
         return (
             f"{config['num_layers']} layers x {config['num_heads']} heads, width {config['embed_dim']}, "
             f"MLP {config['mlp_dim']}, {config['positional_embedding']} positions, {config['pooling']} pooling, "
             + parameters
         )
-    seen = study.first_look
+    seen = study.first_observation
     heads = [int((~np.isnan(layer)).sum()) for layer in seen.entropy[0]]
     told = f"{heads[0]}" if len(set(heads)) == 1 else f"{min(heads)} to {max(heads)}"
-    return f"{type(study.model).__name__}, {len(heads)} layers with attention x {told} heads, {parameters}"
+    return f"{type(study.target.model).__name__}, {len(heads)} layers with attention x {told} heads, {parameters}"
 
 
 def describe_tokens(geometries: Sequence[Geometry]) -> str:

@@ -46,6 +46,9 @@ class ImageSet(Protocol):
     def labels(self) -> Tensor | None: ...
     @property
     def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def has_ink(self) -> bool:
+        """Whether the images show ink on an empty background."""
 
     def __len__(self) -> int: ...
 
@@ -67,6 +70,7 @@ class LabelledImageSet:
     images: Tensor
     labels: Tensor | None
     kind: str = "test image"
+    has_ink: bool = True
 
     @property
     def title(self) -> str:
@@ -159,6 +163,7 @@ class ImageFolder:
     watermark: str = ""
     kind: str = "picture"
     broken: dict[str, str] = field(default_factory=dict)
+    has_ink: bool = False
 
     @classmethod
     def find(

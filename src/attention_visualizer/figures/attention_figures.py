@@ -161,7 +161,7 @@ def query_name(query: Query) -> str:
     return f"attention of the patch in row {query[0]}, column {query[1]} (from 0)"
 
 
-def overlay_strip(subject: ExplainedImage, headline: str, subtitle: str = "", watermark: str = "") -> PanelFigure:
+def overlay_strip(subject: ExplainedImage, headline: str, subtitle: str = "") -> PanelFigure:
     """The input, each layer's map over it (mean over heads), then the rollout of all layers."""
     tiles: list[Tile | None] = [subject.input()]
     for layer, picture in enumerate(subject.layers_over()):
@@ -169,10 +169,10 @@ def overlay_strip(subject: ExplainedImage, headline: str, subtitle: str = "", wa
     if subject.rollouts is not None:
         tiles.append(Tile(subject.shares_over(subject.rollouts[-1:])[0], "rollout", "over patches"))
     # A little smaller than elsewhere: eight of them fit a TensorBoard card.
-    return tile_grid([tiles], headline, subtitle, watermark=watermark, tile_size=100, scale=subject.scale)
+    return tile_grid([tiles], headline, subtitle, tile_size=100, scale=subject.scale)
 
 
-def attention_pattern(subject: ExplainedImage, headline: str, subtitle: str = "", watermark: str = "") -> PanelFigure:
+def attention_pattern(subject: ExplainedImage, headline: str, subtitle: str = "") -> PanelFigure:
     """Top row the attention by layer, bottom row the same over the image."""
     scale = subject.scale
     top: list[Tile | None] = [subject.input()]
@@ -182,11 +182,11 @@ def attention_pattern(subject: ExplainedImage, headline: str, subtitle: str = ""
     ]
     bottom: list[Tile | None] = [None]
     bottom += [Tile(picture) for picture in subject.layers_over()]
-    return tile_grid([top, bottom], headline, subtitle, row_titles=["map", "overlay"], watermark=watermark, scale=scale)
+    return tile_grid([top, bottom], headline, subtitle, row_titles=["map", "overlay"], scale=scale)
 
 
 def head_grid(
-    subject: ExplainedImage, headline: str, subtitle: str = "", watermark: str = "", layers: list[int] | None = None
+    subject: ExplainedImage, headline: str, subtitle: str = "", layers: list[int] | None = None
 ) -> PanelFigure:
     """Layers down, heads across, over the image; `layers` (from 0) keeps some rows."""
     shown = list(range(len(subject.head_maps))) if layers is None else layers
@@ -204,12 +204,11 @@ def head_grid(
         subtitle,
         column_titles=[f"head {head + 1}" for head in range(num_heads)],
         row_titles=[f"layer {layer + 1}" for layer in shown],
-        watermark=watermark,
         scale=subject.scale,
     )
 
 
-def layer_comparison(subject: ExplainedImage, headline: str, subtitle: str = "", watermark: str = "") -> PanelFigure:
+def layer_comparison(subject: ExplainedImage, headline: str, subtitle: str = "") -> PanelFigure:
     """Layers from shallow to deep: the map, the rollout up to there, and what changed since the layer before."""
     layers = range(len(subject.maps))
     tiny = np.finfo(np.float32).tiny
@@ -231,14 +230,13 @@ def layer_comparison(subject: ExplainedImage, headline: str, subtitle: str = "",
         headline,
         subtitle,
         row_titles=list(rows),
-        watermark=watermark,
         scale=subject.scale,
         second_scale=change_scale,
     )
 
 
 def method_comparison(
-    subject: ExplainedImage, maps: dict[str, Array], headline: str, subtitle: str = "", watermark: str = ""
+    subject: ExplainedImage, maps: dict[str, Array], headline: str, subtitle: str = ""
 ) -> PanelFigure:
     """maps: method -> [grid height, grid width]. The map above, over the image below, renormalised over the patches."""
     stacked = np.stack(list(maps.values()))
@@ -247,7 +245,7 @@ def method_comparison(
     top: list[Tile | None] = [subject.input()]
     top += [Tile(scale.to_rgb(share), *two_lines(name)) for name, share in zip(maps, shares, strict=True)]
     bottom: list[Tile | None] = [None, *(Tile(picture) for picture in subject.shares_over(stacked))]
-    return tile_grid([top, bottom], headline, subtitle, row_titles=["map", "overlay"], watermark=watermark, scale=scale)
+    return tile_grid([top, bottom], headline, subtitle, row_titles=["map", "overlay"], scale=scale)
 
 
 def two_lines(name: str) -> tuple[str, str]:
@@ -261,7 +259,7 @@ def patch_share(maps: Array) -> Array:
     return maps / np.maximum(maps.sum(axis=(-2, -1), keepdims=True), np.finfo(np.float32).tiny)
 
 
-def entropy_heat_map(entropy: Array, highest: float, headline: str, watermark: str = "") -> PanelFigure:
+def entropy_heat_map(entropy: Array, highest: float, headline: str) -> PanelFigure:
     """Layers down, heads across: entropy in nats [layer, head], dark (one key) to yellow (uniform)."""
     scale = sequential_scale(0.0, highest, "entropy (nats)")
     tiles: list[list[Tile | None]] = [
@@ -273,13 +271,12 @@ def entropy_heat_map(entropy: Array, highest: float, headline: str, watermark: s
         headline,
         column_titles=[f"head {head + 1}" for head in range(entropy.shape[1])],
         row_titles=[f"layer {layer + 1}" for layer in range(entropy.shape[0])],
-        watermark=watermark,
         tile_size=56,
         scale=scale,
     )
 
 
-def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str, watermark: str = "") -> PanelFigure:
+def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str) -> PanelFigure:
     """One frame of a training run's history: a row for each probe image, the input, each layer, the rollout.
 
     probe and frame: as in AttentionHistory.
@@ -312,7 +309,6 @@ def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str, w
         moment,
         column_titles=columns,
         row_titles=titles,
-        watermark=watermark,
         tile_size=56,
         scale=attention_scale(unit),
     )

@@ -327,9 +327,13 @@ def box(ax: Axes, start: float, end: float, color: str = MEDIAN) -> None:
     ax.plot([start, end, end, start, start], [start, start, end, end, start], color=color, linewidth=2, clip_on=False)
 
 
-def finish(figure: Figure, headline: str, watermark: str = "") -> Figure:
-    """The headline, and in red what the reader must know of the data or the weights."""
+def with_headline(figure: Figure, headline: str) -> Figure:
     figure.suptitle(headline, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def with_watermark(figure: Figure, watermark: str) -> Figure:
+    """Add in red what the reader must know of the data or the weights; nothing where `watermark` is empty."""
     if watermark:
         figure.text(0.99, 0.985, watermark, color=NOTE, fontweight="bold", fontsize=11, ha="right", va="top")
     return figure

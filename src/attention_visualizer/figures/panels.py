@@ -8,7 +8,7 @@ matplotlib's svg.fonttype is none).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,31 @@ class PlacedText:
 
 @dataclass
 class PanelFigure:
-    """width, height: pixels; the background is white."""
+    """Images and texts placed on a white background of `width` x `height` pixels."""
 
     width: int
     height: int
     images: list[PlacedImage] = field(default_factory=list)
     texts: list[PlacedText] = field(default_factory=list)
+    header: int = 0  # pixels from the top to below the headline and subtitle
+
+    def with_watermark(self, text: str) -> PanelFigure:
+        """The figure with `text` in red below its header; the figure itself where `text` is empty."""
+        if not text:
+            return self
+        below = SUBTITLE + LINE_SPACING
+        lines = sum(placed.y < self.header for placed in self.texts)
+        return PanelFigure(
+            max(self.width, text_width(text, SUBTITLE, bold=True) + 2 * MARGIN),
+            self.height + below,
+            [replace(image, y=image.y + below) for image in self.images],
+            [
+                *self.texts[:lines],
+                PlacedText(MARGIN, self.header, text, SUBTITLE, "la", RED, bold=True),
+                *(replace(placed, y=placed.y + below) for placed in self.texts[lines:]),
+            ],
+            self.header + below,
+        )
 
     def to_rgb(self) -> Rgb:
         """uint8 [height, width, 3]."""
@@ -304,6 +323,7 @@ class Tile:
 MARGIN, GAP = 14, 6
 LEAST_WIDTH = 640  # usual headlines fit, so the frames of an evolving one are of one size
 HEADLINE, SUBTITLE, LABEL, CAPTION = 17, 13, 13, 11
+LINE_SPACING = 7
 
 
 def tile_grid(
@@ -312,12 +332,11 @@ def tile_grid(
     subtitle: str = "",
     column_titles: list[str] | None = None,
     row_titles: list[str] | None = None,
-    watermark: str = "",
     tile_size: int = 112,
     scale: ColorScale | None = None,
     second_scale: ColorScale | None = None,
 ) -> PanelFigure:
-    """Rows of tiles with their titles, a headline, and a colour bar for each scale. watermark stands out in red."""
+    """Rows of tiles with their titles, a headline, and a colour bar for each scale."""
     num_columns = max(len(row) for row in tiles)
     first = next(tile for row in tiles for tile in row if tile is not None)
     aspect = first.rgb.shape[0] / first.rgb.shape[1]
@@ -333,14 +352,14 @@ def tile_grid(
     bars = [bar_width(one) for one in scales]
     lines = [(headline, HEADLINE, True, INK)]
     lines += [(subtitle, SUBTITLE, False, GREY)] if subtitle else []
-    lines += [(watermark, SUBTITLE, True, RED)] if watermark else []
     text_needs = max(text_width(text, size, bold) for text, size, bold, _ in lines) + 2 * MARGIN
     picture = PanelFigure(max(left + grid_width + sum(bars) + MARGIN, text_needs, LEAST_WIDTH), 0)
 
     y = MARGIN - 2
     for text, size, bold, color in lines:
         picture.texts.append(PlacedText(MARGIN, y, text, size, "la", color, bold))
-        y += size + 7
+        y += size + LINE_SPACING
+    picture.header = y
     y += 4
     if column_titles:
         for column, title in enumerate(column_titles):

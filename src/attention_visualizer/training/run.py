@@ -146,7 +146,7 @@ def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, f
     by_class = confusion.diag() / confusion.sum(dim=1).clamp_min(1)
     drawn = Figure(figsize=(7.5, 6.5), layout="constrained")
     charts.confusion_matrix(confusion.numpy(), list(data.description.class_names), drawn.subplots())
-    charts.finish(drawn, "Test set", data.description.watermark)
+    charts.with_watermark(charts.with_headline(drawn, "Test set"), data.description.watermark)
     with atomic.atomic_path(folder.path / "test_confusion.png") as temporary:
         drawn.savefig(temporary, dpi=120)
     step = step_behind(trainer)

@@ -268,10 +268,10 @@ class AttentionLogger(Callback):
             subject = figures.ExplainedImage.of(seen, number, probe["images"][number], true_class, names)
             tag = f"probe_{number}" if true_class is None else f"probe_{number}_class_{true_class}"
             subtitle = f"{figures.query_name(seen.query)}, {moment}"
-            strip = figures.overlay_strip(subject, subject.verdict, subtitle, note)
+            strip = figures.overlay_strip(subject, subject.verdict, subtitle).with_watermark(note)
             self._loggers.picture(f"attention_overlay/{tag}", strip, trainer.global_step)
             if number < self.head_grids and not early:
-                grid = figures.head_grid(subject, subject.verdict, subtitle, note)
+                grid = figures.head_grid(subject, subject.verdict, subtitle).with_watermark(note)
                 self._loggers.picture(f"attention_heads/{tag}", grid, trainer.global_step)
 
     def _log_statistics(self, trainer: Trainer, summaries: dict[str, MeasureSummary]) -> None:
@@ -288,7 +288,8 @@ class AttentionLogger(Callback):
         self._loggers.histograms(summaries, trainer.global_step)
         entropy = summaries["entropy"]
         headline = f"attention entropy, mean over {entropy.n:,} validation images"
-        picture = figures.entropy_heat_map(entropy.mean, entropy.edges[-1], headline, str(self.history.probe["data"]))
+        picture = figures.entropy_heat_map(entropy.mean, entropy.edges[-1], headline)
+        picture = picture.with_watermark(str(self.history.probe["data"]))
         self._loggers.picture("attention_entropy_heat_map", picture, trainer.global_step)
         entry = {name: measured.mean for name, measured in summaries.items()}
         self.history.validations.append(

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention_visualizer.analysis.atlas.measure import LEAST_SHARE, MOST_OF_CLASS, Difference, difference
+from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.data import ink
-from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.figures.attention_figures import query_name
 from attention_visualizer.figures.panels import PanelFigure, Tile, attention_scale, overlay, signed_scale, tile_grid
 from attention_visualizer.measures import intervals
@@ -51,16 +51,13 @@ def chosen_pairs(names: list[str], labels: Array, predicted: Array) -> list[tupl
 
 
 def write(study: Study) -> Chapter:
-    title = "Class by class"
-    if not isinstance(study.pictures, LabelledImageSet) or study.pictures.labels is None:
-        return Chapter(title, "Classes are compared on a test set of digits whose classes are known.")
     survey = study.survey
     labels = survey.labels[survey.kept]
-    names = list(study.pictures.class_names)
+    names = list(study.target.images.class_names)
     maps = layer_maps(survey)
     amount = np.concatenate(
         [
-            ink.ink_amount(study.pictures.read(survey.kept[start : start + 1000].tolist()), survey.grid).numpy()
+            ink.ink_amount(study.target.images.read(survey.kept[start : start + 1000].tolist()), survey.grid).numpy()
             for start in range(0, len(survey.kept), 1000)
         ]
     )
@@ -76,9 +73,9 @@ def write(study: Study) -> Chapter:
     counts = np.bincount(labels, minlength=len(names))
     rows = [f"{name} (n = {count:,})" for name, count in zip(names, counts, strict=True)]
     digits = mean_pictures(study, survey.kept, labels, len(names))
-    which = which_images(survey, study.pictures.kind)
+    which = which_images(survey, study.target.images.kind)
     columns = [f"layer {layer + 1}" for layer in range(means.shape[1])]
-    whole = study.save(
+    whole = study.output.save(
         atlas_figure(
             means,
             digits,
@@ -98,7 +95,7 @@ def write(study: Study) -> Chapter:
         )
     ]
     if rollouts is not None:
-        flow = study.save(
+        flow = study.output.save(
             atlas_figure(
                 rollouts,
                 digits,
@@ -117,10 +114,10 @@ def write(study: Study) -> Chapter:
                 f"mean over {which}, as a share of what reaches the patches.",
             )
         )
-    pairs = study.save(difference_figure(differences, names, study), "attention_atlas_differences")
+    pairs = study.output.save(difference_figure(differences, names, study), "attention_atlas_differences")
     n = len(survey.kept)
     return Chapter(
-        title,
+        CHAPTER.title,
         TEXT.format(which=which, least=LEAST_SHARE, permutations=intervals.PERMUTATIONS),
         [
             *figures,
@@ -174,7 +171,7 @@ def interval_values(interval: Interval) -> dict[str, Any]:
 def which_images(survey: Survey, kind: str) -> str:
     """Of which images the maps are: "10,000 test images", and how they were chosen if they are not all."""
     n = len(survey.kept)
-    chosen = f" of {survey.num_pictures:,}, each class in its share" if n < survey.num_pictures else ""
+    chosen = f" of {survey.num_images:,}, each class in its share" if n < survey.num_images else ""
     return f"{n:,} {kind}s{chosen}"
 
 
@@ -265,7 +262,6 @@ def atlas_figure(
         subtitle,
         column_titles=["mean picture", *column_names],
         row_titles=row_names,
-        watermark=study.watermark,
         tile_size=84,
         scale=replace(attention_scale(num_patches), title=f"share / even share (1/{num_patches})"),
     )
@@ -295,7 +291,6 @@ def difference_figure(differences: list[Difference], names: list[str], study: St
         "first class minus second; ring: beyond chance; full dot: also without what goes with the place's ink",
         column_titles=[*(f"layer {layer + 1}" for layer in range(len(differences[0].p_value))), "ink"],
         row_titles=[f"{names[each.first]} minus {names[each.second]}" for each in differences],
-        watermark=study.watermark,
         tile_size=96,
         scale=scale,
         second_scale=ink_scale,
@@ -322,10 +317,10 @@ def marked(rgb: Array, ring: Array, dot: Array) -> Array:
 
 def mean_pictures(study: Study, numbers: Array, labels: Array, num_classes: int) -> Array:
     """The mean picture of each class: uint8 [class, height, width, channel]."""
-    channels, height, width = study.pictures.shape
+    channels, height, width = study.target.images.shape
     sums = np.zeros((num_classes, channels, height, width))
     for start in range(0, len(numbers), 1000):
-        pictures = study.pictures.read(numbers[start : start + 1000].tolist()).numpy()
+        pictures = study.target.images.read(numbers[start : start + 1000].tolist()).numpy()
         np.add.at(sums, labels[start : start + 1000], pictures)
     counts = np.maximum(np.bincount(labels, minlength=num_classes), 1)
     return (sums / counts[:, None, None, None]).round().astype(np.uint8).transpose(0, 2, 3, 1)
@@ -334,6 +329,14 @@ def mean_pictures(study: Study, numbers: Array, labels: Array, num_classes: int)
 def readout(survey: Survey) -> Literal["cls", "patches"]:
     return "cls" if survey.reads_class_token else "patches"
 
+
+NO_CLASSES = "Classes are compared on a test set of digits whose classes are known."
+CHAPTER = ChapterWriter(
+    "Class by class",
+    write,
+    ("attention_atlas", "attention_atlas_rollout", "attention_atlas_differences"),
+    {Need.INK: NO_CLASSES, Need.LABELS: NO_CLASSES},
+)
 
 TEXT = """Mean maps over {which}, as shares of the attention on patches. A class's mean map follows its mean
 picture, because heads that follow ink do; what classes differ in is shown twice. First as it is: places with a ring

@@ -22,9 +22,9 @@ from attention_visualizer.analysis.claims.declared import (
 )
 from attention_visualizer.analysis.claims.measure import Evidence, evidence_of
 from attention_visualizer.analysis.claims.verdicts import CONTROL_MARGIN, Judgement, Result, judge
-from attention_visualizer.analysis.study.study import CONTROL_PICTURES, Study
+from attention_visualizer.analysis.needs import ChapterWriter, Need
+from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import nan_mean
-from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.data.strokes import TURN
 from attention_visualizer.figures import charts
 from attention_visualizer.measures.intervals import Interval, percentiles
@@ -39,21 +39,17 @@ FEWEST = 100  # pictures from which like patches can be found
 
 
 def write(study: Study) -> Chapter:
-    if not isinstance(study.pictures, LabelledImageSet):
-        return Chapter(
-            TITLE, "These claims are about digits of ink on an empty background, which these pictures are not."
-        )
     if len(study.survey.kept) < FEWEST:
         return Chapter(TITLE, f"These claims need the maps of {FEWEST} pictures at least, to compare like patches.")
-    subject = evidence_of(study.survey, study.pictures.read(study.survey.kept))
+    subject = evidence_of(study.survey, study.target.images.read(study.survey.kept))
     controls = control_evidence(study)
     study.progress("verdicts")
     claims, missing = declared_claims(subject)
     judgements = judge(claims, subject, controls)
-    name = study.save(figure(judgements, subject, len(controls), study), "attention_claims")
+    name = study.output.save(figure(judgements, subject, len(controls), study), "attention_claims")
     facts = {
         "n": subject.n,
-        "kind": f"{study.pictures.kind}s",
+        "kind": f"{study.target.images.kind}s",
         "controls": len(controls),
         "levels": num_levels(subject.n),
         "missing": "".join(f" {sentence}" for sentence in missing),
@@ -64,16 +60,16 @@ def write(study: Study) -> Chapter:
         [FigureFile(name, CAPTION.format(**facts))],
         [claim_table(judgements, subject.n), requirement_table(judgements, subject.n), layer_table(subject)],
         numbers(judgements, subject, len(controls), missing),
-        finding=Finding(finding_text(judgements, subject.n, f"{study.pictures.kind}s", len(controls)), name),
+        finding=Finding(finding_text(judgements, subject.n, f"{study.target.images.kind}s", len(controls)), name),
         caution=CAUTION,
     )
 
 
 def control_evidence(study: Study) -> list[Evidence]:
     """Of the models with random weights, each over the pictures of the control surveys."""
-    subset = study.subset(CONTROL_PICTURES)
+    subset = study.control_rows
     return [
-        evidence_of(survey, study.pictures.read([int(number) for number in subset[survey.kept]]), resampled=False)
+        evidence_of(survey, study.target.images.read([int(number) for number in subset[survey.kept]]), resampled=False)
         for survey in study.control_surveys
     ]
 
@@ -99,8 +95,8 @@ def figure(judgements: list[Judgement], subject: Evidence, num_controls: int, st
         Patch(color=charts.BAND, label=f"what {num_controls} models with random weights reach"),
     ]
     drawn.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    headline = f"{TITLE}: n = {subject.n:,} {study.pictures.kind}s"
-    return charts.finish(drawn, headline, study.watermark)
+    headline = f"{TITLE}: n = {subject.n:,} {study.target.images.kind}s"
+    return charts.with_headline(drawn, headline)
 
 
 def claim_table(judgements: list[Judgement], n: int) -> Table:
@@ -232,6 +228,9 @@ def numbers(judgements: list[Judgement], subject: Evidence, num_controls: int, m
 def number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
+
+NO_INK = "These claims are about digits of ink on an empty background, which these pictures are not."
+CHAPTER = ChapterWriter(TITLE, write, ("attention_claims",), {Need.INK: NO_INK})
 
 TEXT = f"""Claims that are often made of a digit model's attention maps, each turned into quantities before any model
 was looked at, and judged over {{n:,}} {{kind}}. The attention is the readout query's, renormalised over the patches;

@@ -170,7 +170,7 @@ def relative_distances(survey: Survey) -> Distances:
     uniform = np.array([uniform_distance(geometry.patch_centers()) for geometry in survey.geometries])
     assert means.sums is not None
     replicates = means.sums[0][:, column, :, -1] / np.maximum(means.counts[0][:, None], 1)
-    return Distances(means.of_group().value[column, :, -1] / uniform, replicates / uniform, survey.num_pictures)
+    return Distances(means.of_group().value[column, :, -1] / uniform, replicates / uniform, survey.num_images)
 
 
 def uniform_distance(centers: torch.Tensor) -> float:

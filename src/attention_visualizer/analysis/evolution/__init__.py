@@ -2,5 +2,6 @@
 
 Hands out the chapter.
 
-    chapter.py  figures, tables and text
+    chapter.py  figures and text
+    figure.py   curves and the animation
 """

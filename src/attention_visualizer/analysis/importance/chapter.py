@@ -12,8 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.roles.measure import head_labels
-from attention_visualizer.analysis.study.study import LEAST_PICTURES, Study
+from attention_visualizer.analysis.study.budget import LEAST_IMAGES
+from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.attention.capture import Edit, intervene
 from attention_visualizer.attention.edits import replace_by_mean, switch_off
@@ -91,7 +93,7 @@ def measure_importance(study: Study, numbers: Array) -> Importance:
         return logits
 
     tasks = [(way, layer, head) for way in WAYS for layer, head in ablations(survey)]
-    for (way, layer, head), logits in zip(tasks, on_all_cores(answers, tasks, study.device), strict=True):
+    for (way, layer, head), logits in zip(tasks, on_all_cores(answers, tasks, study.target.device), strict=True):
         column = num_heads if head is None else head
         score_changes[way][:, layer, column] = centred(logits)[rows, classes] - own
         change = intervals.share_change(right, logits.argmax(axis=1) == classes)
@@ -126,9 +128,9 @@ def all_logits(study: Study, numbers: Array, edit: Edit | None = None) -> Array 
     found = []
     with torch.no_grad(), ExitStack() as stack:
         if edit is not None:
-            stack.enter_context(intervene(study.model, edit))
-        for images, _ in study.batches_of(numbers):
-            logits = logits_of(study.model(images)) if has_head(study.model) else None
+            stack.enter_context(intervene(study.target.model, edit))
+        for images, _ in study.target.batches(numbers):
+            logits = logits_of(study.target.model(images)) if has_head(study.target.model) else None
             if logits is None:
                 return None
             found.append(logits.double().cpu().numpy())
@@ -168,14 +170,12 @@ def correlate(quantities: dict[str, Array], losses: dict[str, Array]) -> dict[st
 
 
 def write(study: Study) -> Chapter:
-    title = "What the answer needs"
+    title = CHAPTER.title
     survey = study.survey
-    if (survey.predicted < 0).any():
-        return Chapter(title, "The model gives no class scores, so there is nothing that could change without a head.")
-    if len(study.pictures) < LEAST_PICTURES:
-        return Chapter(title, f"Left out: it takes at least {LEAST_PICTURES} images to say what an answer needs.")
+    if len(study.target.images) < LEAST_IMAGES:
+        return Chapter(title, f"Left out: it takes at least {LEAST_IMAGES} images to say what an answer needs.")
     passes = len(WAYS) * len(list(ablations(survey))) + 1
-    numbers = study.subset_for(passes)
+    numbers = study.affordable_rows(passes)
     if numbers is None:
         return Chapter(title, TOO_MUCH.format(passes=passes))
     found = measure_importance(study, numbers)
@@ -186,8 +186,8 @@ def write(study: Study) -> Chapter:
     correlations = correlate(
         {label: survey.mean_of(measure).value[picked] for label, measure in quantities.items()}, losses
     )
-    figure = study.save(importance_figure(found, correlations, heads, study), "attention_importance")
-    who = f"{len(numbers):,} {study.pictures.kind}s"
+    figure = study.output.save(importance_figure(found, correlations, heads, study), "attention_importance")
+    who = f"{len(numbers):,} {study.target.images.kind}s"
     return Chapter(
         title,
         text_of(found, correlations, heads, who),
@@ -345,7 +345,7 @@ def importance_figure(
         axis.set_xlabel(label)
         axis.set_ylabel("" if number else "loss of the class's score (logits)")
         charts.clean(axis)
-    return charts.finish(drawn, f"What the answer needs, {found.score.n:,} {study.pictures.kind}s", study.watermark)
+    return charts.with_headline(drawn, f"What the answer needs, {found.score.n:,} {study.target.images.kind}s")
 
 
 def importance_table(found: Importance, heads: list[tuple[tuple[int, int], str]]) -> Table:
@@ -378,6 +378,9 @@ def importance_table(found: Importance, heads: list[tuple[tuple[int, int], str]]
         rows,
     )
 
+
+NO_SCORES = "The model gives no class scores, so there is nothing that could change without a head."
+CHAPTER = ChapterWriter("What the answer needs", write, ("attention_importance",), {Need.CLASSIFIER: NO_SCORES})
 
 TEXT = """Over {who}, each head is taken away in two ways, all others in place: **switched off** (its weights are 0),
 and **averaged** (it attends on every picture as it does on average, so that only what depends on the picture is lost).

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from attention_visualizer.analysis.methods.chapter import describe_rollout
-from attention_visualizer.analysis.study.study import Sample, Study
-from attention_visualizer.figures import attention_figures as figures
-from attention_visualizer.figures.attention_figures import ExplainedImage
+from attention_visualizer.analysis.needs import ChapterWriter
+from attention_visualizer.analysis.study.samples import Sample
+from attention_visualizer.analysis.study.study import Study, save_for_samples
+from attention_visualizer.figures import attention_figures
+from attention_visualizer.figures.attention_figures import ExplainedImage, query_name
 from attention_visualizer.figures.panels import PanelFigure
 from attention_visualizer.report.chapter import Chapter
 
 
-def picture(study: Study, subject: ExplainedImage, sample: Sample) -> PanelFigure:
-    headline = f"From shallow to deep: {figures.query_name(subject.query)}, mean over heads"
-    return figures.layer_comparison(subject, headline, f"{sample.source}: {subject.verdict}", study.watermark)
+def draw(study: Study, image: ExplainedImage, sample: Sample) -> PanelFigure:
+    headline = f"From shallow to deep: {query_name(image.query)}, mean over heads"
+    return attention_figures.layer_comparison(image, headline, f"{sample.source}: {image.verdict}")
 
 
 def write(study: Study) -> Chapter:
-    has_rollout = study.subjects[0].rollouts is not None
-    middle = ROLLOUT.format(options=describe_rollout(study)) if has_rollout else NO_ROLLOUT
-    return Chapter(
-        "From shallow to deep", TEXT.format(middle=middle), study.save_for_samples(picture, "layer_comparison")
-    )
+    has_rollout = study.explained_images[0].rollouts is not None
+    middle = ROLLOUT.format(options=describe_rollout(study.target.rollout)) if has_rollout else NO_ROLLOUT
+    return Chapter(CHAPTER.title, TEXT.format(middle=middle), save_for_samples(study, draw, "layer_comparison"))
 
+
+CHAPTER = ChapterWriter("From shallow to deep", write, ("layer_comparison_sample_#",))
 
 TEXT = """Top: the map of each layer. {middle} Bottom: the change of the map since the layer before, in doublings."""
 

@@ -4,55 +4,58 @@ from __future__ import annotations
 
 import numpy as np
 
-from attention_visualizer.analysis.study.study import Sample, Study
-from attention_visualizer.figures import attention_figures as figures
-from attention_visualizer.figures.attention_figures import ExplainedImage
+from attention_visualizer.analysis.needs import ChapterWriter
+from attention_visualizer.analysis.study.samples import Sample
+from attention_visualizer.analysis.study.study import Study, save_for_samples
+from attention_visualizer.figures import attention_figures
+from attention_visualizer.figures.attention_figures import ExplainedImage, query_name
 from attention_visualizer.figures.panels import PanelFigure
 from attention_visualizer.measures.explanations import explain
+from attention_visualizer.measures.observation import RolloutOptions
 from attention_visualizer.report.chapter import Chapter
 
 
-def explanations(study: Study, sample: Sample) -> dict[str, np.ndarray]:
-    """Method -> [grid height, grid width].
-
-    Without maps of nothing but zeros: the gradient of a query of the last layer that no score depends on.
-    """
-    found = explain(
-        study.model,
-        study.model_input(sample.image[None]),
-        query=study.query,
-        geometry=study.given_geometry,
-        rollout=study.rollout,
+def measure(study: Study, sample: Sample) -> dict[str, np.ndarray]:
+    """Method -> map [grid height, grid width], without maps of nothing but zeros: the gradient of a query of the last
+    layer that no score depends on."""
+    target = study.target
+    explanations = explain(
+        target.model,
+        target.model_input(sample.image[None]),
+        query=target.query,
+        geometry=target.geometry,
+        rollout=target.rollout,
     )
-    return {name: np.asarray(maps[0]) for name, maps in found.maps.items() if maps[0].any()}
+    return {name: np.asarray(maps[0]) for name, maps in explanations.maps.items() if maps[0].any()}
 
 
-def picture(study: Study, subject: ExplainedImage, sample: Sample) -> PanelFigure:
-    maps = explanations(study, sample)
-    headline = f"By method: {figures.query_name(subject.query)}"
-    return figures.method_comparison(subject, maps, headline, f"{sample.source}: {subject.verdict}", study.watermark)
+def draw(study: Study, image: ExplainedImage, sample: Sample) -> PanelFigure:
+    maps = measure(study, sample)
+    headline = f"By method: {query_name(image.query)}"
+    return attention_figures.method_comparison(image, maps, headline, f"{sample.source}: {image.verdict}")
 
 
 def write(study: Study) -> Chapter:
-    shown = explanations(study, study.samples[0])
+    methods = measure(study, study.samples[0])
     sentences = [
-        text.format(rollout=describe_rollout(study))
-        for start, text in SAID.items()
-        if any(n.startswith(start) for n in shown)
+        sentence.format(rollout=describe_rollout(study.target.rollout))
+        for start, sentence in SENTENCES.items()
+        if any(name.startswith(start) for name in methods)
     ]
     text = " ".join([INTRODUCTION, *sentences, CONCLUSION])
-    return Chapter("Method by method", text, study.save_for_samples(picture, "attention_methods"))
+    return Chapter(CHAPTER.title, text, save_for_samples(study, draw, "attention_methods"))
 
 
-def describe_rollout(study: Study) -> str:
-    fusion, discard = study.rollout.fusion, study.rollout.discard
-    cut = f", the smallest {discard:.0%} of each row dropped" if discard else ""
-    return f"{fusion} over heads{cut}"
+def describe_rollout(options: RolloutOptions) -> str:
+    cut = f", the smallest {options.discard:.0%} of each row dropped" if options.discard else ""
+    return f"{options.fusion} over heads{cut}"
 
+
+CHAPTER = ChapterWriter("Method by method", write, ("attention_methods_sample_#",))
 
 INTRODUCTION = """The same image and query by several methods, each renormalised over the patches, so that white is an
 even share."""
-SAID = {
+SENTENCES = {
     "attention": "**Attention** of the last layer, mean over heads.",
     "value-weighted": "**Value-weighted** attention (Kobayashi et al., 2020): the length of what each patch adds, "
     "A v W_O (A v where the model's output projection is not known); attention alone also counts a patch that carries "

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from attention_visualizer.analysis.study.study import Sample, Study
-from attention_visualizer.figures import attention_figures as figures
-from attention_visualizer.figures.attention_figures import ExplainedImage
+from attention_visualizer.analysis.needs import ChapterWriter
+from attention_visualizer.analysis.study.samples import Sample
+from attention_visualizer.analysis.study.study import Study, save_for_samples
+from attention_visualizer.figures import attention_figures
+from attention_visualizer.figures.attention_figures import ExplainedImage, query_name
 from attention_visualizer.figures.panels import PanelFigure
 from attention_visualizer.report.chapter import Chapter
 
 
-def picture(study: Study, subject: ExplainedImage, sample: Sample) -> PanelFigure:
-    headline = f"By layer: {figures.query_name(subject.query)}, mean over heads"
-    return figures.attention_pattern(subject, headline, f"{sample.source}: {subject.verdict}", study.watermark)
+def draw(study: Study, image: ExplainedImage, sample: Sample) -> PanelFigure:
+    headline = f"By layer: {query_name(image.query)}, mean over heads"
+    return attention_figures.attention_pattern(image, headline, f"{sample.source}: {image.verdict}")
 
 
 def write(study: Study) -> Chapter:
-    return Chapter(
-        "Attention by layer",
-        TEXT.format(
-            query=figures.query_name(study.subjects[0].query),
-            self_note="" if study.subjects[0].self_attention is None else SELF_NOTE,
-        ),
-        study.save_for_samples(picture, "attention_pattern"),
-    )
+    first = study.explained_images[0]
+    text = TEXT.format(query=query_name(first.query), self_note="" if first.self_attention is None else SELF_NOTE)
+    return Chapter(CHAPTER.title, text, save_for_samples(study, draw, "attention_pattern"))
 
+
+CHAPTER = ChapterWriter("Attention by layer", write, ("attention_pattern_sample_#",))
 
 TEXT = """Each column is a layer, from shallow to deep; the colour is the {query}, averaged over heads, relative to a
 query that prefers nothing: white is uniform, each step of red doubles it and each step of blue halves it. H is the

@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.roles.measure import Roles, find_roles, head_labels, ink_of
-from attention_visualizer.analysis.study.study import CONTROL_PICTURES, Study
+from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import Survey
-from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.figures import charts
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.head_roles import (
@@ -33,29 +33,26 @@ Array = NDArray[Any]
 
 
 def write(study: Study) -> Chapter:
-    if not isinstance(study.pictures, LabelledImageSet):
-        return Chapter("What each head does", NO_INK)
     survey = study.survey
     study.progress("roles of heads")
     inked = ink_of(study, survey.kept, survey)
-    numbers = study.subset(CONTROL_PICTURES)
+    numbers = study.control_rows
     controls = [(each, ink_of(study, numbers[each.kept], survey)) for each in study.control_surveys]
     roles = find_roles(survey, inked, controls)
     labels = head_labels(survey)
     there = np.array([layer_head for layer_head, _ in labels])
-    rows = survey.rows(survey.few)
+    rows = survey.readout_rows(survey.subsample)
     divergence, apart = divergences(rows[:, there[:, 0], there[:, 1]])
     order, cluster = clustered(divergence)
     redundancy = text_of_redundancy(divergence, apart, cluster, controls_apart(survey, study.control_surveys))
-    note = study.watermark
-    by_head = study.save(role_figure(roles, there, [label for _, label in labels], survey, note), "attention_roles")
-    alike = study.save(
-        redundancy_figure(divergence, order, cluster, [label for _, label in labels], len(rows), note),
+    by_head = study.output.save(role_figure(roles, there, [label for _, label in labels], survey), "attention_roles")
+    alike = study.output.save(
+        redundancy_figure(divergence, order, cluster, [label for _, label in labels], len(rows)),
         "attention_redundancy",
     )
     named = {name: sum(name in each for each in roles.names) for name in (*ROLES, NO_ROLE)}
     return Chapter(
-        "What each head does",
+        CHAPTER.title,
         text_of(roles, named, survey, len(controls)) + redundancy,
         [
             FigureFile(
@@ -85,11 +82,11 @@ def controls_apart(survey: Survey, controls: list[Survey]) -> Interval | None:
     if not controls:
         return None
     there = ~np.isnan(survey.maps[0]).all(axis=-1)
-    of_images = [divergences(each.rows()[:, there])[1] for each in controls]
+    of_images = [divergences(each.readout_rows()[:, there])[1] for each in controls]
     return intervals.bootstrap_mean(np.mean(of_images, axis=0))
 
 
-def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, watermark: str) -> Figure:
+def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey) -> Figure:
     """A row a head: what it follows, how selective it is, and the roles that the numbers carry."""
     count = len(labels)
     drawn = Figure(figsize=(12.5, 0.27 * count + 1.9), layout="constrained")
@@ -125,12 +122,10 @@ def role_figure(roles: Roles, there: Array, labels: list[str], survey: Survey, w
         axis.set_ylim(-0.7, count - 0.3)
         for row in np.flatnonzero(np.diff(layers)):
             axis.axhline(at[row] - 0.5, color="#cccccc", linewidth=0.7)
-    return charts.finish(drawn, f"What each head does, {len(survey.kept):,} test images", watermark)
+    return charts.with_headline(drawn, f"What each head does, {len(survey.kept):,} test images")
 
 
-def redundancy_figure(
-    divergence: Array, order: Array, cluster: Array, labels: list[str], n: int, watermark: str
-) -> Figure:
+def redundancy_figure(divergence: Array, order: Array, cluster: Array, labels: list[str], n: int) -> Figure:
     """Heads in the order of their tree; boxes around those that are alike."""
     side = max(6.0, 0.3 * len(labels) + 2)
     drawn = Figure(figsize=(side + 1.2, side), layout="constrained")
@@ -152,7 +147,7 @@ def redundancy_figure(
             charts.box(axis, start, end)
         start = end
     axis.set_xlabel("layer.head, ordered by likeness")
-    return charts.finish(drawn, f"How alike heads are, {n:,} test images", watermark)
+    return charts.with_headline(drawn, f"How alike heads are, {n:,} test images")
 
 
 def ink_table(roles: Roles, there: Array) -> Table:
@@ -300,6 +295,7 @@ def text_of_redundancy(divergence: Array, apart: Array, cluster: Array, control:
 
 
 NO_INK = "Roles are measured against ink, so they need a test set of digits on an empty background."
+CHAPTER = ChapterWriter("What each head does", write, ("attention_roles", "attention_redundancy"), {Need.INK: NO_INK})
 
 TEXT = """Over {n:,} test images. A head that spread its attention evenly would give inked patches {uniform} of it.
 Most of what heads give to ink beyond that is **place**: the middle of the picture is mostly inked. So each head is

@@ -174,7 +174,7 @@ def relative_distance(survey: Survey) -> Interval:
 def ink_of(study: Study, numbers: Array, survey: Survey) -> Array:
     """Which patches of pictures hold ink: bool [picture, patch]."""
     parts = [
-        ink.inked_patches(study.pictures.read(numbers[start : start + 1000].tolist()), survey.grid)
+        ink.inked_patches(study.target.images.read(numbers[start : start + 1000].tolist()), survey.grid)
         for start in range(0, len(numbers), 1000)
     ]
     return torch.cat(parts).numpy()

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.runs import seeds, settings
 from attention_visualizer.analysis.runs.survey import survey_runs
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.report.chapter import Chapter
-
-TITLE = "Comparing runs"
 
 
 def write(study: Study) -> Chapter:
-    if not study.others:
-        return Chapter(TITLE, NO_RUNS)
-    if not isinstance(study.pictures, LabelledImageSet) or study.pictures.labels is None:
-        return Chapter(TITLE, NO_LABELS)
     looked = survey_runs(study)
     if len({each.run.setting for each in looked}) == 1:
         return seeds.write(study, looked)
@@ -26,3 +20,10 @@ NO_RUNS = """No other run was looked at: `python analyze.py runs=<glob>`, such a
 compares several seeds of one model, or the jobs of a sweep."""
 
 NO_LABELS = """Runs are compared on a test set with known classes, which these pictures are not."""
+
+CHAPTER = ChapterWriter(
+    "Comparing runs",
+    write,
+    ("attention_across_seeds", "attention_across_runs"),
+    {Need.SEVERAL_RUNS: NO_RUNS, Need.LABELS: NO_LABELS, Need.INK: NO_LABELS},
+)

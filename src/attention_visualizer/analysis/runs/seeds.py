@@ -40,20 +40,24 @@ def write(study: Study, looked: list[SurveyedRun]) -> Chapter:
     """looked: at least two runs that differ in the seed only."""
     found = compare_seeds([each.survey for each in looked], study.control_surveys, inked_of(study, looked[0].survey))
     layers, heads = layer_claims(found), head_claims(found)
-    n = looked[0].survey.num_pictures
-    name = study.save(figure(study, looked, found), "attention_across_seeds")
+    n = looked[0].survey.num_images
+    name = study.output.save(figure(study, looked, found), "attention_across_seeds")
     count = found.num_seeds
     text = TEXT.format(
-        count=count, n=n, kind=study.pictures.kind, controls=len(study.control_surveys), seeds=how_many_seeds(count)
+        count=count,
+        n=n,
+        kind=study.target.images.kind,
+        controls=len(study.control_surveys),
+        seeds=how_many_seeds(count),
     )
     return Chapter(
         f"Comparing runs: {count} seeds of one model",
         "\n\n".join([text, *(sentence for sentence in (said_of_heads(found), said_of_claims(found, layers, heads)))])
         + remarks_of(looked),
-        [FigureFile(name, CAPTION.format(count=count, n=n, kind=study.pictures.kind))],
+        [FigureFile(name, CAPTION.format(count=count, n=n, kind=study.target.images.kind))],
         [table_of_runs(looked), table_of_quantities(found, layers), table_of_heads(found)],
         json_ready(numbers(looked, found, layers, heads)),
-        finding=Finding(finding(found, layers, n, study.pictures.kind), name),
+        finding=Finding(finding(found, layers, n, study.target.images.kind), name),
         caution=CAUTION,
     )
 
@@ -187,9 +191,9 @@ def figure(study: Study, looked: list[SurveyedRun], found: SeedComparison) -> Fi
     )
     for axis in axes[len(found.values) + 1 : -1]:
         axis.set_visible(False)
-    n = looked[0].survey.num_pictures
-    headline = f"{found.num_seeds} seeds of one model, n = {n:,} {study.pictures.kind}s"
-    return charts.finish(drawn, headline, study.watermark)
+    n = looked[0].survey.num_images
+    headline = f"{found.num_seeds} seeds of one model, n = {n:,} {study.target.images.kind}s"
+    return charts.with_headline(drawn, headline)
 
 
 def short_labels(looked: list[SurveyedRun]) -> list[str]:
@@ -251,7 +255,7 @@ def listed(values: Any) -> str:
 def numbers(looked: list[SurveyedRun], found: SeedComparison, layers: Claims, heads: Claims) -> dict[str, Any]:
     return {
         "comparison": "seeds",
-        "images": looked[0].survey.num_pictures,
+        "images": looked[0].survey.num_images,
         "runs": numbers_of_runs(looked),
         "descriptive": found.num_seeds < SEED_CLAIMS,
         "smallest_p": smallest_sign_flip_p(found.num_seeds),

@@ -40,9 +40,9 @@ def write(study: Study, looked: list[SurveyedRun]) -> Chapter:
     """looked: at least two runs of different settings."""
     settings = compare_settings(looked, random_weights_of(study, looked))
     found = differences(settings)
-    kind, n = f"{study.pictures.kind}s", looked[0].survey.num_pictures
+    kind, n = f"{study.target.images.kind}s", looked[0].survey.num_images
     total = n if looked[0].right is None else len(looked[0].right)
-    name = study.save(figure(study, settings, found, n, total), "attention_across_runs")
+    name = study.output.save(figure(study, settings, found, n, total), "attention_across_runs")
     knobs = [short_name(knob) for knob in looked[0].run.knobs]
     text = TEXT.format(
         runs=len(looked), knobs=and_list(knobs), n=n, total=total, kind=kind, first=settings[0].name,
@@ -148,7 +148,7 @@ def figure(study: Study, settings: Sequence[Setting], found: Sequence[Difference
     ]
     drawn.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=10)
     count = sum(len(setting.runs) for setting in settings)
-    return charts.finish(drawn, f"What goes with {headline(settings)}: {count} runs", study.watermark)
+    return charts.with_headline(drawn, f"What goes with {headline(settings)}: {count} runs")
 
 
 def has_values(settings: Sequence[Setting], quantity: Quantity) -> bool:
@@ -203,7 +203,7 @@ def table(settings: Sequence[Setting], found: Sequence[Difference]) -> Table:
 def numbers(looked: list[SurveyedRun], settings: Sequence[Setting], found: Sequence[Difference]) -> dict[str, Any]:
     return {
         "comparison": "settings",
-        "images": looked[0].survey.num_pictures,
+        "images": looked[0].survey.num_images,
         "runs": numbers_of_runs(looked),
         "settings": [
             {

@@ -144,7 +144,7 @@ def values_of(looked: SurveyedRun) -> dict[str, Value]:
         found["accuracy"] = Value(float(mean), replicates, int(looked.accuracies.num_images[0]))
     for quantity in QUANTITIES[1:]:
         level, paired = over_layers(looked.survey, quantity.name)
-        found[quantity.name] = Value(level, paired, looked.survey.num_pictures)
+        found[quantity.name] = Value(level, paired, looked.survey.num_images)
     return found
 
 

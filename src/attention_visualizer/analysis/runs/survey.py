@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.study import FIRST_CONTROL, Study
-from attention_visualizer.analysis.study.survey import Survey, take_survey
+from attention_visualizer.analysis.study.survey import Survey
+from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.outputs import logits_of
 from attention_visualizer.data.image_sets import LabelledImageSet
@@ -54,22 +55,22 @@ class SurveyedRun:
 
 
 def survey_runs(study: Study) -> list[SurveyedRun]:
-    """In the order of `study.others`."""
+    """In the order of `study.compared_runs`."""
     looked = []
-    numbers = study.subset(PICTURES)
-    for position, run in enumerate(study.others):
-        study.progress(f"run {position + 1} of {len(study.others)}, {run.label}")
-        model = run.loaded.build_model().to(study.device)
-        theirs = replace(study, model=model, pictures=pictures_for(run, study))
-        survey = survey_of(theirs, model, numbers)
-        study.reconstruction_error = max(study.reconstruction_error, survey.reconstruction_error)
-        looked.append(SurveyedRun(run, survey, classified_right(theirs)))
+    rows = study.stratified_rows(PICTURES)
+    for position, run in enumerate(study.compared_runs):
+        study.progress(f"run {position + 1} of {len(study.compared_runs)}, {run.label}")
+        model = run.loaded.build_model().to(study.target.device)
+        target = replace(study.target, model=model, images=images_for(run, study))
+        survey = target.survey(rows)
+        study.errors.append(survey.reconstruction_error)
+        looked.append(SurveyedRun(run, survey, classified_right(target)))
     return looked
 
 
 def random_weights_of(study: Study, looked: list[SurveyedRun]) -> list[list[SurveyedRun]]:
     """For each run, so many models with random weights in its architecture as the study's effort says."""
-    numbers = study.subset(PICTURES)
+    rows = study.stratified_rows(PICTURES)
     found: dict[str, list[SurveyedRun]] = {}
     every = []
     for each in looked:
@@ -78,38 +79,32 @@ def random_weights_of(study: Study, looked: list[SurveyedRun]) -> list[list[Surv
         if repr(config) not in found:
             study.progress(f"random weights in the architecture of {each.run.label}")
             models = [
-                random_weights(each.run.loaded.build_model().to(study.device), FIRST_CONTROL + number)
+                random_weights(each.run.loaded.build_model().to(study.target.device), FIRST_CONTROL + number)
                 for number in range(study.budget.controls)
             ]
-            surveys = [survey_of(replace(study, model=model), model, numbers) for model in models]
+            surveys = [study.target.with_model(model).survey(rows) for model in models]
             found[repr(config)] = [SurveyedRun(each.run, survey, survey.right) for survey in surveys]
         every.append(found[repr(config)])
     return every
 
 
-def pictures_for(run: ComparedRun, study: Study) -> LabelledImageSet:
-    """The study's pictures, normalised as the run was trained: another split has another mean."""
-    pictures = study.pictures
-    assert isinstance(pictures, LabelledImageSet)
+def images_for(run: ComparedRun, study: Study) -> LabelledImageSet:
+    """The study's images, normalised as the run was trained: another split has another mean."""
+    images = study.target.images
+    assert isinstance(images, LabelledImageSet)
     if run.loaded.data is None:
-        return pictures
-    return replace(pictures, description=DatasetDescription.from_dict(run.loaded.data))
+        return images
+    return replace(images, description=DatasetDescription.from_dict(run.loaded.data))
 
 
-def survey_of(study: Study, model: nn.Module, numbers: Array) -> Survey:
-    labels = study.pictures.labels
-    known = None if labels is None else labels[torch.from_numpy(numbers)]
-    return take_survey(model, study.batches_of(numbers), known, len(numbers), study.given_geometry, study.rollout)
-
-
-def classified_right(study: Study) -> Array | None:
-    """[picture], over all."""
-    if study.pictures.labels is None:
+def classified_right(target: Target) -> Array | None:
+    """Whether each image is classified right: [image]; None where classes or logits are not known."""
+    if target.images.labels is None:
         return None
     with torch.no_grad():
         found = []
-        for batch, labels in study.batches():
-            logits = logits_of(study.model(batch))
+        for batch, labels in target.batches():
+            logits = logits_of(target.model(batch))
             if logits is None or labels is None:
                 return None
             found.append((logits.argmax(dim=1) == labels).cpu().numpy())
@@ -155,8 +150,8 @@ def ink_ratios(survey: Survey, inked: Array) -> Array:
 
 def inked_of(study: Study, survey: Survey) -> Array:
     """Which patches hold ink in the pictures whose maps `survey` kept: [kept, patch]."""
-    numbers = study.subset(PICTURES)[survey.kept]
-    return inked_patches(study.pictures.read(numbers.tolist()), survey.grid).numpy()
+    numbers = study.stratified_rows(PICTURES)[survey.kept]
+    return inked_patches(study.target.images.read(numbers.tolist()), survey.grid).numpy()
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from attention_visualizer.analysis.needs import ChapterWriter
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
 from attention_visualizer.figures import charts
@@ -27,10 +28,10 @@ ENTROPY = MEASURE_NAMES.index("entropy")
 
 def write(study: Study) -> Chapter:
     survey = study.survey
-    n, kind = survey.num_pictures, f"{study.pictures.kind}s"
+    n, kind = survey.num_images, f"{study.target.images.kind}s"
     who = f"{n:,} {kind}"
-    name = study.save(figure(survey, who, study.watermark), "attention_statistics")
-    by_head = study.save(head_figure(survey, who, study.watermark), "attention_statistics_by_head")
+    name = study.output.save(figure(survey, who), "attention_statistics")
+    by_head = study.output.save(head_figure(survey, who), "attention_statistics_by_head")
     cls = survey.reads_class_token
     unread = " (no distance for the last layer, whose patch queries cannot affect the logits)" if cls else ""
     figures = [
@@ -44,9 +45,9 @@ def write(study: Study) -> Chapter:
     tables = [layer_table(survey, who), mean_table(survey, who)]
     groups = survey.right is not None
     if groups:
-        assert study.pictures.labels is not None
-        names = list(study.pictures.class_names)
-        by_class = study.save(group_figure(survey, names, who, study.watermark), "attention_statistics_by_class")
+        assert study.target.images.labels is not None
+        names = list(study.target.images.class_names)
+        by_class = study.output.save(group_figure(survey, names, who), "attention_statistics_by_class")
         wrong = int((~survey.right).sum()) if survey.right is not None else 0
         sizes = np.bincount(survey.labels)
         smallest, largest = sizes[sizes > 0].min(), sizes.max()
@@ -91,7 +92,7 @@ def write(study: Study) -> Chapter:
 def text_of(survey: Survey, kind: str) -> str:
     uniform, right = survey.uniform_entropy, survey.right
     text = TEXT.format(
-        n=survey.num_pictures,
+        n=survey.num_images,
         kind=kind,
         who="the CLS token" if survey.reads_class_token else "the patch queries (mean over them)",
         accuracy=""
@@ -147,12 +148,12 @@ def finding_of(survey: Survey, figure: str) -> Finding:
     ]
     text = (
         f"The readout's attention is broadest in layer {broadest + 1}, {told[0]} effective tokens of {keys}, and "
-        f"sharpest in layer {sharpest + 1}, {told[1]}: means over heads and {survey.num_pictures:,} images."
+        f"sharpest in layer {sharpest + 1}, {told[1]}: means over heads and {survey.num_images:,} images."
     )
     return Finding(text, figure)
 
 
-def figure(measured: Survey, images: str, watermark: str) -> Figure:
+def figure(measured: Survey, images: str) -> Figure:
     """Box plots above, distributions below, for each measure."""
     drawn = Figure(figsize=(14, 8.5), layout="constrained")
     axes = drawn.subplots(2, len(SHOWN))
@@ -167,11 +168,11 @@ def figure(measured: Survey, images: str, watermark: str) -> Figure:
         )
         medians = summary.quantiles((0.5,))[:, 0]
         charts.distribution_by_layer(summary.counts.sum(axis=1), summary.edges, LABELS[name], axes[1, column], medians)
-    charts.finish(drawn, f"Attention over {images}, all heads", watermark)
+    charts.with_headline(drawn, f"Attention over {images}, all heads")
     return drawn
 
 
-def head_figure(measured: Survey, images: str, watermark: str) -> Figure:
+def head_figure(measured: Survey, images: str) -> Figure:
     """Layers down, heads across; no distance where patch queries cannot affect the logits."""
     means = {name: summary.mean.copy() for name, summary in measured.summaries.items()}
     num_layers, num_heads = means["entropy"].shape
@@ -191,7 +192,7 @@ def head_figure(measured: Survey, images: str, watermark: str) -> Figure:
             axis.text(num_heads / 2, num_layers - 0.5, "cannot affect the answer", ha="center", va="center", fontsize=9)
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
-    charts.finish(drawn, f"By layer and head, means over {images}", watermark)
+    charts.with_headline(drawn, f"By layer and head, means over {images}")
     return drawn
 
 
@@ -282,7 +283,7 @@ def outcome_table(survey: Survey) -> Table:
     )
 
 
-def group_figure(survey: Survey, class_names: list[str], images: str, watermark: str) -> Figure:
+def group_figure(survey: Survey, class_names: list[str], images: str) -> Figure:
     """Entropy by class and layer, and wrong against right answers."""
     num_layers = len(survey.layer_names)
     drawn = Figure(
@@ -305,7 +306,7 @@ def group_figure(survey: Survey, class_names: list[str], images: str, watermark:
     counts = f"(n = {wrong:,} and {len(survey.right) - wrong:,})"
     right.set_xlabel(f"entropy when wrong minus when right (nats)\n{counts}")
     charts.clean(right, "x")
-    return charts.finish(drawn, f"By class and by outcome, {images}", watermark)
+    return charts.with_headline(drawn, f"By class and by outcome, {images}")
 
 
 def records(survey: Survey) -> list[dict[str, Any]]:
@@ -330,6 +331,10 @@ def records(survey: Survey) -> list[dict[str, Any]]:
         ]
     return found
 
+
+CHAPTER = ChapterWriter(
+    "Statistics", write, ("attention_statistics", "attention_statistics_by_head", "attention_statistics_by_class")
+)
 
 TEXT = """Over {n:,} {kind}{accuracy}, for {who}: the largest and the mean weight on a patch, and the entropy of the
 whole row of weights{highest}. The mean weight is what prefix tokens leave to the image, divided by the number of

@@ -1,9 +1,13 @@
 """What is analysed, prepared once and shared by all chapters.
 
-Hands out Study and Survey.
+Hands out Study and the objects in it.
 
+    budget.py         how much may be spent on a chapter
     compared_runs.py  the runs that `runs=` names, checked
-    preparation.py    from options to a Study
-    study.py          Study
+    output.py         where figures go, and their watermark
+    samples.py        which single images the figures show
+    study.py          Study: all of it together
     survey.py         one pass over all images: statistics and maps
+    target.py         the model, the images and how attention is read
+    weights.py        which weights, and their test images
 """

@@ -1,4 +1,4 @@
-"""One pass over many pictures for all chapters: statistics of each, and the maps of as many as fit a bound."""
+"""One pass over many images for all chapters: statistics of each, and the maps of as many as fit a bound."""
 
 from __future__ import annotations
 
@@ -27,49 +27,39 @@ MOST_BYTES = 64 * 2**20  # of the maps that are kept
 MEASURE_NAMES = tuple(measure.name for measure in ALL_MEASURES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What one model attends to over many pictures; arrays have NaN where a layer has fewer heads or no such measure.
+    """What one model attends to over many images; arrays have NaN where a layer has fewer heads or no such measure."""
 
-    summaries: measure -> over all pictures, by layer and head; geometries, layer_names, left_out: of the layers;
-    mean_weights: layer name -> [head, query, key], over all pictures.
-    labels: [picture], -1 where not known; predicted, probability: [picture], -1 and NaN where nothing is classified.
-    means: the means of each measure with intervals, [measure, layer, head + 1]; the last column is the mean over heads.
-    means_by_class: a group a class, [measure, layer]; means_by_outcome: group 0 wrong, 1 right, the same.
-    kept: numbers of the pictures whose maps are kept, and of these
-      maps: [kept, layer, head, patch], the readout query's attention, not renormalised, on the finest grid;
-      rollouts: [kept, layer, patch], None where layers do not hand on the same tokens.
-    """
-
-    summaries: dict[str, MeasureSummary]
+    summaries: dict[str, MeasureSummary]  # measure -> over all images, by layer and head
     geometries: list[Geometry]
     layer_names: list[str]
-    left_out: list[str]
-    mean_weights: dict[str, Tensor]
-    labels: Array
-    predicted: Array
-    probability: Array
-    means: BootstrapMeans
-    means_by_class: BootstrapMeans
-    means_by_outcome: BootstrapMeans
-    kept: Array
-    grid: tuple[int, int]
-    maps: Array
-    rollouts: Array | None
+    left_out: list[str]  # layers whose keys have no place on the image
+    mean_weights: dict[str, Tensor]  # layer name -> [head, query, key], over all images
+    labels: Array  # [image], -1 where not known
+    predicted: Array  # [image], -1 where nothing is classified
+    probability: Array  # [image], of the predicted class, NaN where nothing is classified
+    means: BootstrapMeans  # of each measure, [measure, layer, head + 1]; the last column is the mean over heads
+    means_by_class: BootstrapMeans  # a group for each class, [measure, layer]
+    means_by_outcome: BootstrapMeans  # group 0 wrong, group 1 right, [measure, layer]
+    kept: Array  # positions of the images whose maps are kept
+    grid: tuple[int, int]  # the finest, (height, width)
+    maps: Array  # [kept, layer, head, patch], the readout query's attention, not renormalised, on the finest grid
+    rollouts: Array | None  # [kept, layer, patch]; None where layers do not work on the same tokens
     reconstruction_error: float
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         return len(self.predicted)
 
     @property
     def reads_class_token(self) -> bool:
-        """Whether the last layer has a class token to read: its patch queries then cannot affect the answer."""
+        """Whether the last layer has a class token to read: its patch queries then cannot affect the prediction."""
         return self.geometries[-1].num_prefix_tokens > 0 and self.geometries[-1].class_token == "read"
 
     @property
     def right(self) -> Array | None:
-        """Whether each picture was classified right; None where classes are not known."""
+        """Whether each image was classified right; None where classes are not known."""
         return None if (self.labels < 0).any() or (self.predicted < 0).any() else self.labels == self.predicted
 
     @property
@@ -83,12 +73,12 @@ class Survey:
 
     @property
     def num_keys(self) -> Array:
-        """Of `rows`, for each layer: the patches of the finest grid, and one for all prefix tokens if there are any."""
+        """The length of each layer's `readout_rows`: the patches of the finest grid, and one for all prefix tokens."""
         patches = self.maps.shape[-1]
         return np.array([patches + (geometry.num_prefix_tokens > 0) for geometry in self.geometries])
 
-    def rows(self, kept: Array | slice = slice(None)) -> Array:
-        """The kept maps as distributions: [kept, layer, head, 1 + patch]; in front, what prefix tokens take together.
+    def readout_rows(self, kept: Array | slice = slice(None)) -> Array:
+        """The kept maps as distributions [kept, layer, head, 1 + patch]; in front, what prefix tokens take together.
 
         A coarser layer's shares are spread evenly over the finest grid, and windows count alike.
         """
@@ -111,19 +101,19 @@ class Survey:
         return map_measures.uniform_entropy(counts.pop()) if len(counts) == 1 else None
 
     @property
-    def few(self) -> Array:
-        """Rows of at most MOST_PICTURES of the kept pictures, evenly spaced: [picture]."""
+    def subsample(self) -> Array:
+        """Positions of at most MOST_PICTURES of the kept images, evenly spaced."""
         return np.unique(np.linspace(0, len(self.kept) - 1, min(len(self.kept), MOST_PICTURES)).astype(np.int64))
 
     @cached_property
     def selectivity(self) -> Selectivity:
-        """Of each head, over `few` pictures, the class token a key like the patches."""
-        return selectivity(self.rows(self.few), self.num_keys)
+        """Of each head, over the subsample, with the class token a key like the patches."""
+        return selectivity(self.readout_rows(self.subsample), self.num_keys)
 
     @cached_property
     def patch_selectivity(self) -> Selectivity:
         """The same of the attention on patches alone: how much of it the class token takes is no place."""
-        return selectivity(self.shares[self.few], np.full(len(self.geometries), self.maps.shape[-1]))
+        return selectivity(self.shares[self.subsample], np.full(len(self.geometries), self.maps.shape[-1]))
 
     def mean_of(self, measure: str) -> Interval:
         """[layer, head + 1]; the last column is the mean over heads."""
@@ -134,72 +124,71 @@ class Survey:
         return self.means.of_group()
 
 
-def take_survey(
+def survey_model(
     model: nn.Module,
     batches: Iterable[Batch],
     labels: Tensor | None,
-    num_pictures: int,
+    num_images: int,
     geometry: Geometry | None = None,
     rollout: RolloutOptions | None = None,
-    advance: Callable[[int], None] = lambda done: None,
 ) -> Survey:
-    """batches: model inputs [image, channel, height, width] in order, `num_pictures` in all; labels: [picture].
+    """Run the model once over `num_images` images.
 
-    advance: told of each batch's pictures, for a progress bar. Raises UserError when no layer's place is known.
+    batches: model inputs [image, channel, height, width] in order; labels: [image]. Raise UserError when no layer's
+    place on the image is known.
     """
-    known = np.full(num_pictures, -1) if labels is None else labels.cpu().numpy().astype(np.int64)
+    known = np.full(num_images, -1) if labels is None else labels.cpu().numpy().astype(np.int64)
     num_classes = max(int(known.max(initial=-1)) + 1, 1)
     values: dict[tuple[str, int], Tensor] = {}
-    streamed = AttentionStatistics(ALL_MEASURES, lambda name, layer, each: values.update({(name, layer): each}))
+    statistics = AttentionStatistics(ALL_MEASURES, lambda name, layer, each: values.update({(name, layer): each}))
     mean_weights = MeanWeights()
     means, by_class, by_outcome = BootstrapMeans(), BootstrapMeans(num_classes), BootstrapMeans(2)
-    answers: list[tuple[Array, Array]] = []
+    predictions: list[tuple[Array, Array]] = []
     kept: Array | None = None
-    observed: list[Observation] = []
+    observations: list[Observation] = []
     start, error = 0, 0.0
     with torch.no_grad():
         for batch, _ in batches:
             values.clear()
             collector = ObservationCollector(rollout=rollout)
-            with capture(model, consumers(streamed.update, mean_weights.update, collector), geometry) as attention:
+            with capture(model, consumers(statistics.update, mean_weights.update, collector), geometry) as attention:
                 output = model(batch)
             error = max(error, attention.reconstruction_error)
             predicted, probability = predict(output if has_head(model) else None, len(batch))
-            answers.append((predicted, probability))
-            seen = collector.observation(predicted, probability, attention.reconstruction_error)
+            predictions.append((predicted, probability))
+            observation = collector.observation(predicted, probability, attention.reconstruction_error)
             rows = slice(start, start + len(batch))
             if kept is None:
-                kept = stratified(known, max(1, MOST_BYTES // bytes_of(seen, len(batch))))
-            observed.append(only(seen, kept[(kept >= rows.start) & (kept < rows.stop)] - start))
-            of_batch = table(values, len(batch), seen.head_maps.shape[1], seen.head_maps.shape[2])
+                kept = stratified(known, max(1, MOST_BYTES // bytes_of(observation, len(batch))))
+            observations.append(only(observation, kept[(kept >= rows.start) & (kept < rows.stop)] - start))
+            of_batch = table(values, len(batch), observation.head_maps.shape[1], observation.head_maps.shape[2])
             layer_means = nan_mean(of_batch)
             means.update(np.concatenate([of_batch, layer_means[..., None]], axis=-1))
             by_class.update(layer_means, known[rows])
             unknown = (known[rows] < 0) | (predicted < 0)
             by_outcome.update(layer_means, np.where(unknown, -1, known[rows] == predicted))
             start += len(batch)
-            advance(len(batch))
-    summaries = streamed.compute()
+    summaries = statistics.compute()
     assert kept is not None
-    all_maps = np.concatenate([each.head_maps for each in observed])
-    has_rollouts = observed[0].rollouts is not None
+    maps = np.concatenate([each.head_maps for each in observations])
+    has_rollouts = observations[0].rollouts is not None
     return Survey(
-        summaries,
-        streamed.geometries,
-        streamed.layer_names,
-        list(streamed.left_out),
-        mean_weights.compute(),
-        known,
-        np.concatenate([predicted for predicted, _ in answers]),
-        np.concatenate([probability for _, probability in answers]),
-        means,
-        by_class,
-        by_outcome,
-        kept,
-        (all_maps.shape[-2], all_maps.shape[-1]),
-        all_maps.reshape(*all_maps.shape[:3], -1),
-        np.concatenate([flat(each.rollouts) for each in observed]) if has_rollouts else None,
-        error,
+        summaries=summaries,
+        geometries=statistics.geometries,
+        layer_names=statistics.layer_names,
+        left_out=list(statistics.left_out),
+        mean_weights=mean_weights.compute(),
+        labels=known,
+        predicted=np.concatenate([predicted for predicted, _ in predictions]),
+        probability=np.concatenate([probability for _, probability in predictions]),
+        means=means,
+        means_by_class=by_class,
+        means_by_outcome=by_outcome,
+        kept=kept,
+        grid=(maps.shape[-2], maps.shape[-1]),
+        maps=maps.reshape(*maps.shape[:3], -1),
+        rollouts=np.concatenate([flat(each.rollouts) for each in observations]) if has_rollouts else None,
+        reconstruction_error=error,
     )
 
 
@@ -213,26 +202,27 @@ def consumers(*each: Callable[[AttentionLayer], None]) -> Callable[[AttentionLay
     return consume
 
 
-def bytes_of(seen: Observation, num_images: int) -> int:
-    """What one picture's maps take."""
-    return max(1, (seen.head_maps.nbytes + (0 if seen.rollouts is None else seen.rollouts.nbytes)) // num_images)
+def bytes_of(observation: Observation, num_images: int) -> int:
+    """The bytes that one image's maps take."""
+    rollouts = 0 if observation.rollouts is None else observation.rollouts.nbytes
+    return max(1, (observation.head_maps.nbytes + rollouts) // num_images)
 
 
-def only(seen: Observation, rows: Array) -> Observation:
-    """The maps and rollouts of some of the images; the rest is not kept."""
-    rollouts = None if seen.rollouts is None else seen.rollouts[rows]
-    return replace(seen, head_maps=seen.head_maps[rows], rollouts=rollouts)
+def only(observation: Observation, rows: Array) -> Observation:
+    """The maps and rollouts of some of the images."""
+    rollouts = None if observation.rollouts is None else observation.rollouts[rows]
+    return replace(observation, head_maps=observation.head_maps[rows], rollouts=rollouts)
 
 
 def flat(maps: Array | None) -> Array:
-    """[..., grid height, grid width] -> [..., patch]."""
+    """Reshape [..., grid height, grid width] to [..., patch]."""
     assert maps is not None
-    return maps.reshape(*maps.shape[:-2], maps.shape[-2] * maps.shape[-1])  # of no picture too
+    return maps.reshape(*maps.shape[:-2], maps.shape[-2] * maps.shape[-1])  # of no image too
 
 
 def table(values: dict[tuple[str, int], Tensor], num_images: int, num_layers: int, num_heads: int) -> Array:
-    """Of one batch: [image, measure, layer, head], NaN where there is none."""
-    found = np.full((num_images, len(MEASURE_NAMES), num_layers, num_heads), np.nan, np.float32)
+    """The values of one batch as [image, measure, layer, head], NaN where there is none."""
+    filled = np.full((num_images, len(MEASURE_NAMES), num_layers, num_heads), np.nan, np.float32)
     for (name, layer), each in values.items():
-        found[:, MEASURE_NAMES.index(name), layer, : each.shape[1]] = each.float().cpu().numpy()
-    return found
+        filled[:, MEASURE_NAMES.index(name), layer, : each.shape[1]] = each.float().cpu().numpy()
+    return filled

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.trust.measure import (
     AMOUNT,
@@ -24,29 +25,23 @@ from attention_visualizer.analysis.trust.measure import (
     TrustResult,
     try_methods,
 )
-from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.figures import charts
 from attention_visualizer.measures.intervals import Interval
 from attention_visualizer.measures.perturbation import OPERATORS
-from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
 
 def write(study: Study) -> Chapter:
-    title = "Is the map an explanation?"
-    model = study.model
-    if not isinstance(study.pictures, LabelledImageSet) or study.pictures.labels is None:
-        return Chapter(title, "Maps are put to the test against ink, on a test set of digits whose classes are known.")
-    if not isinstance(model, VisionTransformer):
-        return Chapter(title, "Maps are put to the test for this project's Vision Transformer only.")
-    numbers = study.subset_for(PASSES)
+    numbers = study.affordable_rows(PASSES)
     if numbers is None:
-        return Chapter(title, "Left out: it is long for a model of this size. `subset=50` does it for 50 images.")
+        return Chapter(
+            CHAPTER.title, "Left out: it is long for a model of this size. `subset=50` does it for 50 images."
+        )
     trial = try_methods(study, numbers)
-    figure = study.save(trust_figure(trial, study.watermark), "attention_trust")
+    figure = study.output.save(trust_figure(trial), "attention_trust")
     trusted = [each.name for each in trial.methods if each.trusted]
     return Chapter(
-        title,
+        CHAPTER.title,
         text_of(trial),
         [
             FigureFile(
@@ -207,7 +202,7 @@ COLORS = ("#b2182b", "#1b7837", "#2166ac", "#e08214")
 GREYS = {RANDOM: ":", INKED: "--", AMOUNT: "-"}
 
 
-def trust_figure(trial: TrustResult, watermark: str) -> Figure:
+def trust_figure(trial: TrustResult) -> Figure:
     """Curves above; gains and randomisation below."""
     drawn = Figure(figsize=(14, 11.5), layout="constrained")
     parts: Any = drawn.subfigures(2, 1, height_ratios=(1, 1.7))
@@ -242,7 +237,7 @@ def trust_figure(trial: TrustResult, watermark: str) -> Figure:
     right.set_xlabel("weights made random, from the output down to")
     right.set_ylabel("rank correlation with the trained map")
     charts.clean(right)
-    return charts.finish(drawn, f"Is the map an explanation? {trial.num_pictures:,} test images", watermark)
+    return charts.with_headline(drawn, f"Is the map an explanation? {trial.num_pictures:,} test images")
 
 
 def draw_gains(axis: Axes, trial: TrustResult) -> None:
@@ -269,6 +264,15 @@ def draw_gains(axis: Axes, trial: TrustResult) -> None:
     axis.set_xlabel("probability gained over that ranking (mean over shares); bars: what random weights ask for")
     charts.clean(axis, "x")
 
+
+NO_INK = "Maps are put to the test against ink, on a test set of digits whose classes are known."
+OTHER_MODEL = "Maps are put to the test for this project's Vision Transformer only."
+CHAPTER = ChapterWriter(
+    "Is the map an explanation?",
+    write,
+    ("attention_trust",),
+    {Need.INK: NO_INK, Need.LABELS: NO_INK, Need.OWN_MODEL: OTHER_MODEL},
+)
 
 TEXT = """Patches are taken from {n:,} test images in the order of a map, and put back in it; a map that shows what the
 answer rests on makes the probability of the predicted class fall early and rise early. On digits this mostly measures

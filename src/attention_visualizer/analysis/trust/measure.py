@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attention_visualizer.analysis.study.study import FIRST_CONTROL, Study, batch_size
+from attention_visualizer.analysis.study.study import FIRST_CONTROL, Study
+from attention_visualizer.analysis.study.target import batch_size
 from attention_visualizer.data import ink
 from attention_visualizer.figures.attention_figures import query_name
 from attention_visualizer.measures import intervals
@@ -208,7 +209,7 @@ def few_of(num_pictures: int, num_controls: int) -> Array:
 def blocks(study: Study, numbers: Array) -> Iterator[slice]:
     """So many pictures at once that memory stays bounded."""
     rows, columns = own_model(study).grid_size
-    size = min(batch_size(study.pictures.shape), max(1, TOKENS // (rows * columns)))
+    size = min(batch_size(study.target.images.shape), max(1, TOKENS // (rows * columns)))
     return (slice(start, start + size) for start in range(0, len(numbers), size))
 
 
@@ -217,8 +218,8 @@ def look(study: Study, numbers: Array) -> tuple[Array, dict[str, Array], Array, 
     model = own_model(study)
     found = []
     for rows in blocks(study, numbers):
-        pictures = study.pictures.read(numbers[rows].tolist())
-        inputs = study.model_input(pictures)
+        pictures = study.target.images.read(numbers[rows].tolist())
+        inputs = study.target.model_input(pictures)
         with torch.no_grad():
             classes = model(inputs).argmax(dim=1)
         maps = method_maps(model, inputs, classes)
@@ -236,8 +237,8 @@ def curves_along(
     tasks = [(name, operator) for name in rankings for operator in OPERATORS]
     found: dict[tuple[str, Operator], list[Curves]] = {task: [] for task in tasks}
     for rows in blocks(study, numbers):
-        pictures = study.pictures.read(numbers[rows].tolist())
-        perturbation = Perturbation(own_model(study), pictures, classes[rows], study.model_input)
+        pictures = study.target.images.read(numbers[rows].tolist())
+        perturbation = Perturbation(own_model(study), pictures, classes[rows], study.target.model_input)
 
         def run_curves(
             task: tuple[str, Operator], perturbation: Perturbation = perturbation, rows: slice = rows
@@ -246,24 +247,24 @@ def curves_along(
             study.progress(f"{name} ({whose}): deletion and insertion, {OPERATOR_NAMES[operator]}")
             return perturbation.curves(rankings[name][rows], operator)
 
-        for task, curves in zip(tasks, on_all_cores(run_curves, tasks, study.device), strict=True):
+        for task, curves in zip(tasks, on_all_cores(run_curves, tasks, study.target.device), strict=True):
             found[task].append(curves)
     return {task: Curves.joined(each) for task, each in found.items()}
 
 
 def own_model(study: Study) -> VisionTransformer:
-    assert isinstance(study.model, VisionTransformer)
-    return study.model
+    assert isinstance(study.target.model, VisionTransformer)
+    return study.target.model
 
 
 def has_learnt(study: Study, numbers: Array, predicted: Array, few: Array) -> bool:
     """Whether the share of right answers is, with its whole interval, well above that of guessing and above those of
     random weights, which tell two classes apart by luck more often than one would think."""
-    labels, num_classes = study.pictures.labels, study.pictures.num_classes
+    labels, num_classes = study.target.images.labels, study.target.images.num_classes
     if labels is None or not num_classes:
         return False
     known = labels[torch.from_numpy(numbers)].cpu().numpy()
-    inputs = study.model_input(study.pictures.read(numbers[few].tolist()))
+    inputs = study.target.model_input(study.target.images.read(numbers[few].tolist()))
     with torch.no_grad():
         guesses = [model(inputs).argmax(dim=1).cpu().numpy() for model in study.control_models]
     by_luck = max((float((guess == known[few]).mean()) for guess in guesses), default=0.0)
@@ -285,7 +286,7 @@ def without_training(
 ) -> list[dict[str, Control]]:
     """For each control model, method -> Control. The maps are of random weights, the answers of the trained ones: how
     much of what a method gains needs no training."""
-    inputs = study.model_input(study.pictures.read(numbers.tolist()))
+    inputs = study.target.model_input(study.target.images.read(numbers.tolist()))
     found = []
     for number, model in enumerate(study.control_models):
         assert isinstance(model, VisionTransformer)
@@ -378,7 +379,7 @@ def randomisation(
     study: Study, numbers: Array, classes: Array, original: dict[str, Array]
 ) -> tuple[dict[str, Interval], list[str]]:
     """Method -> likeness [stage] to the original maps, and the stages' names."""
-    inputs = study.model_input(study.pictures.read(numbers.tolist()))
+    inputs = study.target.model_input(study.target.images.read(numbers.tolist()))
     likeness: dict[str, list[Array]] = {name: [] for name in original}
     stages = []
     for stage, changed in cascade(own_model(study), FIRST_CONTROL):

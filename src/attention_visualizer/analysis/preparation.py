@@ -1,0 +1,158 @@
+"""From what was asked for to a Study. All mistakes surface here, before anything is written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from attention_visualizer.analysis.study.budget import QUICK, Budget
+from attention_visualizer.analysis.study.compared_runs import ComparedRun
+from attention_visualizer.analysis.study.output import FileFormat, Output
+from attention_visualizer.analysis.study.samples import SampleChoice, find_samples
+from attention_visualizer.analysis.study.study import HeadLayers, Study
+from attention_visualizer.analysis.study.target import Target
+from attention_visualizer.analysis.study.weights import Weights
+from attention_visualizer.attention.capture import CaptureError
+from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.data.image_sets import ImageSet
+from attention_visualizer.files.tensor_files import first_line
+from attention_visualizer.measures.map_measures import Fusion, Query
+from attention_visualizer.measures.observation import Observation, RolloutOptions
+from attention_visualizer.runs.folders import RunFolder
+from attention_visualizer.runs.history import AttentionHistory
+from attention_visualizer.support.errors import UserError
+
+RANDOM_NOTE = "random weights (untrained)"
+
+
+def make_study(
+    weights: Weights,
+    images: ImageSet,
+    folder: Path,
+    choice: SampleChoice | None = None,
+    *,
+    query: Query | None = None,
+    geometry: Geometry | None = None,
+    rollout: RolloutOptions | None = None,
+    device: str = "auto",
+    file_format: FileFormat = "png",
+    head_layers: HeadLayers = "all",
+    budget: Budget = QUICK,
+    compared_runs: Sequence[ComparedRun] = (),
+) -> Study:
+    """A study with its samples chosen, whose figures go to `folder`. Raise UserError for whatever does not fit
+    together."""
+    check_choice("format", file_format, FileFormat)
+    check_choice("head_layers", head_layers, HeadLayers)
+    rollout = rollout or RolloutOptions()
+    check_choice("rollout_fusion", rollout.fusion, Fusion)
+    if not 0 <= rollout.discard < 1:
+        raise UserError(f"rollout_discard={rollout.discard}: give a share from 0 up to, but not, 1")
+    chosen_device = choose_device(device)
+    history = find_history(None if weights.random else weights.run)
+    model = weights.model.to(chosen_device)
+    target = Target(model, images, geometry, check_query(query), rollout, chosen_device)
+    samples = find_samples(target, choice or SampleChoice())
+    observation = first_observation(target)
+    notes = [RANDOM_NOTE] if weights.random else []
+    notes += [images.watermark] if images.watermark else []
+    if observation.left_out:
+        shown, num_layers = len(observation.layer_names), len(observation.layer_names) + len(observation.left_out)
+        notes.append(f"only the {shown} of {num_layers} layers whose keys have a place on the image")
+    return Study(
+        target,
+        Output(folder, file_format, "; ".join(notes)),
+        weights.text,
+        budget,
+        samples,
+        history,
+        compared_runs,
+        head_layers,
+    )
+
+
+def first_observation(target: Target) -> Observation:
+    """Of one image. Mistakes in the query, unknown layouts and images of a wrong size surface here."""
+    try:
+        return target.observe(target.images.read([0]))
+    except (UserError, CaptureError):
+        raise
+    except Exception as error:  # whatever the model's own forward raises
+        channels, height, width = target.images.shape
+        raise UserError(
+            f"{type(target.model).__name__} cannot take pictures of {height} x {width} pixels with {channels} channels "
+            f"({first_line(error)}): in Python, say what it takes with image_size= or image_format="
+        ) from error
+
+
+def find_history(run: RunFolder | None) -> AttentionHistory | None:
+    """The history of the run's training. Raise UserError for one that is broken."""
+    if run is None or not run.history_path.is_file():
+        return None
+    try:
+        return AttentionHistory.load(run.history_path)
+    except UserError as error:
+        raise UserError(f"{error}: delete it to analyse without the evolution over training") from error
+
+
+def check_query(query: Any) -> Query | None:
+    """None, "cls", "patches" or (row, column). Whether the model has it shows in the first observation."""
+    if query is None or query in ("cls", "patches"):
+        return query
+    pair = isinstance(query, list | tuple) and len(query) == 2
+    if not (pair and all(isinstance(index, int) and not isinstance(index, bool) for index in query)):
+        raise UserError(f"query={query}: give cls, patches or a patch such as query=[1,2] (row and column from 0)")
+    return (query[0], query[1])
+
+
+def choose_device(device: str) -> torch.device:
+    """Raise UserError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device}: choose auto, cpu or cuda") from None
+    if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
+        raise UserError(f"device={device}: no such GPU is available; use device=cpu")
+    if chosen.type not in ("cpu", "cuda", "mps") or (chosen.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"device={device}: choose auto, cpu or cuda")
+    return chosen
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise UserError(f"{name}={value}: choose one of {', '.join(allowed)}")
+
+
+def check_output(output: Path) -> Path:
+    """Raise UserError for a folder that cannot be made or written; leave none behind."""
+    missing = []
+    if output.name in ("", ".."):  # it has a folder beside it
+        output = output.resolve()
+        if not output.name:
+            raise UserError(f"output_dir={output}: name a folder inside it")
+    try:
+        path = output
+        while not path.exists():
+            missing.append(path)
+            path = path.parent
+        if not path.is_dir():
+            raise UserError(f"output_dir={output}: {path} is a file, not a folder")
+        for folder in reversed(missing):
+            folder.mkdir()
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir={str(output):.200} cannot be written: {error.strerror}") from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+    return output

@@ -1,0 +1,70 @@
+"""The model under analysis, the images that it is given, and how its attention is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from attention_visualizer.analysis.study.survey import Survey, survey_model
+from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.data.image_sets import ImageSet
+from attention_visualizer.measures.map_measures import Query
+from attention_visualizer.measures.observation import Observation, RolloutOptions, observe
+
+Rows = Sequence[int] | NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Target:
+    model: nn.Module
+    images: ImageSet
+    geometry: Geometry | None = None  # for models that do not declare theirs
+    query: Query | None = None  # None: the query that the model reads out
+    rollout: RolloutOptions = RolloutOptions()
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def with_model(self, model: nn.Module) -> Target:
+        return replace(self, model=model)
+
+    def model_input(self, images: Tensor) -> Tensor:
+        """Normalise uint8 or 0..1 float images [image, channel, height, width] as the model takes them."""
+        return self.images.model_input(images.to(self.device))
+
+    def batches(self, rows: Rows | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield model inputs with labels (None where they are not known), in batches of bounded memory.
+
+        rows: indices into the image set; None for all of it in order.
+        """
+        rows = range(len(self.images)) if rows is None else rows
+        labels, size = self.images.labels, batch_size(self.images.shape)
+        for start in range(0, len(rows), size):
+            batch = [int(row) for row in rows[start : start + size]]
+            yield (
+                self.model_input(self.images.read(batch)),
+                None if labels is None else labels[batch].to(self.device),
+            )
+
+    def observe(self, images: Tensor) -> Observation:
+        """Capture the attention on uint8 images [image, channel, height, width]."""
+        return observe(self.model, self.model_input(images), self.query, self.geometry, self.rollout)
+
+    def survey(self, rows: Rows | None = None) -> Survey:
+        """Survey the images of these rows, None for all; `Survey.kept` are positions in `rows`."""
+        labels, count = self.images.labels, len(self.images)
+        if rows is not None:
+            labels, count = None if labels is None else labels[torch.as_tensor(rows)], len(rows)
+        return survey_model(self.model, self.batches(rows), labels, count, self.geometry, self.rollout)
+
+
+def batch_size(shape: tuple[int, int, int]) -> int:
+    """Number of images [channel, height, width] at once: bounds memory; larger batches are no faster on a CPU."""
+    return max(8, min(500, 500 * 28 * 28 // (shape[1] * shape[2])))
