@@ -41,18 +41,21 @@ DPI = 100
 
 def study_in(folder: str, num_images: int, num_samples: int) -> Any:
     """What `analyze.py ckpt=random` makes, over `num_images` of 10,000 digits."""
-    from attention_visualizer.analysis.study import preparation
+    from attention_visualizer.analysis.preparation import make_study
+    from attention_visualizer.analysis.study.samples import SampleChoice
+    from attention_visualizer.analysis.study.weights import Weights, random_model
     from attention_visualizer.data.datamodule import ImageDataModule
+    from attention_visualizer.data.image_sets import LabelledImageSet
 
     data = ImageDataModule(name="digits")
     data.load()
-    weights = preparation.Weights(preparation.random_model(), "random weights", random=True)
-    digits = preparation.test_pictures(weights, data)
+    weights = Weights(random_model(), "random weights", random=True)
+    digits = LabelledImageSet(data.description, *data.splits["test"])
     assert digits.labels is not None
     copies = -(-NUM_IMAGES // len(digits))
     images, labels = digits.images.repeat(copies, 1, 1, 1), digits.labels.repeat(copies)
     pictures = replace(digits, images=images[:num_images], labels=labels[:num_images])
-    return preparation.prepare(weights, pictures, Path(folder), preparation.SampleChoice(num_samples), device="cpu")
+    return make_study(weights, pictures, Path(folder), SampleChoice(num_samples), device="cpu")
 
 
 def timed(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -81,11 +84,11 @@ def measure_statistics(num_images: int, repeats: int) -> dict[str, list[float]]:
 
         def plain() -> None:
             with torch.no_grad():
-                for images, _ in study.batches():
-                    study.model(images)
+                for images, _ in study.target.batches():
+                    study.target.model(images)
 
         def ours() -> None:
-            study.survey_of(study.batches(), study.pictures.labels, len(study.pictures))
+            study.target.survey()
 
         return timed({"plain": plain, "ours": ours}, repeats)
 
@@ -97,8 +100,8 @@ def measure_figures(num_samples: int, repeats: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         study = study_in(folder, 300, num_samples)
         known = [
-            (number, subject, methods_chapter.explanations(study, sample))
-            for number, (sample, subject) in enumerate(zip(study.samples, study.subjects, strict=True))
+            (number, subject, methods_chapter.measure(study, sample))
+            for number, (sample, subject) in enumerate(zip(study.samples, study.explained_images, strict=True))
         ]
         sizes = {stem: read_size(folder, study, chapter, stem) for chapter, stem in STEMS.items()}
 

@@ -244,7 +244,7 @@ def test_checkpoints_of_several_runs_have_folders_of_their_own() -> None:
         visualizer = AttentionVisualizer(small_model(f"runs/{run}/checkpoints/best.ckpt", seed=run))
         ((image, label), *_) = visualizer.get_test_samples(1)
         visualizer.visualize_attention_patterns(image, label, 0)
-        outputs.append(visualizer.study.output)
+        outputs.append(visualizer.study.output.folder)
     assert len(set(outputs)) == 5, outputs
 
 
@@ -295,7 +295,7 @@ def test_the_statistics_are_a_figure_and_a_table(visualizer: AttentionVisualizer
     assert {"measure", "unit", "layer", "head", "mean", "standard_deviation"} <= set(table.columns)
     maximum = table[(table["measure"] == "maximum") & (table["layer"] == 2)].sort_values("head")["mean"]
     model: Any = visualizer.load_optimal_model()
-    images = normalise(torch.stack([image for image, _ in samples]), visualizer.study.pictures.description)
+    images = normalise(torch.stack([image for image, _ in samples]), visualizer.study.target.images.description)
     with torch.no_grad():
         tokens = model.blocks[0](model.embed(images))
         query, key, _ = model.blocks[1].attn.qkv(model.blocks[1].norm1(tokens)).unflatten(-1, (3, 2, 11)).unbind(2)

@@ -15,7 +15,10 @@ from attention_visualizer.analysis.atlas import chapter as atlas_chapter
 from attention_visualizer.analysis.atlas import measure as atlas_measure
 from attention_visualizer.analysis.atlas.chapter import chosen_pairs, class_means
 from attention_visualizer.analysis.atlas.measure import difference, resampled_differences, without_ink
-from attention_visualizer.analysis.study.study import Budget, Study
+from attention_visualizer.analysis.study.budget import Budget
+from attention_visualizer.analysis.study.output import Output
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.models.vision_transformer import VisionTransformer
@@ -116,9 +119,9 @@ def test_pairs_are_those_that_look_alike_then_those_that_are_confused() -> None:
 
 
 def test_it_is_said_which_images_a_mean_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    survey = SimpleNamespace(kept=np.arange(1234), num_pictures=1234)
+    survey = SimpleNamespace(kept=np.arange(1234), num_images=1234)
     assert atlas_chapter.which_images(survey, "test image") == "1,234 test images"  # type: ignore[arg-type]
-    survey.num_pictures = 50_000
+    survey.num_images = 50_000
     said = "1,234 test images of 50,000, each class in its share"
     assert atlas_chapter.which_images(survey, "test image") == said  # type: ignore[arg-type]
     monkeypatch.setattr(atlas_measure, "MOST_OF_CLASS", 50)
@@ -139,14 +142,16 @@ def test_the_chapter_on_digits(tmp_path: Path) -> None:
     pictures = LabelledImageSet(data.description, *data.splits["test"])
     torch.manual_seed(0)
     model = VisionTransformer(embed_dim=12, num_heads=2, num_layers=2, mlp_dim=9).eval()
-    study = Study(model, pictures, tmp_path, "weights", budget=Budget(40, 1))
-    chapter = atlas_chapter.write(study)
+    study = Study(Target(model, pictures), Output(tmp_path), "weights", budget=Budget(40, 1))
+    chapter = atlas_chapter.CHAPTER(study)
     assert len(chapter.numbers["pairs"]) == 6 and chapter.numbers["images"] == 300
-    assert json.dumps(chapter.numbers, allow_nan=False) == json.dumps(atlas_chapter.write(study).numbers)
+    assert json.dumps(chapter.numbers, allow_nan=False) == json.dumps(atlas_chapter.CHAPTER(study).numbers)
     assert all((tmp_path / figure.name).is_file() for figure in chapter.figures) and len(chapter.tables[0].rows) == 6
     assert np.shape(chapter.numbers["mean_rollouts"]) == np.shape(chapter.numbers["mean_maps"]) == (10, 2, 16)
     np.testing.assert_allclose(np.sum(chapter.numbers["mean_rollouts"], axis=-1), 1, atol=1e-4)
     assert all("300 test images" in figure.caption for figure in chapter.figures[:2])
     assert "all images of both classes" in chapter.tables[0].caption
-    nameless = Study(model, LabelledImageSet(data.description, pictures.images, None), tmp_path, "weights")
-    assert not atlas_chapter.write(nameless).figures
+    nameless = Study(
+        Target(model, LabelledImageSet(data.description, pictures.images, None)), Output(tmp_path), "weights"
+    )
+    assert not atlas_chapter.CHAPTER(nameless).figures

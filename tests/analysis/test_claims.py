@@ -36,7 +36,10 @@ from attention_visualizer.analysis.claims.measure import (
     uniform_distance,
 )
 from attention_visualizer.analysis.claims.verdicts import Judgement, judge
-from attention_visualizer.analysis.study.study import Budget, Study
+from attention_visualizer.analysis.study.budget import Budget
+from attention_visualizer.analysis.study.output import Output
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import ImageFolder, InputFormat, LabelledImageSet
@@ -257,14 +260,8 @@ def test_without_controls_nothing_is_supported() -> None:
 
 def study(model: torch.nn.Module, output: Path, images: int = 900) -> Study:
     description, pictures, classes = digits()
-    return Study(
-        model,
-        LabelledImageSet(description, pictures[:images], classes[:images]),
-        output,
-        "random weights",
-        watermark=description.watermark,
-        budget=Budget(100, 3),
-    )
+    target = Target(model, LabelledImageSet(description, pictures[:images], classes[:images]))
+    return Study(target, Output(output, watermark=description.watermark), "random weights", Budget(100, 3))
 
 
 def test_random_weights_support_nothing(tmp_path: Path) -> None:
@@ -433,7 +430,7 @@ def test_the_chapter(tmp_path: Path) -> None:
     """One row a claim; the figure is written; numbers are JSON; twice the same."""
     torch.manual_seed(0)
     model = VisionTransformer(num_layers=2, num_heads=2, embed_dim=32, patch_size=14).eval()
-    written = [chapter.write(study(model, tmp_path, 200)) for _ in range(2)]
+    written = [chapter.CHAPTER(study(model, tmp_path, 200)) for _ in range(2)]
     first = written[0]
     assert first.title == "Common claims, put to the test" and (tmp_path / first.figures[0].name).exists()
     names = [row[0] for row in first.tables[0].rows]
@@ -450,7 +447,7 @@ def test_the_chapter(tmp_path: Path) -> None:
 
 def test_pictures_that_are_no_digits_are_told_in_a_sentence(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path, InputFormat((28, 28), 1, (0.0,), (1.0,)), ())
-    found = chapter.write(Study(VisionTransformer(), folder, tmp_path, "none"))
+    found = chapter.CHAPTER(Study(Target(VisionTransformer(), folder), Output(tmp_path), "none"))
     assert not found.figures and "ink" in found.text
 
 
@@ -461,14 +458,14 @@ def test_strokes_without_junctions(tmp_path: Path) -> None:
         images[number, 0, number % 9 : 15 + number % 11, 4 + number % 17 : 7 + number % 17] = 255
     model = VisionTransformer(num_layers=1, embed_dim=32).eval()
     lines = LabelledImageSet(digits()[0], images, torch.arange(150) % 3)
-    found = chapter.write(Study(model, lines, tmp_path, "random weights", budget=Budget(100, 2)))
+    found = chapter.CHAPTER(Study(Target(model, lines), Output(tmp_path), "random weights", budget=Budget(100, 2)))
     (row,) = (row for row in found.tables[0].rows if row[0].startswith("Junctions"))
     assert row[2] == "–" and "could not be measured" in row[-1]
     json.dumps(found.numbers, allow_nan=False)
 
 
 def test_few_pictures_are_told_in_a_sentence(tmp_path: Path) -> None:
-    found = chapter.write(study(VisionTransformer(num_layers=1).eval(), tmp_path, 40))
+    found = chapter.CHAPTER(study(VisionTransformer(num_layers=1).eval(), tmp_path, 40))
     assert not found.figures and "100 pictures" in found.text
 
 
@@ -477,7 +474,7 @@ def test_digits_without_labels(tmp_path: Path) -> None:
     description, images, _ = digits()
     model = VisionTransformer(num_layers=1, embed_dim=32).eval()
     unlabelled = LabelledImageSet(description, images[:200], None)
-    found = chapter.write(Study(model, unlabelled, tmp_path, "random weights", budget=Budget(100, 1)))
+    found = chapter.CHAPTER(Study(Target(model, unlabelled), Output(tmp_path), "random weights", budget=Budget(100, 1)))
     assert not any("classes" in row[0] for row in found.tables[0].rows) and "Without labels" in found.text
 
 

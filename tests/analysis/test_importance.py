@@ -16,7 +16,10 @@ from torch import Tensor
 
 from attention_visualizer.analysis.importance import chapter as importance_chapter
 from attention_visualizer.analysis.importance.chapter import centred, correlate, measure_importance
-from attention_visualizer.analysis.study.study import Budget, Study
+from attention_visualizer.analysis.study.budget import Budget
+from attention_visualizer.analysis.study.output import Output
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
@@ -66,22 +69,24 @@ def planted() -> tuple[VisionTransformer, LabelledImageSet]:
 
 
 def study_of(model: VisionTransformer, pictures: LabelledImageSet, folder: Path, **budget: Any) -> Study:
-    return Study(model, pictures, folder, "weights", budget=Budget(**{"pictures": 60, "controls": 1} | budget))
+    return Study(
+        Target(model, pictures), Output(folder), "weights", budget=Budget(**{"images": 60, "controls": 1} | budget)
+    )
 
 
 def test_only_the_planted_head_matters(planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path) -> None:
     study = study_of(*planted, tmp_path)
-    found = measure_importance(study, study.subset(60))
+    found = measure_importance(study, study.stratified_rows(60))
     assert found.answers and float(found.accuracy.value) == 1.0 and found.classes == "true"
     mattering = found.matters("zero")
     assert mattering[1, 2] and mattering[1, HEADS]  # the head, and its layer
     mattering[1, [2, HEADS]] = False
     assert not mattering.any()
     assert float(found.of_score["zero"].value[1, 2]) == pytest.approx(-float(found.score.value), rel=0.02)
-    chapter = importance_chapter.write(study)
+    chapter = importance_chapter.CHAPTER(study)
     assert chapter.finding is not None and "1 of 6 heads is needed alone" in chapter.finding.text
     assert "head 2.3" in chapter.finding.text and (tmp_path / "attention_importance.png").is_file()
-    assert json.dumps(chapter.numbers, allow_nan=False) == json.dumps(importance_chapter.write(study).numbers)
+    assert json.dumps(chapter.numbers, allow_nan=False) == json.dumps(importance_chapter.CHAPTER(study).numbers)
 
 
 def test_switching_off_is_a_projection_without_the_heads_columns(
@@ -90,9 +95,9 @@ def test_switching_off_is_a_projection_without_the_heads_columns(
     torch.manual_seed(4)
     model = VisionTransformer(**SIZES).eval()
     study = study_of(model, planted[1], tmp_path)
-    numbers = study.subset(40)
+    numbers = study.stratified_rows(40)
     found = measure_importance(study, numbers)
-    images = study.model_input(study.pictures.read(numbers.tolist()))
+    images = study.target.model_input(study.target.images.read(numbers.tolist()))
     labels = planted[1].labels
     assert labels is not None
     with torch.no_grad():
@@ -118,9 +123,9 @@ def test_nothing_is_needed_for_a_guess(seed: int, labelled: bool, said: str, tmp
     torch.manual_seed(seed)
     model = VisionTransformer(embed_dim=12, num_heads=2, num_layers=2, mlp_dim=9).eval()
     study = study_of(model, pictures, tmp_path)
-    found = measure_importance(study, study.subset(60))
+    found = measure_importance(study, study.stratified_rows(60))
     assert not found.answers and not any(found.matters(way).any() for way in importance_chapter.WAYS)
-    chapter = importance_chapter.write(study)
+    chapter = importance_chapter.CHAPTER(study)
     assert chapter.finding is not None and said in chapter.finding.text
     if not labelled:  # some would matter, but for that
         assert (found.of_score["zero"].high < -0.05 * abs(float(found.score.value))).any()
@@ -130,10 +135,10 @@ def test_too_much_work_and_too_few_images_are_left_out(
     planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path
 ) -> None:
     model, pictures = planted
-    much = importance_chapter.write(study_of(model, pictures, tmp_path, work=1e5))
+    much = importance_chapter.CHAPTER(study_of(model, pictures, tmp_path, max_cost=1e5))
     assert "Left out" in much.text and "subset=50" in much.text and not much.figures
     few = LabelledImageSet(pictures.description, pictures.images[:20], pictures.labels[:20])  # type: ignore[index]
-    assert "at least 30 images" in importance_chapter.write(study_of(model, few, tmp_path)).text
+    assert "at least 30 images" in importance_chapter.CHAPTER(study_of(model, few, tmp_path)).text
 
 
 def test_correlations_are_adjusted_together() -> None:
@@ -154,7 +159,7 @@ def test_correlations_are_adjusted_together() -> None:
 
 
 def test_all_correlations_are_told(planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path) -> None:
-    chapter = importance_chapter.write(study_of(*planted, tmp_path))
+    chapter = importance_chapter.CHAPTER(study_of(*planted, tmp_path))
     told = chapter.text.split("Rank correlations")[1]
     assert told.count("when switched off (p = ") == told.count("when averaged (p = ") == 2 and "6 heads" in told
 
@@ -164,8 +169,8 @@ def test_labels_of_points_stay_inside_their_axes(
 ) -> None:
     study = study_of(*planted, tmp_path)
     drawn: list[Figure] = []
-    monkeypatch.setattr(Study, "save", lambda self, figure, stem: drawn.append(figure) or stem)
-    importance_chapter.write(study)
+    monkeypatch.setattr(Output, "save", lambda self, figure, stem: drawn.append(figure) or stem)
+    importance_chapter.CHAPTER(study)
     (figure,) = drawn
     figure.draw_without_rendering()
     annotated = [(axes, text) for axes in figure.axes for text in axes.texts if isinstance(text, Annotation)]
@@ -179,9 +184,9 @@ def test_an_accuracy_that_nothing_changes_still_has_an_interval(
     planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path
 ) -> None:
     study = study_of(*planted, tmp_path)
-    found = measure_importance(study, study.subset(60))
+    found = measure_importance(study, study.stratified_rows(60))
     unchanged = found.of_accuracy["mean"][0, 0]
     assert unchanged.value == 0 and unchanged.low < 0 < unchanged.high and unchanged.n == 60
     assert found.accuracy.value == 1 and 0.9 < found.accuracy.low < found.accuracy.high == pytest.approx(1)
-    (table,) = importance_chapter.write(study).tables
+    (table,) = importance_chapter.CHAPTER(study).tables
     assert all("%" not in cell for row in table.rows for cell in row) and "(points)" in table.columns[3]

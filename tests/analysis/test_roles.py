@@ -25,10 +25,13 @@ from attention_visualizer.analysis.roles.measure import (
     relative_distance,
     role_bounds,
 )
-from attention_visualizer.analysis.study.study import Budget, Study
+from attention_visualizer.analysis.study.budget import Budget
+from attention_visualizer.analysis.study.output import Output
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.datamodule import ImageDataModule
-from attention_visualizer.data.image_sets import ImageFolder, InputFormat, LabelledImageSet
+from attention_visualizer.data.image_sets import ImageFolder, ImageSet, InputFormat, LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.data.ink import border_patches, inked_patches
 from attention_visualizer.measures.head_roles import BEYOND_CONTROLS, LEAST_INK, NO_ROLE
@@ -67,9 +70,15 @@ def random_model(seed: int, **changes: Any) -> VisionTransformer:
         return VisionTransformer(**SIZES | changes).eval()
 
 
-def study_of(model: nn.Module, folder: Path = Path("unused"), controls: int = 2, **options: Any) -> Study:
-    options = {"pictures": pictures(), "effort": Budget(50, controls)} | options
-    return Study(model, output=folder, weights="planted", **options)
+def study_of(
+    model: nn.Module,
+    folder: Path = Path("unused"),
+    controls: int = 2,
+    images: ImageSet | None = None,
+    geometry: Geometry | None = None,
+) -> Study:
+    target = Target(model, pictures() if images is None else images, geometry)
+    return Study(target, Output(folder), "planted", Budget(50, controls))
 
 
 def roles_of(study: Study, controls: tuple[Study, ...] = ()) -> Roles:
@@ -175,7 +184,7 @@ EXPECTED = [names for layer in HEADS for _, names in layer]
 @cache
 def planted() -> Study:
     model = Planted(*([head for head, _ in layer] for layer in HEADS))
-    return study_of(model, controls=0, given_geometry=GEOMETRY)
+    return study_of(model, controls=0, geometry=GEOMETRY)
 
 
 @cache
@@ -231,7 +240,7 @@ def test_heads_that_a_layer_does_not_have_are_in_no_family() -> None:
     # Three heads of nine at the smallest p of 999 permutations: adjusted by 9 / 3.
     assert found.p_value[0, [1, 2, 5]] == pytest.approx(3 / 1000)
     # As a control, such a model does not raise the bounds by what is not there.
-    few = study_of(Planted([uniform, uniform], [uniform]), controls=0, given_geometry=GEOMETRY)
+    few = study_of(Planted([uniform, uniform], [uniform]), controls=0, geometry=GEOMETRY)
     assert max(reached_by([(few.survey, ink_of(few, few.survey.kept, few.survey))]).values()) == pytest.approx(
         1 / 17, abs=1e-6
     )  # what a uniform row gives the class token
@@ -239,7 +248,7 @@ def test_heads_that_a_layer_does_not_have_are_in_no_family() -> None:
 
 def test_the_order_of_heads_does_not_matter() -> None:
     model = Planted(*([head for head, _ in layer[::-1]] for layer in HEADS))
-    found = roles_of(study_of(model, controls=0, given_geometry=GEOMETRY))
+    found = roles_of(study_of(model, controls=0, geometry=GEOMETRY))
     assert found.names == [*EXPECTED[:6][::-1], *EXPECTED[6:][::-1]]
 
 
@@ -255,7 +264,7 @@ def test_the_order_of_heads_does_not_matter() -> None:
     ],
 )
 def test_no_head_has_a_role_that_random_weights_reach_as_well(head: Any, role: str) -> None:
-    control = study_of(Planted([head], [uniform]), controls=0, given_geometry=GEOMETRY)
+    control = study_of(Planted([head], [uniform]), controls=0, geometry=GEOMETRY)
     found = roles_of(planted(), (control,))
     lost = {"ink", "background"} if role in ("ink", "background") else {role}  # two signs of one quantity
     expected = [[name for name in names if name not in lost] or [NO_ROLE] for names in EXPECTED]
@@ -280,7 +289,7 @@ def test_distances_are_relative_to_uniform_attention() -> None:
     assert found.value[0, 4] == pytest.approx(((weights * apart).sum(dim=-1).mean() / apart.mean()).item(), abs=1e-5)
     assert np.isnan(found.value[1]).all() and np.isnan(found.high[1]).all()
     assert (found.low <= found.value + 1e-9)[0].all() and (found.high >= found.value - 1e-9)[0].all()
-    alone = study_of(Planted([near]), controls=0, given_geometry=GEOMETRY)
+    alone = study_of(Planted([near]), controls=0, geometry=GEOMETRY)
     assert roles_of(alone).names == [[NO_ROLE]]  # the only layer is also the last one
 
 
@@ -339,7 +348,7 @@ def test_random_weights_stay_within_their_bounds_whichever_three_are_the_control
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chapter, Path]:
     folder = tmp_path_factory.mktemp("roles")
-    return chapter.write(study_of(random_model(0), folder)), folder
+    return chapter.CHAPTER(study_of(random_model(0), folder)), folder
 
 
 def plain(numbers: dict[str, Any]) -> str:
@@ -368,7 +377,7 @@ def test_the_chapter_says_what_there_is(written: tuple[Chapter, Path]) -> None:
 
 
 def test_the_numbers_are_plain_and_the_same_again(written: tuple[Chapter, Path], tmp_path: Path) -> None:
-    again = chapter.write(study_of(random_model(0), tmp_path))
+    again = chapter.CHAPTER(study_of(random_model(0), tmp_path))
     assert plain(again.numbers) == plain(written[0].numbers)
     assert (again.text, again.tables, again.finding) == (written[0].text, written[0].tables, written[0].finding)
     numbers = again.numbers
@@ -379,7 +388,7 @@ def test_the_numbers_are_plain_and_the_same_again(written: tuple[Chapter, Path],
 def test_a_chapter_of_planted_heads(tmp_path: Path) -> None:
     """Layers of six and three heads: every number is there, and the finding names what was planted."""
     study = planted()
-    found = chapter.write(replace(study, output=tmp_path))
+    found = chapter.CHAPTER(replace(study, output=tmp_path))
     assert found.numbers["roles"] == EXPECTED and "NaN" not in plain(found.numbers)
     assert [len(table.rows) for table in found.tables] == [9, 9]
     assert found.finding is not None
@@ -446,8 +455,8 @@ def fine_study(*heads: Any, controls: int = 0) -> Study:
     return study_of(
         model,
         controls=controls,
-        given_geometry=Geometry(FINE, 1, (4, 4)),
-        pictures=LabelledImageSet(description, small, labels),
+        geometry=Geometry(FINE, 1, (4, 4)),
+        images=LabelledImageSet(description, small, labels),
     )
 
 
@@ -468,14 +477,14 @@ def test_a_head_on_the_border_is_named_where_the_interior_is_often_empty() -> No
 
 
 def test_the_border_has_a_column_or_a_sentence(tmp_path: Path) -> None:
-    fine = chapter.write(replace(fine_study(fine_uniform, partial(on_border, 3.0)), output=tmp_path))
+    fine = chapter.CHAPTER(replace(fine_study(fine_uniform, partial(on_border, 3.0)), output=tmp_path))
     assert "border" in fine.tables[1].columns[-1] and "300 images that have both" in fine.tables[1].caption
     assert (
         "nan" not in fine.text
         and plain(fine.numbers)
         and fine.numbers["border"]["value"][0] == pytest.approx(0, abs=1e-4)
     )
-    coarse = chapter.write(replace(planted(), output=tmp_path))
+    coarse = chapter.CHAPTER(replace(planted(), output=tmp_path))
     assert "border" not in coarse.tables[1].columns[-1] and coarse.numbers["border"] is None
     empty = coarse.numbers["interior_emptiness"]["value"]
     assert empty < 0.5 and f"only {100 * empty:.1f} % (" in coarse.text
@@ -485,7 +494,7 @@ def test_the_border_has_a_column_or_a_sentence(tmp_path: Path) -> None:
 
 
 def test_the_figure_shows_what_random_weights_reach_not_the_bound() -> None:
-    study, control = planted(), study_of(Planted([partial(towards, 0.12)], [uniform]), 0, given_geometry=GEOMETRY)
+    study, control = planted(), study_of(Planted([partial(towards, 0.12)], [uniform]), 0, geometry=GEOMETRY)
     found = roles_of(study, (control,))
     assert found.bounds["ink"] == LEAST_INK and found.reached["ink"] == pytest.approx(found.follows_ink.value[0, 5])
     labels = chapter.head_labels(study.survey)
@@ -499,25 +508,25 @@ def test_the_figure_shows_what_random_weights_reach_not_the_bound() -> None:
 
 
 def test_one_head_alone_has_a_chapter(tmp_path: Path) -> None:
-    found = chapter.write(study_of(random_model(0, **SHAPES["one head"]), tmp_path))
+    found = chapter.CHAPTER(study_of(random_model(0, **SHAPES["one head"]), tmp_path))
     assert found.numbers["heads"] == ["1.1"] and "nan" not in found.text and plain(found.numbers)
     assert "Between two heads" not in found.text and [len(table.rows) for table in found.tables] == [1, 1]
 
 
 def test_labels_are_not_needed(tmp_path: Path) -> None:
-    found = chapter.write(study_of(random_model(0), tmp_path, pictures=pictures(labelled=False)))
+    found = chapter.CHAPTER(study_of(random_model(0), tmp_path, images=pictures(labelled=False)))
     assert found.numbers["roles"] == [[NO_ROLE]] * 12
 
 
 def test_pictures_without_ink_get_one_sentence(tmp_path: Path) -> None:
     photos = ImageFolder(tmp_path, InputFormat((28, 28), 1, (0.5,), (0.5,)), ())
-    found = chapter.write(study_of(random_model(0), tmp_path, pictures=photos))
+    found = chapter.CHAPTER(study_of(random_model(0), tmp_path, images=photos))
     assert found.text == chapter.NO_INK and not (found.figures or found.tables or found.numbers)
     assert found.finding is None and list(tmp_path.iterdir()) == []
 
 
 def test_ink_is_read_in_parts_of_bounded_size() -> None:
-    study = study_of(random_model(0), pictures=pictures())
+    study = study_of(random_model(0), images=pictures())
     inked = ink_of(study, study.survey.kept, study.survey)
     torch.testing.assert_close(torch.from_numpy(inked), inked_patches(digits()[1], GRID))
     numbers = np.resize(np.arange(300)[::-1], 1007)

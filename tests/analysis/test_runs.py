@@ -15,13 +15,17 @@ import scipy.stats
 import torch
 import yaml
 
+from attention_visualizer.analysis.chapters import ANALYSIS_FILE_NAMES
 from attention_visualizer.analysis.runs import chapter as runs_chapter
 from attention_visualizer.analysis.runs import seeds, seeds_measure, settings_measure
 from attention_visualizer.analysis.runs.survey import inked_of, random_weights_of, survey_runs, uniform_distance
-from attention_visualizer.analysis.study import preparation
+from attention_visualizer.analysis.study.budget import Budget
 from attention_visualizer.analysis.study.compared_runs import find_compared_runs
-from attention_visualizer.analysis.study.study import ANALYSIS_FILE_NAMES, Budget, Study
+from attention_visualizer.analysis.study.output import Output
+from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES
+from attention_visualizer.analysis.study.target import Target
+from attention_visualizer.analysis.study.weights import find_weights
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
 from attention_visualizer.data.image_sets import LabelledImageSet
@@ -127,19 +131,18 @@ class Place:
         return run.checkpoints / files[0]
 
     def find(self, pattern: str, own: Path) -> list[Any]:
-        weights = preparation.find_weights(str(own), None, str(self.path / "runs"))
+        weights = find_weights(str(own), None, str(self.path / "runs"))
         assert weights.loaded is not None
         return find_compared_runs(str(self.path / pattern), weights.loaded, weights.run)
 
     def study(self, pattern: str, own: Path, controls: int = 3) -> Study:
-        weights = preparation.find_weights(str(own), None, str(self.path / "runs"))
+        weights = find_weights(str(own), None, str(self.path / "runs"))
         images, labels = self.digits.splits["test"]
         pictures = LabelledImageSet(self.digits.description, images[:IMAGES], labels[:IMAGES])
         output = self.path / "out"
         output.mkdir(exist_ok=True)
-        study = Study(weights.model, pictures, output, weights.text, budget=Budget(IMAGES, controls))
-        study.others = self.find(pattern, own)
-        return study
+        target, budget = Target(weights.model, pictures), Budget(IMAGES, controls)
+        return Study(target, Output(output), weights.text, budget, compared_runs=self.find(pattern, own))
 
 
 @pytest.fixture
@@ -227,7 +230,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(place: Place) -> None:
     broken.write_bytes(broken.read_bytes()[:-900])
     assert str(broken) in refusal(place, "runs/*", own)
     with pytest.raises(UserError, match="runs= is empty"):
-        loaded = preparation.find_weights(str(own), None, "runs").loaded
+        loaded = find_weights(str(own), None, "runs").loaded
         assert loaded is not None
         find_compared_runs("", loaded)
 
@@ -239,10 +242,10 @@ def test_without_runs_or_labels_the_chapter_is_one_sentence(place: Place) -> Non
     own = place.add("a", untrained(1), 0)
     place.add("b", untrained(2), 1)
     study = place.study("runs/*", own)
-    assert isinstance(study.pictures, LabelledImageSet)
-    no_labels = replace(study, pictures=replace(study.pictures, labels=None))
-    for lacking, told in ((replace(study, others=()), "runs=<glob>"), (no_labels, "known classes")):
-        chapter = runs_chapter.write(lacking)
+    assert isinstance(study.target.images, LabelledImageSet)
+    no_labels = replace(study, target=replace(study.target, images=replace(study.target.images, labels=None)))
+    for lacking, told in ((replace(study, compared_runs=()), "runs=<glob>"), (no_labels, "known classes")):
+        chapter = runs_chapter.CHAPTER(lacking)
         assert told in chapter.text and not chapter.figures and not chapter.numbers and chapter.finding is None
 
 
@@ -276,12 +279,12 @@ def test_moved_heads_are_found_and_called_recurring(planted: Study) -> None:
 
 
 def test_the_chapter_on_seeds_says_what_holds_and_that_it_is_descriptive(planted: Study) -> None:
-    chapter = runs_chapter.write(planted)
+    chapter = runs_chapter.CHAPTER(planted)
     assert "3 seeds" in chapter.title
     assert "what is said about seeds is descriptive" in chapter.text and "below 0.25" in chapter.text
     assert "closer than unrelated heads: heads come again." in chapter.text
     (figure,) = chapter.figures
-    assert ANALYSIS_FILE_NAMES.fullmatch(figure.name) and (planted.output / figure.name).stat().st_size > 30_000
+    assert ANALYSIS_FILE_NAMES.fullmatch(figure.name) and (planted.output.folder / figure.name).stat().st_size > 30_000
     assert chapter.finding is not None and chapter.finding.figure == figure.name
     assert [table.columns[0] for table in chapter.tables] == ["run", "quantity", "head"]
     assert len(chapter.tables[2].rows) == LAYERS * HEADS
@@ -289,7 +292,7 @@ def test_the_chapter_on_seeds_says_what_holds_and_that_it_is_descriptive(planted
     assert told["descriptive"] and told["smallest_p"] == 0.25 and len(told["pairs"]) == 3
     assert np.array(told["values_by_run_layer_head"]["entropy"]).shape == (3, LAYERS, HEADS)
     assert told["families"]["layers"]["size"] == 4 * LAYERS - 1  # no distance for the last layer
-    assert runs_chapter.write(planted).numbers == chapter.numbers
+    assert runs_chapter.CHAPTER(planted).numbers == chapter.numbers
 
 
 def test_eight_seeds_are_more_than_descriptive(place: Place, trained: VisionTransformer) -> None:
@@ -297,7 +300,7 @@ def test_eight_seeds_are_more_than_descriptive(place: Place, trained: VisionTran
     for number in range(1, 8):
         place.add(str(number), heads_moved(trained, ORDERS[number % 2], 0.01, number), number, settings={})
     study = place.study("runs/*", own)
-    chapter = runs_chapter.write(study)
+    chapter = runs_chapter.CHAPTER(study)
     assert "descriptive" not in chapter.text and "sign-flip" in chapter.text
     layers = chapter.numbers["families"]["layers"]
     entropy, adjusted = np.array(layers["mean_difference"]["entropy"]), np.array(layers["adjusted_p"]["entropy"])
@@ -324,7 +327,7 @@ def test_random_weights_never_give_a_finding(place: Place, first: int) -> None:
 def test_models_of_one_head_have_nothing_to_match(place: Place) -> None:
     own = place.add("0", untrained(1, num_heads=1, num_layers=1), 0, settings={})
     place.add("1", untrained(2, num_heads=1, num_layers=1), 1, settings={})
-    chapter = runs_chapter.write(place.study("runs/*", own))
+    chapter = runs_chapter.CHAPTER(place.study("runs/*", own))
     assert "nothing to match" in chapter.text and chapter.finding is not None
     assert "come again" not in chapter.finding.text
     json.dumps(chapter.numbers, allow_nan=False)
@@ -363,10 +366,13 @@ def test_what_goes_with_a_knob(place: Place, trained: VisionTransformer) -> None
     assert settings[0].values["entropy"].mean == pytest.approx(mean, rel=1e-5)
     distance = looked[1].survey.summaries["distance"].mean[:-1].mean() / 14.06  # without the last layer
     assert settings[0].values["distance"].mean == pytest.approx(distance, rel=1e-3)
-    chapter = runs_chapter.write(study)
+    chapter = runs_chapter.CHAPTER(study)
     assert "learning_rate" in chapter.title and "One run is one sample" in chapter.text
     assert "learning_rate=0.1: attention entropy -" in chapter.text
-    assert ANALYSIS_FILE_NAMES.fullmatch(chapter.figures[0].name) and (study.output / chapter.figures[0].name).is_file()
+    assert (
+        ANALYSIS_FILE_NAMES.fullmatch(chapter.figures[0].name)
+        and (study.output.folder / chapter.figures[0].name).is_file()
+    )
     json.dumps(chapter.numbers, allow_nan=False)
 
 
@@ -380,7 +386,7 @@ def test_settings_of_random_weights_never_stand_out(place: Place, first: int) ->
     looked = survey_runs(study)
     found = settings_measure.differences(settings_measure.compare_settings(looked, random_weights_of(study, looked)))
     assert len(found) == 8 and not any(each.stands_out for each in found)
-    told = runs_chapter.write(study)
+    told = runs_chapter.CHAPTER(study)
     assert "No difference passes all of this." in told.text and "no better than random weights" in told.text
     json.dumps(told.numbers, allow_nan=False)
 
@@ -408,7 +414,7 @@ def test_a_setting_with_several_runs_must_be_apart_in_all(place: Place, trained:
     entropy = next(each for each in settings_measure.differences(settings) if each.quantity.name == "entropy")
     assert abs(float(entropy.interval.value)) > 0.05 and entropy.adjusted <= 0.05
     assert not entropy.apart and not entropy.stands_out
-    assert "mean of its runs, 2 or more" in runs_chapter.write(study).text
+    assert "mean of its runs, 2 or more" in runs_chapter.CHAPTER(study).text
 
 
 def test_pairing_uses_the_same_pictures_in_each_replicate(place: Place) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attention_visualizer import capture
 from attention_visualizer.analysis.study import survey as module
-from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey, take_survey
+from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey, survey_model
 from attention_visualizer.measures import map_measures
 from attention_visualizer.models.vision_transformer import VisionTransformer
 
@@ -41,7 +41,7 @@ LABELS = torch.arange(N) % 5
 
 
 def survey_of(model: VisionTransformer, images: Tensor, cut: int, labels: Tensor | None = LABELS) -> Survey:
-    return take_survey(model, [(part, None) for part in images.split(cut)], labels, N)
+    return survey_model(model, [(part, None) for part in images.split(cut)], labels, N)
 
 
 def test_the_numbers_are_those_of_one_capture(model: VisionTransformer, images: Tensor) -> None:
@@ -51,7 +51,7 @@ def test_the_numbers_are_those_of_one_capture(model: VisionTransformer, images: 
     for layer, seen in enumerate(attention):
         assert seen.geometry is not None
         np.testing.assert_allclose(found.maps[:, layer], seen.weights[:, :, 0, 1:].numpy(), rtol=1e-5)
-        np.testing.assert_allclose(found.rows()[:, layer], seen.weights[:, :, 0].numpy(), atol=1e-6)
+        np.testing.assert_allclose(found.readout_rows()[:, layer], seen.weights[:, :, 0].numpy(), atol=1e-6)
         np.testing.assert_allclose(found.mean_weights[seen.name].numpy(), seen.weights.mean(dim=0).numpy(), atol=1e-6)
         entropy = map_measures.readout_entropy(seen.weights, seen.geometry).numpy()
         np.testing.assert_allclose(found.mean_of("entropy").value[layer, :-1], entropy.mean(axis=0), rtol=1e-5)
@@ -91,7 +91,7 @@ def test_only_as_many_maps_are_kept_as_fit(
     np.testing.assert_allclose(few.maps, whole.maps[few.kept], atol=1e-6)
     assert np.abs(np.bincount(LABELS.numpy()[few.kept]) - 2).max() <= 1
     np.testing.assert_allclose(few.mean_of("entropy").value, whole.mean_of("entropy").value, rtol=1e-6)
-    assert few.num_pictures == N
+    assert few.num_images == N
 
 
 def test_without_labels_there_are_no_groups(model: VisionTransformer, images: Tensor) -> None:
@@ -113,7 +113,7 @@ def test_a_model_without_a_head_is_neither_right_nor_wrong(images: Tensor) -> No
     torch.manual_seed(4)
     sizes: dict[str, Any] = {"img_size": 12, "patch_size": 4, "in_chans": 1, "embed_dim": 10, "depth": 2}
     headless = timm.create_model("vit_tiny_patch16_224", num_heads=2, num_classes=0, **sizes).eval()
-    found = take_survey(headless, [(part, None) for part in images.split(9)], LABELS, N)
+    found = survey_model(headless, [(part, None) for part in images.split(9)], LABELS, N)
     assert (found.predicted == -1).all() and np.isnan(found.probability).all()
     assert found.right is None and found.accuracy is None
     assert [found.means_by_outcome.of_group(outcome).n for outcome in (0, 1)] == [0, 0]
@@ -125,14 +125,12 @@ def test_some_picture_is_kept_however_large_its_maps_are(
 ) -> None:
     monkeypatch.setattr(module, "MOST_BYTES", 1)
     found = survey_of(model, images, 6)
-    assert len(found.kept) == len(found.maps) == 1 and found.num_pictures == N
+    assert len(found.kept) == len(found.maps) == 1 and found.num_images == N
     assert found.rollouts is not None and found.rollouts.shape == (1, 3, 9)  # though most batches gave nothing
 
 
-def test_rollouts_and_progress_are_of_every_batch(model: VisionTransformer, images: Tensor) -> None:
-    done: list[int] = []
-    found = take_survey(model, [(part, None) for part in images.split(10)], LABELS, N, advance=done.append)
-    assert done == [10, 10, 3]
+def test_rollouts_are_of_every_batch(model: VisionTransformer, images: Tensor) -> None:
+    found = survey_model(model, [(part, None) for part in images.split(10)], LABELS, N)
     with torch.no_grad(), capture(model) as attention:
         model(images)
     for depth in range(1, 4):
@@ -158,8 +156,8 @@ def test_mean_pooling_has_no_prefix(images: Tensor) -> None:
     torch.manual_seed(2)
     found = survey_of(VisionTransformer(**SIZES, pooling="mean").eval(), images, 9)
     assert not found.reads_class_token and found.num_keys.tolist() == [9, 9, 9]
-    np.testing.assert_allclose(found.rows().sum(axis=-1), 1, rtol=1e-5)
-    assert (found.rows()[..., 0] == 0).all()
+    np.testing.assert_allclose(found.readout_rows().sum(axis=-1), 1, rtol=1e-5)
+    assert (found.readout_rows()[..., 0] == 0).all()
     assert np.isnan(found.mean_of("class_token").value).all()
 
 
@@ -167,13 +165,13 @@ def test_stages_and_windows_are_distributions_on_the_finest_grid() -> None:
     torch.manual_seed(3)
     model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)).eval()
     images = torch.randn(2, 3, 224, 224)
-    found = take_survey(model, [(images, None)], None, 2)
+    found = survey_model(model, [(images, None)], None, 2)
     assert found.grid == (56, 56)
-    there = ~np.isnan(found.rows()).all(axis=-1)
-    np.testing.assert_allclose(found.rows()[there].sum(axis=-1), 1, rtol=1e-4)
+    there = ~np.isnan(found.readout_rows()).all(axis=-1)
+    np.testing.assert_allclose(found.readout_rows()[there].sum(axis=-1), 1, rtol=1e-4)
     heads = [3, 6, 12, 24]
     assert there[0].sum(axis=-1).tolist() == heads and found.rollouts is None
     assert (~np.isnan(found.selectivity.place.value)).sum(axis=-1).tolist() == heads
     # What a coarse layer's patch has is spread evenly: the 8 x 8 finest patches below it have the same.
-    last = found.rows()[0, -1, 0, 1:].reshape(7, 8, 7, 8)
+    last = found.readout_rows()[0, -1, 0, 1:].reshape(7, 8, 7, 8)
     assert np.ptp(last, axis=(1, 3)).max() == 0 and np.ptp(last) > 0

@@ -11,7 +11,10 @@ import pytest
 import scipy.stats
 import torch
 
-from attention_visualizer.analysis.study.study import FIRST_CONTROL, Budget, Study
+from attention_visualizer.analysis.study.budget import Budget
+from attention_visualizer.analysis.study.output import Output
+from attention_visualizer.analysis.study.study import FIRST_CONTROL, Study
+from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.analysis.trust import chapter as trust_chapter
 from attention_visualizer.analysis.trust import measure as trust_measure
 from attention_visualizer.analysis.trust.measure import (
@@ -53,7 +56,7 @@ def digits() -> LabelledImageSet:
 
 
 def study_of(model: VisionTransformer, pictures: LabelledImageSet, folder: Path, count: int = 40) -> Study:
-    return Study(model.eval(), pictures, folder, "weights", budget=Budget(count, 2))
+    return Study(Target(model.eval(), pictures), Output(folder), "weights", budget=Budget(count, 2))
 
 
 def random_model(seed: int) -> VisionTransformer:
@@ -197,7 +200,7 @@ def test_randomisation_is_quantus(digits: LabelledImageSet, tmp_path: Path, monk
     from quantus.helpers.model.pytorch_model import PyTorchModel
 
     study, numbers = study_of(random_model(3), digits, tmp_path), np.arange(7)
-    model = study.model
+    model = study.target.model
     assert isinstance(model, VisionTransformer)
     inputs = study.model_input(digits.read(numbers.tolist()))
     classes = model(inputs).argmax(dim=1).numpy()
@@ -240,9 +243,9 @@ def test_weights_become_random_from_the_output_down() -> None:
 @pytest.mark.parametrize("seed", [11, 12, 13, 14])
 def test_random_weights_are_never_trusted(seed: int, digits: LabelledImageSet, tmp_path: Path) -> None:
     study = study_of(random_model(seed), digits, tmp_path)
-    model = study.model
+    model = study.target.model
     assert isinstance(model, VisionTransformer)
-    found = try_methods(study, study.subset(40))
+    found = try_methods(study, study.stratified_rows(40))
     assert [each.name for each in found.methods] == METHODS and not any(each.trusted for each in found.methods)
     # The last stage of the cascade is the first control.
     for each in found.methods:
@@ -254,11 +257,11 @@ def test_blocks_of_pictures_change_nothing(
     digits: LabelledImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_of(random_model(5), digits, tmp_path)
-    whole = try_methods(study, study.subset(20))
+    whole = try_methods(study, study.stratified_rows(20))
     monkeypatch.setattr(trust_measure, "TOKENS", 7 * 16)
     sizes: list[int] = []
-    handle = study.model.patch_embed.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))  # type: ignore[union-attr, operator]
-    curves_of_blocks = try_methods(study, study.subset(20)).curves
+    handle = study.target.model.patch_embed.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))  # type: ignore[union-attr, operator]
+    curves_of_blocks = try_methods(study, study.stratified_rows(20)).curves
     handle.remove()
     assert sizes.count(7) >= 10 and sizes.count(6) >= 5
     for task, curves in curves_of_blocks.items():
@@ -275,7 +278,7 @@ def test_what_random_weights_answer_as_well_is_not_learnt(digits: LabelledImageS
     pictures, all_of_them = LabelledImageSet(digits.description, digits.images, labels), np.arange(120)
     answers = []
     for controls in (0, 1):
-        study = Study(lucky, pictures, tmp_path, "weights", budget=Budget(120, controls))
+        study = Study(Target(lucky, pictures), Output(tmp_path), "weights", budget=Budget(120, controls))
         answers.append(has_learnt(study, all_of_them, labels.numpy(), all_of_them[::2]))
     assert answers == [True, False]
 
@@ -336,8 +339,8 @@ def marked_model() -> VisionTransformer:
 def test_known_good_maps_are_trusted_and_known_bad_ones_are_not(tmp_path: Path) -> None:
     """The mark is the least inked of inked patches, and hardly attended to."""
     pictures = marked_pictures(60)
-    study = Study(marked_model(), pictures, tmp_path, "planted", budget=Budget(60, 3))
-    found = try_methods(study, study.subset(60))
+    study = Study(Target(marked_model(), pictures), Output(tmp_path), "planted", budget=Budget(60, 3))
+    found = try_methods(study, study.stratified_rows(60))
     verdicts = {each.name: each.trusted for each in found.methods}
     assert verdicts == {"CLS attention": False, "rollout": False, "relevance": True, "gradient x attention": True}, [
         each.reason for each in found.methods
@@ -345,14 +348,16 @@ def test_known_good_maps_are_trusted_and_known_bad_ones_are_not(tmp_path: Path) 
     good = found.curves["relevance", "fill"]
     assert (good.deletion[:, 0] > 0.99).all() and np.allclose(good.deletion[:, 1:], 0.5, atol=1e-3)
     assert found.methods[0].worst.baseline == AMOUNT or found.methods[0].worst.value.value < 0
-    alone = Study(marked_model(), pictures, tmp_path, "planted", budget=Budget(60, 0))
+    alone = Study(Target(marked_model(), pictures), Output(tmp_path), "planted", budget=Budget(60, 0))
     assert not any(each.trusted for each in try_methods(alone, alone.subset(60)).methods)
-    unlearnt = Study(random_weights(marked_model(), 5), pictures, tmp_path, "random", budget=Budget(60, 3))
+    unlearnt = Study(
+        Target(random_weights(marked_model(), 5), pictures), Output(tmp_path), "random", budget=Budget(60, 3)
+    )
     assert not any(each.trusted for each in try_methods(unlearnt, unlearnt.subset(60)).methods)
 
 
 def test_the_chapter_says_the_same_twice_and_all_of_it(digits: LabelledImageSet, tmp_path: Path) -> None:
-    chapters = [trust_chapter.write(study_of(random_model(5), digits, tmp_path, 30)) for _ in range(2)]
+    chapters = [trust_chapter.CHAPTER(study_of(random_model(5), digits, tmp_path, 30)) for _ in range(2)]
     first = json.dumps(chapters[0].numbers, allow_nan=False)
     assert first == json.dumps(chapters[1].numbers, allow_nan=False) and chapters[0].text == chapters[1].text
     numbers = json.loads(first)
@@ -364,7 +369,7 @@ def test_the_chapter_says_the_same_twice_and_all_of_it(digits: LabelledImageSet,
 
 def test_without_known_classes_the_chapter_is_one_sentence(digits: LabelledImageSet, tmp_path: Path) -> None:
     nameless = LabelledImageSet(digits.description, digits.images, None)
-    chapter = trust_chapter.write(study_of(random_model(5), nameless, tmp_path))
+    chapter = trust_chapter.CHAPTER(study_of(random_model(5), nameless, tmp_path))
     assert "classes are known" in chapter.text and not chapter.figures
 
 

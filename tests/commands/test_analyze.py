@@ -31,9 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from attention_visualizer.analysis import chapters as analysis_chapters
-from attention_visualizer.analysis.study import preparation
+from attention_visualizer.analysis.study.output import Output
+from attention_visualizer.analysis.study.samples import choose_samples
 from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.data.mnist import MnistUnavailable
 from attention_visualizer.figures import panels
 from attention_visualizer.figures.attention_figures import moment
@@ -462,12 +465,9 @@ def test_memory_does_not_grow_with_the_test_set(
     model: VisionTransformer, digits: ImageDataModule, tmp_path: Path
 ) -> None:
     """What the model sees at once is bounded, and nothing of it is kept."""
-    from attention_visualizer.analysis.study.study import Study
-    from attention_visualizer.data.image_sets import LabelledImageSet
-
     images = digits.splits["test"][0].repeat(5, 1, 1, 1)[:1307]
     pictures = LabelledImageSet(digits.description, images, torch.zeros(1307, dtype=torch.long))
-    study = Study(model, pictures, tmp_path, "weights")
+    study = Study(Target(model, pictures), Output(tmp_path), "weights")
     sizes: list[int] = []
     handle = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     try:
@@ -912,7 +912,7 @@ STOPPED = """
 import os, runpy, signal, sys
 from attention_visualizer.analysis import chapters
 def stop(study):
-    assert list(study.output.glob("*.png")), "the chapter before has been written"
+    assert list(study.output.folder.glob("*.png")), "the chapter before has been written"
     os.kill(os.getpid(), getattr(signal, name))
     import time; time.sleep(60)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
@@ -1196,7 +1196,7 @@ def test_a_model_that_makes_no_mistakes_has_no_wrong_samples(digits: ImageDataMo
     labels = digits.splits["test"][1]
     nothing = torch.zeros(len(labels), dtype=torch.bool)
     with pytest.raises(UserError, match="no test image fits"):
-        preparation.choose_samples(labels, 8, None, None, nothing)
+        choose_samples(labels, 8, None, None, nothing)
 
 
 def test_mnist_that_is_gone_is_named_by_the_field_of_this_command(

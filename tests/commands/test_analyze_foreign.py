@@ -307,7 +307,9 @@ def test_what_a_model_does_not_state_can_be_said(place: Path) -> None:
     visualizer = AttentionVisualizer(
         model=model, images=photos, image_size=(24, 16), geometry=given, output_dir=place / "silent"
     )
-    assert visualizer.study.pictures.shape == (3, 24, 16) and visualizer.study.first_look.geometries == (given,)
+    assert visualizer.study.target.images.shape == (3, 24, 16) and visualizer.study.first_observation.geometries == (
+        given,
+    )
 
 
 class Scrambled(Silent):
@@ -337,7 +339,7 @@ def test_models_of_one_class_have_folders_of_their_own(place: Path, tmp_path: Pa
             visualizer = AttentionVisualizer(model=timm.create_model("test_vit"), images=place / "photos")
             ((image, label), *_) = visualizer.get_test_samples(1)
             visualizer.visualize_attention_patterns(image, label)
-            outputs.append(visualizer.study.output)
+            outputs.append(visualizer.study.output.folder)
     assert outputs[0] == outputs[2] != outputs[1]
 
 
