@@ -4,6 +4,7 @@ Hands out Study and the objects in it.
 
     budget.py         how much may be spent on a chapter
     compared_runs.py  the runs that `runs=` names, checked
+    heads.py          which heads a model has
     output.py         where figures go, and their watermark
     samples.py        which single images the figures show
     study.py          Study: all of it together

@@ -1,0 +1,40 @@
+"""Which heads a model has: layers may have different numbers of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attention_visualizer.analysis.study.survey import Survey
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """All existing heads, by layer, then by head."""
+
+    #: Zero-based layer of each and zero-based head within it: `values[heads.index]` is [existing head, ...] of
+    #: values [layer, head, ...].
+    index: tuple[Array, Array]
+
+    @classmethod
+    def of(cls, survey: Survey) -> Heads:
+        layers, heads = np.nonzero(~np.isnan(survey.maps[0]).all(axis=-1))
+        return cls((layers, heads))
+
+    @property
+    def labels(self) -> list[str]:
+        """The one-based "layer.head" of each."""
+        return [f"{layer + 1}.{head + 1}" for layer, head in self]
+
+    def __len__(self) -> int:
+        return len(self.index[0])
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Zero-based (layer, head) of each."""
+        yield from zip(self.index[0].tolist(), self.index[1].tolist(), strict=True)
