@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 import threading
 import weakref
@@ -19,13 +18,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from attention_visualizer.attention import calls
 from attention_visualizer.attention.capture import AttentionLayer, CapturedAttention, CaptureError, capture
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.models.vision_transformer import VisionTransformer
 
-# The package also has a function of this name, so the module is asked for by its path.
-capture_module = importlib.import_module("attention_visualizer.attention.capture")
-calls_module = importlib.import_module("attention_visualizer.attention.calls")
 
 BATCH, LAYERS, HEADS, TOKENS, HEAD_DIM = 2, 5, 3, 26, 7  # 5 x 5 patches and the class token
 
@@ -342,7 +339,7 @@ def test_weights_that_do_not_reproduce_the_output_are_refused(
     monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], Tensor], magnitude: float
 ) -> None:
     """The bound is relative to the values, so small values are no excuse."""
-    rebuild = calls_module.attention_weights
+    rebuild = calls.attention_weights
 
     def rebuild_wrongly(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         weights, values = rebuild(*args, **kwargs)
@@ -351,21 +348,21 @@ def test_weights_that_do_not_reproduce_the_output_are_refused(
     generator = torch.Generator().manual_seed(3)
     query, key, value = (torch.randn(2, 3, 5, 7, generator=generator) for _ in range(3))
     assert run(Recording(), query, key, value * magnitude)[0].error < 1e-5 * magnitude  # the right ones pass
-    monkeypatch.setattr(calls_module, "attention_weights", rebuild_wrongly)
+    monkeypatch.setattr(calls, "attention_weights", rebuild_wrongly)
     with pytest.raises(CaptureError, match="do not reproduce|is not finite"):
         run(Recording(), query, key, value * magnitude)
 
 
 def test_a_refusal_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    rebuild = calls_module.attention_weights
-    calls = []
+    rebuild = calls.attention_weights
+    rebuilt = []
 
     def third_is_wrong(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        calls.append(args)
+        rebuilt.append(args)
         weights, values = rebuild(*args, **kwargs)
-        return (weights.flip(-1) if len(calls) == 3 else weights), values
+        return (weights.flip(-1) if len(rebuilt) == 3 else weights), values
 
-    monkeypatch.setattr(calls_module, "attention_weights", third_is_wrong)
+    monkeypatch.setattr(calls, "attention_weights", third_is_wrong)
     with pytest.raises(CaptureError, match=r"blocks\.2\.attn"):
         run(small_model())
 
@@ -452,7 +449,7 @@ def test_nothing_is_left_behind_after_an_exception(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError), capture(model):  # in the model
         model(torch.zeros(2, 3, 4))
     assert state_around(model) == before
-    monkeypatch.setitem(capture_module.ERROR_BOUND, torch.float32, -1.0)
+    monkeypatch.setitem(calls.ERROR_BOUND, torch.float32, -1.0)
     with pytest.raises(CaptureError), capture(model):  # in the proof
         model(images())
     assert state_around(model) == before

@@ -18,7 +18,8 @@ from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
 from attention_visualizer.attention.capture import AttentionLayer, CapturedAttention, CaptureError, capture
-from attention_visualizer.attention.geometry import Geometry, GeometryFinder
+from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.attention.layer_geometry import GeometryFinder, LayerShape, Unplaced
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.support.errors import UserError
 
@@ -798,17 +799,19 @@ def test_a_finder_tells_two_passes_apart() -> None:
     finder = GeometryFinder(Transformer(), None)
     images = torch.Size((2, 3, 32, 32))
     whole, part = torch.Size((2, 3, 16, 16)), torch.Size((2, 3, 4, 4))
-    assert finder.of_layer(0, whole, 5, [], images) == Geometry((4, 4), 0, (8, 8))
-    assert finder.of_layer(1, part, 5, [], images) == Geometry((2, 2), 0, (16, 16))
-    assert finder.of_layer(0, part, 5, [], images) is None
+    assert finder.of_layer(LayerShape(0, whole, 5, [], images)) == Geometry((4, 4), 0, (8, 8))
+    assert finder.of_layer(LayerShape(1, part, 5, [], images)) == Geometry((2, 2), 0, (16, 16))
+    assert isinstance(finder.of_layer(LayerShape(0, part, 5, [], images)), Unplaced)
 
 
 def test_channels_in_the_number_of_a_smaller_grid_have_no_place() -> None:
     """After a layer that showed every patch, as in models that take turns: four channels, sixteen tokens as values."""
     finder = GeometryFinder(Transformer(), None)
     images = torch.Size((2, 3, 32, 32))
-    assert finder.of_layer(0, torch.Size((2, 3, 16, 16)), 4, [], images) == Geometry((4, 4), 0, (8, 8))
-    assert finder.of_layer(1, torch.Size((2, 3, 4, 4)), 16, [], images) is None
+    whole = LayerShape(0, torch.Size((2, 3, 16, 16)), 4, [], images)
+    assert finder.of_layer(whole) == Geometry((4, 4), 0, (8, 8))
+    channels = LayerShape(1, torch.Size((2, 3, 4, 4)), 16, [], images)
+    assert finder.of_layer(channels) == Unplaced("it attends between channels")
 
 
 def test_layers_handed_over_have_their_geometry() -> None:

@@ -1,4 +1,4 @@
-"""Which modules are computing an attention call, read off the call stack, and what they state about it."""
+"""The modules that are computing an attention call, read off the call stack, and what they declare about it."""
 
 from __future__ import annotations
 
@@ -8,38 +8,42 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from attention_visualizer.attention.calls import DeclaredHeads, tensors_of
+from attention_visualizer.attention.calls import DeclaredHeads
+from attention_visualizer.attention.function_call import tensors_of
+from attention_visualizer.attention.torch_internals import (
+    DisableTorchFunction,
+    arguments_of,
+    is_checkpointing,
+    is_compiled,
+    is_module_call,
+    multi_head_locals,
+)
 
 NUM_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_head", "nheads", "nhead", "heads")
-CHECKPOINT_FILE = torch.utils.checkpoint.__file__
-MODULE_CALL = nn.Module._call_impl.__code__
+OUTPUT_PROJECTIONS = ("proj", "out_proj", "o_proj", "to_out", "c_proj")
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Who is calling: the model's modules that are running, innermost first, the outermost one's frame, the shape of
-    the images that the model was called with, that of the innermost module's own input, and whether a compiled module
-    or torch.utils.checkpoint is among the callers. of_text: words, as numbers, were given to a module closer to the
-    call than the one with the images."""
+    """Summary of the call stack around an attention call."""
 
-    modules: list[nn.Module]
-    outermost: FrameType | None
-    images: torch.Size | None
-    inputs: torch.Size | None
-    compiled: bool
-    checkpointed: bool
-    of_text: bool
+    modules: list[nn.Module]  # of the model, those that are running, innermost first
+    outermost: FrameType | None  # frame of the last of them
+    images: torch.Size | None  # shape of the images that the model was called with
+    inputs: torch.Size | None  # shape of the innermost module's first tensor
+    is_compiled: bool  # a compiled module is among the callers
+    is_checkpointed: bool  # torch.utils.checkpoint is among the callers
+    is_text: bool  # a module closer to the call than the one with the images received token ids
 
 
-def calling_stack(names: Mapping[int, str], channels: set[int], frame: FrameType | None) -> Stack:
-    """Reads the call stack from `frame` outwards. names: of the watched modules, by id; channels: of images."""
+def calling_stack(names: Mapping[int, str], image_channels: set[int], frame: FrameType | None) -> Stack:
+    """Read the call stack from `frame` outwards. `names` are those of the model's modules, by their id."""
     modules: list[nn.Module] = []
-    outermost, images, inputs, compiled, checkpointed, of_text = None, None, None, False, False, False
+    outermost, images, inputs, compiled, checkpointed, text = None, None, None, False, False, False
     while frame is not None:
-        checkpointed = checkpointed or frame.f_code.co_filename == CHECKPOINT_FILE
+        checkpointed = checkpointed or is_checkpointing(frame)
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
             compiled = compiled or is_compiled(owner)
@@ -47,33 +51,40 @@ def calling_stack(names: Mapping[int, str], channels: set[int], frame: FrameType
                 outermost = frame
                 if not modules or modules[-1] is not owner:
                     modules.append(owner)
-                if frame.f_code is MODULE_CALL:
-                    given = list(tensors_of((*frame.f_locals["args"], *frame.f_locals["kwargs"].values())))
-                    images = next((tensor.shape for tensor in given if are_images(tensor, channels)), images)
-                    if len(modules) == 1 and inputs is None and given:
-                        inputs = given[0].shape
-                    words = any(tensor.ndim == 2 and tensor.dtype in (torch.int64, torch.int32) for tensor in given)
-                    of_text = of_text or (words and images is None)
+                if is_module_call(frame):
+                    args, kwargs = arguments_of(frame)
+                    tensors = list(tensors_of((*args, *kwargs.values())))
+                    images = next((tensor.shape for tensor in tensors if are_images(tensor, image_channels)), images)
+                    if len(modules) == 1 and inputs is None and tensors:
+                        inputs = tensors[0].shape
+                    token_ids = any(each.ndim == 2 and each.dtype in (torch.int64, torch.int32) for each in tensors)
+                    text = text or (token_ids and images is None)
         frame = frame.f_back
-    return Stack(modules, outermost, images, inputs, compiled, checkpointed, of_text)
+    return Stack(modules, outermost, images, inputs, compiled, checkpointed, text)
 
 
 def are_images(tensor: Tensor, channels: set[int]) -> bool:
     return tensor.ndim == 4 and tensor.is_floating_point() and tensor.shape[1] in channels
 
 
-def is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+def innermost_name(names: Mapping[int, str], frame: FrameType | None) -> str | None:
+    """Return the name of the first module of the model from `frame` outwards; None outside all of them."""
+    while frame is not None:
+        name = names.get(id(frame.f_locals.get("self")))
+        if name is not None:
+            return name
+        frame = frame.f_back
+    return None
 
 
-def stated_heads(stack: Stack) -> DeclaredHeads:
-    """The number of heads, as the calling module or the one around it states it; the batch that it was given."""
-    numbers = (num_heads_of(module) for module in stack.modules[:2])
-    number = next((number for number in numbers if number is not None), None)
-    given = stack.inputs if stack.inputs is not None and len(stack.inputs) > 2 else stack.images
-    if given is None or isinstance(stack.modules[0], nn.MultiheadAttention):  # which may put the batch second
-        return number, None
-    return number, given[0]
+def declared_heads(stack: Stack) -> DeclaredHeads:
+    """Return the number of heads that the calling module or the one around it declares, and its batch size."""
+    declared = (num_heads_of(module) for module in stack.modules[:2])
+    num_heads = next((number for number in declared if number is not None), None)
+    inputs = stack.inputs if stack.inputs is not None and len(stack.inputs) > 2 else stack.images
+    if inputs is None or isinstance(stack.modules[0], nn.MultiheadAttention):  # which may put the batch second
+        return DeclaredHeads(num_heads, None)
+    return DeclaredHeads(num_heads, inputs[0])
 
 
 def num_heads_of(module: nn.Module) -> int | None:
@@ -85,52 +96,52 @@ def num_heads_of(module: nn.Module) -> int | None:
 
 
 def output_projection(callers: Sequence[nn.Module], values: Tensor) -> Tensor | None:
-    """The weight of the linear map that is applied to the heads' outputs, where its name and its size say so.
+    """Return the weight of the linear map that is applied to the heads' outputs, [embed, head * head_dim].
 
-    callers: the modules that compute the attention, innermost first; in some models of Hugging Face the map belongs to
-    the second.
+    It is known by its name and its size; None where neither fits. `values`: [batch, head, key, head_dim]. `callers` are
+    the modules that compute the attention, innermost first: in some models of Hugging Face the map is the second's.
     """
-    module = callers[0]
-    candidates = [getattr(module, name, None) for name in ("proj", "out_proj", "o_proj", "to_out", "c_proj")]
-    candidates += [getattr(getattr(parent, "output", None), "dense", None) for parent in callers[:2]]
-    for found in candidates:
-        found = found[0] if isinstance(found, nn.Sequential) and len(found) else found
-        weight = getattr(found, "weight", None)
+    candidates = [getattr(callers[0], name, None) for name in OUTPUT_PROJECTIONS]
+    candidates += [getattr(getattr(caller, "output", None), "dense", None) for caller in callers[:2]]
+    for candidate in candidates:
+        linear = candidate[0] if isinstance(candidate, nn.Sequential) and len(candidate) else candidate
+        weight = getattr(linear, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == values.shape[1] * values.shape[3]:
             return weight
     return None
 
 
-def fast_path_output(frame: FrameType, names: Mapping[int, str]) -> Any:
-    """What nn.MultiheadAttention computes where it takes its fast path, which it leaves while a function mode is on.
+def fast_path_output(frame: FrameType | None, names: Mapping[int, str]) -> Any:
+    """Compute what nn.MultiheadAttention returns on its fast path, which it leaves while a function mode is on.
 
-    frame: of its forward. None where it would not have taken it.
+    `frame` is that of its forward. None where it would not have taken the fast path.
     """
-    module, given = frame.f_locals.get("self"), frame.f_locals
-    if not isinstance(module, nn.MultiheadAttention) or id(module) not in names or module.training:
+    module = None if frame is None else frame.f_locals["self"]
+    if frame is None or not isinstance(module, nn.MultiheadAttention) or id(module) not in names or module.training:
         return None
-    if not (given.get("query") is given["key"] is given["value"] and given["is_batched"] and module.batch_first):
+    given = multi_head_locals(frame)
+    if not (given.query is given.key is given.value and given.is_batched and module.batch_first):
         return None
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
         return None
-    # It has turned its arguments by now; those of its call, if they were its own, are as they were.
+    # It has transposed its arguments by now; those of its call, if they were its own, are as they were.
     call: FrameType | None = frame
-    while call is not None and not (call.f_code is MODULE_CALL and call.f_locals["self"] is module):
+    while call is not None and not (is_module_call(call) and call.f_locals["self"] is module):
         call = call.f_back
-    arguments, options = (given["query"].transpose(0, 1),) * 3, {}
     if call is not None and type(module).forward is nn.MultiheadAttention.forward:
-        arguments, options = call.f_locals["args"], call.f_locals["kwargs"]
-    elif given["attn_mask"] is None and given["key_padding_mask"] is None:
-        options = {name: given[name] for name in ("need_weights", "average_attn_weights")}
+        args, kwargs = arguments_of(call)
+    elif given.attn_mask is None and given.key_padding_mask is None:
+        args = (given.query.transpose(0, 1),) * 3
+        kwargs = {"need_weights": given.need_weights, "average_attn_weights": given.average_attn_weights}
     else:
         return None
-    with torch._C.DisableTorchFunction():
-        output, weights = nn.MultiheadAttention.forward(module, *arguments, **options)
+    with DisableTorchFunction():
+        output, weights = nn.MultiheadAttention.forward(module, *args, **kwargs)
     return output.transpose(0, 1), weights
 
 
 def leaves_fast_path(module: nn.Module) -> bool:
-    """Whether watching makes `module` compute its attention in another way than it does unwatched."""
+    """Whether a function mode makes `module` compute its attention in another way than it does without one."""
     if not isinstance(module, nn.TransformerEncoderLayer) or module.training or not module.self_attn.batch_first:
         return False
     return not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()))

@@ -1,8 +1,8 @@
-"""How PyTorch models compute attention, each way as one AttentionCall: its weights, and what other weights would give.
+"""Attention calls: the weights, the values, and what the model would go on with if it had other weights.
 
-There are three: the fused `scaled_dot_product_attention`, from whose arguments the weights are rebuilt; attention
-written by hand, a softmax of scores that is later multiplied with values, found by following tensors from one to the
-other; and `multi_head_attention_forward`, whose body is made of the first two.
+There are three ways in which models of PyTorch compute attention: the fused `scaled_dot_product_attention`, from whose
+arguments the weights are rebuilt here; a softmax of scores that is later multiplied with values, which
+`hand_written.py` tracks from the one to the other; and `multi_head_attention_forward`, whose body is made of these two.
 """
 
 from __future__ import annotations
@@ -11,42 +11,46 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention_visualizer.attention.function_call import FunctionCall
+
+# Largest accepted |weights @ values - the model's output|, relative to the largest |value|, by dtype of the model's
+# attention: some hundred times its rounding.
+ERROR_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+DROPOUT_ARGUMENT = 4, "dropout_p"  # of scaled_dot_product_attention: its position and its name
+
+#: Whether weights were rebuilt from queries and keys, or are the very tensor that the model multiplies.
 Source = Literal["rebuilt", "multiplied"]
-DeclaredHeads = tuple[
-    int | None, int | None
-]  # number of heads, and the batch that the module was given; None: not known
+
+
+class DeclaredHeads(NamedTuple):
+    """What a module declares of its heads and its batch; None where it is not known."""
+
+    num_heads: int | None
+    batch_size: int | None
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One computation of attention inside a model.
+    """One computation of attention inside a model."""
 
-    weights: [batch, head, query, key], at least float32, after softmax and before dropout, differentiable.
-    values: [batch, head, key, head_dim].
-    source: "rebuilt" from queries and keys, or "multiplied": the very tensor that the model multiplies.
-    product: of weights and values; expected: the same as the model computed it. Dropout is left out of both, or in
-    both. magnitude: of the numbers that are summed, to judge a difference by.
-    replay: other weights of the same shape -> what the model then goes on with, its dropout included.
-    """
-
-    weights: Tensor
-    values: Tensor
+    weights: Tensor  # [batch, head, query, key], at least float32, after softmax and before dropout, differentiable
+    values: Tensor  # [batch, head, key, head_dim]
     source: Source
-    product: Tensor
-    expected: Tensor
-    magnitude: float
-    replay: Callable[[Tensor], Tensor]
+    product: Tensor  # weights @ values, dropout left out here and in `expected`, or included in both
+    expected: Tensor  # the same product as the model computed it
+    magnitude: float  # of the numbers that are summed, to judge a difference by
+    replay: Callable[[Tensor], Tensor]  # other weights of that shape -> what the model goes on with, dropout included
 
 
 def largest(values: Tensor) -> float:
-    """The largest magnitude; NaN if there is one, 0 of nothing."""
+    """Return the largest magnitude; NaN if there is a NaN, 0 for an empty tensor."""
     if not values.numel():
         return 0.0
     low, high = torch.aminmax(values.detach())  # one pass and no copy, unlike abs().max()
@@ -54,11 +58,11 @@ def largest(values: Tensor) -> float:
 
 
 class HeadLayout:
-    """Brings [..., row, column] into [batch, head, row, column] and back.
+    """The way from [..., row, column] to [batch, head, row, column] and back.
 
-    num_heads, batch: as the module and its input state them, None where they do not. One leading axis is the batch,
-    or batch times heads where `num_heads` divides it; of several, the one of that size is the heads, or all but the
-    first together (groups of heads that share keys), and the others count as the batch.
+    `num_heads` and `batch` are what the module and its input declare, None where they do not. A single leading axis is
+    the batch, or batch times heads where `num_heads` divides it. Of several, the axis of that size is the heads, or all
+    but the first together (groups of heads that share keys); the others count as the batch.
     """
 
     def __init__(self, leading: Sequence[int], num_heads: int | None, batch: int | None = None) -> None:
@@ -91,7 +95,7 @@ class HeadLayout:
         return split.reshape(others, *split.shape[-3:])
 
     def restore(self, tensor: Tensor) -> Tensor:
-        """The inverse of `apply`."""
+        """Undo `apply`."""
         tail = tensor.shape[-2:]
         if self.head_axis is None:
             return tensor.reshape(*self.leading, *tail)
@@ -100,11 +104,38 @@ class HeadLayout:
         return split.movedim(-3, self.head_axis).reshape(*self.leading, *tail)
 
 
-# --- fused -----------------------------------------------------------------------------------------------------
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
-def fused_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    return args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(-2, -1)
+
+
+@dataclass(frozen=True)
+class ProductForm:
+    """How a product of weights and values, in whatever order of axes, becomes [..., query, key] @ [..., key, column].
+
+    Unless others are given, the steps are those of weights @ values, which has that form.
+    """
+
+    values: Tensor  # the operand that is not the weights, as the model has it
+    to_weights: Callable[[Tensor], Tensor] = _same
+    from_weights: Callable[[Tensor], Tensor] = _same  # the inverse of to_weights
+    to_values: Callable[[Tensor], Tensor] = _same
+    to_output: Callable[[Tensor], Tensor] = _same  # from the model's own output to that of the product
+
+    @classmethod
+    def of_transposed(cls, values: Tensor) -> ProductForm:
+        """Return the form of values' @ weights'."""
+        return cls(values, _transposed, _transposed, _transposed, _transposed)
+
+
+# --- fused attention ---------------------------------------------------------------------------------------------
+
+
+def fused_dropout(call: FunctionCall) -> float:
+    return call.argument(*DROPOUT_ARGUMENT, 0.0)
 
 
 def random_state(device: torch.device) -> Tensor:
@@ -113,7 +144,7 @@ def random_state(device: torch.device) -> Tensor:
 
 @contextmanager
 def random_numbers(device: torch.device, state: Tensor | None) -> Iterator[None]:
-    """Inside, random numbers follow `state` (None: the present one); afterwards they go on as if nothing was drawn."""
+    """Draw random numbers from `state` (None: the present one) inside, and restore the present state afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if state is not None and device.type == "cuda":
             torch.cuda.set_rng_state(state, device)
@@ -122,20 +153,19 @@ def random_numbers(device: torch.device, state: Tensor | None) -> Iterator[None]
         yield
 
 
-def fused_call(
-    heads: DeclaredHeads, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], before: Tensor | None = None
-) -> AttentionCall:
-    """From the arguments of `scaled_dot_product_attention` and its output. before: the random state of its dropout."""
-    weights, values = attention_weights(*args, **kwargs)
+def fused_call(heads: DeclaredHeads, output: Tensor, call: FunctionCall, before: Tensor | None = None) -> AttentionCall:
+    """Describe a call of `scaled_dot_product_attention` that returned `output`.
+
+    `before` is the random state before the call, which its dropout started from; None if it need not be repeated.
+    """
+    weights, values = attention_weights(*call.args, **call.kwargs)
     layout = HeadLayout(weights.shape[:-2], *heads)
     values = values.expand(*weights.shape[:-2], *values.shape[-2:])
-    dropout = fused_dropout(args, kwargs)
+    dropout = fused_dropout(call)
     expected = output
     if dropout:  # the model's own output without its random part, to compare with
-        args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-        kwargs = kwargs if len(args) > 4 else {**kwargs, "dropout_p": 0.0}
         with random_numbers(output.device, None):
-            expected = F.scaled_dot_product_attention(*args, **kwargs)
+            expected = call.with_argument(*DROPOUT_ARGUMENT, 0.0)()
 
     def multiply(weights: Tensor) -> Tensor:
         with torch.autocast(values.device.type, enabled=False):  # which would round the product
@@ -160,9 +190,9 @@ def attention_weights(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What `scaled_dot_product_attention` multiplies, for its arguments: (weights before dropout, values).
+    """Return what `scaled_dot_product_attention` multiplies: weights before dropout [..., query, key], and values.
 
-    Both at least float32; with grouped queries, values are repeated for each query head.
+    Both are at least float32; with grouped queries, values are repeated for each query head.
     """
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -185,37 +215,5 @@ def attention_weights(
                 scores = scores + attn_mask
         if not is_causal and attn_mask is None:
             return scores.softmax(dim=-1), value
-        # A query that may look at no key attends to nothing, as in the fused attention.
+        # A query that may attend to no key attends to nothing, as in the fused attention.
         return scores.softmax(dim=-1).masked_fill((scores == -math.inf).all(dim=-1, keepdim=True), 0.0), value
-
-
-# --- multi-head ------------------------------------------------------------------------------------------------
-
-# The body of multi_head_attention_forward, entered although a function mode is active: its own first lines would hand
-# the call back to the mode. What it calls is seen by the mode like any model's calls.
-multi_head_body = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    F.multi_head_attention_forward.__globals__ | {"has_torch_function": lambda tensors: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
-
-
-# --- arguments ---------------------------------------------------------------------------------------------------
-
-
-def replace_tensor(arguments: Any, old: Tensor, new: Any) -> Any:
-    """Arguments with `new` in place of `old`, also inside lists, tuples and dictionaries."""
-    if isinstance(arguments, dict):
-        return {name: replace_tensor(value, old, new) for name, value in arguments.items()}
-    if isinstance(arguments, tuple | list):
-        return type(arguments)(replace_tensor(value, old, new) for value in arguments)
-    return new if arguments is old else arguments
-
-
-def tensors_of(arguments: Any) -> Iterator[Tensor]:
-    """The tensors among arguments, and in lists and tuples among them."""
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            yield argument
-        elif isinstance(argument, tuple | list):
-            yield from tensors_of(argument)

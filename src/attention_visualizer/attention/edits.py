@@ -4,7 +4,7 @@
         logits = model(images)
 
 Layers are named as in `capture`, heads are counted from 0; `head=None` is all heads of the layer. What a module
-computes again in one pass is "name#2" and so on. A layer that is not met is an error.
+computes again in one pass is "name#2" and so on. A layer that the model does not run is an error.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention_visualizer.attention.capture import AttentionLayer, Edit, is_named
+from attention_visualizer.attention.layers import AttentionLayer, Edit, is_named
 from attention_visualizer.support.errors import UserError
 
 
 def switch_off(layer: str, head: int | None = None) -> Edit:
-    """The head attends to nothing: what it adds to the residual stream is the projection's bias alone."""
+    """Let the head attend to nothing: what it adds to the residual stream is the projection's bias alone."""
     return NamedEdit(layer, head, torch.zeros_like)
 
 
 def replace_by_mean(layer: str, head: int | None, mean: Tensor) -> Edit:
-    """The head attends the same way on every image. mean: [head, query, key], over the images of a data set."""
+    """Let the head attend the same way on every image: `mean`, [head, query, key], over the images of a data set."""
 
     def averaged(weights: Tensor) -> Tensor:
-        own = mean if head is None else mean[head]
-        if own.shape != weights.shape[1:]:
-            wanted = list(weights.shape[1:])
-            raise UserError(f"the mean for {layer} has shape {list(own.shape)}, its weights {wanted}, batch left out")
-        return own.to(weights).expand_as(weights)
+        replacement = mean if head is None else mean[head]
+        shape, expected = list(replacement.shape), list(weights.shape[1:])
+        if shape != expected:
+            raise UserError(f"the mean for {layer} has shape {shape}, its weights {expected}, batch left out")
+        return replacement.to(weights).expand_as(weights)
 
     return NamedEdit(layer, head, averaged)
 
 
 def make_uniform(layer: str, head: int | None = None) -> Edit:
-    """The head attends to every key alike."""
+    """Let the head attend to every key alike."""
     return NamedEdit(layer, head, lambda weights: torch.full_like(weights, 1 / weights.shape[-1]))
 
 
 def permute_keys(layer: str, head: int | None, permutation: Tensor) -> Edit:
-    """What the head gave to key j it gives to key permutation[j]."""
+    """Let the head give to key permutation[j] what it gave to key j."""
 
     def permuted(weights: Tensor) -> Tensor:
         if permutation.sort().values.tolist() != list(range(weights.shape[-1])):
@@ -55,11 +55,11 @@ def permute_keys(layer: str, head: int | None, permutation: Tensor) -> Edit:
 
 @dataclass(frozen=True)
 class NamedEdit:
-    """Changes one layer: [batch, query, key] of one head, or [batch, head, query, key] of all."""
+    """An edit of one layer, of one of its heads or of all."""
 
     layer: str
     head: int | None
-    change: Callable[[Tensor], Tensor]
+    change: Callable[[Tensor], Tensor]  # of [batch, query, key] for one head, [batch, head, query, key] for all
 
     def __call__(self, layer: AttentionLayer, weights: Tensor) -> Tensor:
         if not is_named(layer, self.layer):

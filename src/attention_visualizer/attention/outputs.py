@@ -1,4 +1,4 @@
-"""What a model answers, whatever form its output has."""
+"""Class scores and predictions in a model's output, whatever form it has."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CLASSIFIER_NAMES = ("head", "heads", "fc", "classifier", "mlp_head")
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """Class scores [image, class] in a model's output: the output itself, its `logits`, or the first of a tuple.
+    """Return the class scores [image, class] in a model's output: itself, its `logits`, or the first of a tuple.
 
-    None where there are none, such as in feature maps or tokens.
+    None where there are no scores, as in feature maps or tokens.
     """
     if isinstance(output, Mapping) or hasattr(output, "logits"):
         output = output.get("logits") if isinstance(output, Mapping) else output.logits
@@ -25,13 +25,13 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def has_head(model: nn.Module) -> bool:
-    """False where the model states no classes or its head was taken off: its features would look like scores."""
-    without = any(isinstance(getattr(model, name, None), nn.Identity) for name in CLASSIFIER_NAMES)
-    return not without and getattr(model, "num_classes", None) != 0
+    """False where the model declares no classes or its head was removed: its features would look like scores."""
+    is_removed = any(isinstance(getattr(model, name, None), nn.Identity) for name in CLASSIFIER_NAMES)
+    return not is_removed and getattr(model, "num_classes", None) != 0
 
 
 def predict(output: Any, num_images: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Class and its probability for each image, [image] both; -1 and NaN where the model classifies nothing."""
+    """Return each image's predicted class and its probability, [image] both; -1 and NaN where nothing is classified."""
     logits = logits_of(output)
     if logits is None or len(logits) != num_images:
         return np.full(num_images, -1), np.full(num_images, np.nan, np.float32)

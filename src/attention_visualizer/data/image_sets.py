@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from attention_visualizer.attention.geometry import Size, as_size, stated_layout
+from attention_visualizer.attention.geometry import Size, as_size, declared_layout
 from attention_visualizer.data.images import DatasetDescription, grey_pixels, normalise, open_picture, to_unit
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import printable
@@ -133,7 +133,7 @@ class InputFormat:
         Raises UserError where no size is stated. Normalisation that is not stated is that of ImageNet.
         """
         timm: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        layout = stated_layout(model)
+        layout = declared_layout(model)
         stated = as_size(size) if size is not None else None
         if stated is None and layout.grid is not None and layout.patch_size is not None:
             stated = layout.grid[0] * layout.patch_size[0], layout.grid[1] * layout.patch_size[1]

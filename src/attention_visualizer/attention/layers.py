@@ -1,0 +1,84 @@
+"""What capture hands out: the layers of a pass, and the errors that say why there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import overload
+
+from torch import Tensor
+
+from attention_visualizer.attention.calls import Source
+from attention_visualizer.attention.geometry import Geometry
+
+
+class CaptureError(RuntimeError):
+    """The attention could not be captured, or what was captured does not reproduce the model's own output."""
+
+
+class InternalCaptureError(CaptureError):
+    """Capturing itself failed, for want of memory, say, or of a part of PyTorch: nothing that the model did."""
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention call: where it came from, its weights, and the measured error of the reconstruction."""
+
+    #: The name of the module that called; "#2" and so on follow where it is applied again in one pass.
+    name: str
+    #: The number of the call in its pass, from 0.
+    index: int
+    #: [batch, head, query, key], float32 (float64 in such a model), after softmax and before dropout; windows count as
+    #: batch.
+    weights: Tensor
+    #: [batch, head, key, head_dim].
+    values: Tensor
+    #: Where the keys lie on the image; None where that is not known, for the reason in `unplaced`.
+    geometry: Geometry | None
+    #: The largest difference between what weights and values give and the model's own output.
+    error: float
+    #: "multiplied", the very tensor that the model multiplies, or "rebuilt" from its queries and keys.
+    source: Source = "rebuilt"
+    #: Whether capturing left the model's output as it is, to the bit; False where it made the model leave a fast path
+    #: (nn.TransformerEncoderLayer in eval mode, torch.compile), which moves its output by rounding.
+    same_output: bool = True
+    #: The weight of the module's output projection [embed, head * head_dim]; None where it is not known.
+    projection: Tensor | None = None
+    #: Why there is no geometry; None where there is one.
+    unplaced: str | None = None
+
+
+Edit = Callable[[AttentionLayer, Tensor], Tensor]
+
+
+class CapturedAttention:
+    """The layers of the last forward pass, in the order in which they were computed, by number or by name."""
+
+    def __init__(self) -> None:
+        self.layers: list[AttentionLayer] = []
+        self.reconstruction_error = 0.0  # the largest of all layers and passes
+        self.seconds = 0.0  # time that capturing took
+
+    @overload
+    def __getitem__(self, key: str | int) -> AttentionLayer: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[AttentionLayer]: ...
+    def __getitem__(self, key: str | int | slice) -> AttentionLayer | list[AttentionLayer]:
+        if isinstance(key, int | slice):
+            return self.layers[key]
+        matches = [layer for layer in self.layers if is_named(layer, key)]
+        if len(matches) != 1:
+            names = ", ".join(layer.name for layer in self.layers)
+            raise KeyError(f"{key!r} names {len(matches)} attention layers; there are: {names}")
+        return matches[0]
+
+    def __iter__(self) -> Iterator[AttentionLayer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def is_named(layer: AttentionLayer, name: str) -> bool:
+    """Whether `name` is the layer's own or that of a module around it: "blocks.3" is blocks.3.attn."""
+    return layer.name == name or layer.name.startswith(f"{name}.")

@@ -1,0 +1,116 @@
+"""What becomes of a recorded layer: it is handed out, handed out with gradients, or edited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_visualizer.attention.calls import ERROR_BOUND, AttentionCall, largest
+from attention_visualizer.attention.layers import AttentionLayer, CaptureError, Edit, is_named
+from attention_visualizer.attention.torch_internals import DisableTorchFunction, TensorDictionary, version_of
+
+# The layer that an intervention put in place of the model's own, by the output that the model went on with; for blocks
+# inside it.
+edited_layers: Any = TensorDictionary()  # Tensor -> AttentionLayer
+
+
+class Capture:
+    """Hand each layer to a consumer, cut off from the model's computation."""
+
+    recomputes = False  # whether the model goes on with an output that is computed again, from weights of our own
+
+    def __init__(self, consume: Callable[[AttentionLayer], None]) -> None:
+        self.consume = consume
+
+    def check(self) -> None:
+        """Raise CaptureError where the state of PyTorch does not allow this policy."""
+
+    def prepare(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights and values to hand out, for those of an attention call."""
+        return weights.detach(), values.detach()
+
+    def receive(self, layer: AttentionLayer) -> Tensor | None:
+        """Hand the layer to the user's code; return the weights that the model goes on with, None for its own.
+
+        Whatever that code raises is the user's.
+        """
+        self.consume(layer)
+        return None
+
+    def replay(self, layer: AttentionLayer, weights: Tensor, call: AttentionCall, output: Tensor) -> Tensor:
+        """Return what the model goes on with, given `weights` and the output that it had computed itself."""
+        return output
+
+    def finish(self, names: Sequence[str]) -> None:
+        """Raise CaptureError if the layers of the last pass, by their names, are not what was asked for."""
+
+
+class CaptureWithGradients(Capture):
+    """Hand out weights that are part of the model's computation: its output depends on them."""
+
+    recomputes = True
+
+    def check(self) -> None:
+        if not torch.is_grad_enabled():
+            raise CaptureError("capture(gradients=True) needs gradients: leave out torch.no_grad()")
+
+    def prepare(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if not weights.requires_grad:
+            weights = weights if weights.is_leaf else weights.detach()
+            weights.requires_grad_()
+        return weights, values
+
+    def receive(self, layer: AttentionLayer) -> Tensor:
+        self.consume(layer)
+        return layer.weights
+
+    def replay(self, layer: AttentionLayer, weights: Tensor, call: AttentionCall, output: Tensor) -> Tensor:
+        through = call.replay(weights)
+        if not largest(through - output) <= 2 * ERROR_BOUND[output.dtype] * call.magnitude:
+            raise CaptureError(
+                f"the dropout of {layer.name} cannot be repeated, so its weights have no gradients: "
+                "put the model in eval mode"
+            )
+        return output.detach() + (through - through.detach())  # the value is the model's, to the bit
+
+
+class Intervention(Capture):
+    """Let the model go on with what an edit makes of the weights."""
+
+    recomputes = True
+
+    def __init__(self, edit: Edit) -> None:
+        self.edit = edit
+        self.has_met_layer = False  # the layer that a ready-made edit names
+
+    def prepare(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return weights.clone(), values.detach()  # to be edited in place, perhaps
+
+    def receive(self, layer: AttentionLayer) -> Tensor | None:
+        self.has_met_layer = self.has_met_layer or is_named(layer, getattr(self.edit, "layer", layer.name))
+        given, version = layer.weights, version_of(layer.weights)
+        with DisableTorchFunction():
+            weights = self.edit(layer, given)
+        if weights is given and version_of(given) == version:
+            return None
+        if not isinstance(weights, Tensor) or weights.shape != given.shape:
+            returned = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise CaptureError(
+                f"the edit of {layer.name} returned {returned}: return weights of shape {list(given.shape)}"
+            )
+        return weights
+
+    def replay(self, layer: AttentionLayer, weights: Tensor, call: AttentionCall, output: Tensor) -> Tensor:
+        weights = weights.to(layer.weights)
+        edited = call.replay(weights)
+        edited_layers[edited] = replace(layer, weights=weights)
+        return edited
+
+    def finish(self, names: Sequence[str]) -> None:
+        if not self.has_met_layer:
+            layer = getattr(self.edit, "layer", None)
+            raise CaptureError(f"there was no layer {layer!r} to edit, only {', '.join(names)}")

@@ -1,0 +1,248 @@
+"""The function mode that sees a model's attention calls, proves what it found and records it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attention_visualizer.attention.callers import (
+    Stack,
+    calling_stack,
+    declared_heads,
+    fast_path_output,
+    innermost_name,
+    leaves_fast_path,
+    output_projection,
+)
+from attention_visualizer.attention.calls import (
+    ERROR_BOUND,
+    AttentionCall,
+    DeclaredHeads,
+    fused_call,
+    fused_dropout,
+    largest,
+    random_state,
+)
+from attention_visualizer.attention.function_call import FunctionCall
+from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.attention.hand_written import HandWrittenAttention, HandWrittenProduct
+from attention_visualizer.attention.layer_geometry import GeometryFinder, LayerShape, Unplaced
+from attention_visualizer.attention.layers import (
+    AttentionLayer,
+    CapturedAttention,
+    CaptureError,
+    InternalCaptureError,
+)
+from attention_visualizer.attention.policies import Capture, edited_layers
+from attention_visualizer.attention.torch_internals import (
+    DisableTorchFunction,
+    current_graph_task_id,
+    is_batched_tensor,
+    missing_internals,
+    multi_head_body,
+    multi_head_frame,
+    without_wrappers,
+)
+from attention_visualizer.support.errors import UserError, summary
+
+
+class OwnWork:
+    """Context in which any error is one of capturing itself, and becomes an InternalCaptureError that names the layer.
+
+    A context manager by hand: it is entered twice for each call of a model, and contextlib's costs ten times as much.
+    """
+
+    def __init__(self, model: nn.Module, names: Mapping[int, str]) -> None:
+        self.model_name = type(model).__name__
+        self.names = names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, CaptureError | UserError):
+            name = innermost_name(self.names, sys._getframe(1)) or self.model_name
+            raise InternalCaptureError(
+                f"the attention of {name} could not be captured: {type(error).__name__}: {summary(error)}"
+            ) from error
+
+
+class Recorder(TorchFunctionMode):
+    """Records the attention calls of `model` while it is active; `policy` says what becomes of them."""
+
+    def __init__(
+        self, model: nn.Module, attention: CapturedAttention, policy: Capture, geometry: Geometry | None = None
+    ) -> None:
+        super().__init__()
+        missing = missing_internals()
+        if missing:
+            raise InternalCaptureError(
+                f"attention cannot be captured with PyTorch {torch.__version__}, which lacks {'; '.join(missing)}"
+            )
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise CaptureError(
+                f"{type(model).__name__} is or contains a TorchScript module, whose calls cannot be seen: "
+                "capture the module that it was made from"
+            )
+        self.model = model
+        self.attention = attention
+        self.policy = policy
+        self.names = {
+            id(module): without_wrappers(name) or type(model).__name__ for name, module in model.named_modules()
+        }
+        self.own_work = OwnWork(model, self.names)
+        convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+        self.image_channels = {1, 3, 4} if convolution is None else {1, 3, 4, convolution.in_channels}
+        with self.own_work:
+            self.geometries = GeometryFinder(model, geometry)
+            self.by_hand = HandWrittenAttention()
+        self.num_calls = 0
+        self.names_of_pass: list[str] = []
+        self.frame_of_pass: FrameType | None = None
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = FunctionCall(function, args, kwargs or {})
+        if current_graph_task_id() != -1:  # a forward repeated for the backward pass (checkpointing)
+            return call()
+        if function is F.scaled_dot_product_attention:
+            with self.own_work:
+                repeats = self.policy.recomputes and fused_dropout(call) > 0
+                before = random_state(next(call.tensors()).device) if repeats else None
+            output = call()
+            return self._record(output, lambda heads: fused_call(heads, output, call, before), sys._getframe(1))
+        if function is F.multi_head_attention_forward:
+            return self._multi_head(call, sys._getframe(1))
+        with self.own_work:
+            before_call = self.by_hand.before(call)
+        output = call()
+        if isinstance(before_call, HandWrittenProduct):
+            product = before_call
+            return self._record(output, lambda heads: product.describe(heads, output), sys._getframe(1))
+        with self.own_work:
+            self.by_hand.after(call, before_call, output)
+        return output
+
+    def _multi_head(self, call: FunctionCall, frame: FrameType) -> Any:
+        """Run multi_head_attention_forward and return what the model gets when nothing is captured.
+
+        The attention inside it is seen like any other.
+        """
+        with self:
+            output = multi_head_body(*call.args, **call.kwargs)
+        if self.policy.recomputes:
+            return output
+        with self.own_work:
+            fast = fast_path_output(multi_head_frame(frame), self.names)
+            if fast is None:
+                return output
+            error = largest(output[0] - fast[0])
+            self._check("nn.MultiheadAttention", error, largest(fast[0]), fast[0].dtype)
+        return fast
+
+    def _record(self, output: Tensor, describe: Callable[[DeclaredHeads], AttentionCall], frame: FrameType) -> Tensor:
+        """Record the attention call that returned `output`, and return what the model goes on with."""
+        began = time.perf_counter()
+        with self.own_work:
+            recorded = self._layer(output, describe, frame)
+        if recorded is None:
+            return output
+        layer, call = recorded
+        self.num_calls += 1
+        weights = self.policy.receive(layer)
+        if weights is not None:
+            with self.own_work, DisableTorchFunction():
+                output = self.policy.replay(layer, weights, call, output)
+        self.attention.seconds += time.perf_counter() - began
+        return output
+
+    def _layer(
+        self, output: Tensor, describe: Callable[[DeclaredHeads], AttentionCall], frame: FrameType
+    ) -> tuple[AttentionLayer, AttentionCall] | None:
+        """Return an attention call as a layer, proved; None for somebody else's attention."""
+        stack = calling_stack(self.names, self.image_channels, frame)
+        if not stack.modules:
+            return None
+        self.policy.check()
+        name = self.names[id(stack.modules[0])]
+        if is_batched_tensor(output):
+            raise CaptureError(f"{name} computes its attention inside torch.vmap, where it cannot be seen")
+        if stack.is_checkpointed and self.policy.recomputes:
+            raise CaptureError(
+                f"{name} runs under torch.utils.checkpoint, which repeats it in the backward pass, unwatched: "
+                "switch checkpointing off for gradients and interventions"
+            )
+        name, index = self._next_name(name, stack)
+        keeps_graph = torch.is_grad_enabled() and self.policy.recomputes
+        # No calls of the model: an enclosing capture skips them.
+        with DisableTorchFunction(), torch.set_grad_enabled(keeps_graph):
+            call = describe(declared_heads(stack))
+            edited = edited_layers.get(output)
+            # In place: the product is there for this alone.
+            error = largest(call.product.detach().sub_(call.expected.detach())) if edited is None else edited.error
+            self._check(name, error, call.magnitude, call.expected.dtype)
+            weights, values = self.policy.prepare(call.weights if edited is None else edited.weights, call.values)
+            place = self.geometries.of_layer(
+                LayerShape(index, weights.shape, values.shape[-1], stack.modules, stack.images, stack.is_text)
+            )
+            layer = AttentionLayer(
+                name=name,
+                index=index,
+                weights=weights,
+                values=values,
+                geometry=None if isinstance(place, Unplaced) else place,
+                error=error,
+                source=call.source,
+                same_output=not stack.is_compiled and not any(map(leaves_fast_path, stack.modules)),
+                projection=output_projection(stack.modules, values),
+                unplaced=place.reason if isinstance(place, Unplaced) else None,
+            )
+        return layer, call
+
+    def _next_name(self, name: str, stack: Stack) -> tuple[str, int]:
+        """Return the name of the next call of module `name` and its number in the pass."""
+        if stack.outermost is not self.frame_of_pass:
+            self.frame_of_pass = stack.outermost
+            if name in self.names_of_pass:  # another forward pass begins; else another part of the model is called
+                self.names_of_pass.clear()
+                self.attention.layers.clear()
+        self.names_of_pass.append(name)
+        repeats = self.names_of_pass.count(name)
+        return name if repeats == 1 else f"{name}#{repeats}", len(self.names_of_pass) - 1  # a module applied again
+
+    def _check(self, name: str, error: float, magnitude: float, dtype: torch.dtype) -> None:
+        """Raise CaptureError unless what was found reproduces the model's output."""
+        bound = ERROR_BOUND[dtype] * magnitude
+        if math.isnan(error):
+            raise CaptureError(
+                f"the attention of {name} is not finite: its weights or its input are NaN or infinite; "
+                "if the model was training, it has diverged: lower its learning_rate"
+            )
+        if not error <= bound:
+            raise CaptureError(
+                f"the weights found for {name} do not reproduce its output: they differ by {error:.2e}, "
+                f"above the bound of {bound:.2e} for {dtype}"
+            )
+        self.attention.reconstruction_error = max(self.attention.reconstruction_error, error)
+
+    def finish(self) -> None:
+        """Raise CaptureError if nothing was recorded or not what was asked for."""
+        self.frame_of_pass = None  # a frame keeps its arguments alive
+        if self.num_calls == 0:
+            raise CaptureError(
+                f"no attention of {type(self.model).__name__} was seen: the model was not run inside the block, or "
+                "its attention is none of scaled_dot_product_attention, multi_head_attention_forward (torch.nn."
+                "functional), and softmax(query @ key) @ value with matmul, bmm or einsum; or it ran in another thread"
+            )
+        self.policy.finish(self.names_of_pass)
+        self.geometries.finish()
