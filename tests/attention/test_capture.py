@@ -23,7 +23,6 @@ from attention_visualizer.attention.capture import AttentionLayer, CapturedAtten
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.models.vision_transformer import VisionTransformer
 
-
 BATCH, LAYERS, HEADS, TOKENS, HEAD_DIM = 2, 5, 3, 26, 7  # 5 x 5 patches and the class token
 
 

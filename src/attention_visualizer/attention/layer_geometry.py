@@ -129,9 +129,7 @@ class GeometryFinder:
                     return Geometry(grid, before, patch_size, class_token=class_token)
         if self.has_seen_whole_grid:
             return Unplaced(f"its {keys} keys are no grid of patches of {size[0]} x {size[1]} pixels")
-        return Unplaced(
-            f"its {keys} keys are not the image's {max(patch_counts)} patches: perhaps a selection"
-        )
+        return Unplaced(f"its {keys} keys are not the image's {max(patch_counts)} patches: perhaps a selection")
 
     # --- grids of an image -----------------------------------------------------------------------------------------
 
