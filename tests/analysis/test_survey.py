@@ -69,6 +69,13 @@ def test_the_numbers_are_those_of_one_capture(model: VisionTransformer, images: 
     assert found.predicted.tolist() == logits.argmax(dim=1).tolist() and found.accuracy == pytest.approx(right.mean())
     np.testing.assert_allclose(found.shares.sum(axis=-1), 1, rtol=1e-5)
     assert found.reads_class_token and found.num_keys.tolist() == [10, 10, 10]
+    # Nothing reads what the last layer's patch queries attend to.
+    assert found.patch_queries_count.tolist() == [True, True, False]
+    between = np.linalg.norm(np.indices((3, 3)).reshape(2, 9, 1) - np.indices((3, 3)).reshape(2, 1, 9), axis=0)
+    np.testing.assert_allclose(found.uniform_distances, [4 * between.mean()] * 2 + [np.nan], rtol=1e-6)
+    for end in ("value", "low", "high"):
+        distances = getattr(found.mean_of("distance"), end) / found.uniform_distances[:, None]
+        np.testing.assert_array_equal(getattr(found.relative_distances, end), distances)
 
 
 def test_the_cut_into_batches_changes_nothing(model: VisionTransformer, images: Tensor) -> None:
@@ -156,6 +163,7 @@ def test_mean_pooling_has_no_prefix(images: Tensor) -> None:
     torch.manual_seed(2)
     found = survey_of(VisionTransformer(**SIZES, pooling="mean").eval(), images, 9)
     assert not found.reads_class_token and found.num_keys.tolist() == [9, 9, 9]
+    assert found.patch_queries_count.all()
     np.testing.assert_allclose(found.readout_rows().sum(axis=-1), 1, rtol=1e-5)
     assert (found.readout_rows()[..., 0] == 0).all()
     assert np.isnan(found.mean_of("class_token").value).all()

@@ -7,11 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_visualizer.data import ink
+from attention_visualizer.data.image_sets import LabelledImageSet
+from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.data.ink import (
     BRIGHT,
     INKED,
     border_patches,
-    grid_cells,
+    in_blocks,
+    in_patches,
     ink_amount,
     ink_pixels,
     inked_patches,
@@ -83,20 +87,14 @@ def test_whole_patches_are_average_pooling() -> None:
     torch.testing.assert_close(ink_amount(pictures, (3, 2)), pooled)
 
 
-def test_cells_of_pixels_are_the_patches_of_the_grid() -> None:
-    cells = grid_cells((4, 6), GRID)
-    assert cells.tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
-    assert cells.dtype == torch.int64
-
-
-def test_cells_of_sizes_that_do_not_divide_cover_the_picture() -> None:
-    cells = grid_cells((5, 7), GRID)
-    assert cells[0].tolist() == [0, 0, 0, 1, 1, 2, 2] and cells[:, 0].tolist() == [0, 0, 0, 3, 3]
-    assert cells.unique().tolist() == list(range(6))
-    for cell in range(6):
-        rows, columns = torch.nonzero(cells == cell, as_tuple=True)
-        block = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
-        assert len(rows) == block  # a rectangle, without gaps
+def test_a_set_of_images_is_read_in_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(0, 256, (7, 1, 4, 6), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    image_set = LabelledImageSet(DatasetDescription("digits", 28, 1, (), 0.1, 0.3, {}), images, None)
+    rows = np.array([6, 0, 3, 3, 1, 2, 5])
+    monkeypatch.setattr(ink, "IMAGES_AT_ONCE", 3)
+    assert [(block.start, len(part)) for block, part in in_blocks(image_set, rows)] == [(0, 3), (3, 3), (6, 1)]
+    for measure in (ink_amount, inked_patches):
+        np.testing.assert_array_equal(in_patches(measure, image_set, rows, GRID), measure(images[rows], GRID))
 
 
 def test_the_border_is_the_outermost_patches() -> None:

@@ -194,7 +194,7 @@ def test_blocks_of_permutations_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     generator = np.random.default_rng(10)
     attention, content = generator.random((20, 3, 9)).astype(np.float32), blobs(generator, 20)
     expected = permuted_products(attention, content, 70, seed=4)
-    monkeypatch.setattr(intervals, "BLOCK", 11)
+    monkeypatch.setattr(intervals, "PERMUTATION_BATCH", 11)
     found = permuted_products(attention, content, 70, seed=4)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
@@ -336,6 +336,17 @@ def test_changes_of_shares_cover_their_truth(shares: tuple[float, ...]) -> None:
     assert covered / 400 >= 0.93
     if min(shares) > 0.05:
         assert covered / 400 <= 0.98
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_spearmans_correlations_along_an_axis_are_scipys(axis: int) -> None:
+    first, second = np.random.default_rng(16).standard_normal((2, 7, 11)).round(1)  # with ties
+    expected = [scipy.stats.spearmanr(*pair).statistic
+                for pair in zip(np.moveaxis(first, axis, 1), np.moveaxis(second, axis, 1), strict=True)]  # fmt: skip
+    np.testing.assert_allclose(intervals.spearman(first, second, axis), expected, atol=1e-12)
+    first[3] = 0.5
+    undefined = np.isnan(intervals.spearman(first, second))
+    assert undefined.tolist() == [number == 3 for number in range(7)]
 
 
 def test_rank_correlations_are_scipys() -> None:

@@ -57,6 +57,16 @@ def test_uniform_attention_has_the_entropy_ln_n() -> None:
     np.testing.assert_allclose(map_measures.effective_tokens(uniform(SEED)), 17.0, rtol=1e-5)
 
 
+def test_uniform_distances_are_those_of_the_documentation() -> None:
+    for grid, patch, expected in (((4, 4), 7, 14.06), ((2, 2), 14, 11.95), ((7, 7), 4, 14.44)):
+        geometry = Geometry(grid, 1, (patch, patch))
+        assert map_measures.uniform_distance(geometry) == pytest.approx(expected, abs=0.006)
+        tokens = torch.full((1, 1, *[geometry.num_tokens] * 2), 1 / geometry.num_tokens)
+        measured = map_measures.mean_attention_distance(tokens, geometry)
+        assert float(measured) == pytest.approx(map_measures.uniform_distance(geometry), rel=1e-6)
+    assert 0 < map_measures.uniform_distance(Geometry((1, 1), 1, (28, 28))) < 1e-6
+
+
 def test_entropy_equals_scipys() -> None:
     weights = random_weights(OBLONG)
     np.testing.assert_allclose(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.files.atomic import json_ready
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.report.chapter import Chapter
 
@@ -46,7 +47,10 @@ class ChapterWriter:
     needs: Mapping[Need, str] = field(default_factory=dict)  # what the chapter says where a need is not met, in order
 
     def __call__(self, study: Study) -> Chapter:
+        """Write the chapter, or one with the sentence of the first need that is not met; its numbers are JSON's own
+        types, null for NaN."""
         for need, sentence in self.needs.items():
             if not need.is_met(study):
                 return Chapter(self.title, sentence)
-        return self.write(study)
+        chapter = self.write(study)
+        return replace(chapter, numbers=json_ready(chapter.numbers))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attention_visualizer.data.image_sets import ImageSet
+
+IMAGES_AT_ONCE = 1000  # bounds memory
 BRIGHT = 128  # of 255, from which a pixel counts as ink
 INKED = 0.04  # the share of a patch's pixels, from which it counts as inked: 2 of 49
 
@@ -36,11 +39,22 @@ def inked_patches(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
     return patch_shares(ink_pixels(pictures), grid) >= INKED
 
 
-def grid_cells(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The patch that each pixel lies in: [height, width], int64."""
-    rows = torch.arange(size[0]) * grid[0] // size[0]
-    columns = torch.arange(size[1]) * grid[1] // size[1]
-    return rows[:, None] * grid[1] + columns
+def in_blocks(images: ImageSet, rows: NDArray[np.int64]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the images of these rows, IMAGES_AT_ONCE at a time: where they stand in `rows`, and uint8 [image, channel,
+    height, width]."""
+    for start in range(0, len(rows), IMAGES_AT_ONCE):
+        block = slice(start, start + IMAGES_AT_ONCE)
+        yield block, images.read(rows[block].tolist())
+
+
+def in_patches(
+    measure: Callable[[Tensor, tuple[int, int]], Tensor],
+    images: ImageSet,
+    rows: NDArray[np.int64],
+    grid: tuple[int, int],
+) -> NDArray[Any]:
+    """Apply `ink_amount` or `inked_patches` to the images of these rows in blocks of bounded memory: [image, patch]."""
+    return np.concatenate([measure(block, grid).numpy() for _, block in in_blocks(images, rows)])
 
 
 def border_patches(grid: tuple[int, int]) -> NDArray[np.bool_]:

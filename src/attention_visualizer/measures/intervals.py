@@ -51,16 +51,8 @@ class Interval:
         return Interval(factor * self.value, np.minimum(*ends), np.maximum(*ends), self.n)
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON, which knows no NaN."""
-        ends = {"value": self.value, "low": self.low, "high": self.high}
-        return {name: without_nan(np.asarray(each).tolist()) for name, each in ends.items()} | {"n": self.n}
-
-
-def without_nan(value: Any) -> Any:
-    """Numbers and lists of them, None in the place of NaN."""
-    if isinstance(value, list):
-        return [without_nan(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        """Return the fields by name, for a chapter's numbers."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
 
 class BootstrapMeans:
@@ -213,6 +205,16 @@ def permutation_p_value(observed: Array, null: Array) -> Array:
     distance = np.abs(observed - middle) * (1 - 1e-5)
     p_value = ((np.abs(null - middle) >= distance).sum(axis=0) + 1) / (len(null) + 1)
     return np.where(np.isnan(distance), np.nan, p_value)
+
+
+def spearman(first: Array, second: Array, axis: int = -1) -> Array:
+    """Return Spearman's rank correlation along an axis; NaN where either is constant."""
+    import scipy.stats
+
+    ranks = [scipy.stats.rankdata(values, axis=axis) for values in (first, second)]
+    one, other = (each - each.mean(axis=axis, keepdims=True) for each in ranks)
+    norm = np.sqrt((one**2).sum(axis=axis) * (other**2).sum(axis=axis))
+    return np.divide((one * other).sum(axis=axis), norm, out=np.full(norm.shape, np.nan), where=norm > 0)
 
 
 def rank_correlation(first: Array, second: Array, permutations: int = PERMUTATIONS) -> tuple[Interval, float]:

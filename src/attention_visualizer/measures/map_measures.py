@@ -238,5 +238,11 @@ def jensen_shannon_divergence(first: Tensor, second: Tensor) -> Tensor:
 
 
 def uniform_entropy(num_keys: int) -> float:
-    """Entropy of a row that prefers nothing: the largest there is, ln N."""
+    """Return the entropy of a uniform row in nats, ln N: the largest there is."""
     return math.log(num_keys)
+
+
+def uniform_distance(geometry: Geometry) -> float:
+    """Return the mean attention distance of uniform attention in pixels, positive for a single patch too."""
+    centers = geometry.patch_centers()
+    return max(float(torch.cdist(centers, centers).mean()), 1e-9)

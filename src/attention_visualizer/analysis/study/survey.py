@@ -58,6 +58,29 @@ class Survey:
         return self.geometries[-1].num_prefix_tokens > 0 and self.geometries[-1].class_token == "read"
 
     @property
+    def patch_queries_count(self) -> Array:
+        """Whether the prediction depends on each layer's patch queries: bool [layer].
+
+        It does not on those of a last layer of which only the class token is read: their distance says nothing.
+        """
+        counts = np.ones(len(self.geometries), dtype=bool)
+        counts[-1] = not self.reads_class_token
+        return counts
+
+    @cached_property
+    def uniform_distances(self) -> Array:
+        """Mean attention distance of uniform attention in pixels: [layer], NaN where patch queries do not count."""
+        distances = np.array([map_measures.uniform_distance(geometry) for geometry in self.geometries])
+        return np.where(self.patch_queries_count, distances, np.nan)
+
+    @property
+    def relative_distances(self) -> Interval:
+        """Mean attention distance in multiples of uniform attention's: [layer, head + 1], the last column the mean over
+        heads; NaN where patch queries do not count."""
+        measured, uniform = self.mean_of("distance"), self.uniform_distances[:, None]
+        return Interval(measured.value / uniform, measured.low / uniform, measured.high / uniform, measured.n)
+
+    @property
     def right(self) -> Array | None:
         """Whether each image was classified right; None where classes are not known."""
         return None if (self.labels < 0).any() or (self.predicted < 0).any() else self.labels == self.predicted
