@@ -272,7 +272,7 @@ def test_random_weights_support_nothing(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         subject = study(VisionTransformer().eval(), tmp_path)
         reference = reference or chapter.control_evidence(subject)
-        found = evidence_of(subject.survey, subject.pictures.read(subject.survey.kept))
+        found = evidence_of(subject.survey, subject.target.images.read(subject.survey.kept))
         judgements = judge(declared_claims(found)[0], found, reference)
         assert {each.verdict for each in judgements} == {"not supported"}
         significant += sum(each.adjusted < 0.05 for each in judgements)
@@ -410,12 +410,12 @@ def test_the_last_layers_patch_queries_stay_out(tmp_path: Path) -> None:
     """With a class token, changing them changes nothing: here, their distance is the only thing of the last layer."""
     torch.manual_seed(0)
     read = study(VisionTransformer(num_layers=3).eval(), tmp_path, 120)
-    found = evidence_of(read.survey, read.pictures.read(read.survey.kept))
+    found = evidence_of(read.survey, read.target.images.read(read.survey.kept))
     assert found.depth == (0, 1)
     names, missing = declared_claims(found)
     assert not any("locally" in each.name for each in names) and "locality" in missing[0]
     pooled = study(VisionTransformer(num_layers=3, pooling="mean").eval(), tmp_path, 120)
-    found = evidence_of(pooled.survey, pooled.pictures.read(pooled.survey.kept))
+    found = evidence_of(pooled.survey, pooled.target.images.read(pooled.survey.kept))
     assert found.depth == (0, 1, 2) and any("locally" in each.name for each in declared_claims(found)[0])
     distances = relative_distances(pooled.survey)
     value, replicates = distances.value, distances.replicates

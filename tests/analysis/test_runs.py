@@ -30,10 +30,11 @@ from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.files.atomic import write_json
+from attention_visualizer.files.tensor_files import CHECKPOINT_KEY
 from attention_visualizer.measures.intervals import bootstrap_p_value, sign_flip_test, smallest_sign_flip_p
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.models.vision_transformer import VisionTransformer
-from attention_visualizer.runs.checkpoint import PERMUTATION_BATCH, block_for
+from attention_visualizer.runs.checkpoint import block_for
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
 from tests.helpers.runs import ENVIRONMENT, run_script
@@ -120,7 +121,7 @@ class Place:
             "state_dict": {f"model.{key}": tensor for key, tensor in model.state_dict().items()},
             "epoch": 2,
             "global_step": 17,
-            PERMUTATION_BATCH: block | {"validation_accuracy": accuracy},
+            CHECKPOINT_KEY: block | {"validation_accuracy": accuracy},
         }
         for file in files:
             torch.save(content, run.checkpoints / file)
