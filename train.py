@@ -41,6 +41,7 @@ from attention_visualizer.runs.checkpoint_choice import load_chosen
 from attention_visualizer.runs.export import export_safetensors
 from attention_visualizer.support import allocator
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.eval_mode import eval_mode
 from attention_visualizer.support.text import print_sanitised
 from attention_visualizer.training import configuration, resuming, sweeps
 from attention_visualizer.training import run as training_run
@@ -48,7 +49,7 @@ from attention_visualizer.training.classifier import Classifier
 from attention_visualizer.training.configuration import arguments
 from attention_visualizer.training.saving import checkpoint_callbacks
 from attention_visualizer.training.stopping import StopRequest
-from attention_visualizer.watching.attention_logger import eval_mode
+from attention_visualizer.watching.lightning_internals import require_saving
 
 gc.freeze()  # nor are they looked through later: for 0.2 s, in the middle of a step
 atexit.register(gc.unfreeze)  # or Triton says at the end that they leaked
@@ -131,7 +132,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, locks: ExitStack)
         trainer = build_trainer(config, folder, stop, resumed_step)
         if resumed is not None:
             training_run.check_resumable(resumed.path, classifier, trainer)
-        training_run.open_logs(trainer.loggers, resumed_step)
+        log_guard = locks.enter_context(training_run.open_logs(trainer, resumed_step))
     except BaseException:
         if not begun and not sweeping:
             shutil.rmtree(folder.path)  # nothing but empty logs
@@ -155,7 +156,7 @@ def run(config: DictConfig, sweeping: bool, stop: StopRequest, locks: ExitStack)
     with training_run.recorded(folder):
         metrics = training_run.fit(trainer, classifier, data, config.ckpt_path)
         if config.test or (config.test is None and not sweeping):
-            metrics |= training_run.test_best(trainer, classifier, data, folder)
+            metrics |= training_run.test_best(trainer, classifier, data, folder, log_guard)
         if config.export:
             print_sanitised(f"Exported:     {export_safetensors(folder.best, folder.best.with_suffix('.safetensors'))}")
         settings: Any = OmegaConf.to_container(config, resolve=True)
@@ -284,6 +285,7 @@ def build_trainer(
         raise UserError(f"trainer: {error}{hint}") from error
     if trainer.world_size > 1:
         raise UserError("trainer.devices: this program trains on one device; use trainer.devices=1")
+    require_saving(trainer)
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from itertools import product
@@ -96,22 +97,37 @@ def test_the_measures_are_those_promised() -> None:
 def test_any_batch_sizes_give_the_same(sizes: list[int]) -> None:
     weights = random_weights()
     statistics = in_batches(weights, sizes)
-    assert statistics.num_images == IMAGES
     assert_same(statistics.compute(), feed(AttentionStatistics(), weights).compute())
 
 
-def test_merging_is_one_pass() -> None:
+def test_processes_together_have_the_statistics_of_one() -> None:
     weights = random_weights()
-    whole = feed(AttentionStatistics(), weights)
-    merged, middle, last = (
+    whole = feed(AttentionStatistics(), weights).compute()
+    shares = [
         feed(AttentionStatistics(), [layer[rows] for layer in weights])
         for rows in (slice(0, 5), slice(5, 36), slice(36, 47))
-    )
-    merged.merge(middle)
-    merged.merge(last)
-    assert merged.num_images == IMAGES
-    assert_same(merged.compute(), whole.compute())
-    assert middle.num_images == 31  # what was merged is as it was
+    ]
+    brought: list[list[Tensor]] = [[] for _ in shares]  # what each process hands to its reductions, in order
+    for share, tensors in zip(shares, brought, strict=True):
+
+        def bring(tensor: Tensor, *, reduce_op: str, tensors: list[Tensor] = tensors) -> Tensor:
+            tensors.append(tensor.clone())
+            return tensor
+
+        copy.deepcopy(share).reduce(bring)
+    for share in shares:
+        of_all = iter(zip(*brought, strict=True))
+
+        def over_processes(tensor: Tensor, *, reduce_op: str, of_all: Any = of_all) -> Tensor:
+            together = torch.stack(next(of_all))
+            return together.sum(dim=0) if reduce_op == "sum" else together.amax(dim=0)
+
+        share.reduce(over_processes)
+        reduced = share.compute()
+        assert_same(reduced, whole)
+        for name, summary in reduced.items():
+            np.testing.assert_array_equal(summary.extremes, whole[name].extremes)
+            assert summary.raw_values is None  # each process has its own
 
 
 def test_means_and_deviations() -> None:
@@ -216,7 +232,7 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
             tensor.untyped_storage().nbytes()
             for distributions in statistics.distributions.values()
             for distribution in distributions
-            for tensor in distribution.state()
+            for tensor in (distribution.counts, distribution.sums, distribution.sums_of_squares)
         )
 
     feed(statistics, batch)
@@ -229,7 +245,7 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
     del weights
     assert size() == after_one == len(NAMES) * LAYERS * HEADS * (NUM_BINS + 2) * 8
     assert all(reference() is None for reference in references)  # no map is kept
-    assert statistics.num_images == 12 * 7
+    assert statistics.compute()["entropy"].n == 12 * 7
 
 
 def test_sums_are_exact_for_many_images() -> None:
@@ -263,7 +279,7 @@ def test_images_of_another_size_are_left_out_and_named() -> None:
     before = statistics.compute()
     feed(statistics, random_weights(geometry=OTHER_GRID), OTHER_GRID)
     assert_same(statistics.compute(), before)
-    assert set(statistics.left_out) == set(statistics.layer_names) and statistics.num_images == IMAGES
+    assert set(statistics.left_out) == set(statistics.layer_names)
 
 
 def test_layers_of_other_grids_and_heads_stand_side_by_side() -> None:
@@ -290,7 +306,7 @@ def test_windows_of_an_image_count_once() -> None:
     statistics = AttentionStatistics(ALL_MEASURES)
     statistics.update(layer_of(0, weights, geometry))
     summary = statistics.compute()["entropy"]
-    assert summary.n == statistics.num_images == 5
+    assert summary.n == 5
     rows = -(weights * weights.log()).sum(dim=-1).mean(dim=-1)
     np.testing.assert_allclose(summary.mean[0], rows.mean(dim=0), rtol=1e-5)
 
@@ -311,23 +327,6 @@ def test_another_number_of_heads_is_refused() -> None:
         feed(statistics, random_weights(heads=2))
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        AttentionStatistics(),
-        feed(AttentionStatistics(), random_weights()[:1]),
-        feed(AttentionStatistics(), random_weights(geometry=OTHER_GRID), OTHER_GRID),
-    ],
-    ids=["nothing", "fewer layers", "another grid"],
-)
-def test_statistics_of_other_models_are_not_merged(other: AttentionStatistics) -> None:
-    statistics = feed(AttentionStatistics(), random_weights())
-    before = statistics.compute()
-    with pytest.raises(ValueError):
-        statistics.merge(other)
-    assert_same(statistics.compute(), before)
-
-
 def test_statistics_of_no_images_are_refused() -> None:
     with pytest.raises((RuntimeError, ValueError)):
         AttentionStatistics().compute()
@@ -344,10 +343,7 @@ def test_quantiles_of_few_images_are_exact_and_of_many_come_from_the_histogram()
     values = np.concatenate([reference(part)["entropy"] for part in parts[:2]])
     expected = np.quantile(values[:, 0].flatten(), (0.25, 0.5))
     np.testing.assert_allclose(few.compute()["entropy"].quantiles((0.25, 0.5))[0], expected, rtol=1e-5)
-    merged = feed(AttentionStatistics(), parts[0])
-    merged.merge(feed(AttentionStatistics(), parts[1]))
-    assert_same(merged.compute(), few.compute())
     for part in parts[2:]:
         feed(few, part)
     summary = few.compute()["entropy"]
-    assert summary.few is None and summary.n == 7 * IMAGES
+    assert summary.raw_values is None and summary.n == 7 * IMAGES

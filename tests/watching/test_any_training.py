@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,61 +10,33 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.figures import attention_figures
-from attention_visualizer.models.vision_transformer import VisionTransformer
-from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.watching import attention_logger
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from tests.attention.test_model_search import GEOMETRY, HandWritten
-from tests.watching.test_attention_logger import CLASSES, IMAGES, SIZE, Foreign, Recorder, fit, loader, new_trainer
+from tests.helpers.trainers import (
+    CLASSES,
+    IMAGES,
+    SIZE,
+    Foreign,
+    Recorder,
+    Steps,
+    attention_warnings,
+    fit,
+    kept_in,
+    loader,
+    new_trainer,
+    vit,
+)
 
 PROBES = torch.randn(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def vit(**options: Any) -> VisionTransformer:
-    sizes = {"img_size": SIZE, "patch_size": 5, "num_classes": CLASSES, "embed_dim": 6, "num_heads": 3}
-    return VisionTransformer(**(sizes | {"num_layers": 2, "mlp_dim": 11} | options))
-
-
-class Steps(LightningModule):
-    """Without forward: what is run, and on what, is in the steps alone."""
-
-    def __init__(self, model: nn.Module, head: nn.Module | None = None, **parts: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.head = head or nn.Identity()
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def loss(self, batch: Any) -> Tensor:
-        output = self.model(batch[0])
-        return F.cross_entropy(self.head(getattr(output, "logits", output)), batch[1])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.loss(batch)
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("loss", self.loss(batch))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def kept_in(folder: Path) -> AttentionHistory:
-    return AttentionHistory.load(folder / "attention_history.npz")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    yield
-    assert torch._C._len_torch_function_stack() == 0
 
 
 # --- models ----------------------------------------------------------------------------------------------------
@@ -331,15 +302,13 @@ def test_what_fails_while_training_is_warned_of_once(tmp_path: Path, monkeypatch
     def failing(*given: Any, **options: Any) -> Any:
         looks.append(given)
         if len(looks) > 1:
-            raise RuntimeError("out of memory\nand more")
+            raise RuntimeError("out of order\nand more")
         return observe(*given, **options)
 
     monkeypatch.setattr(attention_logger, "observe", failing)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with attention_warnings() as lines:
         fit(tmp_path, Steps(vit()), AttentionLogger())
-    ours = [str(each.message) for each in said if "AttentionLogger" in str(each.message)]
-    assert ours == ["AttentionLogger: no frame this time: out of memory"] and len(looks) == 6
+    assert lines == ["AttentionLogger: no frame this time: out of order"] and len(looks) == 6
     kept = kept_in(tmp_path)
     assert len(kept.frames) == 1 and kept.column("validations", "step").tolist() == [5, 10]
 

@@ -8,16 +8,14 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from lightning import LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -32,8 +30,8 @@ from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from tests.helpers.runs import BATCHES, HEADS, LAYERS, trained_run
+from tests.helpers.trainers import CLASSES, IMAGES, MEASURES, SIZE, Foreign, Recorder, fit, kept_in, loader
 
-MEASURES = ("entropy", "maximum", "mean", "distance")
 FRAMES = [0, 1, 2, 4, 8, 12, 24, 36]  # before training, log-spaced in the first epoch, then each validation
 VALIDATIONS = [12, 24, 36]
 
@@ -249,68 +247,6 @@ def test_frames_hold_the_probe_images_attention() -> None:
 
 # --- in anybody's project --------------------------------------------------------------------------------------
 
-CLASSES, IMAGES, SIZE = 7, 23, 15  # validated in batches of 5, so the last one is smaller
-
-
-class Foreign(LightningModule):
-    """Somebody else's module around the ViT: SGD, noise of its own, no data module."""
-
-    def __init__(self, pooling: Any = "cls", fail_in_batch: int | None = None, fail_in_eval: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(5)
-        self.backbone = VisionTransformer(
-            img_size=SIZE, patch_size=5, num_classes=CLASSES, embed_dim=6, num_heads=3, num_layers=2, mlp_dim=11,
-            attention_dropout=0.2, pooling=pooling,
-        )  # fmt: skip
-        self.frozen = nn.Dropout(0.5).eval()  # a part that is kept in eval mode while the rest trains
-        self.fail_in_batch = fail_in_batch
-        self.fail_in_eval = fail_in_eval
-        self.validated = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.fail_in_eval and not self.backbone.training:
-            raise RuntimeError("broken forward")
-        return self.backbone(images + 0.01 * torch.rand_like(images))  # random also in eval mode
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        assert self.backbone.training and not self.frozen.training
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        if batch_idx == self.fail_in_batch:
-            raise RuntimeError("broken batch")
-        self.validated += len(batch[0])
-        self.log("loss", F.cross_entropy(self(batch[0]), batch[1]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def loader(classes: int = CLASSES, shuffle: bool = False) -> DataLoader:
-    random = torch.Generator().manual_seed(3)
-    images = torch.randn(IMAGES, 1, SIZE, SIZE, generator=random)
-    return DataLoader(TensorDataset(images, torch.arange(IMAGES) % classes), batch_size=5, shuffle=shuffle)
-
-
-def new_trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    plain = {"enable_checkpointing": False, "default_root_dir": folder, "num_sanity_val_steps": 0, "max_epochs": 2}
-    return Trainer(**(quiet | plain | options), callbacks=list(callbacks))
-
-
-def fit(folder: Path, module: LightningModule, *callbacks: Any, validation: Any = None, **options: Any) -> Trainer:
-    trainer = new_trainer(folder, *callbacks, **options)
-    torch.manual_seed(11)
-    trainer.fit(module, loader(shuffle=True), loader() if validation is None else validation)
-    return trainer
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    modes = torch._C._len_torch_function_stack()
-    yield
-    assert torch._C._len_torch_function_stack() == modes
-
 
 def test_training_does_not_notice_it(tmp_path: Path) -> None:
     states, flags, draws = [], [], []
@@ -330,7 +266,7 @@ def test_numbers_and_history_with_a_csv_logger_alone(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
     by_step = {int(row["step"]): row for row in rows if row["attention_entropy/layer_1_mean"]}
     assert list(by_step) == [5, 10]
-    kept = AttentionHistory.load(tmp_path / "attention_history.npz")
+    kept = kept_in(tmp_path)
     for number, row in enumerate(by_step.values()):
         for measure, layer, head in itertools.product(MEASURES, range(2), range(3)):
             value = float(row[f"attention_{measure}/layer_{layer + 1}_head_{head + 1}"])
@@ -344,7 +280,7 @@ def test_numbers_and_history_with_a_csv_logger_alone(tmp_path: Path) -> None:
 
 def test_the_sanity_check_is_quiet(tmp_path: Path) -> None:
     fit(tmp_path, Foreign(), AttentionLogger(early_frames=False), num_sanity_val_steps=2)
-    kept = AttentionHistory.load(tmp_path / "attention_history.npz")
+    kept = kept_in(tmp_path)
     assert kept.column("validations", "step").tolist() == [5, 10]
     assert kept.column("validations", "images").tolist() == [IMAGES, IMAGES]
     assert kept.column("frames", "step").tolist() == [0, 5, 10]
@@ -359,7 +295,7 @@ def test_validation_outside_training_is_quiet(tmp_path: Path) -> None:
 
 def test_every_n_epochs(tmp_path: Path) -> None:
     fit(tmp_path, Foreign(), AttentionLogger(every_n_epochs=2, early_frames=False), max_epochs=5)
-    kept = AttentionHistory.load(tmp_path / "attention_history.npz")
+    kept = kept_in(tmp_path)
     assert kept.column("validations", "step").tolist() == [10, 20]
     assert kept.column("frames", "step").tolist() == [0, 10, 20]
 
@@ -368,13 +304,13 @@ def test_every_n_epochs(tmp_path: Path) -> None:
 def test_each_step_is_seen_once(tmp_path: Path, options: dict[str, Any]) -> None:
     fit(tmp_path, Foreign(), AttentionLogger(), **options)
     for part in ("frames", "validations"):
-        steps = AttentionHistory.load(tmp_path / "attention_history.npz").column(part, "step").tolist()
+        steps = kept_in(tmp_path).column(part, "step").tolist()
         assert steps == sorted(set(steps)), part
 
 
 def test_a_validation_limited_to_some_batches(tmp_path: Path) -> None:
     fit(tmp_path, Foreign(), AttentionLogger(), limit_val_batches=2)
-    kept = AttentionHistory.load(tmp_path / "attention_history.npz")
+    kept = kept_in(tmp_path)
     assert kept.column("validations", "images").tolist() == [10, 10]
 
 
@@ -401,28 +337,6 @@ def test_an_exception_while_the_probes_are_looked_at(tmp_path: Path) -> None:
 
 
 # --- pictures --------------------------------------------------------------------------------------------------
-
-
-class Recorder(Logger):
-    """A logger of some other service: takes numbers, and images as Weights & Biases does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.metrics: list[tuple[int | None, dict[str, float]]] = []
-        self.images: list[tuple[str, int, np.ndarray]] = []
-
-    name = "recorder"  # type: ignore[assignment]
-    version = 0  # type: ignore[assignment]
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.metrics.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
-        assert step is not None
-        self.images += [(key, step, image) for image in images]
 
 
 def test_images_go_to_every_logger_that_takes_them(tmp_path: Path) -> None:
@@ -466,7 +380,7 @@ def test_pictures_say_whose_attention_it_is(
         assert re.match(rf"true {number % CLASSES}, predicted \d \(\d+\.\d%\)", headline)
     assert "epoch 0, step 0" in seen[0][1] and "epoch 1, step 5" in seen[-1][1]
     assert ["RANDOM WEIGHTS" in line for _, line in seen] == [True] * CLASSES + [False] * 4 * CLASSES
-    query = str(AttentionHistory.load(tmp_path / "attention_history.npz").probe["query"])
+    query = str(kept_in(tmp_path).probe["query"])
     assert query == ("patches" if pooling == "mean" else "cls")
 
 
@@ -475,7 +389,7 @@ def test_given_probe_images_take_the_place_of_the_rule(tmp_path: Path, monkeypat
     options = {"probe_images": probes, "probe_labels": torch.tensor([6, 0, 6])}
     seen = subtitles(tmp_path, monkeypatch, Foreign(), **options)
     assert [headline.split(",")[0] for headline, _ in seen[:3]] == ["true 6", "true 0", "true 6"]
-    kept = AttentionHistory.load(tmp_path / "attention_history.npz")
+    kept = kept_in(tmp_path)
     assert kept.probe["labels"].tolist() == [6, 0, 6] and kept.frames[0]["maps"].shape[0] == 3
 
 
@@ -490,7 +404,7 @@ def test_a_model_with_more_classes_than_the_validation_set(tmp_path: Path) -> No
     with torch.no_grad():
         module.backbone.head.bias[CLASSES - 1] = 50.0  # always predicts a class that has no image
     fit(tmp_path, module, AttentionLogger(), validation=loader(classes=2), logger=Recorder(), max_epochs=1)
-    kept = AttentionHistory.load(tmp_path / "attention_history.npz")
+    kept = kept_in(tmp_path)
     assert kept.probe["labels"].tolist() == [0, 1]
     assert kept.frames[0]["predicted"].tolist() == [CLASSES - 1] * 2
 
@@ -516,5 +430,5 @@ def test_training_without_validation_asks_for_probe_images(tmp_path: Path) -> No
         fit(tmp_path, Foreign(), AttentionLogger(), limit_val_batches=0)
     probes = torch.randn(3, 1, SIZE, SIZE)
     fit(tmp_path, Foreign(), AttentionLogger(probe_images=probes), limit_val_batches=0)
-    kept = AttentionHistory.load(tmp_path / "attention_history.npz")
+    kept = kept_in(tmp_path)
     assert kept.column("frames", "step").tolist()[:4] == [0, 1, 2, 4] and kept.validations == []

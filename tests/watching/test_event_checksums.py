@@ -27,15 +27,16 @@ def test_known_checksum() -> None:
     assert masked_crc32c(bytes(32)) == ((checksum >> 15 | checksum << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def test_a_tensorboard_logger_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_writer, "masked_crc32c", pywrap_tensorflow.masked_crc32c)
-    Loggers(())
-    assert record_writer.masked_crc32c is pywrap_tensorflow.masked_crc32c
+def test_a_tensorboard_logger_gets_them_while_it_trains(tmp_path: Path) -> None:
+    with Loggers().fast_checksums():
+        assert record_writer.masked_crc32c is pywrap_tensorflow.masked_crc32c
     loggers = Loggers([TensorBoardLogger(tmp_path, name="board", version="")])
-    assert record_writer.masked_crc32c is masked_crc32c
-    for step in range(3):
-        loggers.numbers({"number": step / 2}, step)
-    loggers.loggers[0].finalize("success")
+    with loggers.fast_checksums():
+        assert record_writer.masked_crc32c is masked_crc32c
+        for step in range(3):
+            loggers.log_scalars({"number": step / 2}, step)
+        loggers.loggers[0].finalize("success")
+    assert record_writer.masked_crc32c is pywrap_tensorflow.masked_crc32c
     # Its reader computes the checksums anew, and ends at the first that differs.
     written = EventAccumulator(str(tmp_path / "board")).Reload()
     assert [event.value for event in written.Scalars("number")] == [0.0, 0.5, 1.0]
@@ -45,6 +46,6 @@ def test_the_writer_uses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     seen: list[int] = []
     loggers = Loggers([TensorBoardLogger(tmp_path, name="board", version="")])
     monkeypatch.setattr(record_writer, "masked_crc32c", lambda data: seen.append(len(data)) or masked_crc32c(data))
-    loggers.numbers({"number": 1.0}, 0)
+    loggers.log_scalars({"number": 1.0}, 0)
     loggers.loggers[0].finalize("success")
     assert 8 in seen and max(seen) > 8  # each record's length, and the records

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import struct
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.watching.attention_logger import AttentionLogger
-from tests.watching.test_any_training import Steps, kept_in, vit
-from tests.watching.test_attention_logger import MEASURES, Recorder, fit, loader
+from tests.helpers.trainers import MEASURES, Recorder, Steps, attention_warnings, fit, kept_in, loader, vit
 
 STEPS = [0, 1, 2, 4, 5, 10]
 PROBES = torch.stack([loader().dataset[number][0] for number in range(2)])
@@ -158,11 +156,9 @@ class Broken(Recorder):
 
 def test_a_logger_that_fails_takes_nothing_from_the_others(tmp_path: Path) -> None:
     broken, whole = Broken(), Recorder()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with attention_warnings() as lines:
         train(tmp_path, [broken, whole, CSVLogger(tmp_path)])
-    said = [str(each.message) for each in caught if "AttentionLogger" in str(each.message)]
-    assert said == ["AttentionLogger: Broken gets no more images: the service is away"]
+    assert lines == ["AttentionLogger: Broken gets no more images: the service is away"]
     found: dict[str, list[int]] = {}
     for tag, step, _ in whole.images:
         found.setdefault(tag, []).append(step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from attention_visualizer.measures.streaming import AttentionStatistics
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from attention_visualizer.watching.validation import ValidationWatch, name_in_pass
 from tests.attention.test_model_search import GEOMETRY, HandWritten
-from tests.watching.test_any_training import Steps, kept_in, vit
-from tests.watching.test_attention_logger import IMAGES, SIZE, fit
+from tests.helpers.trainers import IMAGES, SIZE, Steps, attention_warnings, fit, kept_in, vit
 
 BATCH = torch.randn(5, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
 OTHER = torch.randn(4, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(6))
@@ -212,10 +210,9 @@ def test_errors_of_the_step_itself_are_its_own() -> None:
 
 
 def said(folder: Path, module: Steps, **options: Any) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with attention_warnings() as lines:
         fit(folder, module, AttentionLogger(), **options)
-    return [str(each.message) for each in caught if "AttentionLogger" in str(each.message)]
+    return lines
 
 
 def test_each_remark_is_made_once(tmp_path: Path) -> None:

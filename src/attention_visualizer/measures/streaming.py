@@ -1,6 +1,6 @@
 """Streaming accumulators: statistics of attention over any number of images in memory that does not grow.
 
-Each is `update` / `merge` / `compute`; sums are kept in float64 and counts exactly.
+Each is `update` / `compute`; sums are kept in float64 and counts exactly.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,23 +21,28 @@ from attention_visualizer.measures import map_measures
 from attention_visualizer.support.errors import UserError
 
 NUM_BINS = 512
-FEW = 256  # images of which the values themselves are kept
+MAX_RAW = 256  # images of which the values themselves are kept, and quantiles are exact
+
+
+class Reduce(Protocol):
+    """A sum or maximum of a tensor over processes, such as `trainer.strategy.reduce`."""
+
+    def __call__(self, tensor: Tensor, *, reduce_op: str) -> Tensor: ...
 
 
 class Distribution:
     """Histogram, sum and sum of squares of values in a known range, for each head.
 
-    Quantiles come from the histogram, so they are exact to one bin: (high - low) / NUM_BINS. Of few images the values
-    are kept as well, in `few`; None as soon as there are more.
+    Quantiles come from the histogram, so they are exact to one bin: (high - low) / NUM_BINS.
     """
 
     def __init__(self, num_heads: int, low: float, high: float, device: torch.device | str = "cpu") -> None:
         self.low, self.high = low, high
         self.counts = torch.zeros(num_heads, NUM_BINS, dtype=torch.float64, device=device)
-        self.first_bins = torch.arange(num_heads, device=device) * NUM_BINS  # of the counts in one row
+        self.first_bins = torch.arange(num_heads, device=device) * NUM_BINS  # each head's, with all counts in one row
         self.sums = torch.zeros(num_heads, dtype=torch.float64, device=device)
         self.sums_of_squares = torch.zeros(num_heads, dtype=torch.float64, device=device)
-        self.few: list[Tensor] | None = []
+        self.raw_values: list[Tensor] | None = []  # all values, None as soon as they are of more than MAX_RAW images
         self.smallest = torch.full((num_heads,), math.inf, dtype=torch.float64, device=device)
         self.largest = torch.full((num_heads,), -math.inf, dtype=torch.float64, device=device)
 
@@ -46,7 +52,10 @@ class Distribution:
         bins = ((values - self.low) * (NUM_BINS / (self.high - self.low))).long().clamp_(0, NUM_BINS - 1)
         bins += self.first_bins
         self.counts += torch.bincount(bins.flatten(), minlength=num_heads * NUM_BINS).view_as(self.counts)
-        self._keep([values])
+        if self.raw_values is not None:
+            self.raw_values.append(values)
+            if sum(map(len, self.raw_values)) > MAX_RAW:
+                self.raw_values = None
         values = values.double()
         self.sums += values.sum(dim=0)
         self.sums_of_squares += values.square().sum(dim=0)
@@ -55,46 +64,31 @@ class Distribution:
             self.smallest = torch.minimum(self.smallest, smallest)
             self.largest = torch.maximum(self.largest, largest)
 
-    def _keep(self, values: list[Tensor] | None) -> None:
-        if self.few is not None:
-            self.few = None if values is None else [*self.few, *values]
-            if self.few is not None and sum(map(len, self.few)) > FEW:
-                self.few = None
-
-    def state(self) -> list[Tensor]:
-        """The sums that `merge` and a reduction over processes add up."""
-        return [self.counts, self.sums, self.sums_of_squares]
-
-    def merge(self, other: Distribution) -> None:
-        for mine, theirs in zip(self.state(), other.state(), strict=True):
-            mine += theirs
-        self._keep(other.few)
-        self.smallest = torch.minimum(self.smallest, other.smallest)
-        self.largest = torch.maximum(self.largest, other.largest)
+    def reduce(self, over_processes: Reduce) -> None:
+        for sums in (self.counts, self.sums, self.sums_of_squares):
+            sums.copy_(over_processes(sums, reduce_op="sum"))
+        self.raw_values = None  # each process has its own
+        self.largest = over_processes(self.largest, reduce_op="max")
+        self.smallest = -over_processes(-self.smallest, reduce_op="max")
 
 
 @dataclass(frozen=True)
 class MeasureSummary:
-    """One measure over images, by layer and head.
+    """One measure over images, by layer and head."""
 
-    mean, deviation: [layer, head], NaN where a layer has fewer heads or the measure does not apply; counts: [layer,
-    head, bin] over edges: [bin + 1]; extremes: [layer, 2], the smallest and largest value; n: images. few: all values
-    of each layer, where there are few.
-    """
-
-    mean: NDArray[np.float64]
-    deviation: NDArray[np.float64]
-    counts: NDArray[np.float64]
-    edges: NDArray[np.float64]
-    extremes: NDArray[np.float64]
-    n: int
-    few: tuple[NDArray[np.float64], ...] | None = None
+    mean: NDArray[np.float64]  # [layer, head], NaN where a layer has fewer heads or the measure does not apply
+    deviation: NDArray[np.float64]  # as the mean
+    counts: NDArray[np.float64]  # [layer, head, bin]
+    edges: NDArray[np.float64]  # [bin + 1]
+    extremes: NDArray[np.float64]  # [layer, 2], the smallest and the largest value
+    n: int  # images
+    raw_values: tuple[NDArray[np.float64], ...] | None = None  # of each layer, where there are at most MAX_RAW images
 
     def quantiles(self, shares: tuple[float, ...]) -> NDArray[np.float64]:
-        """Over images and heads together: [layer, share]."""
-        if self.few is not None:
+        """Return quantiles over images and heads together: [layer, share]."""
+        if self.raw_values is not None:
             nothing = np.full(len(shares), np.nan)
-            return np.stack([np.quantile(values, shares) if len(values) else nothing for values in self.few])
+            return np.stack([np.quantile(values, shares) if len(values) else nothing for values in self.raw_values])
         binned = np.stack([histogram_quantiles(layer.sum(axis=0), self.edges, shares) for layer in self.counts])
         # Where all values lie within one bin, its edges would say more than they do.
         return np.clip(binned, self.extremes[:, :1], self.extremes[:, 1:])
@@ -103,7 +97,7 @@ class MeasureSummary:
 def histogram_quantiles(
     counts: NDArray[np.float64], edges: NDArray[np.float64], shares: tuple[float, ...]
 ) -> NDArray[np.float64]:
-    """Quantiles of a histogram, linear within a bin: counts [bin], edges [bin + 1] -> [share]. NaN of nothing."""
+    """Return quantiles of a histogram, linear within a bin: counts [bin], edges [bin + 1] -> [share]; NaN if empty."""
     if not counts.any():
         return np.full(len(shares), np.nan)
     cumulative = np.concatenate([[0.0], np.cumsum(counts)])
@@ -116,15 +110,14 @@ def histogram_quantiles(
 
 @dataclass(frozen=True)
 class Measure:
-    """A number for each image and head: what it is called, its unit, how it is computed, where it can lie, and which
-    layers have it."""
+    """A number for each image and head."""
 
     name: str
     label: str
     unit: str
-    function: Callable[[Tensor, Geometry], Tensor]
-    upper_bound: Callable[[Geometry], float]
-    applies: Callable[[Tensor, Geometry], bool] = lambda weights, geometry: True
+    function: Callable[[Tensor, Geometry], Tensor]  # of weights [batch, head, query, key] -> [batch, head]
+    upper_bound: Callable[[Geometry], float]  # it lies between 0 and this
+    applies: Callable[[Tensor, Geometry], bool] = lambda weights, geometry: True  # whether a layer has it
 
 
 def _longest_distance(geometry: Geometry) -> float:
@@ -157,7 +150,7 @@ MEASURES = (
         map_measures.is_self_attention,
     ),
 )
-# With those that cost more, for what is measured once.
+# Together with those that cost more, for what is measured once.
 ALL_MEASURES = (
     *MEASURES,
     Measure(
@@ -192,8 +185,8 @@ class AttentionStatistics:
     """Measures over a stream of images: hand `update` to `capture(model, consume=...)`.
 
     Layers whose place on the image is not known, or that come again with images of another size, are left out;
-    `left_out` has their names. Windows of one image count as one value, their mean. `also`, if given, gets the values
-    as well: of each measure, by its name, and layer, by its position: [image, head].
+    `left_out` has their names. Windows of one image count as one value, their mean. `also`, if given, is called with
+    each measure's name, each layer's position and their values [image, head].
     """
 
     def __init__(
@@ -205,7 +198,6 @@ class AttentionStatistics:
         self.geometries: list[Geometry] = []
         self.distributions: dict[str, list[Distribution]] = {measure.name: [] for measure in self.measures}
         self.left_out: dict[str, None] = {}
-        self.num_images = 0
 
     def update(self, layer: AttentionLayer) -> None:
         if layer.geometry is None:
@@ -223,8 +215,6 @@ class AttentionStatistics:
                 self.distributions[measure.name][position].update(values)
                 if self.also is not None:
                     self.also(measure.name, position, values)
-        if position == 0:
-            self.num_images += len(layer.geometry.per_image(layer.weights[:, :0]))
 
     def _add_layer(self, layer: AttentionLayer, geometry: Geometry) -> None:
         self.layer_names.append(layer.name)
@@ -234,16 +224,14 @@ class AttentionStatistics:
                 Distribution(layer.weights.shape[1], 0.0, measure.upper_bound(geometry), layer.weights.device)
             )
 
-    def merge(self, other: AttentionStatistics) -> None:
-        if other.layer_names != self.layer_names or other.geometries != self.geometries:
-            raise ValueError("statistics of different layers cannot be merged")
-        self.num_images += other.num_images
-        for name, distributions in self.distributions.items():
-            for mine, theirs in zip(distributions, other.distributions[name], strict=True):
-                mine.merge(theirs)
+    def reduce(self, over_processes: Reduce) -> None:
+        """Make these the statistics of all processes, each of which calls this after its share of the images."""
+        for distributions in self.distributions.values():
+            for distribution in distributions:
+                distribution.reduce(over_processes)
 
     def compute(self) -> dict[str, MeasureSummary]:
-        """measure name -> Summary. Raises UserError if no layer's place on the image was known."""
+        """Return measure name -> MeasureSummary. Raise UserError if no layer's place on the image was known."""
         if not self.layer_names:
             raise UserError(NO_GEOMETRY)
         return {name: _summary(distributions) for name, distributions in self.distributions.items()}
@@ -261,46 +249,41 @@ class MeanWeights:
         self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total
         self.counts[layer.name] = self.counts.get(layer.name, 0) + len(layer.weights)
 
-    def merge(self, other: MeanWeights) -> None:
-        for name, total in other.sums.items():
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
-
     def compute(self) -> dict[str, Tensor]:
-        """Layer name -> [head, query, key], float32."""
+        """Return layer name -> [head, query, key], float32."""
         return {name: (total / self.counts[name]).float() for name, total in self.sums.items()}
 
 
 def _summary(distributions: list[Distribution]) -> MeasureSummary:
-    """Layers of fewer heads are filled up with NaN, and without counts."""
+    """Summarise a measure's distributions, one a layer; layers of fewer heads are filled up with NaN and no counts."""
     num_heads = max(len(distribution.counts) for distribution in distributions)
     edges = np.linspace(0.0, max(distribution.high for distribution in distributions), NUM_BINS + 1)
     n = distributions[0].counts[0].sum().item()
     mean = np.full((len(distributions), num_heads), np.nan)
     deviation, counts = mean.copy(), np.zeros((*mean.shape, NUM_BINS))
     extremes = []
-    for layer, each in enumerate(distributions):
-        heads = slice(0, len(each.counts))
-        valid = each.counts.sum(dim=1).cpu().numpy()
-        sums, squares = each.sums.cpu().numpy(), each.sums_of_squares.cpu().numpy()
+    for layer, distribution in enumerate(distributions):
+        heads = slice(0, len(distribution.counts))
+        valid = distribution.counts.sum(dim=1).cpu().numpy()
+        sums, squares = distribution.sums.cpu().numpy(), distribution.sums_of_squares.cpu().numpy()
         with np.errstate(invalid="ignore"):  # 0 / 0 where there is no value, such as the distance of a pooling query
             mean[layer, heads] = sums / valid
             deviation[layer, heads] = np.sqrt(np.maximum(squares / valid - mean[layer, heads] ** 2, 0.0))
-        counts[layer, heads] = _on_edges(each.counts.cpu().numpy(), each.high, edges)
-        extremes.append([float(each.smallest.min()), float(each.largest.max())])
-    few = [each.few for each in distributions]
-    kept = None
-    if all(values is not None for values in few):
-        kept = tuple(
+        counts[layer, heads] = _on_edges(distribution.counts.cpu().numpy(), distribution.high, edges)
+        extremes.append([float(distribution.smallest.min()), float(distribution.largest.max())])
+    raw_values = [distribution.raw_values for distribution in distributions]
+    joined = None
+    if all(values is not None for values in raw_values):
+        joined = tuple(
             torch.cat(values).flatten().double().cpu().numpy() if values else np.empty(0)
-            for values in few
+            for values in raw_values
             if values is not None
         )
-    return MeasureSummary(mean, deviation, counts, edges, np.array(extremes), int(n), kept)
+    return MeasureSummary(mean, deviation, counts, edges, np.array(extremes), int(n), joined)
 
 
 def _on_edges(counts: NDArray[np.float64], high: float, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Counts [head, bin] from 0 to `high` in the bins that all layers share: each goes where its middle lies."""
+    """Bring counts [head, bin] from 0 to `high` into the bins that all layers share, each to where its middle lies."""
     if high == edges[-1]:
         return counts
     middles = (np.arange(NUM_BINS) + 0.5) * high / NUM_BINS

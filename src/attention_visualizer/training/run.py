@@ -10,12 +10,13 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +31,8 @@ from attention_visualizer.support.text import print_sanitised, printable
 from attention_visualizer.training.classifier import Classifier
 from attention_visualizer.training.overrides import override
 from attention_visualizer.training.training_state import check_training_state
-from attention_visualizer.watching import loggers
+from attention_visualizer.watching.attention_logger import AttentionLogger
+from attention_visualizer.watching.log_guard import LogGuard
 
 STOPPED_BY: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
 
@@ -55,19 +57,24 @@ def check_resumable(path: Path, classifier: Classifier, trainer: Trainer) -> Non
         raise UserError(f"{path}: {error}") from error
 
 
-def open_logs(logs: list[Logger], resumed_step: int | None) -> None:
-    """Opens all logs, so that what cannot be written shows before any work, and from where the checkpoint was saved.
-    Raises UserError."""
-    try:
-        for log in logs:
-            if resumed_step is not None and isinstance(log, CSVLogger):
-                keep_csv_rows(log, resumed_step)
-            loggers.guard(log)
-            log.experiment  # type: ignore[attr-defined]  # noqa: B018
-    except UserError:
-        raise
-    except Exception as error:  # of many kinds
-        raise UserError(f"{type(log).__name__}: {error}") from error
+@contextmanager
+def open_logs(trainer: Trainer, resumed_step: int | None) -> Iterator[LogGuard]:
+    """Open all logs, so that what cannot be written shows before any work, and from where the checkpoint was saved;
+    guard them inside. Raise UserError where one cannot be opened."""
+    with LogGuard(trainer.loggers) as guard:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, AttentionLogger):
+                callback.log_guard = guard
+        for log in trainer.loggers:
+            try:
+                if resumed_step is not None and isinstance(log, CSVLogger):
+                    keep_csv_rows(log, resumed_step)
+                log.experiment  # type: ignore[attr-defined]  # noqa: B018
+            except UserError:
+                raise
+            except Exception as error:  # of many kinds
+                raise UserError(f"{type(log).__name__}: {error}") from error
+        yield guard
 
 
 def keep_csv_rows(logger: CSVLogger, step: int) -> None:
@@ -137,23 +144,25 @@ def fit(trainer: Trainer, classifier: Classifier, data: ImageDataModule, ckpt_pa
     }
 
 
-def test_best(trainer: Trainer, classifier: Classifier, data: ImageDataModule, folder: RunFolder) -> dict[str, Any]:
+def test_best(
+    trainer: Trainer, classifier: Classifier, data: ImageDataModule, folder: RunFolder, log_guard: LogGuard
+) -> dict[str, Any]:
     """Tests best.ckpt, once: accuracy over all images and by class, and the confusion matrix [true][predicted]."""
     logs, trainer.loggers = trainer.loggers, []  # Lightning would log it at the last step of training
     scores = trainer.test(classifier, data, ckpt_path=folder.best, weights_only=True, verbose=False)[0]
     trainer.loggers = logs
     confusion = classifier.test_confusion.compute().cpu()
     by_class = confusion.diag() / confusion.sum(dim=1).clamp_min(1)
-    drawn = Figure(figsize=(7.5, 6.5), layout="constrained")
-    charts.confusion_matrix(confusion.numpy(), list(data.description.class_names), drawn.subplots())
-    charts.with_watermark(charts.with_headline(drawn, "Test set"), data.description.watermark)
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    charts.confusion_matrix(confusion.numpy(), list(data.description.class_names), figure.subplots())
+    charts.with_watermark(charts.with_headline(figure, "Test set"), data.description.watermark)
     with atomic.atomic_path(folder.path / "test_confusion.png") as temporary:
-        drawn.savefig(temporary, dpi=120)
+        figure.savefig(temporary, dpi=120)
     step = step_behind(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(dict(scores), step=step)
         if isinstance(logger, TensorBoardLogger):
-            loggers.log_figure(logger, "test/confusion", drawn, step)
+            log_guard.attempt(logger, None, partial(logger.experiment.add_figure, "test/confusion", figure, step))
     return {
         "test_accuracy": scores["test/accuracy"],
         "test_loss": scores["test/loss"],

@@ -13,13 +13,14 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class StopRequest(AbstractContextManager["StopRequest"]):
-    """While entered, takes both signals. What ends at a good place sets `deferred` and looks at `requested` there; at
-    any other time, and the second time, a signal raises SystemExit with 130 (Ctrl-C) or 143 (SIGTERM).
+    """Handler of both signals while entered. Code that can end at a good place sets `deferred` and calls
+    `end_if_requested` there; at any other time, and the second time, a signal raises SystemExit with 130 (Ctrl-C) or
+    143 (SIGTERM).
     """
 
     def __init__(self) -> None:
         self.deferred = False
-        self.requested: int | None = None
+        self.requested: int | None = None  # the signal that came
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -27,7 +28,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         return self
 
     def install_handlers(self) -> None:
-        """Takes the signals, again if somebody else took them meanwhile; a job in the background ignores Ctrl-C."""
+        """Handle the signals, also if somebody else has done so meanwhile; a job in the background ignores Ctrl-C."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread alone
         for number in SIGNALS:
@@ -52,6 +53,6 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         raise SystemExit(128 + number)
 
     def end_if_requested(self) -> None:
-        """To be called where everything is saved. Raises SystemExit if a signal came."""
+        """Raise SystemExit if a signal came. To be called where everything is saved."""
         if self.requested is not None:
             raise SystemExit(128 + self.requested)

@@ -1,35 +1,35 @@
-"""AttentionLogger: when attention is looked at during training and where it is written. No maths, no drawing."""
+"""AttentionLogger: when attention is captured during training and where it is written. No maths, no drawing."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.model_search import FoundModel, find_model
 from attention_visualizer.figures import attention_figures as figures
 from attention_visualizer.measures.observation import Observation, observe
-from attention_visualizer.measures.streaming import MEASURES, AttentionStatistics, MeasureSummary
+from attention_visualizer.measures.streaming import MEASURES, AttentionStatistics
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError, summary
+from attention_visualizer.support.eval_mode import eval_mode
 from attention_visualizer.support.training_progress import batches_done
+from attention_visualizer.watching.log_guard import LogGuard
 from attention_visualizer.watching.loggers import Loggers
-from attention_visualizer.watching.probes import check_probes, displayable, first_of_each_class
-from attention_visualizer.watching.validation import ValidationWatch
+from attention_visualizer.watching.probes import check_probes, displayable, first_of_each_class, validation_batches
+from attention_visualizer.watching.validation import ValidationWatch, ran_out_of_memory
 
 HISTORY_NAME = "attention_history.npz"
 
@@ -38,7 +38,7 @@ class AttentionLogger(Callback):
     """Logs a Vision Transformer's attention while it trains, at the validations of every `every_n_epochs`-th epoch.
 
     It goes into any LightningModule that contains one: `model` is its dotted path in the module, None to find it;
-    `geometry` says where its tokens lie, for one that does not state it.
+    `geometry` tells where its tokens lie, for one that does not declare it.
 
     Statistics cover the whole validation set and are measured in the validation pass's own forward. Overlays and
     head grids show a fixed probe batch: the first validation image of each class (`probe_images`
@@ -48,8 +48,9 @@ class AttentionLogger(Callback):
     those that take images, and both to attention_history.npz in the trainer's root folder. Weights train the same to
     the bit with it and without.
 
-    What the user can mend is a UserError before training begins; after that, what cannot be seen or written is warned
-    of, once, and training goes on.
+    What the user can correct is a UserError before training begins. Whatever else goes wrong in watching is warned of,
+    once for each kind of thing that is then missing, and training goes on; where memory ends, that kind of thing is
+    not tried again.
     """
 
     def __init__(
@@ -77,36 +78,49 @@ class AttentionLogger(Callback):
         self.probe_labels = probe_labels
         self.model = model
         self.geometry = geometry
+        self.log_guard: LogGuard | None = None  # of a run that guards its loggers itself
+        self._epoch_began = 0.0
+        self._forget_training()
+
+    def _forget_training(self) -> None:
+        """What belongs to one training: a callback may serve several, one after the other."""
         self.history = AttentionHistory()
-        self._found: FoundModel | None = None
+        self._saved = (0, 0)  # numbers of frames and validations in the history's file
+        self._found: FoundModel | None = None  # None: nothing is watched
         self._probes: Tensor | None = None
-        self._loggers = Loggers(())
+        self._loggers = Loggers()
+        self._validation_due = False  # the same in all processes
         self._validation: ValidationWatch | None = None
-        self._watching = ExitStack()
+        self._batch = ExitStack()  # of the validation, while it is watched
+        self._process_settings = ExitStack()
         self._warned: set[str] = set()
-        self._saved = (0, 0)  # how many entries of the history are in its file
+        self._given_up: set[str] = set()
         self._seconds = 0.0
-        self._epoch_began = time.perf_counter()
 
     # --- when ---
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget_training()
         self._epoch_began = time.perf_counter()
         require_unsharded_model(trainer)
         with self._timed():
-            with eval_mode(pl_module):
-                self._probes, labels = self._choose_probes(trainer, pl_module)
-                self._found = find_model(pl_module, self._probes, self.model, self.geometry)
-            if not trainer.is_global_zero:
-                return
-            if self._found.others:
-                others = ", ".join(self._found.others)
-                rank_zero_info(f'AttentionLogger watches {self._found.name}; others are {others} (model="..." chooses)')
-            self._loggers = Loggers(trainer.loggers)
+            self._attempt("attention", partial(self._begin, trainer, pl_module), before_training=True)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with eval_mode(pl_module):
+            self._probes, labels = self._choose_probes(trainer, pl_module)
+            found = find_model(pl_module, self._probes, self.model, self.geometry)
+        if trainer.is_global_zero:
+            if found.others:
+                others = ", ".join(found.others)
+                rank_zero_info(f'AttentionLogger watches {found.name}; others are {others} (model="..." chooses)')
+            self._loggers = Loggers(trainer.loggers, self.log_guard)
+            self._process_settings.enter_context(self._loggers.fast_checksums())
             resumed = trainer.global_step > 0
             self._begin_history(trainer, labels, resumed)
-            if not resumed:
-                self._log_frame(trainer, pl_module)
+        self._found = found
+        if trainer.is_global_zero and not resumed:
+            self._attempt("frame", partial(self._log_frame, trainer, pl_module), before_training=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -116,19 +130,20 @@ class AttentionLogger(Callback):
         if not (self.early_frames and trainer.current_epoch == 0 and power_of_two and trainer.is_global_zero):
             return
         if done < trainer.num_training_batches:  # the last batch's frame is the validation's
-            with self._timed(), self._warning_only("frame"):
-                self._log_frame(trainer, pl_module, early=True)
+            with self._timed():
+                self._attempt("frame", partial(self._log_frame, trainer, pl_module, early=True))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
-        self._validation = ValidationWatch(self._found, self.geometry) if fitting and due and self._found else None
+        self._validation_due = fitting and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        watched = self._validation_due and self._found is not None and "statistics" not in self._given_up
+        self._validation = ValidationWatch(self._found, self.geometry) if watched and self._found else None
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._validation is not None:
-            self._watching.enter_context(self._validation.batch())
+            self._batch.enter_context(self._validation.batch())
 
     def on_validation_batch_end(
         self,
@@ -139,49 +154,47 @@ class AttentionLogger(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._watching.close()
+        self._batch.close()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._validation is None:
+        if not self._validation_due:
             return
         watch, self._validation = self._validation, None
+        self._validation_due = False
         with self._timed():
-            for kind, remark in watch.remarks().items():
-                self._warn(kind, remark)
-            measured = bool(watch.statistics.layer_names) and watch.failure is None
-            measured = trainer.strategy.reduce_boolean_decision(measured, all=True)
-            if measured:
-                self._reduce_over_processes(trainer, watch.statistics)
+            # Processes agree, also with one that could not watch, before they add up what they have.
+            if trainer.strategy.reduce_boolean_decision(watch is not None and self._accept(watch), all=True):
+                assert watch is not None
+                self._attempt("statistics", partial(self._log_statistics, trainer, watch.statistics))
             if trainer.is_global_zero:
-                if measured:
-                    with self._warning_only("statistics"):
-                        self._log_statistics(trainer, watch.statistics.compute())
-                with self._warning_only("frame"):
-                    self._log_frame(trainer, pl_module)
+                self._attempt("frame", partial(self._log_frame, trainer, pl_module))
                 self._save_history(trainer)
-        self._seconds += watch.seconds
-        if trainer.is_global_zero:
+        if watch is not None:
+            self._seconds += watch.seconds
+        if trainer.is_global_zero and self._found is not None:
             now = time.perf_counter()
             share = self._seconds / max(now - self._epoch_began, 1e-9)
             cost = {"attention_logger/seconds": self._seconds, "attention_logger/share_of_epoch": share}
-            self._loggers.numbers(cost, trainer.global_step)
+            self._loggers.log_scalars(cost, trainer.global_step)
             self._seconds, self._epoch_began = 0.0, now
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._save_history(trainer)  # a run that goes on from this checkpoint misses nothing of what was seen before it
+        self._save_history(trainer)  # a run that goes on from this checkpoint has all that was captured before it
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save_history(trainer)
+        self._process_settings.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._save_history(trainer)
+        self._process_settings.close()
         # Handed through, so that it, and not an incomplete capture, is what is reported.
-        self._watching.__exit__(type(exception), exception, exception.__traceback__)
+        self._batch.__exit__(type(exception), exception, exception.__traceback__)
 
     # --- what ---
 
     def _choose_probes(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
-        """Images as the model takes them, on its device and of its type, and their labels, -1 where unknown."""
+        """Return images as the model takes them, on its device and of its type, and their labels, -1 where unknown."""
         if self.probe_images is None:
             images, labels = first_of_each_class(validation_batches(trainer))
         else:
@@ -200,129 +213,150 @@ class AttentionLogger(Callback):
             "class_names": np.array(names),
             "data": np.array(getattr(description, "watermark", "")),
         }
-        self.history = AttentionHistory()
         path = history_path(trainer)
         if resumed and path.exists():
-            self._go_on_with(path, probe, trainer.global_step)
+            self._load_history(path, probe, trainer.global_step)
         self.history.probe |= probe
 
-    def _go_on_with(self, path: Path, probe: dict[str, Any], step: int) -> None:
-        """The history up to `step`; one that cannot be read, or is of other images, is begun anew."""
+    def _load_history(self, path: Path, probe: dict[str, Any], step: int) -> None:
+        """Go on with the history up to `step`; one that cannot be read, or is of other images, is begun anew."""
         try:
-            kept = AttentionHistory.load(path)
+            history = AttentionHistory.load(path)
         except UserError as error:
-            self._warn("history", f"{error}; it is begun anew")
+            self._warn("earlier history", f"{error}; it is begun anew")
             return
-        if all(np.array_equal(kept.probe.get(name, ()), probe[name]) for name in ("images", "labels")):
-            self.history = kept
+        if all(np.array_equal(history.probe.get(name, ()), probe[name]) for name in ("images", "labels")):
+            self.history = history
             self.history.discard_after(step)
         else:
-            self._warn("history", f"{path} is of other probe images and is begun anew")
+            self._warn("earlier history", f"{path} is of other probe images and is begun anew")
 
     def _save_history(self, trainer: Trainer) -> None:
         entries = len(self.history.frames), len(self.history.validations)
         if entries == self._saved or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        with self._warning_only("history"):
+
+        def save() -> None:
             self.history.save(history_path(trainer))
             self._saved = entries
 
+        self._attempt("history", save)
+
     def _log_frame(self, trainer: Trainer, pl_module: LightningModule, early: bool = False) -> None:
-        """Looks at the probe images and writes what is seen: to the history, to the loggers as pictures.
+        """Observe the probe images and write that to the history and, as figures, to the loggers.
 
         An early frame has no head grids, which cost the most.
         """
-        assert self._found is not None and self._probes is not None
+        if self._found is None or self._probes is None:
+            return
         if self.history.frames and self.history.frames[-1]["step"] == trainer.global_step:
             return  # a validation right after an early frame, or a batch of accumulated gradients
         with eval_mode(pl_module):
-            seen = observe(self._found.runs, self._probes, geometry=self.geometry)
+            observation = observe(self._found.runs, self._probes, geometry=self.geometry)
         if not self._found.classifies:
-            nothing = np.full_like(seen.predicted, -1), np.full_like(seen.probability, np.nan)
-            seen = replace(seen, predicted=nothing[0], probability=nothing[1])
+            nothing = np.full_like(observation.predicted, -1), np.full_like(observation.probability, np.nan)
+            observation = replace(observation, predicted=nothing[0], probability=nothing[1])
         probe = self.history.probe
-        if "num_keys" not in probe:  # the first look at this model
-            probe |= {"num_keys": np.array(seen.num_keys), "query": np.array(str(seen.query))}
-            self._loggers.chart_layout(seen.entropy.shape[1])
+        if "num_keys" not in probe:  # the first frame of this model
+            probe |= {"num_keys": np.array(observation.num_keys), "query": np.array(str(observation.query))}
+            self._loggers.log_chart_layout(observation.entropy.shape[1])
         self.history.frames.append(
             {
                 "step": np.array(trainer.global_step),
                 "epoch": np.array(progress_in_epochs(trainer)),
-                "maps": np.nanmean(seen.head_maps, axis=2),
-                **({} if seen.rollouts is None else {"rollout": seen.rollouts[:, -1]}),
-                "entropy": seen.entropy.mean(axis=0),
-                "distance": seen.distance.mean(axis=0),
-                "predicted": seen.predicted,
-                "probability": seen.probability,
+                "maps": np.nanmean(observation.head_maps, axis=2),
+                **({} if observation.rollouts is None else {"rollout": observation.rollouts[:, -1]}),
+                "entropy": observation.entropy.mean(axis=0),
+                "distance": observation.distance.mean(axis=0),
+                "predicted": observation.predicted,
+                "probability": observation.probability,
             }
         )
         if self._loggers.take_images:
-            self._log_pictures(trainer, seen, early)
+            self._attempt("figures", partial(self._log_probe_figures, trainer, observation, early))
 
-    def _log_pictures(self, trainer: Trainer, seen: Observation, early: bool) -> None:
+    def _log_probe_figures(self, trainer: Trainer, observation: Observation, early: bool) -> None:
         probe = self.history.probe
-        names, note = [str(name) for name in probe["class_names"]], str(probe["data"])
+        names, watermark = [str(name) for name in probe["class_names"]], str(probe["data"])
         moment = figures.moment(progress_in_epochs(trainer), trainer.global_step)
         for number, label in enumerate(probe["labels"]):
             true_class = figures.class_name(names, int(label)) if label >= 0 else None
-            subject = figures.ExplainedImage.of(seen, number, probe["images"][number], true_class, names)
+            image = figures.ExplainedImage.of(observation, number, probe["images"][number], true_class, names)
             tag = f"probe_{number}" if true_class is None else f"probe_{number}_class_{true_class}"
-            subtitle = f"{figures.query_name(seen.query)}, {moment}"
-            strip = figures.overlay_strip(subject, subject.verdict, subtitle).with_watermark(note)
-            self._loggers.picture(f"attention_overlay/{tag}", strip, trainer.global_step)
+            subtitle = f"{figures.query_name(observation.query)}, {moment}"
+            strip = figures.overlay_strip(image, image.verdict, subtitle).with_watermark(watermark)
+            self._loggers.log_figure(f"attention_overlay/{tag}", strip, trainer.global_step)
             if number < self.head_grids and not early:
-                grid = figures.head_grid(subject, subject.verdict, subtitle).with_watermark(note)
-                self._loggers.picture(f"attention_heads/{tag}", grid, trainer.global_step)
+                grid = figures.head_grid(image, image.verdict, subtitle).with_watermark(watermark)
+                self._loggers.log_figure(f"attention_heads/{tag}", grid, trainer.global_step)
 
-    def _log_statistics(self, trainer: Trainer, summaries: dict[str, MeasureSummary]) -> None:
-        numbers: dict[str, float] = {}
+    def _accept(self, watch: ValidationWatch) -> bool:
+        """Warn of what was unusual in a validation; return whether all of it was measured."""
+        if watch.out_of_memory:
+            self._given_up.add("statistics")
+        for kind, remark in watch.remarks().items():
+            self._warn(kind, remark)
+        return bool(watch.statistics.layer_names) and watch.failure is None
+
+    def _log_statistics(self, trainer: Trainer, statistics: AttentionStatistics) -> None:
+        if trainer.world_size > 1:
+            statistics.reduce(trainer.strategy.reduce)
+        if not trainer.is_global_zero:
+            return
+        summaries = statistics.compute()
+        scalars: dict[str, float] = {}
         for measure in MEASURES:
             for layer, means in enumerate(summaries[measure.name].mean, start=1):
                 heads = {head: float(mean) for head, mean in enumerate(means, start=1) if not np.isnan(mean)}
                 if not heads:
                     continue  # a measure that this layer does not have
                 group = f"attention_{measure.name}/layer_{layer}"
-                numbers[f"{group}_mean"] = sum(heads.values()) / len(heads)
-                numbers |= {f"{group}_head_{head}": mean for head, mean in heads.items()}
-        self._loggers.numbers(numbers, trainer.global_step)
-        self._loggers.histograms(summaries, trainer.global_step)
+                scalars[f"{group}_mean"] = sum(heads.values()) / len(heads)
+                scalars |= {f"{group}_head_{head}": mean for head, mean in heads.items()}
+        self._loggers.log_scalars(scalars, trainer.global_step)
+        self._loggers.log_histograms(summaries, trainer.global_step)
         entropy = summaries["entropy"]
-        headline = f"attention entropy, mean over {entropy.n:,} validation images"
-        picture = figures.entropy_heat_map(entropy.mean, entropy.edges[-1], headline)
-        picture = picture.with_watermark(str(self.history.probe["data"]))
-        self._loggers.picture("attention_entropy_heat_map", picture, trainer.global_step)
-        entry = {name: measured.mean for name, measured in summaries.items()}
+
+        def log_heat_map() -> None:
+            headline = f"attention entropy, mean over {entropy.n:,} validation images"
+            heat_map = figures.entropy_heat_map(entropy.mean, entropy.edges[-1], headline)
+            heat_map = heat_map.with_watermark(str(self.history.probe["data"]))
+            self._loggers.log_figure("attention_entropy_heat_map", heat_map, trainer.global_step)
+
+        self._attempt("figures", log_heat_map)
         self.history.validations.append(
-            entry
+            {name: measured.mean for name, measured in summaries.items()}
             | {
                 "step": np.array(trainer.global_step),
                 "epoch": np.array(progress_in_epochs(trainer)),
-                "images": np.array(summaries["entropy"].n),
+                "images": np.array(entropy.n),
             }
         )
 
-    def _reduce_over_processes(self, trainer: Trainer, statistics: AttentionStatistics) -> None:
-        if trainer.world_size > 1:
-            for distributions in statistics.distributions.values():
-                for distribution in distributions:
-                    for sums in distribution.state():
-                        sums.copy_(trainer.strategy.reduce(sums, reduce_op="sum"))
-                    distribution.few = None  # each process has its own
-                    distribution.largest = trainer.strategy.reduce(distribution.largest, reduce_op="max")
-                    distribution.smallest = -trainer.strategy.reduce(-distribution.smallest, reduce_op="max")
+    # --- and training goes on ---
+
+    def _attempt(self, kind: str, work: Callable[[], None], before_training: bool = False) -> None:
+        """Do `work`. An error is warned of, once for each `kind` of thing that is then missing, and goes no further.
+
+        Raise UserError `before_training`, when the user can still correct it.
+        """
+        if kind in self._given_up:
+            return
+        try:
+            work()
+        except Exception as error:
+            if before_training and isinstance(error, UserError):
+                raise
+            again = "this time"
+            if ran_out_of_memory(error):
+                self._given_up.add(kind)
+                again = "any more"
+            self._warn(kind, f"no {kind} {again}: {summary(error)}")
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             rank_zero_warn(f"AttentionLogger: {text}")
-
-    @contextmanager
-    def _warning_only(self, kind: str) -> Iterator[None]:
-        """Training has begun, and looking at it is no reason to end it."""
-        try:
-            yield
-        except Exception as error:
-            self._warn(kind, f"no {kind} this time: {summary(error)}")
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -338,45 +372,14 @@ def history_path(trainer: Trainer) -> Path:
 
 
 def progress_in_epochs(trainer: Trainer) -> float:
-    """How far training has come, in epochs: 0.25 a quarter through the first. Whole if their length is unknown."""
+    """Return how far training has come: 0.25 a quarter through the first epoch; whole if its length is unknown."""
     if math.isinf(trainer.num_training_batches):
         return float(trainer.current_epoch)
     return batches_done(trainer) / max(1, trainer.num_training_batches)
 
 
-def validation_batches(trainer: Trainer) -> Iterator[Any]:
-    """Of the first validation loader, as the module's validation step gets them: on its device, after its hooks."""
-    loader: Any = trainer.val_dataloaders
-    while isinstance(loader, list | tuple | dict):
-        loader = next(iter(loader.values() if isinstance(loader, dict) else loader), None)
-    if loader is None:
-        return
-    limit = next(iter(trainer.num_val_batches), math.inf)
-    for batch in itertools.islice(loader, None if math.isinf(limit) else int(limit)):
-        stage = trainer.state.stage
-        trainer.state.stage = RunningStage.VALIDATING  # hooks that augment ask for it
-        try:
-            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-        finally:
-            trainer.state.stage = stage
-        yield batch
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards each part's mode and the random numbers are as they were."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with isolate_rng():
-            yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 def require_unsharded_model(trainer: Trainer) -> None:
-    """Raises UserError where no process has the whole model."""
+    """Raise UserError where no process has the whole model."""
     strategy = type(trainer.strategy).__name__
     if trainer.world_size > 1 and strategy in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
         raise UserError(f"AttentionLogger cannot look at a model that {strategy} spreads over processes: use ddp")

@@ -7,17 +7,28 @@ pictures that was a third of the whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import google_crc32c
-from tensorboard.summary.writer import record_writer  # type: ignore[import-untyped]
+
+from attention_visualizer.watching.lightning_internals import replace_checksums
 
 
 def masked_crc32c(data: bytes) -> int:
-    """As in TensorFlow's record format: the checksum turned by 15 bits, plus a constant."""
+    """Return the checksum of TensorFlow's record format: a CRC-32C turned by 15 bits, plus a constant."""
     checksum = google_crc32c.value(data)
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def use_fast_checksums() -> None:
-    """For all event files that this process writes from now on; the files are the same, byte for byte."""
-    if google_crc32c.implementation == "c" and hasattr(record_writer, "masked_crc32c"):
-        record_writer.masked_crc32c = masked_crc32c
+@contextmanager
+def fast_checksums() -> Iterator[None]:
+    """Inside, all event files of this process are written with the library; the files are the same, byte for byte."""
+    if google_crc32c.implementation != "c":
+        yield
+        return
+    earlier = replace_checksums(masked_crc32c)
+    try:
+        yield
+    finally:
+        replace_checksums(earlier)
