@@ -21,10 +21,8 @@ number is the median of its repeats with the smallest and the largest behind it.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -244,23 +242,23 @@ def run_train(overrides: list[str], *callbacks: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
 
-    sys.path.insert(0, str(PROJECT))
-    program: Any = importlib.import_module("train")
-    build = program.build_trainer
+    from attention_visualizer.commands import train
+
+    build = train.build_trainer
 
     def with_callbacks(*args: Any) -> Any:
         trainer = build(*args)
         trainer.callbacks[:0] = callbacks
         return trainer
 
-    program.build_trainer = with_callbacks
+    train.build_trainer = with_callbacks
     with tempfile.TemporaryDirectory() as folder:
         with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT / "conf")):
             config = compose("train", [f"runs_dir={folder}", *overrides], return_hydra_config=True)
         HydraConfig.instance().set_config(config)
         with open_dict(config):
             del config.hydra
-        program.train(config, sweeping=False)
+        train.train(config)
 
 
 def device_overrides(scale: Scale, precision: str) -> list[str]:

@@ -208,7 +208,7 @@ def test_help_shows_groups_and_values(folder: Path) -> None:
 
 def test_one_line_joins_what_and_where() -> None:
     assert one_line(UserError("data.batch_size=0:\n  give more")) == "data.batch_size=0: give more"
-    inner = ConfigKeyError("Key 'foo' not in 'Builds_Model'\n    full_key: model.foo\n    object_type=Builds_Model")
+    inner = ConfigKeyError("Key 'foo' not in 'Model'\n    full_key: model.foo\n    object_type=Model")
     outer = HydraException("Could not override 'model.foo'.\nTo append to your config use +model.foo=1")
     outer.__cause__ = inner
     line = one_line(outer)

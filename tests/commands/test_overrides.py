@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 
-from attention_visualizer.analysis import writing
+from attention_visualizer.commands import analyze_checkpoint
 from attention_visualizer.data import datamodule, mnist
 from attention_visualizer.training import run as training_run
 from tests.helpers.overrides import analyze_fields, overrides, right_ones, train_fields
@@ -57,7 +57,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Begun(0)
 
     monkeypatch.setattr(training_run, "fit", begin)
-    monkeypatch.setattr(writing, "write_analysis", begin)
+    monkeypatch.setattr(analyze_checkpoint, "write_analysis", begin)
 
 
 def assert_works_or_is_one_clear_error(outcome: Outcome, left: list[str]) -> None:

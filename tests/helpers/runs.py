@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-import train
+from attention_visualizer.commands import train
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Small enough to train in two seconds; no two sizes are equal. 12 batches of 103 of the 1,297 training images.
@@ -134,7 +134,7 @@ def compose_train(*overrides: str) -> DictConfig:
 
 
 def train_function(config: DictConfig) -> float:
-    return train.train(config, sweeping=False)
+    return train.train(config)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
 
 import torch
 
@@ -21,7 +20,7 @@ from attention_visualizer.attention.capture import CaptureError
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.files.tensor_files import first_line
-from attention_visualizer.measures.map_measures import Fusion, Query
+from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import Observation, RolloutOptions
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.runs.history import AttentionHistory
@@ -47,16 +46,10 @@ def make_study(
 ) -> Study:
     """A study with its samples chosen, whose figures go to `folder`. Raise UserError for whatever does not fit
     together."""
-    check_choice("format", file_format, FileFormat)
-    check_choice("head_layers", head_layers, HeadLayers)
-    rollout = rollout or RolloutOptions()
-    check_choice("rollout_fusion", rollout.fusion, Fusion)
-    if not 0 <= rollout.discard < 1:
-        raise UserError(f"rollout_discard={rollout.discard}: give a share from 0 up to, but not, 1")
     chosen_device = choose_device(device)
     history = find_history(None if weights.random else weights.run)
     model = weights.model.to(chosen_device)
-    target = Target(model, images, geometry, check_query(query), rollout, chosen_device)
+    target = Target(model, images, geometry, query, rollout or RolloutOptions(), chosen_device)
     samples = find_samples(target, choice or SampleChoice())
     observation = first_observation(target)
     notes = [RANDOM_NOTE] if weights.random else []
@@ -100,16 +93,6 @@ def find_history(run: RunFolder | None) -> AttentionHistory | None:
         raise UserError(f"{error}: delete it to analyse without the evolution over training") from error
 
 
-def check_query(query: Any) -> Query | None:
-    """None, "cls", "patches" or (row, column). Whether the model has it shows in the first observation."""
-    if query is None or query in ("cls", "patches"):
-        return query
-    pair = isinstance(query, list | tuple) and len(query) == 2
-    if not (pair and all(isinstance(index, int) and not isinstance(index, bool) for index in query)):
-        raise UserError(f"query={query}: give cls, patches or a patch such as query=[1,2] (row and column from 0)")
-    return (query[0], query[1])
-
-
 def choose_device(device: str) -> torch.device:
     """Raise UserError for a device that is not there."""
     if device == "auto":
@@ -123,12 +106,6 @@ def choose_device(device: str) -> torch.device:
     if chosen.type not in ("cpu", "cuda", "mps") or (chosen.type == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"device={device}: choose auto, cpu or cuda")
     return chosen
-
-
-def check_choice(name: str, value: str, choices: object) -> None:
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise UserError(f"{name}={value}: choose one of {', '.join(allowed)}")
 
 
 def check_output(output: Path) -> Path:

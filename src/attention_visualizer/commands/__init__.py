@@ -2,5 +2,10 @@
 
 Hands out what train.py and analyze.py call. May use all other rooms.
 
-    command_line.py  a user's mistake ends in one line
+    analyze.py             `python analyze.py`: from the command line to checked options
+    analyze_checkpoint.py  from checked options to a report
+    analyze_options.py     the fields of conf/analyze.yaml, their types, which go together
+    command_line.py        how both run: a user's mistake ends in one line
+    quick_imports.py       imports without garbage collection; Ctrl-C meanwhile
+    train.py               `python train.py`: a run, or the jobs of a sweep
 """

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -23,10 +23,11 @@ from rich.panel import Panel
 from torch import Tensor
 
 from attention_visualizer.data.augmentation import augment_batch
-from attention_visualizer.data.images import DatasetDescription, DatasetName, is_number, is_whole, normalise, read_image
+from attention_visualizer.data.images import DatasetDescription, DatasetName, normalise, read_image
 from attention_visualizer.data.mnist import MnistUnavailable, load_mnist
 from attention_visualizer.support import training_progress
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.field_types import at_least, between, check_arguments
 
 __all__ = [  # with what users of the data need of `images`
     "BatchLoader",
@@ -162,36 +163,22 @@ class ImageDataModule(LightningDataModule):
     def __init__(
         self,
         name: DatasetName = "mnist",
-        data_dir: str | None = None,
-        fallback: str | None = "digits",
-        batch_size: int | None = None,
-        eval_batch_size: int = 500,
-        split_seed: int = 0,
-        seed: int = 0,
+        data_dir: Annotated[str | None, "give the path of a folder"] = None,
+        fallback: Annotated[Literal["digits", "null"] | None, "give digits, or null for none"] = "digits",
+        batch_size: Annotated[int | None, at_least(1)] = None,
+        eval_batch_size: Annotated[int, at_least(1)] = 500,
+        split_seed: Annotated[int, at_least(0)] = 0,
+        seed: Annotated[int, at_least(0)] = 0,
         augment: bool = True,
-        rotation: float = 15.0,
-        translation: float = 2.5,
-        scaling: float = 0.15,
-        shear: float = 0.15,
-        elastic: float = 0.6,
-        fade: float = 0.3,
+        rotation: Annotated[float, between("degrees", 0, 180)] = 15.0,
+        translation: Annotated[float, between("pixels", 0, 28)] = 2.5,
+        scaling: Annotated[float, between("a share", 0, 0.9)] = 0.15,
+        shear: Annotated[float, between("a share", 0, 1)] = 0.15,
+        elastic: Annotated[float, between("pixels", 0, 28)] = 0.6,
+        fade: Annotated[float, between("a share", 0, 1)] = 0.3,
     ) -> None:
+        check_arguments("data", ImageDataModule.__init__, locals())
         super().__init__()
-        _require("name", name, name in get_args(DatasetName), " or ".join(get_args(DatasetName)))
-        _require("data_dir", data_dir, data_dir is None or isinstance(data_dir, str), "the path of a folder")
-        _require("fallback", fallback, fallback in (None, "null", "digits"), "digits, or null for none")
-        sizes = {"batch_size": 1 if batch_size is None else batch_size, "eval_batch_size": eval_batch_size}
-        for field, value in sizes.items():
-            _require(field, value, is_whole(value, 1), "a whole number of at least 1")
-        for field, value in {"split_seed": split_seed, "seed": seed}.items():
-            _require(field, value, is_whole(value, 0), "a whole number of at least 0")
-        _require("augment", augment, isinstance(augment, bool), "true or false")
-        _require("rotation", rotation, is_number(rotation, 0, 180), "degrees from 0 to 180")
-        _require("translation", translation, is_number(translation, 0, 28), "pixels from 0 to 28")
-        _require("scaling", scaling, is_number(scaling, 0, 0.9), "a share from 0 to 0.9")
-        _require("shear", shear, is_number(shear, 0, 1), "a share from 0 to 1")
-        _require("elastic", elastic, is_number(elastic, 0, 28), "pixels from 0 to 28")
-        _require("fade", fade, is_number(fade, 0, 1), "a share from 0 to 1")
         self.name: DatasetName = name
         self.data_dir = Path(data_dir or os.environ.get("MNIST_DIR") or "data").expanduser()
         self.fallback = None if fallback == "null" else fallback
@@ -371,11 +358,6 @@ class ImageDataModule(LightningDataModule):
                     f"data.{field}={value}: the run to resume has {found!r:.60}: give the same, "
                     "or start a run of its own without ckpt_path"
                 )
-
-
-def _require(name: str, value: object, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise UserError(f"data.{name}={value!r}: give {wanted}")
 
 
 def free_memory(device: torch.device) -> float:

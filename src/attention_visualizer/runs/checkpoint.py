@@ -30,12 +30,12 @@ from attention_visualizer.files.tensor_files import (
 from attention_visualizer.files.weights import bare_names, check_weights, finite_weights
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.models.vit_config import ViTConfig
+from attention_visualizer.runs.config_fields import is_architecture, values_before_added
 from attention_visualizer.support.errors import UserError
 
 FORMAT = 1
 LARGEST_GRID = 256  # patches a side; beyond it attention would not fit any memory
 DEFAULT_CONFIG = ViTConfig().to_dict()
-ADDED_FIELDS = {"stem": "patches"}  # which checkpoints of version 2.0.0 do not have yet
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,8 @@ class LoadedCheckpoint:
     epoch: int | None = None
     step: int | None = None
     validation_accuracy: float | None = None
+    #: All that the file holds, where it was asked for: what training goes on from.
+    content: dict[str, Any] | None = None
 
     def build_model(self) -> VisionTransformer:
         """The model on the CPU in eval mode. Leaves the global random state alone."""
@@ -86,8 +88,8 @@ def block_for(
     }
 
 
-def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
-    """Reads a `.ckpt` of this project, a `.pth` of {"model_state_dict", "config"}, a bare state dict, or safetensors.
+def load_checkpoint(path: str | Path, keep_content: bool = False) -> LoadedCheckpoint:
+    """Read a `.ckpt` of this project, a `.pth` of {"model_state_dict", "config"}, a bare state dict, or safetensors.
 
     The last two may lack a configuration; they are then taken for VisionTransformer's defaults. Raises UserError
     with the reason for any file that is broken, unsafe, or of another architecture. (Safetensors files carry no
@@ -114,7 +116,7 @@ def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
         raise UserError(f"{path} {error!s:.300}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    return LoadedCheckpoint(path=path, sha256=sha256, **fields)
+    return LoadedCheckpoint(path=path, sha256=sha256, **fields, content=content if keep_content else None)
 
 
 def interpret(content: Any) -> dict[str, Any]:
@@ -144,7 +146,8 @@ def interpret_block(content: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"is of format {found!r:.60}, this version reads {FORMAT}: update attention-visualizer")
     config = block.get("model")
     if isinstance(config, Mapping):
-        config = ADDED_FIELDS | dict(config)
+        added = {name.removeprefix("model."): value for name, value in values_before_added("model.").items()}
+        config = added | dict(config)
     if not isinstance(config, Mapping) or set(config) != set(DEFAULT_CONFIG):
         odd = set(config) ^ set(DEFAULT_CONFIG) if isinstance(config, Mapping) else {"model"}
         raise UserError(f"has unknown or missing model fields: {sorted(map(str, odd))!r:.90}")
@@ -231,9 +234,9 @@ def config_told_by(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def refuse_other_settings(loaded: LoadedCheckpoint, model_config: dict[str, Any], data: dict[str, Any]) -> None:
-    """Raises UserError if training cannot go on from `loaded` with this model and data set. Dropout may change."""
+    """Raises UserError if training cannot go on from `loaded` with this model and data set."""
     for field, value in model_config.items():
-        if "dropout" not in field and value != loaded.model_config[field]:
+        if is_architecture(field) and value != loaded.model_config[field]:
             trained = loaded.model_config[field]
             raise UserError(f"model.{field}={value} cannot resume {loaded.path}, which was trained with {trained}")
     for field, value in (loaded.data or {}).items():
@@ -246,7 +249,14 @@ def refuse_other_settings(loaded: LoadedCheckpoint, model_config: dict[str, Any]
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's reader and writer of checkpoints, except that a kill never leaves half a file under the final
-    name, and that only intact files of plain data and tensors are resumed from."""
+    name, and that only intact files of plain data and tensors are resumed from.
+
+    loaded: a checkpoint that was read with its content, which is handed out, once, in the place of reading its file.
+    """
+
+    def __init__(self, loaded: LoadedCheckpoint | None = None) -> None:
+        super().__init__()
+        self._loaded = loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None:
@@ -258,7 +268,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.write_bytes(buffer.getbuffer())
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Always loads with weights_only=True, whatever is asked for."""
+        """Load with weights_only=True, whatever is asked for."""
+        if self._loaded is not None and self._loaded.content is not None and Path(path) == self._loaded.path:
+            content, self._loaded = self._loaded.content, None
+            return content
         path = existing_file(path)
         try:
             with path.open("rb") as file:

@@ -72,10 +72,10 @@ def choice_at(path: Path) -> Choice:
     return Choice(path, f"{path}, as asked for", run if path.parent.name == "checkpoints" and run.exists else None)
 
 
-def load_chosen(path: Path) -> LoadedCheckpoint:
-    """The checkpoint at `path`. Where it is damaged, the UserError names the run's other one, if that is whole."""
+def load_chosen(path: Path, keep_content: bool = False) -> LoadedCheckpoint:
+    """Load the checkpoint at `path`. Where it is damaged, the UserError names the run's other one, if that is whole."""
     try:
-        return load_checkpoint(path)
+        return load_checkpoint(path, keep_content)
     except UserError as error:
         if path.is_file() and (whole := whole_beside(path)):
             raise UserError(f"{error}; {whole.path} (step {whole.step}) is whole") from error

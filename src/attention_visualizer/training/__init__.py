@@ -3,14 +3,18 @@
 Hands out what commands need to train; it knows Hydra. May use watching and below.
 
     classifier.py      the LightningModule: loss, optimiser, learning rate schedule, metrics
-    configuration.py   the schema of conf/ and its checks
+    components.py      data, model and classifier, built from a config
+    configuration.py   checks of a config; filling it in; config.yaml
     muon.py            Muon and AdamW as one optimiser
     overrides.py       `field=value` as it is typed on the command line
-    resuming.py        which run goes on, and which fields may change on resuming
+    resuming.py        with which settings a run goes on, and which runs are of the same settings
     run.py             one run: fit, manifest, test, what is printed at the end
     saving.py          when checkpoints are written
+    schemas.py         the schema of conf/, from the constructors' signatures
     split_batches.py   both halves of a batch at once, on the CPU's cores
+    start.py           where a run starts: in a new folder, or going on in that of an unfinished one
     stopping.py        Ctrl-C and SIGTERM
     sweeps.py          the jobs of a sweep, going on with one, the table at its end
+    trainer.py         Lightning's Trainer with the loggers and callbacks of a config
     training_state.py  check what training goes on from
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.field_types import SHARE, Bound, check_arguments
 from attention_visualizer.support.training_progress import batches_done
 from attention_visualizer.training.muon import MuonWithAdamW
 from attention_visualizer.training.split_batches import Halves
+
+ABOVE_ZERO = Bound(lambda value: 0 < value < math.inf, "a number above 0, such as 0.001")
+NOT_NEGATIVE = Bound(lambda value: 0 <= value < math.inf, "0 or a positive number")
 
 
 class Classifier(LightningModule):
@@ -33,17 +37,17 @@ class Classifier(LightningModule):
         self,
         model: nn.Module,
         num_classes: int,
-        learning_rate: float = 2e-3,
-        weight_decay: float = 0.05,
-        beta1: float = 0.9,
-        beta2: float = 0.99,
-        warmup_share: float = 0.05,
-        label_smoothing: float = 0.05,
+        learning_rate: Annotated[float, ABOVE_ZERO] = 2e-3,
+        weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05,
+        beta1: Annotated[float, SHARE] = 0.9,
+        beta2: Annotated[float, SHARE] = 0.99,
+        warmup_share: Annotated[float, SHARE] = 0.05,
+        label_smoothing: Annotated[float, SHARE] = 0.05,
         muon: bool = False,
         seed: int = 0,
     ) -> None:
+        check_arguments("optimizer", Classifier.__init__, locals())
         super().__init__()
-        validate_recipe(learning_rate, weight_decay, beta1, beta2, warmup_share, label_smoothing)
         self.model = model
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -230,17 +234,3 @@ def muon_groups(model: nn.Module, weight_decay: float) -> tuple[list[dict[str, A
         raise UserError("optimizer.muon: the model has no matrices in `blocks`, which are what Muon is for")
     others = [each for each in decaying["params"] if not any(each is matrix for matrix in hidden)]
     return [{**decaying, "params": hidden}], [{**decaying, "params": others}, still]
-
-
-def validate_recipe(
-    learning_rate: float, weight_decay: float, beta1: float, beta2: float, warmup_share: float, label_smoothing: float
-) -> None:
-    """Raises UserError for a value that cannot train. NaN fails every comparison."""
-    if not 0 < learning_rate < math.inf:
-        raise UserError(f"optimizer.learning_rate={learning_rate}: give a number above 0, such as 0.001")
-    if not 0 <= weight_decay < math.inf:
-        raise UserError(f"optimizer.weight_decay={weight_decay}: give 0 or a positive number")
-    shares = {"beta1": beta1, "beta2": beta2, "warmup_share": warmup_share, "label_smoothing": label_smoothing}
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise UserError(f"optimizer.{name}={value}: give a share from 0 up to, but not, 1")

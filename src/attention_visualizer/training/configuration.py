@@ -1,98 +1,44 @@
-"""The configuration of a training run: schemas from the constructors' signatures, checking and saving it."""
+"""The configuration of a training run: checking it, filling it in, saving it."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
-from hydra_zen import builds
-from lightning import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from omegaconf import DictConfig, OmegaConf
 
-from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.files import atomic
-from attention_visualizer.models.vision_transformer import VisionTransformer
-from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs import folders
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.training.classifier import Classifier
-from attention_visualizer.watching.attention_logger import AttentionLogger
+from attention_visualizer.support.field_types import check_fields
+from attention_visualizer.training.schemas import CLASSES, TrainOptions
 
 
-@dataclass
-class TrainOptions:
-    """The groups of conf/, and the fields outside them."""
-
-    model: Any = None
-    data: Any = None
-    optimizer: Any = None
-    trainer: Any = None
-    callbacks: Any = None
-    logger: Any = None
-    seed: int = 0  # of weights, order, augmentation and dropout; the data split has its own
-    ckpt_path: str | None = None  # a run's last.ckpt: resume into that run's folder
-    resume: str | None = (
-        None  # auto: go on with the newest unfinished run of these settings; a new one if there is none
-    )
-    export: bool = False  # best.ckpt's weights as checkpoints/best.safetensors too, for programs that take no pickle
-    compile: bool = False  # the model by torch.compile while training: for GPUs; it slows CPUs down
-    test: bool | None = None  # test best.ckpt at the end; null: yes, but not for a sweep's jobs
-    runs_dir: str = "runs"
-    run_folder: str | None = None  # set by the program, for loggers and callbacks to refer to
+def with_values(config: DictConfig, values: dict[str, Any]) -> DictConfig:
+    """Return a read-only copy of `config` with other values in the fields of these dotted names."""
+    changed = copy.deepcopy(config)
+    OmegaConf.set_readonly(changed, False)
+    for name, value in values.items():
+        OmegaConf.update(changed, name, value, force_add=True)
+    OmegaConf.set_readonly(changed, True)
+    return changed
 
 
-PLAIN_TYPES: dict[Any, str] = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "a dictionary",
-}
-
-
-def register_schemas() -> None:
-    """Makes the signatures the schemas of the groups: typed, and with each default in one place."""
-
-    def signature(target: Any, *exclude: str) -> Any:
-        return builds(target, populate_full_signature=True, zen_exclude=exclude)
-
-    add = ConfigStore.instance().store
-    add("train_options", TrainOptions)
-    add("vision_transformer", builds(VisionTransformer, builds_bases=(signature(ViTConfig),)), group="model")
-    add("image_data_module", signature(ImageDataModule, "seed"), group="data")
-    add("classifier", signature(Classifier, "model", "num_classes", "seed"), group="optimizer")
-    made_here = ("logger", "callbacks", "default_root_dir", "plugins", "enable_checkpointing", "fast_dev_run")
-    add("lightning_trainer", signature(Trainer, *made_here), group="trainer")
-    add(
-        "attention_logger",
-        signature(AttentionLogger, "probe_images", "probe_labels", "geometry"),
-        group="callbacks",
-        package="callbacks.attention_logger",
-    )
-    add("ema_weights", signature(EMAWeightAveraging, "device"), group="callbacks", package="callbacks.ema")
-
-
-def arguments(config: DictConfig, group: str, target: Any) -> dict[str, Any]:
-    """A typed group as arguments of `target`. `_target_` is left out: the code says which class, not the config."""
-    container = to_fields(config, group)
-    chosen = {str(key): value for key, value in container.items() if key != "_target_"}
-    check_signature(group, chosen, target)
+def arguments(config: DictConfig, group: str) -> dict[str, Any]:
+    """Return a typed group as arguments of its class. Raise UserError for what the class does not take."""
+    chosen = {str(name): value for name, value in to_fields(config, group).items()}
+    check_signature(group, chosen, CLASSES[group])
     return chosen
 
 
 def to_fields(config: DictConfig, group: str) -> dict[Any, Any]:
-    """A part of the config as a plain dictionary. Raises UserError where it is none."""
+    """Return a part of the config as a plain dictionary. Raise UserError where it is none."""
     part = config[group]
     container = OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
     if not isinstance(container, dict):
@@ -100,51 +46,22 @@ def to_fields(config: DictConfig, group: str) -> dict[Any, Any]:
     return container
 
 
-def check_signature(name: str, fields: Mapping[str, Any], target: Any) -> None:
-    """Raises UserError for a field that `target` does not take, or not of that type, as far as it states types."""
+def check_signature(name: str, values: Mapping[str, Any], target: Any) -> None:
+    """Raise UserError for a field that `target` does not take, or not of that type, as far as it declares types."""
     parameters = inspect.signature(target).parameters
     try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except (NameError, TypeError):  # somebody's class, with annotations for type checkers only
         hints = {}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for field, value in fields.items():
+    for field in values:
         if field not in parameters and not open_ended:  # added with "+"
             raise UserError(f"{name}.{field}: there is no such field; see --help for those there are")
-        if field in parameters and not fits(value, hints.get(field, Any)):
-            raise UserError(f"{name}.{field}={value!r}: give {in_words(hints[field])}")
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a config, which is made of plain types, is of type `hint`."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, types.UnionType):
-        return any(fits(value, each) for each in inner)
-    if origin is Literal:
-        return any(type(value) is type(each) and value == each for each in inner)
-    if origin in (list, tuple):
-        return isinstance(value, list) and all(fits(each, inner[0]) for each in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(each, inner[1]) for each in value.values())
-    if isinstance(value, bool):
-        return hint is bool
-    kinds = (int, float) if hint is float else hint
-    return isinstance(value, kinds) if inspect.isclass(hint) else True
-
-
-def in_words(hint: Any) -> str:
-    """The plain types of `hint`, as one would ask for them."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(words for each in get_args(hint) if (words := in_words(each))))
-    if get_origin(hint) is Literal:
-        return " or ".join(str(each) for each in get_args(hint))
-    return PLAIN_TYPES.get(get_origin(hint) or hint, "")
+    check_fields(name, values, {field: hints[field] for field in parameters.keys() & hints.keys()})
 
 
 def check_parts(config: DictConfig, group: str) -> None:
-    """Raises UserError for a logger or callback that is not of the form that its class takes."""
+    """Raise UserError for a logger or callback that is not of the form that its class takes."""
     if config[group] is None:
         return
     for name, part in to_fields(config, group).items():
@@ -161,13 +78,13 @@ def check_parts(config: DictConfig, group: str) -> None:
 
 
 def check_options(config: DictConfig) -> None:
-    """Raises UserError for values that Lightning would take for something else, take too late, or not take at all."""
+    """Raise UserError for values that Lightning would take for something else, take too late, or not take at all."""
     for name in {str(key) for key in config} - TrainOptions.__dataclass_fields__.keys():  # added with "+"
         raise UserError(f"{name}: there is no such field; see --help for those there are")
     for name in TrainOptions.__dataclass_fields__.keys() - {str(key) for key in config}:  # taken away with "~"
         raise UserError(f"{name} is needed: give a value instead of taking it away")
-    for group, target in (("trainer", Trainer), ("model", ViTConfig), ("data", ImageDataModule)):
-        arguments(config, group, target)
+    for group in ("trainer", "model", "data"):
+        arguments(config, group)
     placed = OmegaConf.merge(config, {"run_folder": config.run_folder or "runs"})  # which loggers refer to
     assert isinstance(placed, DictConfig)
     for group in ("callbacks", "logger"):
@@ -212,9 +129,9 @@ def check_options(config: DictConfig) -> None:
 
 
 def check_schedule(config: DictConfig, batches: int, evaluation_batches: dict[str, int]) -> None:
-    """Raises UserError for a run of `batches` training batches an epoch that would never train, validate or test.
+    """Raise UserError for a run of `batches` training batches an epoch that would never train, validate or test.
 
-    evaluation_batches: of the whole validation and test split.
+    evaluation_batches: how many the whole "validation" and "test" split have.
     """
     trainer = config.trainer
     overfit = trainer.overfit_batches  # where it is not 0, of training and validation
@@ -250,7 +167,7 @@ def check_schedule(config: DictConfig, batches: int, evaluation_batches: dict[st
 
 
 def save(config: DictConfig, folder: folders.RunFolder) -> None:
-    """config.yaml as it is used, every reference resolved; .hydra/ as Hydra composed it, for Hydra's own tools."""
+    """Write config.yaml as used, every reference resolved, and .hydra/ as Hydra composed it, for Hydra's tools."""
     atomic.write_text(folder.config_path, OmegaConf.to_yaml(config, resolve=True))
     composed = folder.path / ".hydra"
     if not composed.exists():  # a resumed run keeps its first

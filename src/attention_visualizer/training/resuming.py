@@ -1,72 +1,84 @@
-"""Going on with an interrupted run: with which one, from which checkpoint, and with which settings."""
+"""Going on with a run: with which settings, and which runs are of the same settings."""
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from attention_visualizer.files import atomic, plain_files
-from attention_visualizer.runs import folders
-from attention_visualizer.runs.checkpoint import LoadedCheckpoint, load_checkpoint
+from attention_visualizer.files import plain_files
+from attention_visualizer.runs.config_fields import FIELDS, field_named, values_before_added
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.text import print_sanitised
+from attention_visualizer.training.configuration import with_values
 
-# --- settings ----------------------------------------------------------------------------------------------------
+# The classes that config.yaml of earlier versions names, and their names now; None: the code says which class it is.
+RENAMED_TARGETS = {
+    "attention_visualizer.callbacks.AttentionLogger": "attention_visualizer.AttentionLogger",
+    "attention_visualizer.model.VisionTransformer": None,
+    "attention_visualizer.data.ImageDataModule": None,
+    "attention_visualizer.classifier.Classifier": None,
+    "lightning.pytorch.trainer.trainer.Trainer": None,
+}
+# Beside the model, which is compared with the checkpoint's.
+FIXED = [
+    name
+    for name, field in FIELDS.items()
+    if not (field.may_change_on_resume or field.is_set_by_program or name.startswith("model"))
+]
 
-# What a run cannot change on the way, beside the model and the data set: another order, split or random state.
-FIXED = ("seed", "data.name", "data.batch_size", "data.split_seed", "optimizer.muon")
-# Fields that runs may lack which began before there were any, and what such a run goes on with: as it began.
-BEFORE_THEY_WERE_ADDED = {"data.elastic": 0.0, "data.fade": 0.0, "optimizer.muon": False}
+
+# --- the settings of a run that goes on ---------------------------------------------------------------------------
 
 
-def config_of_resumed_run(config: DictConfig, conf: Path) -> DictConfig:
-    """The interrupted run's own config, with this command's overrides on top. conf: the folder of config files."""
+def config_of_resumed_run(config: DictConfig) -> DictConfig:
+    """Return the interrupted run's own config, with this command's overrides on top.
+
+    Raise UserError where an override cannot resume the run, and where the run's config names code or places that are
+    not this program's.
+    """
     folder = RunFolder(Path(config.ckpt_path).resolve().parent.parent)
     if not folder.config_path.is_file():
         raise UserError(f"{config.ckpt_path} is not inside a run folder: {folder.config_path} is missing")
-    own = read_config(folder.config_path)
-    for name, value in BEFORE_THEY_WERE_ADDED.items():
-        if OmegaConf.select(own, name) is None:
-            OmegaConf.update(own, name, value, force_add=True)
-    own = relocated(own, str(own.run_folder), str(folder.path))
-    before = {name: OmegaConf.select(own, name) for name in FIXED}
+    resumed = read_config(folder.config_path)
+    for name, value in values_before_added().items():
+        if OmegaConf.select(resumed, name) is None:
+            OmegaConf.update(resumed, name, value, force_add=True)
+    resumed = relocated(resumed, str(resumed.run_folder), str(folder.path))
+    before = {name: OmegaConf.select(resumed, name) for name in FIXED}
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     for override in overrides:
         key = override.key_or_group.split("@")[0]
         if "." not in key and (key not in config or OmegaConf.is_dict(OmegaConf.select(config, key))):
             # A group's choice would put its defaults in the place of all that the run began with.
             raise UserError(f"{key}= cannot be changed when a run is resumed: give the fields that should differ")
-        OmegaConf.update(own, key, OmegaConf.select(config, key), merge=False, force_add=True)
+        OmegaConf.update(resumed, key, OmegaConf.select(config, key), merge=False, force_add=True)
     for name, value in before.items():
-        if OmegaConf.select(own, name) not in (value, None):
-            raise UserError(f"{name}={OmegaConf.select(own, name)} cannot resume a run that began with {value}")
-        OmegaConf.update(own, name, value)
-    foreign = targets(own) - targets(config) - shipped_targets(conf)
+        if OmegaConf.select(resumed, name) not in (value, None):
+            raise UserError(f"{name}={OmegaConf.select(resumed, name)} cannot resume a run that began with {value}")
+        OmegaConf.update(resumed, name, value)
+    foreign = targets(resumed) - targets(config) - shipped_targets()
     if foreign:  # a config file must not decide which code runs
         raise UserError(f"{folder.config_path} names classes that this program does not know: {', '.join(foreign)}")
-    refuse_other_places(own, folder, {override.key_or_group for override in overrides})
-    own.ckpt_path = str(Path(config.ckpt_path).resolve())
-    own.run_folder = str(folder.path)
-    return own
+    refuse_other_places(resumed, folder, {override.key_or_group for override in overrides})
+    return with_values(resumed, {"ckpt_path": str(Path(config.ckpt_path).resolve()), "run_folder": str(folder.path)})
 
 
 def read_config(path: Path) -> DictConfig:
-    """A run's config.yaml: plain values, nothing that is looked up or made when it is read. Raises UserError."""
+    """Read a run's config.yaml, with the names of this version.
+
+    Raise UserError for anything but plain values: nothing is looked up or made when it is read.
+    """
     try:
-        config = OmegaConf.create(plain_files.read_yaml(path))
+        config = OmegaConf.create(with_names_of_today(plain_files.read_yaml(path)))
     except (OSError, OmegaConfBaseException, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
@@ -82,8 +94,19 @@ def read_config(path: Path) -> DictConfig:
     return config
 
 
+def with_names_of_today(content: Any) -> Any:
+    """Replace the classes' names that earlier versions wrote, or leave them out: see RENAMED_TARGETS."""
+    if not isinstance(content, dict):
+        return content
+    renamed = {name: with_names_of_today(value) for name, value in content.items()}
+    target = content.get("_target_")
+    if isinstance(target, str) and target in RENAMED_TARGETS:
+        renamed["_target_"] = RENAMED_TARGETS[target]
+    return {name: value for name, value in renamed.items() if not (name == "_target_" and value is None)}
+
+
 def relocated(config: DictConfig, old: str, new: str) -> DictConfig:
-    """The config of a run that may have been moved, or is resumed from another folder than it began in."""
+    """Return the config of a run that may have been moved from folder `old` to `new`, with its places there."""
 
     def follow(value: Any) -> Any:
         if isinstance(value, dict):
@@ -96,7 +119,7 @@ def relocated(config: DictConfig, old: str, new: str) -> DictConfig:
 
 
 def refuse_other_places(config: DictConfig, folder: RunFolder, given: set[str]) -> None:
-    """Raises UserError where a run's own config has loggers or callbacks write outside its folder, unless the command
+    """Raise UserError where a run's own config has loggers or callbacks write outside its folder, unless the command
     line gave the field."""
     for group in ("logger", "callbacks"):
         for name, value in leaves(OmegaConf.to_container(config).get(group), group):  # type: ignore[union-attr]
@@ -112,7 +135,7 @@ def refuse_other_places(config: DictConfig, folder: RunFolder, given: set[str]) 
 
 
 def targets(config: Any) -> set[str]:
-    """Every `_target_` in a config."""
+    """Return every `_target_` in a config."""
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(config, resolve=False)
     if isinstance(config, dict):
@@ -121,58 +144,25 @@ def targets(config: Any) -> set[str]:
     return set().union(*(targets(value) for value in config)) if isinstance(config, list) else set()
 
 
-def shipped_targets(conf: Path) -> set[str]:
-    """Every `_target_` in the config files of `conf` and in the schemas."""
+def shipped_targets() -> set[str]:
+    """Return every `_target_` in the program's own config files and schemas."""
 
     def stored(entry: Any) -> list[Any]:
         if isinstance(entry, dict):
             return [node for item in entry.values() for node in stored(item)]
         return [entry.node]
 
-    files = [OmegaConf.load(file) for file in conf.rglob("*.yaml")]
+    sources = HydraConfig.get().runtime.config_sources
+    conf = [Path(source.path) for source in sources if source.provider == "main"]
+    files = [OmegaConf.load(file) for folder in conf for file in folder.rglob("*.yaml")]
     return set().union(*(targets(node) for node in [*files, *stored(ConfigStore.instance().repo)]))
 
 
-# --- resume=auto -------------------------------------------------------------------------------------------------
-
-# Fields that say where things are, not what is trained.
-WHERE = ("ckpt_path", "resume", "export", "runs_dir", "run_folder", "logger.tensorboard.purge_step")
-
-
-@dataclass(frozen=True)
-class Unfinished:
-    """A run to go on with, claimed for this process: checkpoint is None where none was saved, or none is whole."""
-
-    folder: RunFolder
-    lock: filelock.BaseFileLock
-    checkpoint: LoadedCheckpoint | None
-
-
-def find_unfinished(config: DictConfig) -> Unfinished | None:
-    """The newest single run of these settings in config.runs_dir that was not completed and that no process trains."""
-    for group in folders.find_runs(config.runs_dir):
-        if not group.is_sweep and (found := unfinished_at(group.runs[0], config)):
-            return found
-    return None
-
-
-def unfinished_at(folder: RunFolder, config: DictConfig) -> Unfinished | None:
-    """The run in `folder` if it is one of these settings, not completed, and no process trains it."""
-    if not folder.config_path.is_file() or not has_settings(folder, config):
-        return None
-    try:
-        lock = folder.lock()
-    except UserError:  # somebody trains it, or nothing may be written there
-        return None
-    with suppress(UserError):
-        if folder.read_manifest().get("status") == "completed":
-            lock.release()
-            return None
-    return Unfinished(folder, lock, newest_whole_checkpoint(folder))
+# --- runs of the same settings ------------------------------------------------------------------------------------
 
 
 def has_settings(folder: RunFolder, config: DictConfig) -> bool:
-    """Whether the run was started with the settings in `config`."""
+    """Whether the run was started with the settings in `config`, wherever it lies."""
     with suppress(UserError):
         own = read_config(folder.config_path)
         own = relocated(own, str(own.get("run_folder")), str(folder.path))
@@ -182,12 +172,13 @@ def has_settings(folder: RunFolder, config: DictConfig) -> bool:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """Each field outside WHERE by its dotted name."""
+    """Return each field by its dotted name, but for those that say where things are."""
     container = OmegaConf.to_container(config, resolve=True)
-    return {name: value for name, value in leaves(container) if name not in WHERE}
+    return {name: value for name, value in leaves(container) if field_named(name).identifies_run}
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of each value in nested dictionaries and lists; `name` goes in front."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             yield from leaves(item, f"{name}.{key}" if name else str(key))
@@ -199,27 +190,10 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def accuracy_of_completed(folder: RunFolder, config: DictConfig) -> float | None:
-    """The validation accuracy of a completed run of these settings in `folder`, if there is one."""
+    """Return the validation accuracy of the run in `folder` if it is completed and of these settings, else None."""
     manifest = folder.read_manifest()
     metrics = manifest.get("metrics")
     accuracy = metrics.get("validation_accuracy") if isinstance(metrics, dict) else None
     if manifest.get("status") != "completed" or not isinstance(accuracy, float) or not has_settings(folder, config):
         return None
     return accuracy
-
-
-def newest_whole_checkpoint(folder: RunFolder) -> LoadedCheckpoint | None:
-    """last.ckpt, or best.ckpt where that one is damaged, which is said."""
-    for path in (folder.last, folder.best):
-        if not path.exists():
-            continue
-        try:
-            found = load_checkpoint(path)
-        except UserError as error:
-            print_sanitised(f"Not used: {error}")
-            continue
-        if path != folder.last:  # or a run that has nothing left to train would leave the damaged one
-            with atomic.atomic_path(folder.last) as temporary:
-                shutil.copyfile(path, temporary)
-        return found
-    return None

@@ -25,6 +25,7 @@ from rich.text import Text
 from attention_visualizer.data.datamodule import DatasetDescription, ImageDataModule
 from attention_visualizer.figures import charts
 from attention_visualizer.files import atomic
+from attention_visualizer.runs.checkpoint import LoadedCheckpoint
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import print_sanitised, printable
@@ -48,13 +49,13 @@ class ProgressBar(RichProgressBar):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
-def check_resumable(path: Path, classifier: Classifier, trainer: Trainer) -> None:
-    """Raises UserError where training cannot go on from what the checkpoint at `path` holds."""
-    content = trainer.strategy.checkpoint_io.load_checkpoint(path)
+def check_resumable(loaded: LoadedCheckpoint, classifier: Classifier, trainer: Trainer) -> None:
+    """Raise UserError where training cannot go on from what the checkpoint, read with its content, holds."""
+    assert loaded.content is not None
     try:
-        check_training_state(content, classifier, classifier.build_optimizer(), trainer)
+        check_training_state(loaded.content, classifier, classifier.build_optimizer(), trainer)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{loaded.path}: {error}") from error
 
 
 @contextmanager

@@ -17,13 +17,14 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from attention_visualizer.files.tensor_files import CHECKPOINT_KEY
+from attention_visualizer.runs.config_fields import FIELDS
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.training.muon import MuonWithAdamW
 
 MOST = 2**48  # batches that anybody counts to
 MOMENTS = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
-# Of an optimiser's group: what changes while it trains, or when a run is resumed. All else is as it was built.
-RECIPE = {"lr", "initial_lr", "weight_decay", "betas", "fused"}
+# In an optimiser's parameter group: what changes while it trains or when a run is resumed. All else is as it was built.
+CHANGEABLE = {"fused", *(key for field in FIELDS.values() for key in field.optimizer_keys)}
 
 
 def check_training_state(content: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, trainer: Trainer) -> None:
@@ -50,7 +51,7 @@ def check_training_state(content: Mapping[str, Any], model: nn.Module, optimizer
     schedules: Any = content.get("lr_schedulers")
     check_length(1, schedules, "lr_schedulers")
     found = dictionary(schedules[0], "lr_schedulers.0")
-    check_like(without_missing_flags(LambdaLR(optimizer, one).state_dict(), found), found, "lr_schedulers.0")
+    check_like(without_missing_flags(LambdaLR(optimizer, _constant_lr).state_dict(), found), found, "lr_schedulers.0")
     if "current_model_state" in content:  # of averaged weights, the ones that are trained
         check_like(model.state_dict(), content["current_model_state"], "current_model_state")
     if "averaging_state" in content:
@@ -78,7 +79,7 @@ def check_optimizer(found: Any, optimizer: Optimizer, where: str) -> None:
             if name not in group:
                 raise refusal(f"{place}.{name}", "not there")
             check_like(value, group[name], f"{place}.{name}")
-            if name in expected.keys() - RECIPE and group[name] != value:
+            if name in expected.keys() - CHANGEABLE and group[name] != value:
                 raise refusal(f"{place}.{name}", f"{group[name]!r:.60}, expected {value!r:.60}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, state in dictionary(found.get("state"), f"{where}.state").items():
@@ -89,7 +90,7 @@ def check_optimizer(found: Any, optimizer: Optimizer, where: str) -> None:
         check_like(moments | ({"step": torch.zeros(())} if "step" in moments else {}), state, place)
 
 
-def one(step: int) -> float:
+def _constant_lr(step: int) -> float:
     return 1.0
 
 

@@ -24,6 +24,7 @@ from attention_visualizer.measures.intervals import BootstrapMeans, Interval
 from attention_visualizer.measures.map_measures import mean_attention_distance, uniform_entropy
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.report.chapter import Table
+from attention_visualizer.runs.config_fields import is_architecture
 
 Array = NDArray[Any]
 PICTURES = 1000  # that each run is surveyed on
@@ -75,7 +76,7 @@ def random_weights_of(study: Study, looked: list[SurveyedRun]) -> list[list[Surv
     every = []
     for each in looked:
         # What training alone knows of makes no other model.
-        config = {name: value for name, value in each.run.loaded.model_config.items() if "dropout" not in name}
+        config = {name: value for name, value in each.run.loaded.model_config.items() if is_architecture(name)}
         if repr(config) not in found:
             study.progress(f"random weights in the architecture of {each.run.label}")
             models = [

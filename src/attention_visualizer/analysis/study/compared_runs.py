@@ -13,30 +13,12 @@ from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.files.plain_files import read_yaml
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.runs.checkpoint_choice import candidates_in
+from attention_visualizer.runs.config_fields import field_named
 from attention_visualizer.runs.folders import RunFolder, RunGroup, group_at
 from attention_visualizer.support.errors import UserError
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
 DATA_FIELDS = ("name", "image_size", "channels", "class_names")  # mean and deviation depend on the split alone
-# What does not change the weights that training arrives at, or is the seed.
-NON_HYPERPARAMETERS = (
-    *(
-        "seed",
-        "ckpt_path",
-        "resume",
-        "export",
-        "runs_dir",
-        "run_folder",
-        "test",
-        "compile",
-        "logger",
-        "callbacks.attention_logger",
-    ),
-    *("data.data_dir", "data.fallback", "data.eval_batch_size", "model.img_size", "model.in_channels"),
-    *("model.num_classes", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
-    *("trainer.accelerator", "trainer.devices", "trainer.default_root_dir", "trainer.enable_checkpointing"),
-    *("trainer.limit_test_batches", "trainer.enable_autolog_hparams", "trainer.num_sanity_val_steps"),
-)
 
 
 @dataclass(frozen=True)
@@ -177,7 +159,7 @@ def described(all_found: Sequence[Found], own: int) -> list[ComparedRun]:
     differing = [
         name
         for name in dict.fromkeys(name for each in settings for name in each)
-        if not_a_knob(name) is False and len({told(each[name]) for each in settings if name in each}) > 1
+        if field_named(name).is_hyperparameter and len({told(each[name]) for each in settings if name in each}) > 1
     ]
     labels = [found.label for found in all_found]
     runs = []
@@ -232,10 +214,6 @@ def flat(content: Any, name: str = "") -> Iterable[tuple[str, Any]]:
                 yield from flat(value, f"{name}.{key}" if name else str(key))
     elif name:
         yield name, content
-
-
-def not_a_knob(name: str) -> bool:
-    return any(name == each or name.startswith(f"{each}.") for each in NON_HYPERPARAMETERS)
 
 
 def manifest_of(run: RunFolder | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from attention_visualizer.models import timm_models
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint
 from attention_visualizer.runs.checkpoint_choice import choose_checkpoint, load_chosen
+from attention_visualizer.runs.config_fields import is_architecture
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
 
@@ -72,8 +73,8 @@ def check_run(loaded: LoadedCheckpoint, run: RunFolder | None) -> None:
         ("the data set's ", run.manifest_path, manifest.get("data"), loaded.data or {}),
     ):
         for field, value in mine.items():
-            # Dropout may change when a run is resumed.
-            if isinstance(theirs, dict) and field in theirs and "dropout" not in field and theirs[field] != value:
+            fixed = group != "model." or is_architecture(field)
+            if isinstance(theirs, dict) and field in theirs and fixed and theirs[field] != value:
                 raise UserError(
                     f"{loaded.path} was trained with {group}{field}={value!r:.60} and {path} says "
                     f"{theirs[field]!r:.60}: it is of another run, which is to be named with ckpt=, outside this folder"

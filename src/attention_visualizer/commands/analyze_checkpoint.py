@@ -1,0 +1,94 @@
+"""What `python analyze.py` does once its options are checked: from a checkpoint to a report."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from attention_visualizer.analysis.chapters import CHAPTERS, check_chapters, is_analysis_file
+from attention_visualizer.analysis.preparation import check_output, make_study
+from attention_visualizer.analysis.study.budget import FULL, QUICK
+from attention_visualizer.analysis.study.compared_runs import ComparedRun, find_compared_runs
+from attention_visualizer.analysis.study.samples import SampleChoice
+from attention_visualizer.analysis.study.weights import Weights, find_weights, folder_images, test_images, timm_weights
+from attention_visualizer.analysis.writing import write_analysis
+from attention_visualizer.data.image_sets import ImageSet
+from attention_visualizer.files import atomic
+from attention_visualizer.measures.observation import RolloutOptions
+from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.text import print_sanitised
+from attention_visualizer.training.overrides import override
+
+
+def analyze(options: dict[str, Any]) -> None:
+    """Write the analysis that `options`, checked, ask for."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    chapters = options["chapters"] if isinstance(options["chapters"], list) else list(CHAPTERS)
+    check_chapters(chapters)
+    budget = FULL if options["chapters"] == "full" else QUICK
+    if options["subset"] is not None:
+        budget = replace(budget, images=None if options["subset"] == "all" else options["subset"], max_cost=None)
+    if options["model_from"] is None:
+        weights = find_weights(options["ckpt"], options["run"], options["runs_dir"])
+    else:
+        weights = timm_weights(options["model_from"], options["ckpt"])
+    print_sanitised(f"Checkpoint: {weights.text}")
+    folder = check_output(output_folder(options["output_dir"], weights))
+    images: ImageSet
+    if options["images"] is None:
+        images = test_images(weights, options["data_dir"])
+    else:
+        images = folder_images(weights, options["images"], skip=is_analysis_file)
+    compared_runs: list[ComparedRun] = []
+    if options["runs"] is not None:
+        assert weights.loaded is not None  # see check_sources
+        compared_runs = find_compared_runs(options["runs"], weights.loaded, weights.run)
+        print(f"Compared:   {len(compared_runs)} runs, this one among them")
+    study = make_study(
+        weights,
+        images,
+        folder,
+        SampleChoice(options["num_samples"], options["samples"], options["class"], options["wrong"], options["image"]),
+        query=tuple(query) if isinstance(query := options["query"], list) else query,
+        rollout=RolloutOptions(options["rollout_fusion"], options["rollout_discard"]),
+        device=options["device"],
+        file_format=options["format"],
+        head_layers=options["head_layers"],
+        budget=budget,
+        compared_runs=compared_runs,
+    )
+    command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
+    written = write_analysis(study, command, chapters)
+    print_sanitised(f"Page:       {atomic.short_path(written.page)}")
+    print_sanitised(f"Report:     {atomic.short_path(written.report)}")
+    if written.missing:
+        raise SystemExit(1)
+
+
+def reproducing_overrides(weights: Weights) -> list[str]:
+    """Return this command's overrides with the checkpoint by its path: "best" may mean another one tomorrow."""
+    overrides = [str(override) for override in HydraConfig.get().overrides.task]
+    if weights.random or weights.loaded is None:
+        return overrides
+    others = [override for override in overrides if override.split("=")[0] not in ("ckpt", "run", "runs_dir")]
+    return [override("ckpt", atomic.short_path(weights.loaded.path)), *others]
+
+
+def output_folder(output_dir: str | None, weights: Weights) -> Path:
+    """Return where the analysis goes: as asked for, else a folder of the run. Raise UserError for one outside it."""
+    if output_dir is not None:
+        if not output_dir:
+            raise UserError("output_dir= is empty: name a folder")
+        return Path(output_dir)
+    name = "attention_analysis_random" if weights.random else "attention_analysis"
+    if weights.run is None:
+        return Path(name)
+    output = weights.run.path / name
+    if not output.resolve().is_relative_to(weights.run.path.resolve()):  # a run may come from elsewhere
+        raise UserError(f"{output} leads out of the run's folder: say where to with output_dir=")
+    return output

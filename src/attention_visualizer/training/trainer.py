@@ -1,0 +1,44 @@
+"""Lightning's Trainer for a run, with the loggers and callbacks of its config."""
+
+from __future__ import annotations
+
+import hydra
+from hydra.errors import InstantiationException
+from lightning import Trainer
+from omegaconf import DictConfig
+
+from attention_visualizer.runs.checkpoint import AtomicCheckpointIO
+from attention_visualizer.support.errors import UserError
+from attention_visualizer.training import run
+from attention_visualizer.training.configuration import arguments
+from attention_visualizer.training.saving import checkpoint_callbacks
+from attention_visualizer.training.start import Start
+from attention_visualizer.training.stopping import StopRequest
+from attention_visualizer.watching.lightning_internals import require_saving
+
+
+def build_trainer(config: DictConfig, start: Start, stop: StopRequest) -> Trainer:
+    """Build the Trainer; write nothing yet. Raise UserError for what Lightning, a logger or a callback refuses."""
+    try:
+        callbacks = [hydra.utils.instantiate(callback) for callback in (config.callbacks or {}).values()]
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(run.ProgressBar(refresh_rate=10))
+        chosen = [logger for logger in (config.logger or {}).values() if logger is not None]
+        trainer = Trainer(
+            **arguments(config, "trainer"),
+            plugins=AtomicCheckpointIO(start.checkpoint),
+            logger=[hydra.utils.instantiate(logger) for logger in chosen],
+            callbacks=[*callbacks, *checkpoint_callbacks(start.folder, stop)],
+            default_root_dir=start.folder.path,
+        )
+    except UserError:
+        raise
+    except InstantiationException as error:
+        raise UserError(str(error.__cause__ or error)) from error
+    except Exception as error:  # Lightning raises many kinds for arguments that it cannot use
+        hint = "; no GPU was found, use trainer=cpu" if "gpu" in str(config.trainer.accelerator) else ""
+        raise UserError(f"trainer: {error}{hint}") from error
+    if trainer.world_size > 1:
+        raise UserError("trainer.devices: this program trains on one device; use trainer.devices=1")
+    require_saving(trainer)
+    return trainer
