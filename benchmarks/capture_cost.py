@@ -228,7 +228,7 @@ def depth_table(setup: Setup, depths: list[int], markdown: bool) -> str:
         over = [peak - plain for peak in others]
         on_paper_too = (mebibytes(number) for number in reversed(on_paper(deep)))
         rows.append((str(depth), mebibytes(plain), *map(mebibytes, over), *on_paper_too))
-    header = ("depth", "plain peak", "streamed", "stored", "usual way", "on paper: streamed", "stored")
+    header = ("depth", "plain peak", "streamed", "stored", "not fused", "calculated: streamed", "stored")
     return table(header, rows, markdown)
 
 
@@ -254,7 +254,7 @@ def paper_table(markdown: bool) -> str:
                 mebibytes(streamed),
             )
         )
-    return table(("on paper", "layers x heads x tokens²", "map of a layer", "stored", "streamed"), rows, markdown)
+    return table(("calculated", "layers x heads x tokens²", "map of a layer", "stored", "streamed"), rows, markdown)
 
 
 PARTS = ("default", "base", "depth", "paper")

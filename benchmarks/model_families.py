@@ -161,7 +161,7 @@ EXAMPLES = [
     timm_example("SigLIP", "vit_base_patch16_siglip_224", "pools by attention, with a query of its own", "softmax"),
     timm_example("CaiT", "cait_xxs24_224", "heads mixed after softmax; class token at the end"),
     timm_example("XCiT", "xcit_nano_12_p16_224", "channels attend to channels; class token at the end"),
-    timm_example("CrossViT", "crossvit_tiny_240", "two patch sizes, which ask each other", image_size=240),
+    timm_example("CrossViT", "crossvit_tiny_240", "two patch sizes, which attend to each other", image_size=240),
     timm_example("Swin", "swin_tiny_patch4_window7_224", "shifted windows"),
     timm_example("Swin V2", "swinv2_tiny_window8_256", "shifted windows, cosine attention", image_size=256),
     timm_example("PVT v2", "pvt_v2_b1", "stages; keys pooled"),
@@ -427,7 +427,7 @@ def print_results(results: list[Result], markdown: bool) -> None:
             f"{result.error:.1e}",
             "-" if result.agreement is None else f"{result.agreement:.1e}",
             explicit_path(result.example),
-            "same bits" if result.moved == 0.0 else f"moved by {result.moved:.0e}",
+            "identical" if result.moved == 0.0 else f"differs by {result.moved:.0e}",
             f"{result.entropy:.2f}",
         )
         for result in results
@@ -443,7 +443,7 @@ def print_results(results: list[Result], markdown: bool) -> None:
         )
         for result in results
     ]
-    print(table(("model", "what is special", "geometry found"), places, markdown))
+    print(table(("model", "special features", "geometry"), places, markdown))
 
 
 def main() -> int:
