@@ -15,7 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,46 @@ def run_process(*arguments: str, folder: Path) -> Outcome:
     environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+class Training:
+    """`python train.py ...` as a process of its own that can be watched and killed."""
+
+    def __init__(self, *arguments: str, folder: Path, program: str | None = None) -> None:
+        self.folder = folder
+        self.before = set(run_folders(folder))
+        self.log = (folder / f"log_{time.monotonic_ns()}.txt").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, *(["-c", program] if program else [str(PROJECT / "train.py")]), *arguments],
+            cwd=folder,
+            env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            # A job in the background ignores Ctrl-C, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def wait_until(self, what: Callable[[], Any], seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not what():
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < end, self.output()
+            time.sleep(0.02)
+
+    def wait_for_checkpoint(self, newer_than: int = 0) -> Path:
+        def found() -> list[Path]:
+            paths = self.folder.glob("runs/*/checkpoints/last.ckpt")
+            return [path for path in paths if path.stat().st_mtime_ns > newer_than]
+
+        self.wait_until(found)
+        return found()[0]
+
+    def end(self, seconds: float = 60) -> int:
+        return self.process.wait(seconds)
+
+    def output(self) -> str:
+        self.log.flush()
+        return Path(self.log.name).read_text()
 
 
 def run_folders(folder: Path) -> list[Path]:

@@ -7,10 +7,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,9 @@ from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.training.classifier import Classifier
 from tests.helpers.runs import (
-    ENVIRONMENT,
     PROJECT,
     TINY,
+    Training,
     assert_same_training,
     only_run,
     run_folders,
@@ -37,47 +34,6 @@ RUN_TRAIN = (
     f"import runpy, sys; sys.argv[0] = {str(PROJECT / 'train.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 CLOCK = ("attention_logger/seconds", "attention_logger/share_of_epoch")  # the charts that no two runs share
-
-
-class Training:
-    """`python train.py ...` as a process of its own that can be watched and killed."""
-
-    def __init__(self, *arguments: str, folder: Path, program: str | None = None) -> None:
-        self.folder = folder
-        self.before = set(run_folders(folder))
-        self.log = (folder / f"log_{time.monotonic_ns()}.txt").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, *(["-c", program] if program else [str(PROJECT / "train.py")]), *arguments],
-            cwd=folder,
-            env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            # A job in the background ignores Ctrl-C, and so would its children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-
-    def wait_until(self, what: Callable[[], Any], seconds: float = 120) -> None:
-        end = time.monotonic() + seconds
-        while not what():
-            assert self.process.poll() is None, self.output()
-            assert time.monotonic() < end, self.output()
-            time.sleep(0.02)
-
-    def wait_for_checkpoint(self, newer_than: int = 0) -> Path:
-        def found() -> list[Path]:
-            paths = self.folder.glob("runs/*/checkpoints/last.ckpt")
-            return [path for path in paths if path.stat().st_mtime_ns > newer_than]
-
-        self.wait_until(found)
-        return found()[0]
-
-    def end(self, seconds: float = 60) -> int:
-        code = self.process.wait(seconds)
-        return code
-
-    def output(self) -> str:
-        self.log.flush()
-        return Path(self.log.name).read_text()
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,12 @@ from tests.helpers.runs import (
     EPOCHS,
     PROJECT,
     TINY,
+    Training,
     assert_same_training,
     only_run,
     run_folders,
     run_train,
 )
-from tests.training.test_stopping import Training
 
 QUICK = (*TINY, f"trainer.max_epochs={EPOCHS}", "test=false")
 ALL_ON = (*QUICK, "model.dropout=0.1", "callbacks=ema", "logger=none")

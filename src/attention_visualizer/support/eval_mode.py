@@ -13,10 +13,12 @@ from torch import nn
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Temporarily switch to eval mode; restore each part's training flag and all RNG states on exit."""
     training = [part for part in module.modules() if part.training]
+    rng = isolate_rng()
+    rng.__enter__()
     try:
-        with isolate_rng():
-            module.eval()
-            yield
+        module.eval()
+        yield
     finally:
+        rng.__exit__(None, None, None)  # told of an exception, Lightning's would not restore them
         for part in training:
             part.training = True

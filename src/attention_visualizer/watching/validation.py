@@ -15,7 +15,13 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from attention_visualizer.attention.capture import AttentionLayer, CapturedAttention, CaptureError, capture
+from attention_visualizer.attention.capture import (
+    AttentionLayer,
+    CapturedAttention,
+    CaptureError,
+    InternalCaptureError,
+    capture,
+)
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.model_search import FoundModel
 from attention_visualizer.measures.streaming import AttentionStatistics
@@ -73,8 +79,8 @@ class ValidationWatch:
         try:
             self._capture.close()
         except Exception as error:
-            # A step in which no attention was seen is no failure: see `remarks`.
-            if self._runs or not isinstance(error, CaptureError | UserError):
+            nothing_seen = isinstance(error, CaptureError | UserError) and not isinstance(error, InternalCaptureError)
+            if self._runs or not nothing_seen:  # else `remarks` tells
                 self.give_up(error)
 
     def remarks(self) -> dict[str, str]:
