@@ -25,7 +25,7 @@ from attention_visualizer.data.datamodule import ImageDataModule, normalise
 from attention_visualizer.data.image_sets import InputFormat, read_picture
 from attention_visualizer.figures import panels
 from attention_visualizer.support.errors import UserError
-from tests.commands.test_analyze import (
+from tests.helpers.analyses import (
     Workplace,
     analyze,
     contains,
@@ -35,7 +35,6 @@ from tests.commands.test_analyze import (
     read_report,
     succeed,
 )
-from tests.commands.test_analyze import digits as digits  # a fixture
 
 SMALL = "model_from=timm:test_vit"  # 160 pixels, 10 x 10 patches, 2 heads
 

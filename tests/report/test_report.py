@@ -25,6 +25,7 @@ from attention_visualizer.report import markdown as markdown_report
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 from attention_visualizer.report.markdown import ReportHeader, escape_markdown
 from attention_visualizer.support.errors import UserError
+from tests.helpers.documentation import documented
 
 PROJECT = Path(__file__).resolve().parents[2]
 NASTY = "a|b *c* _d_ `e` <script>alert(1)</script> [f](g) ![h](i) {figure:x} \"j' \\ ~k~ $5 & # + é 数"
@@ -489,13 +490,6 @@ def fields_of(value: Any, path: str = "") -> Iterator[str]:
             yield from fields_of(item, f"{path}[]")
     if path and (not isinstance(value, dict | list) or path.endswith((".numbers", ".finding"))):
         yield path
-
-
-def documented(heading: str) -> list[str]:
-    """First cells of the table under a heading of docs/report.md."""
-    text = (PROJECT / "docs" / "report.md").read_text(encoding="utf-8")
-    section = re.split(r"\n#+ ", text.split(f"# {heading}\n")[1])[0]
-    return re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
 
 
 def test_every_field_is_documented_and_no_other(output: Path) -> None:

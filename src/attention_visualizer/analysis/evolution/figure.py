@@ -11,6 +11,7 @@ from PIL import Image
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.figures import charts
 from attention_visualizer.figures.attention_figures import moment, probe_sheet
+from attention_visualizer.figures.panels import PanelFigure
 from attention_visualizer.files.atomic import atomic_path
 from attention_visualizer.measures.map_measures import uniform_entropy
 from attention_visualizer.runs.history import AttentionHistory
@@ -41,17 +42,17 @@ def draw(history: AttentionHistory) -> Figure:
     return charts.with_headline(figure, "Attention while the model trained")
 
 
-def frames(history: AttentionHistory, watermark: str) -> Iterator[Image.Image]:
-    """One picture for each captured frame of the probe images, at most MOST_FRAMES, the last one among them."""
+def draw_frames(history: AttentionHistory) -> Iterator[PanelFigure]:
+    """One figure for each captured frame of the probe images, at most MOST_FRAMES, the last one among them."""
     step = -(-len(history.frames) // MOST_FRAMES)
     for frame in history.frames[::-step][::-1]:
-        sheet = probe_sheet(history.probe, frame, moment(float(frame["epoch"]), int(frame["step"])))
-        yield Image.fromarray(sheet.with_watermark(watermark).to_rgb())
+        yield probe_sheet(history.probe, frame, moment(float(frame["epoch"]), int(frame["step"])))
 
 
 def animate(history: AttentionHistory, output: Output, stem: str) -> str:
     """Write an animated WebP; return its file name."""
-    first, *others = frames(history, output.watermark)
+    sheets = (sheet.with_watermark(output.watermark) for sheet in draw_frames(history))
+    first, *others = (Image.fromarray(sheet.to_rgb()) for sheet in sheets)
     path = output.folder / f"{stem}.webp"
     durations = [FRAME_MILLISECONDS] * len(others) + [4 * FRAME_MILLISECONDS]  # rest on the result
     with atomic_path(path) as temporary:
