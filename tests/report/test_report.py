@@ -177,14 +177,14 @@ def test_everything_is_in_the_report_in_its_order() -> None:
     ]
     assert headings == [
         "Attention analysis",
-        "What was found",
-        "What not to believe",
+        "Findings",
+        "Caveats",
         "Contents",
         "What was analysed",
         "1. Attention by layer",
         "2. Statistics",
         "3. Roles",
-        "Methods and limits",
+        "Methods and limitations",
         "How to reproduce",
     ]
     assert "Some *Markdown* prose; see [Figure 2](#figure-2)." in text
@@ -222,7 +222,7 @@ def test_tables_hold_their_cells() -> None:
 
 def test_a_finding_has_its_figure_beside_it() -> None:
     text = markdown_report.markdown(summary(), chapters())
-    first = text.split("## What not to believe")[0]
+    first = text.split("## Caveats")[0]
     assert "1. Head 4.1 *follows* the ink: 0.19 (0.18 to 0.20), n = 7, [Figure 5](#figure-5). ([Figure 5]" in first
     assert '<a href="#figure-5"><img src="attention_roles.webp" width="240" alt="Figure 5"></a>' in first
     assert "- Not a reason, see [Table 2](#table-2)." in text
