@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from torch import Tensor
 
 from attention_visualizer.analysis.importance import chapter as importance_chapter
-from attention_visualizer.analysis.importance.chapter import centred, correlate, measure_importance
+from attention_visualizer.analysis.importance.figure import draw
+from attention_visualizer.analysis.importance.measure import ABLATIONS, correlate, measure, relative_score
 from attention_visualizer.analysis.study.budget import Budget
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.study import Study
@@ -76,13 +76,13 @@ def study_of(model: VisionTransformer, pictures: LabelledImageSet, folder: Path,
 
 def test_only_the_planted_head_matters(planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path) -> None:
     study = study_of(*planted, tmp_path)
-    found = measure_importance(study, study.stratified_rows(60))
-    assert found.answers and float(found.accuracy.value) == 1.0 and found.classes == "true"
-    mattering = found.matters("zero")
+    measured = measure(study, study.stratified_rows(60))
+    assert measured.is_learnt and float(measured.accuracy.value) == 1.0 and measured.class_source == "true"
+    mattering = measured.matters("zero")
     assert mattering[1, 2] and mattering[1, HEADS]  # the head, and its layer
     mattering[1, [2, HEADS]] = False
     assert not mattering.any()
-    assert float(found.of_score["zero"].value[1, 2]) == pytest.approx(-float(found.score.value), rel=0.02)
+    assert float(measured.score_changes["zero"].value[1, 2]) == pytest.approx(-float(measured.score.value), rel=0.02)
     chapter = importance_chapter.CHAPTER(study)
     assert chapter.finding is not None and "1 of 6 heads is needed alone" in chapter.finding.text
     assert "head 2.3" in chapter.finding.text and (tmp_path / "attention_importance.png").is_file()
@@ -95,19 +95,19 @@ def test_switching_off_is_a_projection_without_the_heads_columns(
     torch.manual_seed(4)
     model = VisionTransformer(**SIZES).eval()
     study = study_of(model, planted[1], tmp_path)
-    numbers = study.stratified_rows(40)
-    found = measure_importance(study, numbers)
-    images = study.target.model_input(study.target.images.read(numbers.tolist()))
+    rows = study.stratified_rows(40)
+    measured = measure(study, rows)
+    images = study.target.model_input(study.target.images.read(rows.tolist()))
     labels = planted[1].labels
     assert labels is not None
     with torch.no_grad():
         own = model(images)
         model.blocks[0].attn.proj.weight[:, 4:8] = 0  # head 1
         without = model(images)
-    change = centred(without.double().numpy()) - centred(own.double().numpy())
-    rows = np.arange(len(numbers))
-    expected = change[rows, labels[torch.from_numpy(numbers)].numpy()].mean()
-    assert float(found.of_score["zero"].value[0, 1]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    classes = labels[torch.from_numpy(rows)].numpy()
+    change = relative_score(without.double().numpy(), classes) - relative_score(own.double().numpy(), classes)
+    expected = change.mean()
+    assert float(measured.score_changes["zero"].value[0, 1]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_nothing_is_needed_for_a_guess(seed: int, labelled: bool, said: str, tmp
     torch.manual_seed(seed)
     model = VisionTransformer(embed_dim=12, num_heads=2, num_layers=2, mlp_dim=9).eval()
     study = study_of(model, pictures, tmp_path)
-    found = measure_importance(study, study.stratified_rows(60))
-    assert not found.answers and not any(found.matters(way).any() for way in importance_chapter.WAYS)
+    measured = measure(study, study.stratified_rows(60))
+    assert not measured.is_learnt and not any(measured.matters(ablation).any() for ablation in ABLATIONS)
     chapter = importance_chapter.CHAPTER(study)
     assert chapter.finding is not None and said in chapter.finding.text
     if not labelled:  # some would matter, but for that
-        assert (found.of_score["zero"].high < -0.05 * abs(float(found.score.value))).any()
+        assert (measured.score_changes["zero"].high < -0.05 * abs(float(measured.score.value))).any()
 
 
 def test_too_much_work_and_too_few_images_are_left_out(
@@ -165,13 +165,10 @@ def test_all_correlations_are_told(planted: tuple[VisionTransformer, LabelledIma
 
 
 def test_labels_of_points_stay_inside_their_axes(
-    planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path
 ) -> None:
     study = study_of(*planted, tmp_path)
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Output, "save", lambda self, figure, stem: drawn.append(figure) or stem)
-    importance_chapter.CHAPTER(study)
-    (figure,) = drawn
+    figure = draw(measure(study, study.stratified_rows(60)))
     figure.draw_without_rendering()
     annotated = [(axes, text) for axes in figure.axes for text in axes.texts if isinstance(text, Annotation)]
     assert len(annotated) == 6  # three in each of two panels
@@ -184,9 +181,9 @@ def test_an_accuracy_that_nothing_changes_still_has_an_interval(
     planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path
 ) -> None:
     study = study_of(*planted, tmp_path)
-    found = measure_importance(study, study.stratified_rows(60))
-    unchanged = found.of_accuracy["mean"][0, 0]
+    measured = measure(study, study.stratified_rows(60))
+    unchanged = measured.accuracy_changes["mean"][0, 0]
     assert unchanged.value == 0 and unchanged.low < 0 < unchanged.high and unchanged.n == 60
-    assert found.accuracy.value == 1 and 0.9 < found.accuracy.low < found.accuracy.high == pytest.approx(1)
+    assert measured.accuracy.value == 1 and 0.9 < measured.accuracy.low < measured.accuracy.high == pytest.approx(1)
     (table,) = importance_chapter.CHAPTER(study).tables
     assert all("%" not in cell for row in table.rows for cell in row) and "(points)" in table.columns[3]

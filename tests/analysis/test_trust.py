@@ -202,7 +202,7 @@ def test_randomisation_is_quantus(digits: LabelledImageSet, tmp_path: Path, monk
     study, numbers = study_of(random_model(3), digits, tmp_path), np.arange(7)
     model = study.target.model
     assert isinstance(model, VisionTransformer)
-    inputs = study.model_input(digits.read(numbers.tolist()))
+    inputs = study.target.model_input(digits.read(numbers.tolist()))
     classes = model(inputs).argmax(dim=1).numpy()
     monkeypatch.setattr(PyTorchModel, "get_random_layer_generator", lambda *_, **__: cascade(model, FIRST_CONTROL))
     monkeypatch.setattr(PyTorchModel, "random_layer_generator_length", 4)
@@ -349,11 +349,11 @@ def test_known_good_maps_are_trusted_and_known_bad_ones_are_not(tmp_path: Path) 
     assert (good.deletion[:, 0] > 0.99).all() and np.allclose(good.deletion[:, 1:], 0.5, atol=1e-3)
     assert found.methods[0].worst.baseline == AMOUNT or found.methods[0].worst.value.value < 0
     alone = Study(Target(marked_model(), pictures), Output(tmp_path), "planted", budget=Budget(60, 0))
-    assert not any(each.trusted for each in try_methods(alone, alone.subset(60)).methods)
+    assert not any(each.trusted for each in try_methods(alone, alone.stratified_rows(60)).methods)
     unlearnt = Study(
         Target(random_weights(marked_model(), 5), pictures), Output(tmp_path), "random", budget=Budget(60, 3)
     )
-    assert not any(each.trusted for each in try_methods(unlearnt, unlearnt.subset(60)).methods)
+    assert not any(each.trusted for each in try_methods(unlearnt, unlearnt.stratified_rows(60)).methods)
 
 
 def test_the_chapter_says_the_same_twice_and_all_of_it(digits: LabelledImageSet, tmp_path: Path) -> None:

@@ -2,5 +2,7 @@
 
 Hands out the chapter.
 
-    chapter.py  figures, tables and text
+    chapter.py  texts and tables
+    figure.py   the figure
+    measure.py  what changes without each head and layer
 """
