@@ -18,20 +18,24 @@ from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.analysis.trust import chapter as trust_chapter
 from attention_visualizer.analysis.trust import measure as trust_measure
 from attention_visualizer.analysis.trust.measure import (
-    AMOUNT,
-    BASELINES,
-    INKED,
-    LEAST_GAIN,
-    RANDOM,
-    Control,
     cascade,
-    few_of,
+    choose_control_rows,
     has_learnt,
-    judged,
+    measure,
     method_maps,
     randomisation,
     rank_correlations,
-    try_methods,
+)
+from attention_visualizer.analysis.trust.verdict import (
+    AMOUNT,
+    BASELINES,
+    DIRECTIONS,
+    INKED,
+    LEAST_GAIN,
+    RANDOM,
+    ControlMap,
+    MethodTrust,
+    judge,
 )
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import LabelledImageSet
@@ -73,30 +77,41 @@ def curves_of(deletion_area: float, insertion_area: float, n: int = 60, seed: in
 def planted(
     areas: tuple[float, float],
     likeness: float | None = 0.1,
-    answers: bool = True,
+    is_learnt: bool = True,
     control: tuple[float, float] = (0.4, 0.6),
     chance: tuple[float, float] = (0.4, 0.6),
-) -> trust_measure.MethodTrust:
+) -> MethodTrust:
     """A map with these areas (deletion, insertion), beside ink rankings of 0.4 and 0.6 and a ranking by chance; maps of
     random weights on every other image. likeness: None without any of those."""
     baselines = {(name, each): curves_of(0.4, 0.6, seed=1) for name in (INKED, AMOUNT) for each in OPERATORS}
     baselines |= {(RANDOM, each): curves_of(*chance, seed=1) for each in OPERATORS}
-    few = np.arange(0, 60, 2)
+    control_rows = np.arange(0, 60, 2)
     reached = [(0.45, 0.55), control]
     controls = [
-        Control({each: curves_of(*found, n=30, seed=3) for each in OPERATORS}, np.full(30, likeness))
+        ControlMap({each: curves_of(*found, n=30, seed=3) for each in OPERATORS}, np.full(30, likeness))
         for found in reached
     ]
     own: dict[Operator, Curves] = {each: curves_of(*areas, seed=2) for each in OPERATORS}
     maps, inked = np.ones((60, 4)), np.tile([True, False, True, False], (60, 1))
     order = np.tile(np.arange(4), (60, 1))
     shown = [] if likeness is None else controls
-    return judged("map", own, baselines, maps, order, inked, None, shown, few, answers)
+    return judge(
+        "map",
+        own,
+        baselines,
+        maps,
+        order,
+        inked,
+        likeness=None,
+        controls=shown,
+        control_rows=control_rows,
+        is_learnt=is_learnt,
+    )
 
 
 def test_a_map_that_beats_the_ink_and_needs_the_weights_is_trusted() -> None:
     found = planted((0.3, 0.7))
-    assert found.trusted and found.reason.startswith("Trust map here")
+    assert found.is_trusted and found.reason.startswith("Trust map here")
     assert [(gain.operator, gain.direction, gain.baseline) for gain in found.gains] == [
         (operator, direction, baseline)
         for operator in ("fill", "drop")
@@ -116,22 +131,20 @@ def test_a_map_that_beats_the_ink_and_needs_the_weights_is_trusted() -> None:
         ((0.3, 0.7), {"control": (0.33, 0.6)}, "6 of 12 comparisons"),  # 0.10 of a needed 1.5 x 0.07
         ((0.3, 0.7), {"likeness": 0.8}, "random weights is 0.80"),  # the map is the same without training
         ((0.3, 0.7), {"likeness": None}, "there is no model with random weights to compare with"),
-        ((0.3, 0.7), {"answers": False}, "no better than by chance"),
+        ((0.3, 0.7), {"is_learnt": False}, "no better than by chance"),
     ],
 )
 def test_a_map_that_fails_in_one_respect_is_not(areas: tuple[float, float], options: dict[str, Any], said: str) -> None:
     found = planted(areas, **options)
-    assert not found.trusted and found.reason.startswith("Do not trust map here") and said in found.reason
+    assert not found.is_trusted and found.reason.startswith("Do not trust map here") and said in found.reason
 
 
 def test_the_control_that_comes_furthest_counts() -> None:
     found = planted((0.3, 0.7), control=(0.35, 0.6))
-    deletion, insertion = (
-        next(gain for gain in found.gains if gain.direction == way) for way in trust_measure.DIRECTIONS
-    )
+    deletion, insertion = (next(gain for gain in found.gains if gain.direction == way) for way in DIRECTIONS)
     assert deletion.needed == pytest.approx(1.5 * 0.05, abs=0.01) and deletion.control is not None
     assert deletion.control.n == 30 and insertion.needed == pytest.approx(LEAST_GAIN, abs=0.005)
-    assert found.trusted
+    assert found.is_trusted
 
 
 def test_significance_alone_never_suffices() -> None:
@@ -140,8 +153,15 @@ def test_significance_alone_never_suffices() -> None:
 
 
 def test_controls_cost_no_more_than_the_rest() -> None:
-    assert few_of(121, 3).tolist() == (np.arange(60) * 121 // 60).tolist() and len(few_of(1190, 10)) == 60
-    assert len(few_of(100, 10)) == 25 and len(few_of(30, 10)) == 10 and few_of(4, 0).tolist() == [0, 1, 2, 3]
+    assert (
+        choose_control_rows(121, 3).tolist() == (np.arange(60) * 121 // 60).tolist()
+        and len(choose_control_rows(1190, 10)) == 60
+    )
+    assert (
+        len(choose_control_rows(100, 10)) == 25
+        and len(choose_control_rows(30, 10)) == 10
+        and choose_control_rows(4, 0).tolist() == [0, 1, 2, 3]
+    )
 
 
 def test_pointing_and_mass_are_quantus() -> None:
@@ -156,10 +176,11 @@ def test_pointing_and_mass_are_quantus() -> None:
     mass = quantus.RelevanceMassAccuracy(**options)(model=None, **images, **told)
     curves: dict[Operator, Curves] = {each: curves_of(0.4, 0.6, n=40) for each in OPERATORS}
     baselines = {(name, each): curves[each] for name in BASELINES for each in OPERATORS}
-    found = judged("map", curves, baselines, maps, ranking_of(maps), inked, None, [], np.arange(40), True)
+    options = {"likeness": None, "controls": [], "control_rows": np.arange(40), "is_learnt": True}
+    found = judge("map", curves, baselines, maps, ranking_of(maps), inked, **options)
     assert 0.2 < np.mean(points) < 0.6 and float(found.pointing.value) == pytest.approx(np.mean(points))
     assert float(found.mass.value) == pytest.approx(np.mean(mass))
-    everywhere = judged("map", curves, baselines, maps, ranking_of(maps), inked | True, None, [], np.arange(40), True)
+    everywhere = judge("map", curves, baselines, maps, ranking_of(maps), inked | True, **options)
     assert everywhere.pointing.value == 1 and everywhere.pointing.low == pytest.approx(0.9124, abs=1e-4)  # Wilson
 
 
@@ -245,23 +266,23 @@ def test_random_weights_are_never_trusted(seed: int, digits: LabelledImageSet, t
     study = study_of(random_model(seed), digits, tmp_path)
     model = study.target.model
     assert isinstance(model, VisionTransformer)
-    found = try_methods(study, study.stratified_rows(40))
-    assert [each.name for each in found.methods] == METHODS and not any(each.trusted for each in found.methods)
+    found = measure(study, study.stratified_rows(40))
+    assert [each.name for each in found.methods] == METHODS and not any(each.is_trusted for each in found.methods)
     # The last stage of the cascade is the first control.
     for each in found.methods:
-        assert each.likeness is not None and each.unlearnt is not None
-        assert float(each.likeness.value[-1]) == float(each.unlearnt.value[0])
+        assert each.likeness is not None and each.control_likeness is not None
+        assert float(each.likeness.value[-1]) == float(each.control_likeness.value[0])
 
 
 def test_blocks_of_pictures_change_nothing(
     digits: LabelledImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_of(random_model(5), digits, tmp_path)
-    whole = try_methods(study, study.stratified_rows(20))
-    monkeypatch.setattr(trust_measure, "TOKENS", 7 * 16)
+    whole = measure(study, study.stratified_rows(20))
+    monkeypatch.setattr(trust_measure, "MOST_TOKENS", 7 * 16)
     sizes: list[int] = []
     handle = study.target.model.patch_embed.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))  # type: ignore[union-attr, operator]
-    curves_of_blocks = try_methods(study, study.stratified_rows(20)).curves
+    curves_of_blocks = measure(study, study.stratified_rows(20)).curves
     handle.remove()
     assert sizes.count(7) >= 10 and sizes.count(6) >= 5
     for task, curves in curves_of_blocks.items():
@@ -340,8 +361,8 @@ def test_known_good_maps_are_trusted_and_known_bad_ones_are_not(tmp_path: Path) 
     """The mark is the least inked of inked patches, and hardly attended to."""
     pictures = marked_pictures(60)
     study = Study(Target(marked_model(), pictures), Output(tmp_path), "planted", budget=Budget(60, 3))
-    found = try_methods(study, study.stratified_rows(60))
-    verdicts = {each.name: each.trusted for each in found.methods}
+    found = measure(study, study.stratified_rows(60))
+    verdicts = {each.name: each.is_trusted for each in found.methods}
     assert verdicts == {"CLS attention": False, "rollout": False, "relevance": True, "gradient x attention": True}, [
         each.reason for each in found.methods
     ]
@@ -349,11 +370,11 @@ def test_known_good_maps_are_trusted_and_known_bad_ones_are_not(tmp_path: Path) 
     assert (good.deletion[:, 0] > 0.99).all() and np.allclose(good.deletion[:, 1:], 0.5, atol=1e-3)
     assert found.methods[0].worst.baseline == AMOUNT or found.methods[0].worst.value.value < 0
     alone = Study(Target(marked_model(), pictures), Output(tmp_path), "planted", budget=Budget(60, 0))
-    assert not any(each.trusted for each in try_methods(alone, alone.stratified_rows(60)).methods)
+    assert not any(each.is_trusted for each in measure(alone, alone.stratified_rows(60)).methods)
     unlearnt = Study(
         Target(random_weights(marked_model(), 5), pictures), Output(tmp_path), "random", budget=Budget(60, 3)
     )
-    assert not any(each.trusted for each in try_methods(unlearnt, unlearnt.stratified_rows(60)).methods)
+    assert not any(each.is_trusted for each in measure(unlearnt, unlearnt.stratified_rows(60)).methods)
 
 
 def test_the_chapter_says_the_same_twice_and_all_of_it(digits: LabelledImageSet, tmp_path: Path) -> None:

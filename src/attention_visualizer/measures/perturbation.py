@@ -35,8 +35,8 @@ class Curves:
     insertion: Array
 
     @classmethod
-    def joined(cls, parts: list[Curves]) -> Curves:
-        """Of blocks of pictures, in their order."""
+    def concatenate(cls, parts: list[Curves]) -> Curves:
+        """Join the curves of parts of the images, in their order."""
         both = (np.concatenate([getattr(part, name) for part in parts]) for name in ("deletion", "insertion"))
         return cls(parts[0].shares, *both)
 

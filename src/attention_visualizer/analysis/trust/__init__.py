@@ -2,6 +2,8 @@
 
 Hands out the chapter.
 
-    chapter.py  figures, tables and text
-    measure.py  the numbers behind them
+    chapter.py  texts and tables
+    figure.py   the figure
+    measure.py  perturbations, random weights and the rankings' curves
+    verdict.py  what trust needs, and each method's verdict
 """
