@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attention_visualizer.attention import calls
-from attention_visualizer.attention.capture import AttentionLayer, CapturedAttention, CaptureError, capture
+from attention_visualizer.attention import calls, layer_geometry, policies, recording
+from attention_visualizer.attention.capture import AttentionLayer, CapturedAttention, CaptureError, capture, intervene
 from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.attention.hand_written import HandWrittenAttention
 from attention_visualizer.models.vision_transformer import VisionTransformer
+from tests.helpers.models import HandWritten
 
 BATCH, LAYERS, HEADS, TOKENS, HEAD_DIM = 2, 5, 3, 26, 7  # 5 x 5 patches and the class token
 
@@ -643,3 +645,86 @@ def test_parts_that_are_called_one_by_one_are_one_pass() -> None:
     for layer, other in zip(attention, expected, strict=True):
         torch.testing.assert_close(layer.weights, other.weights)
     assert [layer.name for layer in attention[1:]] == ["blocks.1.attn", "blocks.2.attn"]
+
+
+# --- failures of capturing itself ---
+
+FAILURES = {
+    "a fault": AttributeError("'NoneType' object has no attribute 'shape'"),
+    "an error of PyTorch": RuntimeError("shape mismatch\nand a second line"),
+    "no memory on the GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "no memory on the CPU": RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"),
+    "no memory for Python": MemoryError(),
+}
+PLACES: dict[str, tuple[Any, str, dict[str, bool]]] = {
+    "reading the call stack": (recording, "calling_stack", {}),
+    "rebuilding the weights": (calls, "attention_weights", {}),
+    "finding the place": (layer_geometry.GeometryFinder, "of_layer", {}),
+    "repeating for gradients": (policies.CaptureWithGradients, "replay", {"gradients": True}),
+}
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail_with(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return fail_with
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+def test_a_failure_of_capturing_is_one_error_that_names_layer_and_cause(
+    monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str, dict[str, bool]], failure: Exception
+) -> None:
+    owner, name, options = place
+    model = small_model()
+    before = state_around(model)
+    monkeypatch.setattr(owner, name, raising(failure))
+    message = rf"^the attention of blocks\.0\.attn could not be captured: {type(failure).__name__}: "
+    with pytest.raises(CaptureError, match=message) as caught, capture(model, **options):
+        model(images())
+    assert caught.value.__cause__ is failure and "\n" not in str(caught.value)
+    assert state_around(model) == before
+
+
+@pytest.mark.parametrize("step", ["before", "after"])
+def test_a_failure_of_tracking_is_one_error(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    failure = AttributeError("no such thing")
+    monkeypatch.setattr(HandWrittenAttention, step, raising(failure))
+    with pytest.raises(CaptureError, match="^the attention of HandWritten could not .*: no such thing") as caught:
+        run(HandWritten(), images())
+    assert caught.value.__cause__ is failure
+
+
+def test_a_failure_outside_all_layers_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "GeometryFinder", raising(AttributeError("no such thing")))
+    with pytest.raises(CaptureError, match=r"of VisionTransformer could .*: AttributeError: no such thing"):
+        run(small_model())
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+def test_what_the_model_and_the_users_code_raise_passes_through(failure: Exception) -> None:
+    model, error = small_model(), type(failure)
+    with pytest.raises(error) as caught, capture(model, consume=raising(failure)):
+        model(images())
+    assert caught.value is failure
+    with pytest.raises(error) as caught, intervene(model, raising(failure)):
+        model(images())
+    assert caught.value is failure
+    model.blocks[1].attn.proj.forward = raising(failure)
+    with pytest.raises(error) as caught, capture(model):
+        model(images())
+    assert caught.value is failure
+
+
+def test_a_wrong_call_of_the_model_keeps_its_error() -> None:
+    query, key, value = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 11), torch.randn(2, 3, 5, 7)
+    with pytest.raises(RuntimeError) as expected:
+        Recording()(query, key, value)
+    model = Recording()
+    with pytest.raises(RuntimeError) as caught, capture(model):
+        model(query, key, value)
+    assert type(caught.value) is type(expected.value) and str(caught.value) == str(expected.value)
+    by_hand = HandWritten()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), capture(by_hand):
+        by_hand(torch.randn(2, 3, 15, 15))

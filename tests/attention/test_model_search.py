@@ -11,10 +11,13 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from attention_visualizer.attention import recording
+from attention_visualizer.attention.capture import InternalCaptureError
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.model_search import FoundModel, find_model, named_part
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.support.errors import UserError
+from tests.helpers.models import HAND_WRITTEN_GEOMETRY, HandWritten
 
 CLASSES, SIZE = 7, 15
 IMAGES = torch.randn(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
@@ -23,28 +26,6 @@ IMAGES = torch.randn(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(2
 def vit(**options: Any) -> VisionTransformer:
     sizes = {"img_size": SIZE, "patch_size": 5, "num_classes": CLASSES, "embed_dim": 6, "num_heads": 3}
     return VisionTransformer(**(sizes | {"num_layers": 2, "mlp_dim": 11} | options))
-
-
-class HandWritten(nn.Module):
-    """A ViT whose attributes nobody knows: patches of 5 x 5 by unfolding, a class token, attention in two lines."""
-
-    def __init__(self, channels: int = 1, dim: int = 6, classes: int = CLASSES) -> None:
-        super().__init__()
-        self.tokenise = nn.Linear(channels * 25, dim)
-        self.first = nn.Parameter(torch.randn(1, 1, dim))
-        self.mixers = nn.ModuleList(nn.Linear(dim, 3 * dim) for _ in range(2))
-        self.out = nn.Linear(dim, classes)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        tokens = self.tokenise(nn.functional.unfold(pictures, 5, stride=5).transpose(1, 2))
-        tokens = torch.cat([self.first.expand(len(tokens), -1, -1), tokens], dim=1)
-        for mixer in self.mixers:
-            query, key, value = mixer(tokens).chunk(3, dim=-1)
-            tokens = tokens + (query @ key.transpose(1, 2) / 6**0.5).softmax(dim=-1) @ value
-        return self.out(tokens[:, 0])
-
-
-GEOMETRY = Geometry((3, 3), 1, (5, 5))
 
 
 class Holder(LightningModule):
@@ -130,9 +111,10 @@ def test_compiled_models_are_found_by_the_name_that_users_write() -> None:
 
 
 def test_a_hand_written_model_needs_its_geometry() -> None:
-    with pytest.raises(UserError, match=r"HandWritten\)?: .*geometry=Geometry\("):
+    reason = r"\(of HandWritten: its 10 keys are no grid of patches of 15 x 15 pixels\)"
+    with pytest.raises(UserError, match=rf"HandWritten\)?: .*geometry=Geometry\(.* {reason}"):
         found_in(Holder(net=HandWritten()))
-    found = found_in(Holder(net=HandWritten()), geometry=GEOMETRY)
+    found = found_in(Holder(net=HandWritten()), geometry=HAND_WRITTEN_GEOMETRY)
     assert found.name == "net" and len(found.layers) == 2 and found.unplaced == frozenset() and found.classifies
 
 
@@ -264,9 +246,9 @@ def test_outputs_of_other_forms(form: Any, classifies: bool) -> None:
 
 def test_features_are_no_scores_where_a_head_waits_for_them() -> None:
     headless = HandWritten(classes=13)  # 13 features, for all that it says
-    assert found_in(Holder(net=headless), geometry=GEOMETRY).classifies
-    assert not found_in(Holder(net=headless, head=nn.Linear(13, CLASSES)), geometry=GEOMETRY).classifies
-    assert found_in(Forwarding(run=headless, after=nn.Linear(13, CLASSES)), geometry=GEOMETRY).classifies
+    assert found_in(Holder(net=headless), geometry=HAND_WRITTEN_GEOMETRY).classifies
+    assert not found_in(Holder(net=headless, head=nn.Linear(13, CLASSES)), geometry=HAND_WRITTEN_GEOMETRY).classifies
+    assert found_in(Forwarding(run=headless, after=nn.Linear(13, CLASSES)), geometry=HAND_WRITTEN_GEOMETRY).classifies
     beheaded = vit()
     beheaded.head = nn.Identity()
     assert not found_in(Holder(vit=beheaded)).classifies
@@ -314,6 +296,19 @@ def test_images_that_the_model_does_not_take() -> None:
 def test_a_module_without_attention() -> None:
     with pytest.raises(UserError, match=r"no Vision Transformer was found in Holder .*\[n, 1, 15, 15\]"):
         found_in(Holder(net=nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())))
+
+
+def test_a_search_that_fails_itself_says_so_and_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(recording, "calling_stack", fail)
+    for module in (vit(), Holder(vit=vit())):
+        message = rf"for a Vision Transformer in {type(module).__name__} failed: .* blocks\.0\.attn .* no such thing"
+        with pytest.raises(InternalCaptureError, match=message):
+            found_in(module)
+    with pytest.raises(InternalCaptureError, match=r'model="vit" .*: the attention of blocks\.0.*no such thing'):
+        found_in(Holder(vit=vit()), name="vit")
 
 
 def test_a_geometry_that_does_not_fit() -> None:

@@ -20,7 +20,7 @@ from attention_visualizer.figures import attention_figures
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.watching import attention_logger
 from attention_visualizer.watching.attention_logger import AttentionLogger
-from tests.attention.test_model_search import GEOMETRY, HandWritten
+from tests.helpers.models import HAND_WRITTEN_GEOMETRY, HandWritten
 from tests.helpers.trainers import (
     CLASSES,
     IMAGES,
@@ -113,7 +113,7 @@ def test_a_model_that_states_no_geometry(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the given geometry has 17 tokens"):
         fit(tmp_path, Steps(HandWritten()), AttentionLogger(geometry=Geometry((4, 4), 1, (5, 5))))
     assert list(tmp_path.glob("*.npz")) == []
-    fit(tmp_path, Steps(HandWritten()), AttentionLogger(geometry=GEOMETRY), max_epochs=1)
+    fit(tmp_path, Steps(HandWritten()), AttentionLogger(geometry=HAND_WRITTEN_GEOMETRY), max_epochs=1)
     assert kept_in(tmp_path).column("validations", "images").tolist() == [IMAGES]
 
 

@@ -17,7 +17,7 @@ from attention_visualizer.attention.model_search import find_model
 from attention_visualizer.measures.streaming import AttentionStatistics
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from attention_visualizer.watching.validation import ValidationWatch, name_in_pass
-from tests.attention.test_model_search import GEOMETRY, HandWritten
+from tests.helpers.models import HAND_WRITTEN_GEOMETRY, HandWritten
 from tests.helpers.trainers import IMAGES, SIZE, Steps, attention_warnings, fit, kept_in, vit
 
 BATCH = torch.randn(5, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
@@ -84,7 +84,7 @@ def test_the_passes_of_one_step_are_told_apart(shared: bool) -> None:
             self.net(OTHER)
 
     whole = Whole().eval()
-    watch = ValidationWatch(find_model(whole, BATCH, geometry=GEOMETRY), GEOMETRY)
+    watch = ValidationWatch(find_model(whole, BATCH, geometry=HAND_WRITTEN_GEOMETRY), HAND_WRITTEN_GEOMETRY)
     with torch.no_grad(), watch.batch():
         whole.step()
     assert len(entropies(watch)) == 2 and images(watch) == 9 and list(watch.remarks()) == ["runs"]
@@ -131,7 +131,7 @@ def test_attention_that_the_model_did_not_show_when_it_was_found() -> None:
             self.reading(*[torch.randn(5, 10, 6)] * 3)
 
     whole = Whole().eval()
-    watch = ValidationWatch(find_model(whole, BATCH, geometry=GEOMETRY), GEOMETRY)
+    watch = ValidationWatch(find_model(whole, BATCH, geometry=HAND_WRITTEN_GEOMETRY), HAND_WRITTEN_GEOMETRY)
     with torch.no_grad(), watch.batch():
         whole.step()
     assert watch.remarks() == {} and entropies(watch).shape[0] == 2

@@ -5,6 +5,7 @@ The weights are the very tensor that the model multiplies, whatever it did to th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -92,6 +93,10 @@ class HandWrittenAttention:
     def __init__(self) -> None:
         self.tracked: Any = TensorDictionary()  # Tensor -> TrackedTensor
 
+    def concerns(self, function: Callable[..., Any]) -> bool:
+        """Whether calls of `function` are of interest: any, while tensors are tracked, and else products alone."""
+        return function in SCORES or bool(self.tracked)
+
     def before(self, call: FunctionCall) -> HandWrittenProduct | TrackedArgument | None:
         """Return what is known of a call that is going to run: that it multiplies weights with values, or else which
         of its arguments is tracked."""
@@ -120,8 +125,6 @@ class HandWrittenAttention:
 
     def _tracked_argument(self, call: FunctionCall) -> TrackedArgument | None:
         """Return the first argument that is tracked; weights come before scores."""
-        if not self.tracked:
-            return None
         scores = None
         for tensor in call.tensors():
             state = self.tracked.get(tensor)

@@ -54,6 +54,8 @@ from attention_visualizer.attention.torch_internals import (
 )
 from attention_visualizer.support.errors import UserError, summary
 
+ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+
 
 class OwnWork:
     """Context in which any error is one of capturing itself, and becomes an InternalCaptureError that names the layer.
@@ -112,9 +114,11 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        call = FunctionCall(function, args, kwargs or {})
-        if current_graph_task_id() != -1:  # a forward repeated for the backward pass (checkpointing)
-            return call()
+        kwargs = kwargs or {}
+        # The first: a forward that is repeated for the backward pass (checkpointing).
+        if current_graph_task_id() != -1 or not (function in ATTENTION or self.by_hand.concerns(function)):
+            return function(*args, **kwargs)
+        call = FunctionCall(function, args, kwargs)
         if function is F.scaled_dot_product_attention:
             with self.own_work:
                 repeats = self.policy.recomputes and fused_dropout(call) > 0
@@ -124,13 +128,13 @@ class Recorder(TorchFunctionMode):
         if function is F.multi_head_attention_forward:
             return self._multi_head(call, sys._getframe(1))
         with self.own_work:
-            before_call = self.by_hand.before(call)
+            known = self.by_hand.before(call)
         output = call()
-        if isinstance(before_call, HandWrittenProduct):
-            product = before_call
+        if isinstance(known, HandWrittenProduct):
+            product = known
             return self._record(output, lambda heads: product.describe(heads, output), sys._getframe(1))
         with self.own_work:
-            self.by_hand.after(call, before_call, output)
+            self.by_hand.after(call, known, output)
         return output
 
     def _multi_head(self, call: FunctionCall, frame: FrameType) -> Any:

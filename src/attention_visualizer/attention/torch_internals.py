@@ -192,6 +192,9 @@ _internal(
 _OPTIMIZED_MODULE, _ORIGINAL_MODULE = "OptimizedModule", "_orig_mod"
 
 
+_HAS_DYNAMO = importlib.util.find_spec("torch._dynamo") is not None
+
+
 def dynamo_is_loaded() -> bool:
     """False as long as nothing can have been compiled: torch.compile imports it, which takes seconds."""
     return "torch._dynamo" in sys.modules
@@ -199,7 +202,7 @@ def dynamo_is_loaded() -> bool:
 
 def _dynamo_is_as_expected() -> bool:
     if not dynamo_is_loaded():
-        return importlib.util.find_spec("torch._dynamo") is not None
+        return _HAS_DYNAMO
     wrapper = getattr(sys.modules["torch._dynamo"], _OPTIMIZED_MODULE, None)
     return wrapper is not None and _ORIGINAL_MODULE in wrapper.__init__.__code__.co_names
 

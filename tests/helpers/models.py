@@ -1,0 +1,30 @@
+"""Vision Transformers that several tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attention_visualizer.attention.geometry import Geometry
+
+
+class HandWritten(nn.Module):
+    """A ViT whose attributes nobody knows: patches of 5 x 5 by unfolding, a class token, attention in two lines."""
+
+    def __init__(self, channels: int = 1, dim: int = 6, classes: int = 7) -> None:
+        super().__init__()
+        self.tokenise = nn.Linear(channels * 25, dim)
+        self.first = nn.Parameter(torch.randn(1, 1, dim))
+        self.mixers = nn.ModuleList(nn.Linear(dim, 3 * dim) for _ in range(2))
+        self.out = nn.Linear(dim, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.tokenise(nn.functional.unfold(images, 5, stride=5).transpose(1, 2))
+        tokens = torch.cat([self.first.expand(len(tokens), -1, -1), tokens], dim=1)
+        for mixer in self.mixers:
+            query, key, value = mixer(tokens).chunk(3, dim=-1)
+            tokens = tokens + (query @ key.transpose(1, 2) / 6**0.5).softmax(dim=-1) @ value
+        return self.out(tokens[:, 0])
+
+
+HAND_WRITTEN_GEOMETRY = Geometry((3, 3), 1, (5, 5))  # of its tokens, on images of 15 x 15
