@@ -21,7 +21,8 @@ from attention_visualizer.analysis.heads import chapter as heads_chapter
 from attention_visualizer.analysis.layers import chapter as layers_chapter
 from attention_visualizer.analysis.patterns import chapter as patterns_chapter
 from attention_visualizer.analysis.preparation import check_output, choose_device, make_study
-from attention_visualizer.analysis.statistics import chapter as statistics_chapter
+from attention_visualizer.analysis.statistics.chapter import records
+from attention_visualizer.analysis.statistics.figure import draw_layers
 from attention_visualizer.analysis.study.samples import Sample, SampleChoice, check_sample, find_samples
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import survey_model
@@ -148,10 +149,10 @@ class AttentionVisualizer:
         labels = torch.tensor(known, device=inputs.device) if len(known) == len(given) else None
         survey = survey_model(target.model, [(inputs, labels)], labels, len(given), target.geometry, target.rollout)
         self.study.errors.append(survey.reconstruction_error)
-        figure = statistics_chapter.figure(survey, f"{len(given):,} given images")
+        figure = draw_layers(survey, f"{len(given):,} given images")
         self._sign_output()
         output.save(figure, "attention_statistics")
-        return figure, pd.DataFrame(statistics_chapter.records(survey))
+        return figure, pd.DataFrame(records(survey))
 
     def run_comprehensive_analysis(self, model_path: str | Path | None = None) -> Path:
         """Every figure, the statistics over the whole test set and the report, in Markdown and HTML; returns the first

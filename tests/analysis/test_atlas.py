@@ -13,8 +13,14 @@ from sklearn.linear_model import LinearRegression
 
 from attention_visualizer.analysis.atlas import chapter as atlas_chapter
 from attention_visualizer.analysis.atlas import measure as atlas_measure
-from attention_visualizer.analysis.atlas.chapter import chosen_pairs, class_means
-from attention_visualizer.analysis.atlas.measure import difference, resampled_differences, without_ink
+from attention_visualizer.analysis.atlas.measure import (
+    chosen_pairs,
+    class_means,
+    describe_images,
+    measure_difference,
+    resampled_differences,
+    without_ink,
+)
 from attention_visualizer.analysis.study.budget import Budget
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.study import Study
@@ -36,7 +42,7 @@ def noise(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_a_planted_difference_is_found_in_its_place_only() -> None:
     maps, amount, labels = noise(0)
     maps[labels == 0, 1, 3] += 0.2
-    found = difference(maps, amount, labels, 0, 1)
+    found = measure_difference(maps, amount, labels, 0, 1)
     expected = np.zeros((LAYERS, PATCHES), dtype=bool)
     expected[1, 3] = True
     assert (found.differs() == expected).all() and (found.differs_beyond_ink() == expected).all()
@@ -48,7 +54,7 @@ def test_a_difference_that_is_inks_alone_goes_with_the_ink() -> None:
     maps, amount, labels = noise(1)
     amount[labels == 0, 2] += 0.8
     maps[:, 0, 2] += 0.5 * amount[:, 2]
-    found = difference(maps, amount, labels, 0, 1)
+    found = measure_difference(maps, amount, labels, 0, 1)
     assert found.differs()[0, 2] and not found.differs_beyond_ink()[0, 2]
     assert (
         found.ink_p_value[2] < 0.05 and np.abs(found.beyond_ink.value[0, 2]) < np.abs(found.attention.value[0, 2]) / 3
@@ -58,12 +64,12 @@ def test_a_difference_that_is_inks_alone_goes_with_the_ink() -> None:
 def test_what_is_too_small_is_no_difference_however_sure() -> None:
     maps, amount, labels = noise(2)
     maps[:, 0, 0] = 0.1 + 0.005 * (labels == 0) + 1e-4 * np.random.default_rng(0).standard_normal(N)
-    found = difference(maps, amount, labels, 0, 1)
+    found = measure_difference(maps, amount, labels, 0, 1)
     assert found.p_value[0, 0] < 0.05 and not found.differs()[0, 0]
 
 
 def test_chance_is_at_its_level_for_all_places_together() -> None:
-    found = [difference(*noise(seed), 0, 1, seed) for seed in range(10, 110)]
+    found = [measure_difference(*noise(seed), 0, 1) for seed in range(10, 110)]
     for p_values in ([each.p_value.min() for each in found], [each.beyond_ink_p_value.min() for each in found]):
         assert 0.03 <= np.mean(np.array(p_values) < 0.1) <= 0.19  # 100 tests of 10 %: three standard errors
 
@@ -120,13 +126,13 @@ def test_pairs_are_those_that_look_alike_then_those_that_are_confused() -> None:
 
 def test_it_is_said_which_images_a_mean_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
     survey = SimpleNamespace(kept=np.arange(1234), num_images=1234)
-    assert atlas_chapter.which_images(survey, "test image") == "1,234 test images"  # type: ignore[arg-type]
+    assert describe_images(survey, "test image") == "1,234 test images"  # type: ignore[arg-type]
     survey.num_images = 50_000
-    said = "1,234 test images of 50,000, each class in its share"
-    assert atlas_chapter.which_images(survey, "test image") == said  # type: ignore[arg-type]
+    expected = "1,234 test images of 50,000, each class in its share"
+    assert describe_images(survey, "test image") == expected  # type: ignore[arg-type]
     monkeypatch.setattr(atlas_measure, "MOST_OF_CLASS", 50)
     monkeypatch.setattr(atlas_chapter, "MOST_OF_CLASS", 50)
-    found = difference(*noise(0), 0, 1)
+    found = measure_difference(*noise(0), 0, 1)
     assert found.counts == (50, 50) and atlas_chapter.of_each_class([found]) == "the first 50 images of each class"
 
 

@@ -74,8 +74,8 @@ def test_the_intervals_of_place_and_content_cover() -> None:
     truth = {"place": np.log(keys) - of_mean, "content": of_mean - scipy.stats.entropy(many, axis=-1).mean()}
     generator = np.random.default_rng(21)
     covered = {"place": 0, "content": 0}
-    for trial in range(trials):
-        found = selectivity(drawn(generator, pictures), np.array([keys]), trial)
+    for _ in range(trials):
+        found = selectivity(drawn(generator, pictures), np.array([keys]))
         for part in covered:
             interval = getattr(found, part)
             covered[part] += interval.low.item() <= truth[part] <= interval.high.item()

@@ -207,7 +207,7 @@ def test_the_largest_difference_holds_its_level_over_all_places() -> None:
     wrong = []
     for trial in range(150):
         groups = generator.standard_normal((2, 25, 3, 7)) * np.linspace(0.1, 5, 7)
-        _, p_values = intervals.largest_difference_test(groups[0], groups[1], 99, seed=trial)
+        p_values = intervals.largest_difference_test(groups[0], groups[1], 99, seed=trial)
         wrong.append((p_values < 0.05).any())
     assert 0.01 <= np.mean(wrong) <= 0.11
 
@@ -216,18 +216,18 @@ def test_a_difference_is_found_in_its_place_only() -> None:
     generator = np.random.default_rng(4)
     first, second = generator.standard_normal((2, 60, 4, 5))
     first[:, 2, 3] += 1.5
-    difference, p_values = intervals.largest_difference_test(first, second, 199)
-    assert difference[2, 3] == pytest.approx(1.5, abs=0.6) and p_values[2, 3] == 1 / 200
+    p_values = intervals.largest_difference_test(first, second, 199)
+    assert p_values[2, 3] == 1 / 200
     p_values[2, 3] = 1
     assert (p_values > 0.05).all()
     constant = np.ones((10, 2))
-    assert intervals.largest_difference_test(constant, constant, 19)[1].tolist() == [1.0, 1.0]
+    assert intervals.largest_difference_test(constant, constant, 19).tolist() == [1.0, 1.0]
 
 
 def test_the_largest_difference_of_one_place_is_scipys_permutation_test() -> None:
     generator = np.random.default_rng(11)
     first, second = generator.standard_normal((17, 1)), generator.standard_normal((23, 1))
-    difference, p_values = intervals.largest_difference_test(first, second, 4999)
+    p_values = intervals.largest_difference_test(first, second, 4999)
     theirs = scipy.stats.permutation_test(
         (first[:, 0], second[:, 0]),
         lambda one, other: abs(one.mean() - other.mean()),
@@ -235,7 +235,6 @@ def test_the_largest_difference_of_one_place_is_scipys_permutation_test() -> Non
         n_resamples=4999,
         rng=np.random.default_rng(0),
     )
-    assert abs(difference[0]) == pytest.approx(theirs.statistic)
     assert 0.01 < theirs.pvalue < 0.5 and p_values[0] == pytest.approx(theirs.pvalue, abs=0.03)
 
 

@@ -16,27 +16,29 @@ BRIGHT = 128  # of 255, from which a pixel counts as ink
 INKED = 0.04  # the share of a patch's pixels, from which it counts as inked: 2 of 49
 
 
-def ink_pixels(pictures: Tensor) -> Tensor:
-    """Whether each pixel is ink: uint8 [image, channel, height, width] -> bool [image, height, width]."""
-    return pictures.amax(dim=1) >= BRIGHT
+def ink_pixels(images: Tensor) -> Tensor:
+    """Return whether each pixel is ink: uint8 [image, channel, height, width] -> bool [image, height, width]."""
+    return images.amax(dim=1) >= BRIGHT
 
 
 def patch_shares(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The mean of each patch's pixels: [image, height, width] -> float32 [image, patch]. Patches lie as in a Geometry:
-    row by row, all of one size, pixels beyond the last whole patch left out."""
+    """Return the mean of each patch's pixels: [image, height, width] -> float32 [image, patch].
+
+    Patches lie as in a Geometry: row by row, all of one size, pixels beyond the last whole patch left out.
+    """
     height, width = pixels.shape[1] // grid[0], pixels.shape[2] // grid[1]
     whole = pixels[:, : grid[0] * height, : grid[1] * width].float()
     return whole.unflatten(2, (grid[1], width)).unflatten(1, (grid[0], height)).mean(dim=(2, 4)).flatten(1)
 
 
-def ink_amount(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The mean brightness of each patch, 0 to 1: uint8 [image, channel, height, width] -> [image, patch]."""
-    return patch_shares(pictures.amax(dim=1).float() / 255, grid)
+def ink_amount(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the mean brightness of each patch, 0 to 1: uint8 [image, channel, height, width] -> [image, patch]."""
+    return patch_shares(images.amax(dim=1).float() / 255, grid)
 
 
-def inked_patches(pictures: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which patches hold ink: uint8 [image, channel, height, width] -> bool [image, patch]."""
-    return patch_shares(ink_pixels(pictures), grid) >= INKED
+def inked_patches(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return which patches hold ink: uint8 [image, channel, height, width] -> bool [image, patch]."""
+    return patch_shares(ink_pixels(images), grid) >= INKED
 
 
 def in_blocks(images: ImageSet, rows: NDArray[np.int64]) -> Iterator[tuple[slice, Tensor]]:
@@ -58,14 +60,14 @@ def in_patches(
 
 
 def border_patches(grid: tuple[int, int]) -> NDArray[np.bool_]:
-    """Which patches lie at the picture's border: [patch]."""
+    """Return which patches lie at the image's border: bool [patch]."""
     border = np.ones(grid, dtype=bool)
     border[1:-1, 1:-1] = False
     return border.ravel()
 
 
 def interior_emptiness(inked: NDArray[Any], grid: tuple[int, int]) -> NDArray[np.float64]:
-    """The share of the patches off the border that hold no ink, of each picture: bool [image, patch] -> [image]; NaN
-    on a grid that is border only."""
+    """Return the share of the patches off the border that hold no ink: bool [image, patch] -> [image]; NaN on a grid
+    that is border only."""
     interior = ~inked[:, ~border_patches(grid)]
     return np.asarray(interior.mean(axis=1)) if interior.shape[1] else np.full(len(inked), np.nan)

@@ -1,6 +1,6 @@
-"""What a number from many images is worth: intervals, permutation tests, effect sizes, false discovery control.
+"""Bootstrap intervals, permutation tests, effect sizes and multiple-testing correction over images.
 
-The unit here is the image: an interval says how another draw of test images would move a number of this one model. How
+The unit is the image: an interval says how another draw of test images would move a value of this one model. How
 another training run would move it, it does not say.
 """
 
@@ -27,18 +27,18 @@ MOST_EXACT = 14  # units of which all sign flips are counted
 
 @dataclass(frozen=True)
 class Interval:
-    """Values with the ends of their 95 % interval, arrays of one shape, and the number of images they are from."""
+    """Values with their 95 % intervals, arrays of one shape."""
 
     value: Array
     low: Array
     high: Array
-    n: int
+    n: int  # images
 
     def __getitem__(self, index: Any) -> Interval:
         return Interval(self.value[index], self.low[index], self.high[index], self.n)
 
     def text(self, digits: int = 3, percent: bool = False) -> str:
-        """Of a single value: "0.123 (0.120 to 0.126)", no "-0.000"."""
+        """Format a single value as "0.123 (0.120 to 0.126)", never "-0.000"; a dash for NaN."""
         if np.isnan(self.value):
             return "–"
         scale, unit = (100, " %") if percent else (1, "")
@@ -46,7 +46,7 @@ class Interval:
         return f"{value}{unit} ({low} to {high})"
 
     def times(self, factor: float) -> Interval:
-        """In another unit, or with the other sign."""
+        """Return the interval in another unit, or with the other sign."""
         ends = factor * self.low, factor * self.high
         return Interval(factor * self.value, np.minimum(*ends), np.maximum(*ends), self.n)
 
@@ -59,20 +59,21 @@ class BootstrapMeans:
     """Means over a stream of images with percentile intervals, in memory that does not grow (Poisson bootstrap:
     Hanley and MacGibbon, 2006; Chamandy et al., 2012).
 
-    In each replicate each image counts as often as a Poisson variable of mean 1 says; the numbers do not depend on
-    how the stream is cut into batches. groups: so many, each with means of its own.
+    In each replicate each image counts as often as a Poisson variable of mean 1 says; the means do not depend on how
+    the stream is cut into batches.
     """
 
     def __init__(self, groups: int = 1, replicates: int = REPLICATES, seed: int = 0) -> None:
+        """groups: how many groups of images have means of their own."""
         self.groups, self.replicates = groups, replicates
         self.generator = np.random.default_rng(seed)
         self.counts = np.zeros((groups, replicates))
         self.num_images = np.zeros(groups, dtype=np.int64)
         self.sums: Array | None = None  # [group, replicate, ...]
-        self.plain: Array | None = None  # [group, ...]
+        self.plain: Array | None = None  # sums without resampling, [group, ...]
 
     def update(self, values: Array, groups: Array | None = None) -> None:
-        """values: [image, ...]; groups: [image], below 0 for images of none."""
+        """Add images. values: [image, ...]; groups: [image], below 0 for images of none."""
         values = np.asarray(values, dtype=np.float64)
         flat = values.reshape(len(values), -1)
         if self.sums is None or self.plain is None:
@@ -88,30 +89,29 @@ class BootstrapMeans:
             self.num_images[group] += those.sum()
 
     def of_group(self, group: int = 0) -> Interval:
-        """[...]; NaN of no image."""
+        """Return the means of one group: [...], NaN if it has no image."""
         return self.of(lambda means: means, group)
 
     def of(self, function: Callable[[Array], Array], group: int = 0) -> Interval:
-        """A function of the means [..., as in `update`] -> [...], with its interval."""
-        means, replicates = self._means(group)
-        held = self.counts[group] > 0  # of very few images, a replicate may hold none
-        low, high = percentiles(function(replicates[held]))
+        """Return a function of one group's means with its interval: [..., as in `update`] -> [...]."""
+        means, replicates = self.resampled(group)
+        has_images = self.counts[group] > 0  # of very few images, a replicate may hold none
+        low, high = percentiles(function(replicates[has_images]))
         return Interval(np.asarray(function(means)), low, high, int(self.num_images[group]))
 
     def difference(self, first: int, second: int) -> Interval:
-        """Between two groups' means: [...]."""
-        (means, replicates), (other_means, others) = self._means(first), self._means(second)
-        held = (self.counts[[first, second]] > 0).all(axis=0)
-        low, high = percentiles(replicates[held] - others[held])
+        """Return the first group's means minus the second's: [...]."""
+        (means, replicates), (other_means, others) = self.resampled(first), self.resampled(second)
+        have_images = (self.counts[[first, second]] > 0).all(axis=0)
+        low, high = percentiles(replicates[have_images] - others[have_images])
         return Interval(means - other_means, low, high, int(self.num_images[[first, second]].sum()))
 
     def resampled(self, group: int = 0) -> tuple[Array, Array]:
-        """The means [...] and each replicate's [replicate, ...]. In streams of the same images with the same seed an
-        image counts equally often, so that differences between their replicates are paired."""
-        return self._means(group)
+        """Return the means [...] and each replicate's [replicate, ...].
 
-    def _means(self, group: int) -> tuple[Array, Array]:
-        """[...] and [replicate, ...]."""
+        In streams of the same images with the same seed an image counts equally often, so that differences between
+        their replicates are paired.
+        """
         if self.sums is None or self.plain is None:
             raise ValueError("there were no images")
         counts = self.counts[group].reshape(-1, *[1] * (self.sums.ndim - 2))
@@ -120,26 +120,26 @@ class BootstrapMeans:
 
 
 def percentiles(replicates: Array) -> tuple[Array, Array]:
-    """The ends of the 95 % interval of [replicate, ...]: [...] each; NaN where any is."""
+    """Return the ends of the 95 % interval of [replicate, ...]: [...] each; NaN where any replicate is."""
     flat = replicates.reshape(len(replicates), math.prod(replicates.shape[1:]))
-    found = np.full((2, flat.shape[1]), np.nan)
-    there = ~np.isnan(flat).any(axis=0)
-    if len(flat) and there.any():
-        found[:, there] = np.quantile(flat[:, there], (LEVEL / 2, 1 - LEVEL / 2), axis=0)
-    low, high = found.reshape(2, *replicates.shape[1:])
+    ends = np.full((2, flat.shape[1]), np.nan)
+    defined = ~np.isnan(flat).any(axis=0)
+    if len(flat) and defined.any():
+        ends[:, defined] = np.quantile(flat[:, defined], (LEVEL / 2, 1 - LEVEL / 2), axis=0)
+    low, high = ends.reshape(2, *replicates.shape[1:])
     return low, high
 
 
 def bootstrap_mean(values: Array, seed: int = 0, replicates: int = REPLICATES) -> Interval:
-    """Mean over images of [image, ...] with its interval: [...]."""
+    """Return the mean over images of [image, ...] with its interval: [...]."""
     means = BootstrapMeans(1, replicates, seed)
     means.update(values)
     return means.of_group()
 
 
 def share_interval(count: Array | int, total: int) -> Interval:
-    """The share of images for which something holds, with its interval (Wilson, 1927), which is not empty where it
-    holds for all. count: [...]."""
+    """Return the share of images for which something holds, with its interval (Wilson, 1927), which is not empty where
+    it holds for all. count: [...]."""
     share = np.asarray(count) / total
     spread = NORMAL**2 / total
     middle = (share + spread / 2) / (1 + spread)
@@ -148,7 +148,7 @@ def share_interval(count: Array | int, total: int) -> Interval:
 
 
 def share_change(before: Array, after: Array) -> Interval:
-    """How the share of images for which something holds changes, before [image] to after [image, ...], bool: [...].
+    """Return the change of the share of images for which something holds: bool [image] to bool [image, ...] -> [...].
 
     The interval (Newcombe, 1998, Statistics in Medicine 17, 2635: method 10, Wilson's intervals joined by the
     correlation of the pairs) is not empty where no image changes.
@@ -175,18 +175,18 @@ def share_change(before: Array, after: Array) -> Interval:
 
 
 def standardised_mean(values: Array) -> Array:
-    """Cohen's d of paired differences [image, ...]: mean over standard deviation, 0 where nothing varies around 0; NaN
-    where that is."""
+    """Return Cohen's d of paired differences [image, ...], mean over standard deviation: [...]; 0 where all are 0, NaN
+    where any is."""
     mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
     # Of NaN, copysign alone would make an infinite effect.
     constant = np.where((mean == 0) | np.isnan(mean), mean, np.copysign(np.inf, mean))
     return np.divide(mean, deviation, out=constant, where=deviation > 0)
 
 
-def standardised_mean_interval(values: Array, seed: int = 0) -> Interval:
-    """The same with its interval, from resampled means of the differences and of their squares."""
+def standardised_mean_interval(values: Array) -> Interval:
+    """Return `standardised_mean` with its interval, from resampled means of the differences and of their squares."""
     effect = standardised_mean(values)
-    moments = BootstrapMeans(seed=seed)
+    moments = BootstrapMeans()
     moments.update(np.stack([values, np.square(values)], axis=1))
     _, replicates = moments.resampled()
     mean, variance = replicates[:, 0], replicates[:, 1] - replicates[:, 0] ** 2
@@ -197,8 +197,8 @@ def standardised_mean_interval(values: Array, seed: int = 0) -> Interval:
 
 
 def permutation_p_value(observed: Array, null: Array) -> Array:
-    """Two-sided, (b + 1) / (B + 1) (Phipson and Smyth, 2010): how often a statistic of permuted data [permutation, ...]
-    lies as far from the mean of all as the observed one [...]; NaN where that is."""
+    """Return the two-sided p-value (b + 1) / (B + 1) (Phipson and Smyth, 2010): how often a statistic of permuted data
+    [permutation, ...] lies as far from the mean of all as the observed one [...]; NaN where that is."""
     # The observed one is among all: else few permutations would reject too often.
     middle = (null.sum(axis=0) + observed) / (len(null) + 1)
     # A permutation that gives back the data must count, whatever its rounding, in float32 too.
@@ -218,13 +218,13 @@ def spearman(first: Array, second: Array, axis: int = -1) -> Array:
 
 
 def rank_correlation(first: Array, second: Array, permutations: int = PERMUTATIONS) -> tuple[Interval, float]:
-    """Spearman's, over units [unit] such as heads, with its interval (Bonett and Wright, 2000) and p-value by
+    """Return Spearman's over units [unit], such as heads, with its interval (Bonett and Wright, 2000) and p-value by
     permutation, all pairings where they are few. NaN where there are fewer than four units, or all are equal."""
     import scipy.stats
 
-    n, nothing = len(first), np.asarray(np.nan)
+    n, undefined = len(first), np.asarray(np.nan)
     if n < 4 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return Interval(nothing, nothing, nothing, n), float("nan")
+        return Interval(undefined, undefined, undefined, n), float("nan")
     ranks, others = (scipy.stats.zscore(scipy.stats.rankdata(each)) for each in (first, second))
     tested = scipy.stats.permutation_test(
         (ranks,),
@@ -242,26 +242,27 @@ def rank_correlation(first: Array, second: Array, permutations: int = PERMUTATIO
 
 
 def bootstrap_p_value(replicates: Array) -> float:
-    """Whether a difference is 0, two-sided, from its bootstrap replicates [replicate]: twice the share on the rarer
-    side of 0, (b + 1) / (B + 1); NaN where they are."""
+    """Return the two-sided p-value of a difference from its bootstrap replicates [replicate]: twice the share on the
+    rarer side of 0, (b + 1) / (B + 1); NaN where any replicate is."""
     if np.isnan(replicates).any():
         return float("nan")
     rarer = min((replicates <= 0).sum(), (replicates >= 0).sum())
     return min(1.0, 2 * float(rarer + 1) / (len(replicates) + 1))
 
 
-def sign_flip_test(values: Array, seed: int = 0) -> Array:
-    """Whether the mean of a few units (seeds) differs from 0: two-sided p of [unit, ...] from the sums under all ways
-    to give the units signs (Fisher, 1935). Exact up to MOST_EXACT units, beyond by 2^MOST_EXACT - 1 random ways.
+def sign_flip_test(values: Array) -> Array:
+    """Return the two-sided p-value that the mean of a few units (seeds) is 0: [unit, ...] -> [...], NaN where any unit
+    is.
 
-    NaN where a unit has none.
+    From the sums under all ways to give the units signs (Fisher, 1935). Exact up to MOST_EXACT units, beyond by
+    2^MOST_EXACT - 1 random ways.
     """
     n = len(values)
     flat = np.asarray(values, dtype=np.float64).reshape(n, -1)
     if n <= MOST_EXACT:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
     else:
-        signs = np.random.default_rng(seed).choice([-1, 1], (2**MOST_EXACT, n))
+        signs = np.random.default_rng(0).choice([-1, 1], (2**MOST_EXACT, n))
         signs[0] = 1
     distance = np.abs(flat.sum(axis=0)) * (1 - 1e-9)
     p_values = (np.abs(signs @ flat) >= distance).mean(axis=0)
@@ -270,23 +271,24 @@ def sign_flip_test(values: Array, seed: int = 0) -> Array:
 
 
 def smallest_sign_flip_p(num_units: int) -> float:
-    """That `sign_flip_test` can reach: all units on one side."""
+    """Return the smallest p-value that `sign_flip_test` can return for so many units: all on one side."""
     return 2.0 ** (1 - min(num_units, MOST_EXACT + 1))
 
 
 def permuted_products(
     attention: Array, content: Array, permutations: int = PERMUTATIONS, seed: int = 0
 ) -> tuple[Array, Array]:
-    """Whether attention goes with what is in a place, beyond the place itself.
+    """Return the statistic of whether attention goes with what is in a place, beyond the place itself: [head], and that
+    of permuted images: [permutation, head].
 
     attention: [image, head, patch]; content: [image, patch]. The statistic is the mean over images of
-    sum_p attention_p content_p: [head]. In each permutation, images get another image's content, so that places keep
-    their content on average: [permutation, head].
+    sum_p attention_p content_p. In each permutation, images get another image's content, so that places keep their
+    content on average.
     """
     n, heads, patches = attention.shape
     places, usual = attention.mean(axis=0, dtype=np.float64), content.mean(axis=0, dtype=np.float64)
     by_place = places @ usual  # what all permutations share
-    # Without it, a head that looks at the same places on every image has exactly 0, and no rounding looks like a find.
+    # Without it, a head with the same map on every image has exactly 0, and no rounding looks like a finding.
     moving = attention - places.astype(np.float32)
     rows = np.ascontiguousarray(moving.transpose(1, 0, 2).reshape(heads, n * patches), dtype=np.float32)
     content = (content - usual).astype(np.float32)
@@ -300,21 +302,18 @@ def permuted_products(
     return observed, null
 
 
-def largest_difference_test(
-    first: Array, second: Array, permutations: int = PERMUTATIONS, seed: int = 0
-) -> tuple[Array, Array]:
-    """Where two groups of images differ, at LEVEL for all places together (Westfall and Young, 1993: the largest).
+def largest_difference_test(first: Array, second: Array, permutations: int = PERMUTATIONS, seed: int = 0) -> Array:
+    """Return p-values that two groups of images have the same mean, for all places together: [image, ...] -> [...].
 
-    first, second: [image, ...]. -> the difference of their means [...], and p-values [...] from the largest of all
-    standardised differences under permuted membership.
+    They come from the largest of all standardised differences under permuted membership (Westfall and Young, 1993).
     """
     shape, n = first.shape[1:], len(first)
     pooled = np.concatenate([first, second]).reshape(n + len(second), -1).astype(np.float64)
     total = len(pooled)
     deviation = pooled.std(axis=0)
-    there = deviation > 1e-12
+    varies = deviation > 1e-12
     scaled = np.zeros_like(pooled)
-    scaled[:, there] = (pooled[:, there] - pooled[:, there].mean(axis=0)) / deviation[there]
+    scaled[:, varies] = (pooled[:, varies] - pooled[:, varies].mean(axis=0)) / deviation[varies]
     contrast = np.full(total, -1 / (total - n))
     contrast[:n] = 1 / n
     observed = np.abs(contrast @ scaled)
@@ -322,34 +321,34 @@ def largest_difference_test(
     contrasts = np.stack([contrast[generator.permutation(total)] for _ in range(permutations)])
     largest = np.abs(contrasts @ scaled).max(axis=1)
     p_values = ((largest[:, None] >= observed * (1 - 1e-9)).sum(axis=0) + 1) / (permutations + 1)
-    difference = first.mean(axis=0, dtype=np.float64) - second.mean(axis=0, dtype=np.float64)
-    return difference, p_values.reshape(shape)
+    return p_values.reshape(shape)
 
 
 def false_discovery_control(p_values: Array) -> Array:
-    """p-values adjusted so that those below LEVEL hold at most that share of false ones (Benjamini and Hochberg)."""
+    """Adjust p-values so that those below LEVEL hold at most that share of false ones (Benjamini and Hochberg, 1995);
+    NaN stays and does not count."""
     import scipy.stats
 
     adjusted = np.full(np.shape(p_values), np.nan)
-    there = ~np.isnan(p_values)
-    if there.any():
-        adjusted[there] = scipy.stats.false_discovery_control(p_values[there])
+    defined = ~np.isnan(p_values)
+    if defined.any():
+        adjusted[defined] = scipy.stats.false_discovery_control(p_values[defined])
     return adjusted
 
 
 def learnt_threshold(chance: float) -> float:
-    """The share of right answers from which a model has learnt something: a tenth of the way from guessing to knowing,
-    which models with random weights do not reach by their luck."""
+    """Return the accuracy above which a model counts as trained: 10 % of the way from chance to perfect, which models
+    with random weights do not reach by luck."""
     return chance + (1 - chance) / 10
 
 
-def stratified(labels: Array, count: int, seed: int = 0) -> Array:
-    """Numbers of `count` images (or all), each class in its share to one image, in order: [image]."""
+def stratified(labels: Array, count: int) -> Array:
+    """Return sorted rows of `count` images (or all), each class in its share to one image: [image]."""
     if count >= len(labels):
         return np.arange(len(labels))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     order = generator.permutation(len(labels))
-    # Sorted by class, every (n / count)-th image is taken.
+    # Every (n / count)-th image in the order of classes.
     by_class = order[np.argsort(labels[order], kind="stable")]
-    taken = ((np.arange(count) + generator.random()) * len(labels) / count).astype(np.int64)
-    return np.sort(by_class[taken])
+    chosen = ((np.arange(count) + generator.random()) * len(labels) / count).astype(np.int64)
+    return np.sort(by_class[chosen])

@@ -1,4 +1,4 @@
-"""What attention maps say, as pure functions on any device.
+"""Measures of attention maps: entropy, distance, rollout and the like, as pure functions on any device.
 
 `weights` is one layer's attention after softmax, `[batch, head, query, key]`, each row a distribution over keys;
 a `Geometry` says which tokens are patches and where they lie.
@@ -15,32 +15,33 @@ from torch import Tensor
 
 from attention_visualizer.attention.geometry import Geometry
 
-# Which rows are looked at: the class token's, the mean over all patch queries, or one patch's (row, column).
+# Whose attention is read: the class token's, the mean over all patch queries, or one patch's (row, column).
 Query = Literal["cls", "patches"] | tuple[int, int]
 # How rollout joins the heads of a layer.
 Fusion = Literal["mean", "max", "min"]
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
-    """Shannon entropy of each row in nats, 0 ln 0 = 0 (Zhai et al., 2023): [..., key] -> [...]."""
+    """Return the Shannon entropy of each row in nats, 0 ln 0 = 0 (Zhai et al., 2023): [..., key] -> [...]."""
     return -torch.special.xlogy(weights, weights).sum(dim=-1)
 
 
 def effective_tokens(weights: Tensor) -> Tensor:
-    """exp(entropy): the number of keys that a uniform row of the same entropy would attend to."""
+    """Return exp(entropy): the number of keys that a uniform row of the same entropy would attend to."""
     return attention_entropy(weights).exp()
 
 
 def is_self_attention(weights: Tensor, geometry: Geometry) -> bool:
-    """Whether the queries are the tokens that are also the keys; else they are others, such as a pooling's own."""
+    """Return whether queries and keys are the same tokens; they are not for an attention-pooling query, for example."""
     return weights.shape[-2] == geometry.num_tokens
 
 
 def query_attention(weights: Tensor, geometry: Geometry, query: Query) -> Tensor:
-    """The attention of one query set over all keys: [batch, head, query, key] -> [batch, head, key].
+    """Return the attention of one query set over all keys: [batch, head, query, key] -> [batch, head, key].
 
     "cls" is the first prefix token's row, "patches" the mean over the patch queries, (row, column) one patch. A layer
-    that pools, with queries of its own, has the mean over them whatever is asked for.
+    that pools, with queries of its own, has the mean over them whatever is asked for. Raise ValueError for "cls" where
+    there is no class token.
     """
     if not is_self_attention(weights, geometry):
         return weights.mean(dim=2)
@@ -54,17 +55,17 @@ def query_attention(weights: Tensor, geometry: Geometry, query: Query) -> Tensor
 
 
 def readout_query(geometry: Geometry) -> Literal["cls", "patches"]:
-    """The query set that the classification reads: the class token if it reads one, else all patches."""
+    """Return the query set that the classification reads: the class token if it reads one, else all patches."""
     return "cls" if geometry.num_prefix_tokens and geometry.class_token == "read" else "patches"
 
 
 def patch_attention(query_weights: Tensor, geometry: Geometry) -> Tensor:
-    """The share of each patch key, prefix keys left out, not renormalised: [..., key] -> [..., patch]."""
+    """Return the share of each patch key, prefix keys left out, not renormalised: [..., key] -> [..., patch]."""
     return query_weights[..., geometry.num_prefix_tokens :]
 
 
 def query_entropy(weights: Tensor, geometry: Geometry, query: Query) -> Tensor:
-    """Entropy in nats of the query's row over all keys, for "patches" the mean of the rows' entropies.
+    """Return the entropy in nats of the query's row over all keys, for "patches" the mean of the rows' entropies.
 
     [batch, head, query, key] -> [batch, head].
     """
@@ -76,17 +77,17 @@ def query_entropy(weights: Tensor, geometry: Geometry, query: Query) -> Tensor:
 
 
 def readout_entropy(weights: Tensor, geometry: Geometry) -> Tensor:
-    """Entropy of the readout query: [batch, head, query, key] -> [batch, head]."""
+    """Return the entropy of the readout query: [batch, head, query, key] -> [batch, head]."""
     return query_entropy(weights, geometry, readout_query(geometry))
 
 
 def maximum_attention(weights: Tensor, geometry: Geometry) -> Tensor:
-    """Largest weight that the readout query gives to any patch key: [batch, head, query, key] -> [batch, head]."""
+    """Return the readout query's largest weight on a patch key: [batch, head, query, key] -> [batch, head]."""
     return _readout_patches(weights, geometry).amax(dim=-1)
 
 
 def mean_attention(weights: Tensor, geometry: Geometry) -> Tensor:
-    """Mean weight that the readout query gives to a patch key: [batch, head, query, key] -> [batch, head].
+    """Return the mean weight that the readout query gives to a patch key: [batch, head, query, key] -> [batch, head].
 
     Over all keys it would be 1 / N always; over patch keys it is what the prefix tokens leave to the image.
     """
@@ -94,9 +95,10 @@ def mean_attention(weights: Tensor, geometry: Geometry) -> Tensor:
 
 
 def readout_effective_tokens(weights: Tensor, geometry: Geometry) -> Tensor:
-    """exp(entropy) of the readout query, for "patches" the mean over them: [batch, head, query, key] -> [batch, head].
+    """Return exp(entropy) of the readout query, for "patches" the mean over them: [batch, head, query, key] -> [batch,
+    head].
 
-    The mean of exponentials, which is not the exponential of the mean.
+    It is the mean of exponentials, which is not the exponential of the mean.
     """
     if not is_self_attention(weights, geometry):
         return effective_tokens(weights).mean(dim=-1)
@@ -106,17 +108,17 @@ def readout_effective_tokens(weights: Tensor, geometry: Geometry) -> Tensor:
 
 
 def head_confidence(weights: Tensor, geometry: Geometry) -> Tensor:
-    """Mean over all queries of the largest weight, over all keys (Voita et al., 2019): -> [batch, head]."""
+    """Return the mean over all queries of the largest weight, over all keys (Voita et al., 2019): [batch, head]."""
     return weights.amax(dim=-1).mean(dim=-1)
 
 
 def reads_class_token(weights: Tensor, geometry: Geometry) -> bool:
-    """Whether the classification reads a class token that attends to itself among the others."""
+    """Return whether the classification reads a class token that attends to itself among the others."""
     return is_self_attention(weights, geometry) and readout_query(geometry) == "cls"
 
 
 def class_token_self_attention(weights: Tensor, geometry: Geometry) -> Tensor:
-    """What the class token gives to itself: [batch, head, query, key] -> [batch, head]."""
+    """Return the class token's weight on itself: [batch, head, query, key] -> [batch, head]."""
     return weights[:, :, 0, 0]
 
 
@@ -125,14 +127,14 @@ def _readout_patches(weights: Tensor, geometry: Geometry) -> Tensor:
 
 
 def mean_attention_distance(weights: Tensor, geometry: Geometry) -> Tensor:
-    """Mean distance in pixels between a patch query and the patches it attends to, itself included.
+    """Return the mean distance in pixels between a patch query and the patches it attends to, itself included.
 
     Patch keys are renormalised to 1 for each query (Dosovitskiy et al., 2021; Raghu et al., 2021). NaN where the
     queries are not the patches. [batch, head, query, key] -> [batch, head].
     """
     if not is_self_attention(weights, geometry):
         return torch.full_like(weights[:, :, 0, 0], math.nan)
-    # Both sums run over it, and a copy in order is a third faster.
+    # Both sums run over it, and a contiguous copy is a third faster.
     patches = weights[:, :, geometry.num_prefix_tokens :, geometry.num_prefix_tokens :].contiguous()
     centers = geometry.patch_centers(weights.device).to(weights.dtype)
     distances = torch.cdist(centers, centers)
@@ -142,9 +144,10 @@ def mean_attention_distance(weights: Tensor, geometry: Geometry) -> Tensor:
 
 
 def attention_rollout(layers: Iterable[Tensor], fusion: Fusion = "mean", discard: float = 0.0) -> Tensor:
-    """Attention through the residual stream, from the first layer to the last: -> [batch, query, key].
+    """Return attention through the residual stream, from the first layer to the last: [batch, query, key].
 
-    Product of (heads joined + identity), rows brought to sum 1, later layers on the left (Abnar and Zuidema, 2020).
+    It is the product of (heads joined + identity), rows brought to sum 1, later layers on the left (Abnar and Zuidema,
+    2020).
     """
     rollout = None
     for weights in layers:
@@ -155,7 +158,7 @@ def attention_rollout(layers: Iterable[Tensor], fusion: Fusion = "mean", discard
 
 
 def rollout_step(rollout: Tensor | None, weights: Tensor, fusion: Fusion = "mean", discard: float = 0.0) -> Tensor:
-    """The rollout up to and including one more layer; None before the first.
+    """Return the rollout up to and including one more layer. rollout: up to the layer before, None for the first.
 
     discard: the share of each row's keys, those of least weight, that is set to 0 before the identity is added.
     """
@@ -173,7 +176,7 @@ def rollout_step(rollout: Tensor | None, weights: Tensor, fusion: Fusion = "mean
 
 
 def positive_gradient_attention(weights: Tensor, gradients: Tensor) -> Tensor:
-    """Attention where it speaks for the class: mean over heads of (gradient * weights)^+.
+    """Return the attention that raises the class score: mean over heads of (gradient * weights)^+.
 
     gradients: of the class score with respect to `weights`. [batch, head, query, key] -> [batch, query, key].
     """
@@ -181,10 +184,10 @@ def positive_gradient_attention(weights: Tensor, gradients: Tensor) -> Tensor:
 
 
 def relevance_step(relevance: Tensor | None, weights: Tensor, gradients: Tensor) -> Tensor:
-    """The relevance of each key to each query, up to and including one more layer; None before the first.
+    """Return the relevance of each key to each query, up to and including one more layer: [batch, query, key].
 
-    R <- R + mean over heads of (gradient * weights)^+ R, from the identity: the rule for self-attention of Chefer et
-    al. (ICCV 2021), "Generic Attention-model Explainability". -> [batch, query, key].
+    relevance: up to the layer before, None for the first. R <- R + mean over heads of (gradient * weights)^+ R, from
+    the identity: the rule for self-attention of Chefer et al. (ICCV 2021), "Generic Attention-model Explainability".
     """
     if relevance is None:
         relevance = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device).expand(
@@ -194,7 +197,7 @@ def relevance_step(relevance: Tensor | None, weights: Tensor, gradients: Tensor)
 
 
 def value_weighted_attention(weights: Tensor, values: Tensor, projection: Tensor | None = None) -> Tensor:
-    """The length of what each key contributes: the norm of A_ij v_j W_O (Kobayashi et al., 2020).
+    """Return the length of what each key contributes: the norm of A_ij v_j W_O (Kobayashi et al., 2020).
 
     values: [batch, head, key, head_dim]; projection: the weight of the output projection [embed, head * head_dim],
     None to measure A_ij v_j before it. -> [batch, head, query, key], in the units of the residual stream.
@@ -206,33 +209,33 @@ def value_weighted_attention(weights: Tensor, values: Tensor, projection: Tensor
 
 
 def column_mass(weights: Tensor) -> Tensor:
-    """What each key receives, mean over the queries: [batch, head, query, key] -> [batch, head, key]."""
+    """Return what each key receives, mean over the queries: [batch, head, query, key] -> [batch, head, key]."""
     return weights.mean(dim=2)
 
 
 def sink_strength(weights: Tensor, geometry: Geometry) -> Tensor:
-    """The share of all attention that the most attended key receives, prefix tokens included: [batch, head].
+    """Return the share of all attention that the most attended key receives, prefix tokens included: [batch, head].
 
-    1 / N where attention is uniform; an attention sink (Xiao et al., 2023; Darcet et al., 2023) draws much more.
+    It is 1 / N where attention is uniform; an attention sink (Xiao et al., 2023; Darcet et al., 2023) draws much more.
     """
     return column_mass(weights).amax(dim=-1)
 
 
 def head_divergence(weights: Tensor, geometry: Geometry) -> Tensor:
-    """How unlike the layer's other heads a head is: mean Jensen-Shannon divergence between the rows of the readout
-    query, in nats (Clark et al., 2019): [batch, head, query, key] -> [batch, head]. NaN in a layer of one head.
+    """Return the mean Jensen-Shannon divergence of each head from the layer's other heads, between the rows of the
+    readout query, in nats (Clark et al., 2019): [batch, head, query, key] -> [batch, head]; NaN in a layer of one head.
     """
     return head_divergences(weights, geometry).sum(dim=-1) / (weights.shape[1] - 1 or math.nan)
 
 
 def head_divergences(weights: Tensor, geometry: Geometry) -> Tensor:
-    """Between each two heads of the layer: [batch, head, query, key] -> [batch, head, head]."""
+    """Return the divergence between every two heads of the layer: [batch, head, query, key] -> [batch, head, head]."""
     rows = query_attention(weights, geometry, readout_query(geometry))
     return jensen_shannon_divergence(rows[:, :, None], rows[:, None])
 
 
 def jensen_shannon_divergence(first: Tensor, second: Tensor) -> Tensor:
-    """Divergence of two sets of distributions in nats, 0 to ln 2 (Lin, 1991): [..., key] twice -> [...]."""
+    """Return the divergence of two sets of distributions in nats, 0 to ln 2 (Lin, 1991): [..., key] twice -> [...]."""
     mixture = (first + second) / 2
     return (attention_entropy(mixture) - (attention_entropy(first) + attention_entropy(second)) / 2).clamp_min(0.0)
 

@@ -2,6 +2,7 @@
 
 Hands out the chapter.
 
-    chapter.py  figures, tables and text
-    measure.py  the numbers behind them
+    chapter.py  text and tables
+    figure.py   a row for each class, a row for each pair of classes
+    measure.py  mean maps and their differences
 """

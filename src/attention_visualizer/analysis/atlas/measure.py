@@ -1,52 +1,140 @@
-"""Where the mean maps of two classes differ, with and without what goes with their ink."""
+"""Mean maps of each class, and where those of two classes differ, with and without what goes with their ink."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.survey import Survey
+from attention_visualizer.data import ink
+from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.intervals import Interval
 
 Array = NDArray[Any]
 
-MOST_OF_CLASS = 1000  # pictures of one class in a permutation test: bounds memory
+ALIKE_DIGITS = (("4", "9"), ("3", "5"), ("3", "8"), ("7", "9"))
+MOST_CONFUSED = 2  # pairs that this model confuses most, besides
+MOST_OF_CLASS = 1000  # images of one class in a permutation test: bounds memory
+IMAGES_AT_ONCE = 500  # while resampling: bounds memory
 NO_SPREAD = 1e-12  # variance of a patch's ink, below which nothing can be predicted from it
-LEAST_SHARE = 0.01  # stated beforehand: a difference of less than this share of the attention is not shown as one
+LEAST_SHARE = 0.01  # declared beforehand: a difference of less than this share of the attention is not shown as one
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """Mean maps of each class over the images whose maps the survey kept."""
+
+    names: list[str]  # of the classes
+    counts: Array  # images of each, [class]
+    num_images: int
+    images: str  # in words, such as "10,000 test images"
+    query: Literal["cls", "patches"]
+    grid: tuple[int, int]
+    mean_images: Array  # uint8 [class, height, width, channel]
+    maps: Array  # mean over heads, shares of the attention on patches: [class, layer, patch]
+    rollouts: Array | None  # shares of what reaches the patches: [class, layer, patch]; None where there are none
+    ink: Array  # brightness, 0 to 1: [class, patch]
+    differences: list[Difference]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Between the mean maps of two classes. attention, p_value: [layer, patch], shares of the attention on patches;
-    ink, ink_p_value: [patch], brightness 0 to 1. beyond_ink, beyond_ink_p_value: [layer, patch], what is left of the
-    difference when each place's attention is predicted from its own ink. with_ink: the share of the difference's
-    squares, over layers and places, that this takes away. p-values hold for all places of a pair, intervals for each.
-    """
+    """The first class's mean map minus the second's. p-values hold for all places of a pair together, intervals for
+    each."""
 
-    first: int
+    first: int  # class
     second: int
-    counts: tuple[int, int]
-    attention: Interval
-    p_value: Array
-    beyond_ink: Interval
-    beyond_ink_p_value: Array
-    with_ink: Interval
-    ink: Interval
-    ink_p_value: Array
+    counts: tuple[int, int]  # images of each
+    attention: Interval  # shares of the attention on patches: [layer, patch]
+    p_value: Array  # [layer, patch]
+    beyond_ink: Interval  # what is left when each place's attention is predicted from its own ink: [layer, patch]
+    beyond_ink_p_value: Array  # [layer, patch]
+    with_ink: Interval  # share of the difference's squares, over layers and places, that this takes away: one value
+    ink: Interval  # brightness, 0 to 1: [patch]
+    ink_p_value: Array  # [patch]
 
     def differs(self) -> Array:
         """bool [layer, patch]"""
         return np.asarray((self.p_value < intervals.LEVEL) & (np.abs(self.attention.value) >= LEAST_SHARE))
 
     def differs_beyond_ink(self) -> Array:
+        """bool [layer, patch]"""
         return np.asarray((self.beyond_ink_p_value < intervals.LEVEL) & (np.abs(self.beyond_ink.value) >= LEAST_SHARE))
+
+    def ink_differs(self) -> Array:
+        """bool [patch]"""
+        return np.asarray(self.ink_p_value < intervals.LEVEL)
+
+
+def measure(study: Study) -> Atlas:
+    survey, images = study.survey, study.target.images
+    names, labels = list(images.class_names), survey.labels[survey.kept]
+    maps = np.nanmean(survey.shares, axis=2)  # over heads
+    amount = ink.in_patches(ink.ink_amount, images, survey.kept, survey.grid)
+    rollouts = None
+    if survey.rollouts is not None:
+        shares = survey.rollouts / survey.rollouts.sum(axis=-1, keepdims=True)
+        rollouts = class_means(shares, labels, len(names))
+    differences = []
+    for first, second in chosen_pairs(names, labels, survey.predicted[survey.kept]):
+        study.progress(f"classes {names[first]} and {names[second]}")
+        differences.append(measure_difference(maps, amount, labels, first, second))
+    return Atlas(
+        names,
+        np.bincount(labels, minlength=len(names)),
+        len(survey.kept),
+        describe_images(survey, images.kind),
+        "cls" if survey.reads_class_token else "patches",
+        survey.grid,
+        mean_images(images, survey.kept, labels),
+        class_means(maps, labels, len(names)),
+        rollouts,
+        class_means(amount, labels, len(names)),
+        differences,
+    )
+
+
+def describe_images(survey: Survey, kind: str) -> str:
+    """Return how many images the maps are of, such as "10,000 test images", and how they were chosen if not all."""
+    n = len(survey.kept)
+    chosen = f" of {survey.num_images:,}, each class in its share" if n < survey.num_images else ""
+    return f"{n:,} {kind}s{chosen}"
+
+
+def class_means(values: Array, labels: Array, num_classes: int) -> Array:
+    """[image, ...] -> [class, ...]; NaN for a class without an image."""
+    with np.errstate(invalid="ignore"):
+        return np.stack([values[labels == each].sum(axis=0) / (labels == each).sum() for each in range(num_classes)])
+
+
+def mean_images(images: ImageSet, rows: Array, labels: Array) -> Array:
+    """Return the mean image of each class, black for one without an image: uint8 [class, height, width, channel]."""
+    sums = np.zeros((len(images.class_names), *images.shape))
+    for block, pixels in ink.in_blocks(images, rows):
+        np.add.at(sums, labels[block], pixels.numpy())
+    counts = np.maximum(np.bincount(labels, minlength=len(sums)), 1)
+    return (sums / counts[:, None, None, None]).round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def chosen_pairs(names: list[str], labels: Array, predicted: Array) -> list[tuple[int, int]]:
+    """Return digits that look alike, then those that this model confuses most, in either direction."""
+    alike = [pair for pair in ALIKE_DIGITS if set(pair) <= set(names)]
+    pairs = [(names.index(first), names.index(second)) for first, second in alike]
+    confused = np.zeros((len(names), len(names)), dtype=np.int64)
+    np.add.at(confused, (labels, predicted), 1)
+    both = np.triu(confused + confused.T, 1)
+    order = np.argsort(-both, axis=None, kind="stable")
+    most_confused = [(int(each // len(names)), int(each % len(names))) for each in order if both.flat[each] > 0]
+    return pairs + [pair for pair in most_confused if pair not in pairs][:MOST_CONFUSED]
 
 
 def without_ink(maps: Array, amount: Array) -> Array:
-    """What the ink of a place does not predict of its attention, by a line for each layer and place.
+    """Return what the ink of a place does not predict of its attention, by a line for each layer and place.
 
     maps: [image, layer, patch]; amount: [image, patch] -> residuals [image, layer, patch], of mean 0.
     """
@@ -62,16 +150,16 @@ def without_ink(maps: Array, amount: Array) -> Array:
     return maps_centred - slope * ink_centred
 
 
-def difference(maps: Array, amount: Array, labels: Array, first: int, second: int, seed: int = 0) -> Difference:
-    """maps: [image, layer, patch]; amount: ink, [image, patch]; labels: [image]."""
+def measure_difference(maps: Array, amount: Array, labels: Array, first: int, second: int) -> Difference:
+    """Compare two classes. maps: [image, layer, patch]; amount: ink, [image, patch]; labels: [image]."""
     rows = [np.flatnonzero(labels == each)[:MOST_OF_CLASS] for each in (first, second)]
     both = np.concatenate(rows)
-    left = without_ink(maps[both], amount[both])
+    residuals = without_ink(maps[both], amount[both])
     count = len(rows[0])
-    _, p_value = intervals.largest_difference_test(maps[rows[0]], maps[rows[1]], seed=seed)
-    _, beyond_p_value = intervals.largest_difference_test(left[:count], left[count:], seed=seed)
-    _, ink_p_value = intervals.largest_difference_test(amount[rows[0]], amount[rows[1]], seed=seed)
-    attention, beyond, with_ink, of_ink = resampled_differences(maps[both], amount[both], count, seed)
+    p_value = intervals.largest_difference_test(maps[rows[0]], maps[rows[1]])
+    beyond_p_value = intervals.largest_difference_test(residuals[:count], residuals[count:])
+    ink_p_value = intervals.largest_difference_test(amount[rows[0]], amount[rows[1]])
+    attention, beyond, with_ink, of_ink = resampled_differences(maps[both], amount[both], count)
     return Difference(
         first,
         second,
@@ -86,24 +174,25 @@ def difference(maps: Array, amount: Array, labels: Array, first: int, second: in
     )
 
 
-def resampled_differences(maps: Array, amount: Array, count: int, seed: int = 0) -> tuple[Interval, ...]:
-    """Between the first `count` pictures and the others, whose pictures are resampled apart: of the attention [layer,
-    patch], of what the ink of a place does not predict of it [layer, patch], the share of squares that goes with ink,
-    and of the ink [patch].
+def resampled_differences(maps: Array, amount: Array, count: int) -> tuple[Interval, ...]:
+    """Return differences between the first `count` images and the others, each group resampled apart: of the attention
+    [layer, patch], of what the ink of a place does not predict of it [layer, patch], the share of squares that goes
+    with ink, and of the ink [patch].
 
     The lines through the ink are fitted again in each replicate, from the means of maps, ink, their product and square.
     """
     n, num_layers, num_patches = maps.shape
-    moments = intervals.BootstrapMeans(2, seed=seed)
-    for start in range(0, n, 500):
-        ink_there, seen = amount[start : start + 500, None], maps[start : start + 500]
+    moments = intervals.BootstrapMeans(2)
+    for start in range(0, n, IMAGES_AT_ONCE):
+        block = slice(start, start + IMAGES_AT_ONCE)
+        block_ink, block_maps = amount[block, None], maps[block]
         moments.update(
-            np.concatenate([seen, ink_there, seen * ink_there, ink_there**2], axis=1),
-            (np.arange(start, start + len(seen)) >= count).astype(np.int64),
+            np.concatenate([block_maps, block_ink, block_maps * block_ink, block_ink**2], axis=1),
+            (np.arange(n)[block] >= count).astype(np.int64),
         )
 
     def differences(first: Array, second: Array) -> tuple[Array, ...]:
-        """Of means [..., moment, patch]."""
+        """From the groups' means [..., moment, patch]."""
         pooled = (count * first + (n - count) * second) / n
         maps_mean, ink_mean = pooled[..., :num_layers, :], pooled[..., num_layers : num_layers + 1, :]
         spread = pooled[..., -1:, :] - ink_mean**2

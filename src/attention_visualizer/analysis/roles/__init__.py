@@ -1,7 +1,8 @@
-"""What each head does.
+"""What each head does, measured, and which heads are alike.
 
 Hands out the chapter.
 
-    chapter.py  figures, tables and text
-    measure.py  the numbers behind them
+    chapter.py  text and tables
+    figure.py   a row for each head, and how alike heads are
+    measure.py  measures of each head, beside those of random weights
 """

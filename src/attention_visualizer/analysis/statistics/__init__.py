@@ -2,5 +2,7 @@
 
 Hands out the chapter.
 
-    chapter.py  figures, tables and text
+    chapter.py  text and tables
+    figure.py   by layer, by layer and head, by class and outcome
+    measure.py  what is derived from the survey
 """

@@ -16,7 +16,7 @@ from attention_visualizer.attention.capture import AttentionLayer, capture
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.outputs import has_head, predict
 from attention_visualizer.measures import map_measures
-from attention_visualizer.measures.head_roles import MOST_PICTURES, Selectivity, nan_mean, selectivity
+from attention_visualizer.measures.head_roles import MOST_IMAGES, Selectivity, nan_mean, selectivity
 from attention_visualizer.measures.intervals import BootstrapMeans, Interval, stratified
 from attention_visualizer.measures.observation import Observation, ObservationCollector, RolloutOptions
 from attention_visualizer.measures.streaming import ALL_MEASURES, AttentionStatistics, MeanWeights, MeasureSummary
@@ -29,7 +29,7 @@ MEASURE_NAMES = tuple(measure.name for measure in ALL_MEASURES)
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What one model attends to over many images; arrays have NaN where a layer has fewer heads or no such measure."""
+    """One model's attention over many images; arrays have NaN where a layer has fewer heads or no such measure."""
 
     summaries: dict[str, MeasureSummary]  # measure -> over all images, by layer and head
     geometries: list[Geometry]
@@ -119,27 +119,27 @@ class Survey:
 
     @property
     def uniform_entropy(self) -> float | None:
-        """None where layers have different numbers of keys."""
+        """Entropy of uniform attention in nats; None where layers have different numbers of keys."""
         counts = {geometry.num_tokens for geometry in self.geometries}
         return map_measures.uniform_entropy(counts.pop()) if len(counts) == 1 else None
 
     @property
     def subsample(self) -> Array:
-        """Positions of at most MOST_PICTURES of the kept images, evenly spaced."""
-        return np.unique(np.linspace(0, len(self.kept) - 1, min(len(self.kept), MOST_PICTURES)).astype(np.int64))
+        """Positions of at most MOST_IMAGES of the kept images, evenly spaced."""
+        return np.unique(np.linspace(0, len(self.kept) - 1, min(len(self.kept), MOST_IMAGES)).astype(np.int64))
 
     @cached_property
     def selectivity(self) -> Selectivity:
-        """Of each head, over the subsample, with the class token a key like the patches."""
+        """The selectivity of each head, over the subsample, with the class token a key like the patches."""
         return selectivity(self.readout_rows(self.subsample), self.num_keys)
 
     @cached_property
     def patch_selectivity(self) -> Selectivity:
-        """The same of the attention on patches alone: how much of it the class token takes is no place."""
+        """The selectivity of the attention on patches alone: how much the class token takes is no place."""
         return selectivity(self.shares[self.subsample], np.full(len(self.geometries), self.maps.shape[-1]))
 
     def mean_of(self, measure: str) -> Interval:
-        """[layer, head + 1]; the last column is the mean over heads."""
+        """Return the mean over images: [layer, head + 1]; the last column is the mean over heads."""
         return self._means[MEASURE_NAMES.index(measure)]
 
     @cached_property
@@ -161,62 +161,87 @@ def survey_model(
     place on the image is known.
     """
     known = np.full(num_images, -1) if labels is None else labels.cpu().numpy().astype(np.int64)
-    num_classes = max(int(known.max(initial=-1)) + 1, 1)
-    values: dict[tuple[str, int], Tensor] = {}
-    statistics = AttentionStatistics(ALL_MEASURES, lambda name, layer, each: values.update({(name, layer): each}))
-    mean_weights = MeanWeights()
-    means, by_class, by_outcome = BootstrapMeans(), BootstrapMeans(num_classes), BootstrapMeans(2)
-    predictions: list[tuple[Array, Array]] = []
-    kept: Array | None = None
-    observations: list[Observation] = []
-    start, error = 0, 0.0
+    accumulator = SurveyAccumulator(known)
     with torch.no_grad():
         for batch, _ in batches:
-            values.clear()
-            collector = ObservationCollector(rollout=rollout)
-            with capture(model, consumers(statistics.update, mean_weights.update, collector), geometry) as attention:
-                output = model(batch)
-            error = max(error, attention.reconstruction_error)
-            predicted, probability = predict(output if has_head(model) else None, len(batch))
-            predictions.append((predicted, probability))
-            observation = collector.observation(predicted, probability, attention.reconstruction_error)
-            rows = slice(start, start + len(batch))
-            if kept is None:
-                kept = stratified(known, max(1, MOST_BYTES // bytes_of(observation, len(batch))))
-            observations.append(only(observation, kept[(kept >= rows.start) & (kept < rows.stop)] - start))
-            of_batch = table(values, len(batch), observation.head_maps.shape[1], observation.head_maps.shape[2])
-            layer_means = nan_mean(of_batch)
-            means.update(np.concatenate([of_batch, layer_means[..., None]], axis=-1))
-            by_class.update(layer_means, known[rows])
-            unknown = (known[rows] < 0) | (predicted < 0)
-            by_outcome.update(layer_means, np.where(unknown, -1, known[rows] == predicted))
-            start += len(batch)
-    summaries = statistics.compute()
-    assert kept is not None
-    maps = np.concatenate([each.head_maps for each in observations])
-    has_rollouts = observations[0].rollouts is not None
-    return Survey(
-        summaries=summaries,
-        geometries=statistics.geometries,
-        layer_names=statistics.layer_names,
-        left_out=list(statistics.left_out),
-        mean_weights=mean_weights.compute(),
-        labels=known,
-        predicted=np.concatenate([predicted for predicted, _ in predictions]),
-        probability=np.concatenate([probability for _, probability in predictions]),
-        means=means,
-        means_by_class=by_class,
-        means_by_outcome=by_outcome,
-        kept=kept,
-        grid=(maps.shape[-2], maps.shape[-1]),
-        maps=maps.reshape(*maps.shape[:3], -1),
-        rollouts=np.concatenate([flat(each.rollouts) for each in observations]) if has_rollouts else None,
-        reconstruction_error=error,
-    )
+            accumulator.update(model, batch, geometry, rollout)
+    return accumulator.compute()
+
+
+class SurveyAccumulator:
+    """A survey in the making: `update` for each batch in order, then `compute`. labels: [image], -1 where not known."""
+
+    def __init__(self, labels: Array) -> None:
+        self.labels = labels
+        self.batch_values: dict[tuple[str, int], Tensor] = {}  # (measure, layer) -> [image, head]
+        self.statistics = AttentionStatistics(
+            ALL_MEASURES, lambda name, layer, values: self.batch_values.update({(name, layer): values})
+        )
+        self.mean_weights = MeanWeights()
+        self.means = BootstrapMeans()
+        self.means_by_class = BootstrapMeans(max(int(labels.max(initial=-1)) + 1, 1))
+        self.means_by_outcome = BootstrapMeans(2)
+        self.predictions: list[tuple[Array, Array]] = []
+        self.kept: Array | None = None
+        self.observations: list[Observation] = []  # of the kept images
+        self.num_images, self.reconstruction_error = 0, 0.0
+
+    def update(
+        self, model: nn.Module, batch: Tensor, geometry: Geometry | None, rollout: RolloutOptions | None
+    ) -> None:
+        self.batch_values.clear()
+        collector = ObservationCollector(rollout=rollout)
+        consume = consumers(self.statistics.update, self.mean_weights.update, collector)
+        with capture(model, consume, geometry) as attention:
+            output = model(batch)
+        self.reconstruction_error = max(self.reconstruction_error, attention.reconstruction_error)
+        predicted, probability = predict(output if has_head(model) else None, len(batch))
+        self.predictions.append((predicted, probability))
+        observation = collector.observation(predicted, probability, attention.reconstruction_error)
+        start, end = self.num_images, self.num_images + len(batch)
+        if self.kept is None:
+            self.kept = stratified(self.labels, max(1, MOST_BYTES // bytes_of_image(observation, len(batch))))
+        rows = self.kept[(self.kept >= start) & (self.kept < end)] - start
+        self.observations.append(select_images(observation, rows))
+        self._update_means(predicted, self.labels[start:end], observation.head_maps.shape[1:3])
+        self.num_images = end
+
+    def _update_means(self, predicted: Array, labels: Array, heads: tuple[int, int]) -> None:
+        """heads: number of layers, and of heads in a layer."""
+        values = values_table(self.batch_values, len(predicted), *heads)
+        layer_means = nan_mean(values)
+        self.means.update(np.concatenate([values, layer_means[..., None]], axis=-1))
+        self.means_by_class.update(layer_means, labels)
+        unknown = (labels < 0) | (predicted < 0)
+        self.means_by_outcome.update(layer_means, np.where(unknown, -1, labels == predicted))
+
+    def compute(self) -> Survey:
+        summaries = self.statistics.compute()
+        assert self.kept is not None
+        maps = np.concatenate([observation.head_maps for observation in self.observations])
+        rollouts = [observation.rollouts for observation in self.observations if observation.rollouts is not None]
+        return Survey(
+            summaries=summaries,
+            geometries=self.statistics.geometries,
+            layer_names=self.statistics.layer_names,
+            left_out=list(self.statistics.left_out),
+            mean_weights=self.mean_weights.compute(),
+            labels=self.labels,
+            predicted=np.concatenate([predicted for predicted, _ in self.predictions]),
+            probability=np.concatenate([probability for _, probability in self.predictions]),
+            means=self.means,
+            means_by_class=self.means_by_class,
+            means_by_outcome=self.means_by_outcome,
+            kept=self.kept,
+            grid=(maps.shape[-2], maps.shape[-1]),
+            maps=flatten_grid(maps),
+            rollouts=flatten_grid(np.concatenate(rollouts)) if rollouts else None,
+            reconstruction_error=self.reconstruction_error,
+        )
 
 
 def consumers(*each: Callable[[AttentionLayer], None]) -> Callable[[AttentionLayer], None]:
-    """One consumer that hands a layer to several."""
+    """Return one consumer that hands a layer to several."""
 
     def consume(layer: AttentionLayer) -> None:
         for consumer in each:
@@ -225,27 +250,26 @@ def consumers(*each: Callable[[AttentionLayer], None]) -> Callable[[AttentionLay
     return consume
 
 
-def bytes_of(observation: Observation, num_images: int) -> int:
-    """The bytes that one image's maps take."""
+def bytes_of_image(observation: Observation, num_images: int) -> int:
+    """Return the bytes that the maps and rollouts of one image take."""
     rollouts = 0 if observation.rollouts is None else observation.rollouts.nbytes
     return max(1, (observation.head_maps.nbytes + rollouts) // num_images)
 
 
-def only(observation: Observation, rows: Array) -> Observation:
-    """The maps and rollouts of some of the images."""
+def select_images(observation: Observation, rows: Array) -> Observation:
+    """Return the maps and rollouts of some of the images."""
     rollouts = None if observation.rollouts is None else observation.rollouts[rows]
     return replace(observation, head_maps=observation.head_maps[rows], rollouts=rollouts)
 
 
-def flat(maps: Array | None) -> Array:
+def flatten_grid(maps: Array) -> Array:
     """Reshape [..., grid height, grid width] to [..., patch]."""
-    assert maps is not None
-    return maps.reshape(*maps.shape[:-2], maps.shape[-2] * maps.shape[-1])  # of no image too
+    return maps.reshape(*maps.shape[:-2], -1)
 
 
-def table(values: dict[tuple[str, int], Tensor], num_images: int, num_layers: int, num_heads: int) -> Array:
-    """The values of one batch as [image, measure, layer, head], NaN where there is none."""
-    filled = np.full((num_images, len(MEASURE_NAMES), num_layers, num_heads), np.nan, np.float32)
-    for (name, layer), each in values.items():
-        filled[:, MEASURE_NAMES.index(name), layer, : each.shape[1]] = each.float().cpu().numpy()
-    return filled
+def values_table(values: dict[tuple[str, int], Tensor], num_images: int, num_layers: int, num_heads: int) -> Array:
+    """Return the values of one batch as [image, measure, layer, head], NaN where there is none."""
+    table = np.full((num_images, len(MEASURE_NAMES), num_layers, num_heads), np.nan, np.float32)
+    for (name, layer), of_layer in values.items():
+        table[:, MEASURE_NAMES.index(name), layer, : of_layer.shape[1]] = of_layer.float().cpu().numpy()
+    return table
