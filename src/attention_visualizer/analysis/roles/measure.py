@@ -200,9 +200,3 @@ def role_bounds(reached: dict[str, float]) -> dict[str, float]:
     }
     bounds = {name: max(least[name], BEYOND_CONTROLS * reached[name]) for name in least}
     return bounds | {"distance": 1 - bounds["distance"]}
-
-
-def head_labels(survey: Survey) -> list[tuple[tuple[int, int], str]]:
-    """Return (layer, head) and label of each existing head."""
-    heads = Heads.of(survey)
-    return list(zip(heads, heads.labels, strict=True))
