@@ -53,7 +53,7 @@ def test_every_folder_is_a_room_and_tells_what_it_holds() -> None:
 
 def test_tests_stand_in_folders_of_the_same_names() -> None:
     folders = {path.name for path in (REPOSITORY / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders - {"helpers", "data_of_old_runs"} <= set(ROOMS)
+    assert folders - {"helpers", "runs_of_2_0_0"} <= set(ROOMS)
 
 
 def in_a_fresh_interpreter(script: str, *arguments: str, folder: Path = REPOSITORY) -> tuple[int, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigKeyError
@@ -229,25 +230,35 @@ def test_job_folders_need_no_quoting(overrides: str, name: str) -> None:
     assert job_folder(7, overrides) == name
 
 
-def test_sweep_rows_are_in_the_order_of_the_jobs(tmp_path: Path) -> None:
+def test_sweep_rows_are_in_the_order_of_the_jobs_and_name_what_differs(tmp_path: Path) -> None:
     for number in (0, 2, 10):
         path = tmp_path / f"{number}_seed-{number}"
-        path.mkdir()
+        (path / ".hydra").mkdir(parents=True)
+        overrides = ["data=digits", f"seed={number}", "+callbacks.ema.decay=1e-1", *["resume=auto"] * (number == 2)]
+        overrides += ["optimizer=muon"] * (number == 10)
+        (path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
         metrics = {"validation_accuracy": 0.123456, "seconds": 7.89}
         (path / "run.json").write_text(json.dumps({"status": "completed", "metrics": metrics, "parameters": 13}))
-    (tmp_path / "11_empty").mkdir()
+    (tmp_path / "11_failed").mkdir()
+    failed = {"status": "failed", "error": "wrong", "overrides": ["data=digits", "seed=-1", "callbacks.ema.decay=0.1"]}
+    (tmp_path / "11_failed" / "run.json").write_text(json.dumps(failed))
+    (tmp_path / "12_empty").mkdir()
     (tmp_path / "multirun.yaml").write_text("")
     rows = sweep_rows(tmp_path)
-    assert [row["run"] for row in rows] == ["0_seed-0", "2_seed-2", "10_seed-10", "11_empty"]
+    assert [row["run"] for row in rows] == ["0_seed-0", "2_seed-2", "10_seed-10", "11_failed", "12_empty"]
     assert rows[0] == {
         "run": "0_seed-0",
         "status": "completed",
+        "seed": 0,
+        "optimizer": None,
         "validation_accuracy": 0.1235,
         "parameters": 13,
         "seconds": 7.9,
         "error": None,
     }
-    assert rows[3]["status"] == "not started" and rows[3]["validation_accuracy"] is None
+    assert [row["seed"] for row in rows] == [0, 2, 10, -1, None]
+    assert [row["optimizer"] for row in rows] == [None, None, "muon", None, None]
+    assert rows[4]["status"] == "not started" and rows[4]["validation_accuracy"] is None
 
 
 @pytest.mark.parametrize(

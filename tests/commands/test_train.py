@@ -491,6 +491,8 @@ def test_a_sweep_goes_on_past_a_job_that_fails_and_fails_in_the_end(sweep: Sweep
     assert sweep.outcome.exit_code != 0
     rows = list(csv.DictReader((sweep.path / "sweep.csv").open()))
     assert [row["status"] for row in rows] == ["completed", "failed", "completed"]
+    assert list(rows[0])[:3] == ["run", "status", "model.embed_dim"]
+    assert [row["model.embed_dim"] for row in rows] == ["16", "30", "32"]
     assert [bool(row["validation_accuracy"]) for row in rows] == [True, False, True]
     assert [bool(row["seconds"]) for row in rows] == [True, False, True]
     sizes = [int(row["parameters"]) for row in rows if row["parameters"]]
@@ -503,7 +505,7 @@ def test_a_sweep_goes_on_past_a_job_that_fails_and_fails_in_the_end(sweep: Sweep
 
 def test_a_sweep_ends_with_a_table(sweep: Sweep) -> None:
     table = sweep.outcome.out[sweep.outcome.out.index("Sweep runs/") :]
-    for word in ("validation accuracy", "parameters", "seconds", "completed", "failed"):
+    for word in ("embed_dim", "validation", "accuracy", "parameters", "seconds", "completed", "failed"):
         assert word in table
     assert f"python analyze.py run=runs/{sweep.path.name}" in table
 

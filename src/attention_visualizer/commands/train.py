@@ -58,7 +58,11 @@ def run_job(config: DictConfig) -> float:
         with suppress(UserError):
             if not isinstance(error, folders.RunExistsError):
                 lock = job.lock()  # not of a job that another process trains
-                job.update_manifest(status="failed", error=f"{type(error).__name__}: {command_line.one_line(error)}")
+                job.update_manifest(
+                    status="failed",
+                    error=f"{type(error).__name__}: {command_line.one_line(error)}",
+                    overrides=list(HydraConfig.get().overrides.task),
+                )
                 lock.release()
         log = logging.getLogger("train")
         log.error("job failed: %s", command_line.one_line(error), exc_info=not command_line.is_foreseen(error))

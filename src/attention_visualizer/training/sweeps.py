@@ -18,26 +18,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attention_visualizer.files import atomic
+from attention_visualizer.files import atomic, plain_files
 from attention_visualizer.runs import folders
+from attention_visualizer.runs.config_fields import field_named
+from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import csv_safe, print_sanitised, printable
 from attention_visualizer.training.overrides import override
 
 
 def job_folder(number: int, overrides: str) -> str:
-    """Folder name of a sweep's job: its number and what was overridden, in characters that need no quoting."""
+    """Name the folder of a sweep's job: its number and what was overridden, in characters that need no quoting."""
     name = re.sub(r"[^\w.\-]+", "-", f"{number}_{overrides}")
     return name.encode()[:240].decode(errors="ignore").rstrip("._-")  # file systems count bytes
 
 
+COLUMNS = ("run", "status", "validation_accuracy", "parameters", "seconds", "error")  # beside the swept fields
 RESUME = "resume=auto"
 RECORD = "sweep.json"  # what was swept over: Hydra's own multirun.yaml is not written whole or not at all
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 class SweepTable(Callback):
-    """Begins a sweep, or goes on with one, and ends it with a table of its runs, printed and written as sweep.csv."""
+    """Hydra's callback that begins a sweep, or goes on with one, and ends it with a table: printed, and sweep.csv."""
 
     folder: ClassVar[Path | None] = None  # of the sweep that is under way
     made: ClassVar[list[Path]] = []  # the folders that were not there before it
@@ -65,7 +68,7 @@ class SweepTable(Callback):
 
     @classmethod
     def discard_unbegun(cls) -> None:
-        """Removes the folder of a sweep that could not be composed, if it was made for it."""
+        """Remove the folder of a sweep that could not be composed, if it was made for it."""
         if cls.folder in cls.made and cls.folder.is_dir():
             for name in ("multirun.yaml", ".lock", RECORD):
                 (cls.folder / name).unlink(missing_ok=True)
@@ -91,20 +94,27 @@ class SweepTable(Callback):
 
 
 def refuse(why: str) -> NoReturn:
-    """What a callback raises, Hydra makes a warning of, but for this."""
+    """Exit with an error line. (Of exceptions in callbacks, Hydra makes warnings, but not of SystemExit.)"""
     print(f"error: {why}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def print_table(folder: Path, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=Text(f"Sweep {printable(folder)}"))
-    columns = [column for column in rows[0] if column != "error"]
+    """Print a line for each job, with as much of its folder's name as there is room for."""
+    console, table = Console(), Table(title=Text(f"Sweep {printable(folder)}"))
+    table.add_column("run", no_wrap=True)
+    columns = [column for column in rows[0] if column not in ("run", "error")]
+    cells = {column: [printable("" if row[column] is None else str(row[column])) for row in rows] for column in columns}
     for column in columns:
-        justify: Any = "left" if column in ("run", "status") else "right"
-        table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if row[column] is None else printable(str(row[column]))) for column in columns))
-    Console().print(table)
+        heading = column.replace("_", " ") if column in COLUMNS else printable(column).replace(".", ".\n")
+        width = min(20, max(map(len, [*heading.split(), *cells[column]])))
+        justify: Any = "left" if column == "status" else "right"
+        table.add_column(Text(heading), justify=justify, overflow="fold", width=width)
+    lines = 3 * (len(columns) + 1) + 1
+    table.columns[0].max_width = max(4, console.width - lines - sum(column.width or 0 for column in table.columns))
+    for row, *values in zip(rows, *cells.values(), strict=True):
+        table.add_row(*(Text(value) for value in (printable(row["run"]), *values)))
+    console.print(table)
     for row in rows:
         if row["error"]:
             print_sanitised(f"{row['run']}: {row['error']}")
@@ -113,19 +123,19 @@ def print_table(folder: Path, rows: list[dict[str, Any]]) -> None:
 def as_csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
+    writer.writerow({name: csv_safe(name) for name in rows[0]})
     writer.writerows({name: csv_safe(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 
 def own_overrides(config: DictConfig) -> list[str]:
-    """In their order, by which the jobs have their numbers."""
+    """Return what was swept over, in its order, by which the jobs have their numbers."""
     return [each for each in config.hydra.overrides.task if each != RESUME]
 
 
 def unfinished_sweep(config: DictConfig) -> tuple[Path, filelock.BaseFileLock] | None:
-    """The newest sweep of the same overrides in runs_dir of which a job is not done and that no process is at work on,
-    claimed for this one."""
+    """Find and lock the newest sweep of the same overrides in runs_dir of which a job is not done and that no process is
+    at work on."""
     for folder in sorted(Path(config.runs_dir).glob("*/"), reverse=True):
         try:
             if atomic.read_json(folder / RECORD) != {"overrides": own_overrides(config)}:
@@ -140,20 +150,23 @@ def unfinished_sweep(config: DictConfig) -> tuple[Path, filelock.BaseFileLock] |
 
 
 def sweep_rows(folder: Path) -> list[dict[str, Any]]:
-    """One row for each job of a sweep, in the order of their numbers."""
+    """Return one row for each job of a sweep, in the order of their numbers, with a column for each swept field."""
+    jobs = [RunFolder(path) for path in folder.iterdir() if path.is_dir()]
+    jobs.sort(key=lambda job: (folders.job_number(job), job.name))
+    manifests = [manifest_of(job) for job in jobs]
+    settings = [job_settings(job, manifest) for job, manifest in zip(jobs, manifests, strict=True)]
+    known = [each for each in settings if each]  # not of jobs that did not start
+    names = dict.fromkeys(name for each in known for name in each)
+    swept = [name for name in names if len({each.get(name) for each in known}) > 1]
     rows = []
-    jobs = [folders.RunFolder(path) for path in folder.iterdir() if path.is_dir()]
-    for job in sorted(jobs, key=lambda job: (folders.job_number(job), job.name)):
-        try:
-            manifest = job.read_manifest()
-        except UserError as error:
-            manifest = {"status": "unreadable", "error": str(error)}
+    for job, manifest, values in zip(jobs, manifests, settings, strict=True):
         metrics = manifest.get("metrics")
         metrics = metrics if isinstance(metrics, dict) else {}
         rows.append(
             {
                 "run": job.name,
                 "status": manifest.get("status", "not started"),
+                **{name: values.get(name) for name in swept},
                 "validation_accuracy": _rounded(metrics.get("validation_accuracy"), 4),
                 "parameters": manifest.get("parameters"),
                 "seconds": _rounded(metrics.get("seconds"), 1),
@@ -161,6 +174,28 @@ def sweep_rows(folder: Path) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def manifest_of(job: RunFolder) -> dict[str, Any]:
+    try:
+        return job.read_manifest()
+    except UserError as error:
+        return {"status": "unreadable", "error": str(error)}
+
+
+def job_settings(job: RunFolder, manifest: dict[str, Any]) -> dict[str, str | float]:
+    """Return what the job's overrides say of its training, by the names of the fields; empty where it left none."""
+    overrides: Any = manifest.get("overrides")  # of a job that failed before it trained
+    with suppress(OSError, UserError):
+        overrides = plain_files.read_yaml(job.path / ".hydra" / "overrides.yaml")
+    settings: dict[str, str | float] = {}
+    for text in overrides if isinstance(overrides, list) else []:
+        name, _, value = str(text).lstrip("+").partition("=")
+        if field_named(name).identifies_run:
+            settings[name] = value
+            with suppress(ValueError):  # a number, which spreadsheets can sort by
+                settings[name] = float(value) if re.search("[.eE]", value) else int(value)
+    return settings
 
 
 def _rounded(value: Any, digits: int) -> float | None:
