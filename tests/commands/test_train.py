@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shlex
 import shutil
@@ -22,6 +23,8 @@ from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 from attention_visualizer.data.datamodule import ImageDataModule
+from attention_visualizer.files.tensor_files import read_torch
+from attention_visualizer.runs import checkpoint
 from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.training_progress import batches_done
@@ -360,6 +363,26 @@ def test_overrides_go_on_top_of_the_runs_own_config(copied: Path, tmp_path: Path
     assert manifest["metrics"]["epochs"] == 3 and "test_accuracy" in manifest["metrics"]
     config = yaml.safe_load((copied / "config.yaml").read_text())
     assert config["trainer"]["max_epochs"] == 3 and config["trainer"]["limit_train_batches"] == 2
+
+
+@pytest.mark.parametrize("how", ["ckpt_path", "resume"])
+def test_a_checkpoint_is_read_once_on_its_way_into_training(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    read: list[str] = []
+
+    def reading(file: Any, *arguments: Any) -> Any:
+        read.append(Path(file.name).name)
+        return read_torch(file, *arguments)
+
+    monkeypatch.setattr(checkpoint, "read_torch", reading)
+    if how == "resume":
+        manifest = json.loads((copied / "run.json").read_text())
+        (copied / "run.json").write_text(json.dumps(manifest | {"status": "interrupted"}))
+    command = [*BRIEF, "trainer.max_epochs=2", "logger=[tensorboard,csv]", "test=false", "resume=auto"]
+    outcome = run_train(*(command if how == "resume" else [f"ckpt_path={last(copied)}"]), folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    assert run_folders(tmp_path) == [copied] and read == ["last.ckpt"]
 
 
 def test_a_run_from_before_a_field_was_there_goes_on_without_it(copied: Path, tmp_path: Path) -> None:

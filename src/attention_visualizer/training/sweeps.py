@@ -134,8 +134,8 @@ def own_overrides(config: DictConfig) -> list[str]:
 
 
 def unfinished_sweep(config: DictConfig) -> tuple[Path, filelock.BaseFileLock] | None:
-    """Find and lock the newest sweep of the same overrides in runs_dir of which a job is not done and that no process is
-    at work on."""
+    """Find and lock the newest sweep of the same overrides in runs_dir of which a job is not done and that no process
+    is at work on."""
     for folder in sorted(Path(config.runs_dir).glob("*/"), reverse=True):
         try:
             if atomic.read_json(folder / RECORD) != {"overrides": own_overrides(config)}:
