@@ -24,13 +24,12 @@ NOT_NEGATIVE = Bound(lambda value: 0 <= value < math.inf, "0 or a positive numbe
 
 
 class Classifier(LightningModule):
-    """Trains `model`, which maps images to logits, with AdamW, a linear warm-up and a cosine decay to zero.
+    """Training of `model`, which maps images to logits, with AdamW, a linear warm-up and a cosine decay to zero.
 
-    warmup_share: part of all steps in which the learning rate rises linearly. Weight decay leaves biases, norms,
+    warmup_share: the part of all steps in which the learning rate rises linearly. Weight decay leaves biases, norms,
     positions and the class token alone. With `muon`, Muon trains the blocks' matrices, at the same rate. `seed` makes
-    the random state of each batch a function of integers, so a resumed run repeats an uninterrupted one.
-    `checkpoint_block`, where set, is stored in every checkpoint; with `halves`, the CPU trains on both halves of a
-    batch at once where the model can.
+    the random state of each batch a function of integers, so a resumed run repeats an uninterrupted one. Raise
+    UserError for values that cannot train.
     """
 
     def __init__(
@@ -56,7 +55,9 @@ class Classifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.muon = muon
         self.seed = seed
+        #: What is stored in every checkpoint beside the weights: see `checkpoint.block_for`.
         self.checkpoint_block: dict[str, Any] | None = None
+        #: Trains on both halves of a batch at once, on the CPU and where the model can; None never does.
         self.halves: Halves | None = Halves()
         self.last_loss = self.validation_loss = torch.zeros(())
         # Plain numbers, which a checkpoint within an epoch can hold.
@@ -103,7 +104,7 @@ class Classifier(LightningModule):
         self.train_right, self.train_images = torch.zeros_like(self.train_right), 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises UserError when the loss or a gradient is NaN or infinite, before it gets into the weights."""
+        """Raise UserError when the loss or a gradient is NaN or infinite, before it gets into the weights."""
         # A GPU would have to be waited for at each step: there, `on_validation_epoch_start` finds it.
         if self.device.type != "cpu" or self.trainer.scaler is not None:
             return
@@ -114,14 +115,14 @@ class Classifier(LightningModule):
             self.refuse_divergence("a gradient")
 
     def on_validation_epoch_start(self) -> None:
-        """Raises UserError when training has diverged, before such weights are measured or ranked."""
+        """Raise UserError when training has diverged, before such weights are measured or ranked."""
         finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
         if not (finite and bool(self.last_loss.isfinite())):
             self.refuse_divergence("the loss or a weight")
         self.validation_loss = torch.zeros((), device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """As on_validation_epoch_start: weights can be finite and too large for what is made of them."""
+        """Raise UserError when the validation loss is not finite: finite weights can still be too large."""
         if not bool(self.validation_loss.isfinite()):
             self.refuse_divergence("the validation loss")
 
@@ -175,7 +176,7 @@ class Classifier(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning does, which refuses fused optimisers in every mixed precision, also where nothing is scaled."""
+        """Clip as Lightning does, which refuses fused optimisers in mixed precision even where nothing is scaled."""
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             kind = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
@@ -196,7 +197,7 @@ class Classifier(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Puts this recipe in the place of the one that the optimiser was saved with: a resumed run may change it."""
+        """Replace the saved optimiser's settings by this classifier's: a resumed run may change them."""
         block = checkpoint.get("attention_visualizer", {})
         right, images = (block.get(name) for name in ("train_right", "train_images"))
         if isinstance(right, int) and isinstance(images, int):
@@ -204,9 +205,9 @@ class Classifier(LightningModule):
         for state in checkpoint.get("optimizer_states", ()):
             for part in state.get("parts", [state]):  # of Muon with AdamW
                 for group in part["param_groups"]:
-                    began_with = group.get("initial_lr", group["lr"])
-                    if began_with != self.learning_rate:
-                        group["lr"] *= self.learning_rate / began_with
+                    initial_lr = group.get("initial_lr", group["lr"])
+                    if initial_lr != self.learning_rate:
+                        group["lr"] *= self.learning_rate / initial_lr
                         group["initial_lr"] = self.learning_rate
                     group["weight_decay"] = self.weight_decay if group["weight_decay"] else 0.0
                     if "betas" in group:
@@ -216,21 +217,21 @@ class Classifier(LightningModule):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups: matrices decay; vectors (biases, norms), positions and the class token do not."""
+    """Group the parameters: matrices decay; vectors (biases, norms), positions and the class token do not."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    still = {name for name, parameter in named if parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token"))}
+    undecayed = {name for name, parameter in named if parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token"))}
     return [
-        {"params": [parameter for name, parameter in named if name not in still], "weight_decay": weight_decay},
-        {"params": [parameter for name, parameter in named if name in still], "weight_decay": 0.0},
+        {"params": [parameter for name, parameter in named if name not in undecayed], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in named if name in undecayed], "weight_decay": 0.0},
     ]
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(For Muon: the matrices of the blocks, for AdamW: all others), with the same decay."""
-    decaying, still = parameter_groups(model, weight_decay)
-    within = {id(parameter) for name, parameter in model.named_parameters() if "blocks." in name}
-    hidden = [each for each in decaying["params"] if each.ndim == 2 and id(each) in within]
+    """Return the groups for Muon, the matrices of the blocks, and for AdamW, all others, with the same decay."""
+    decaying, undecayed = parameter_groups(model, weight_decay)
+    in_blocks = {id(parameter) for name, parameter in model.named_parameters() if "blocks." in name}
+    hidden = [each for each in decaying["params"] if each.ndim == 2 and id(each) in in_blocks]
     if not hidden:
         raise UserError("optimizer.muon: the model has no matrices in `blocks`, which are what Muon is for")
     others = [each for each in decaying["params"] if not any(each is matrix for matrix in hidden)]
-    return [{**decaying, "params": hidden}], [{**decaying, "params": others}, still]
+    return [{**decaying, "params": hidden}], [{**decaying, "params": others}, undecayed]

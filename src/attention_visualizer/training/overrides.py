@@ -1,4 +1,4 @@
-"""`field=value` as it is typed on the command line."""
+"""Write `field=value` as it is typed on the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 
 
 def override(name: str, value: str | Path) -> str:
-    """`name=value`, in quotes where Hydra would otherwise not take the value for just this text."""
+    """Write `name=value`, in quotes where Hydra would otherwise not take the value for just this text."""
     with suppress(HydraException):
         if OverridesParser.create().parse_override(plain := f"{name}={value}").value() == str(value):
             return plain

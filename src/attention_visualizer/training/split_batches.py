@@ -25,7 +25,7 @@ class Halves:
         self._threads: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> Any:
-        """A copy starts threads of its own: threads cannot be copied, and a module that has them can."""
+        """Make a copy start its own threads: threads cannot be copied, and a module that has them can."""
         return Halves, ()
 
     def applies_to(self, model: nn.Module, images: Tensor) -> bool:
@@ -34,17 +34,17 @@ class Halves:
         return ready and images.device.type == "cpu" and len(images) > 1 and torch.get_num_threads() > 1
 
     def loss(self, model: nn.Module, loss: Loss, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, with gradients for the model's parameters, and the logits [image, class], without."""
+        """Return the loss, with gradients for the model's parameters, and the logits [image, class], without."""
         if self._threads is None:
-            each = torch.get_num_threads() // 2
-            self._threads = ThreadPoolExecutor(2, "half of a batch", torch.set_num_threads, (each,))
+            cores = torch.get_num_threads() // 2
+            self._threads = ThreadPoolExecutor(2, "half of a batch", torch.set_num_threads, (cores,))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        found: tuple[Tensor, Tensor] = _MeanLoss.apply(self._threads, model, loss, images, labels, *parameters)
-        return found
+        outputs: tuple[Tensor, Tensor] = _MeanLoss.apply(self._threads, model, loss, images, labels, *parameters)
+        return outputs
 
 
 class _MeanLoss(torch.autograd.Function):
-    """Goes forward and backward at once: the halves then need not wait for each other between the two."""
+    """Forward and backward pass at once: the halves then need not wait for each other between the two."""
 
     @staticmethod
     def forward(
@@ -59,11 +59,11 @@ class _MeanLoss(torch.autograd.Function):
         # Threads know nothing of the caller's mixed precision.
         mixed, precision = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
-        def run(images: Tensor, own: Tensor, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        def run(images: Tensor, labels_of_half: Tensor, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
             with random_numbers_from(seed):
                 with torch.autocast("cpu", precision, enabled=mixed, cache_enabled=False):
                     logits = model(images)
-                    share = loss(logits, own) * (len(own) / len(labels))
+                    share = loss(logits, labels_of_half) * (len(labels_of_half) / len(labels))
                 gradients = torch.autograd.grad(share, parameters, allow_unused=True)
             return share.detach(), logits.detach(), gradients
 
@@ -74,9 +74,9 @@ class _MeanLoss(torch.autograd.Function):
             first if first is None or second is None else first + second  # not in place: gradients may share memory
             for first, second in zip(*gradients, strict=True)
         ]
-        found = shares[0] + shares[1], torch.cat(logits)
-        context.mark_non_differentiable(found[1])
-        return found
+        all_logits = torch.cat(logits)
+        context.mark_non_differentiable(all_logits)
+        return shares[0] + shares[1], all_logits
 
     @staticmethod
     def backward(context: Any, scale: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""What training goes on from, beside the weights: looked through before Lightning and PyTorch believe it.
+"""Check what training goes on from beside the weights, before Lightning and PyTorch use it.
 
 They check little of it themselves: beyond the end of a moment smaller than its parameter, a fused optimiser writes on.
 """
@@ -21,49 +21,49 @@ from attention_visualizer.runs.config_fields import FIELDS
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.training.muon import MuonWithAdamW
 
-MOST = 2**48  # batches that anybody counts to
+MAX_COUNT = 2**48  # sanity bound on counts of batches and steps
 MOMENTS = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 # In an optimiser's parameter group: what changes while it trains or when a run is resumed. All else is as it was built.
 CHANGEABLE = {"fused", *(key for field in FIELDS.values() for key in field.optimizer_keys)}
 
 
 def check_training_state(content: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, trainer: Trainer) -> None:
-    """Raises UserError unless `content`, a Lightning checkpoint, holds what this `trainer` would save of the `model`
+    """Raise UserError unless `content`, a Lightning checkpoint, holds what this `trainer` would save of the `model`
     and of the newly built `optimizer`: the same keys, kinds and shapes, finite numbers, counts of at least 0."""
     written_by = content.get("pytorch-lightning_version")
     try:
         Version(str(written_by))
     except InvalidVersion as error:
         raise refusal("pytorch-lightning_version", f"{written_by!r:.60}") from error
-    loops = dictionary(content.get("loops"), "loops")
+    loops = require_dictionary(content.get("loops"), "loops")
     for name in ("fit_loop", "validate_loop", "test_loop", "predict_loop"):
         expected = getattr(trainer, name).state_dict()
-        found = dictionary(loops.get(name), f"loops.{name}")
+        found = require_dictionary(loops.get(name), f"loops.{name}")
         if found.get("state_dict") == {"combined_loader": [{}]}:  # within an epoch
             expected["state_dict"] = found["state_dict"]
         check_like(expected, found, f"loops.{name}")
     states: Any = content.get("optimizer_states")
     check_length(1, states, "optimizer_states")
     check_optimizer(states[0], optimizer, "optimizer_states.0")
-    block = dictionary(content.get(CHECKPOINT_KEY), CHECKPOINT_KEY)
+    block = require_dictionary(content.get(CHECKPOINT_KEY), CHECKPOINT_KEY)
     for name in ("train_right", "train_images"):
         check_like(0, block.get(name, 0), f"{CHECKPOINT_KEY}.{name}")
     schedules: Any = content.get("lr_schedulers")
     check_length(1, schedules, "lr_schedulers")
-    found = dictionary(schedules[0], "lr_schedulers.0")
+    found = require_dictionary(schedules[0], "lr_schedulers.0")
     check_like(without_missing_flags(LambdaLR(optimizer, _constant_lr).state_dict(), found), found, "lr_schedulers.0")
     if "current_model_state" in content:  # of averaged weights, the ones that are trained
         check_like(model.state_dict(), content["current_model_state"], "current_model_state")
     if "averaging_state" in content:
         check_like({"n_averaged": torch.tensor(0)}, content["averaging_state"], "averaging_state")
-    for name, state in dictionary(content.get("callbacks"), "callbacks").items():
-        dictionary(state, f"callbacks.{name}")
+    for name, state in require_dictionary(content.get("callbacks"), "callbacks").items():
+        require_dictionary(state, f"callbacks.{name}")
         if name == "EMAWeightAveraging":
             check_like({"latest_update_step": 0}, state, f"callbacks.{name}")
 
 
 def check_optimizer(found: Any, optimizer: Optimizer, where: str) -> None:
-    found = dictionary(found, where)
+    found = require_dictionary(found, where)
     if isinstance(optimizer, MuonWithAdamW):
         parts: Any = found.get("parts")
         check_length(len(optimizer.parts), parts, f"{where}.parts")
@@ -74,7 +74,7 @@ def check_optimizer(found: Any, optimizer: Optimizer, where: str) -> None:
     check_length(len(built), found.get("param_groups"), f"{where}.param_groups")
     for number, expected in enumerate(built):
         place = f"{where}.param_groups.{number}"
-        group = dictionary(found["param_groups"][number], place)
+        group = require_dictionary(found["param_groups"][number], place)
         for name, value in without_missing_flags({"initial_lr": 0.0, **expected}, group).items():
             if name not in group:
                 raise refusal(f"{place}.{name}", "not there")
@@ -82,7 +82,7 @@ def check_optimizer(found: Any, optimizer: Optimizer, where: str) -> None:
             if name in expected.keys() - CHANGEABLE and group[name] != value:
                 raise refusal(f"{place}.{name}", f"{group[name]!r:.60}, expected {value!r:.60}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, state in dictionary(found.get("state"), f"{where}.state").items():
+    for index, state in require_dictionary(found.get("state"), f"{where}.state").items():
         place = f"{where}.state.{index}"
         if type(index) is not int or not 0 <= index < len(parameters):
             raise refusal(place, "of a parameter that there is not")
@@ -95,15 +95,15 @@ def _constant_lr(step: int) -> float:
 
 
 def without_missing_flags(expected: Mapping[str, Any], found: Mapping[Any, Any]) -> dict[str, Any]:
-    """Without those that `found` lacks: newer versions of PyTorch have more of them, and defaults for them."""
+    """Leave out the flags that `found` lacks: newer versions of PyTorch have more of them, and defaults for them."""
     return {name: value for name, value in expected.items() if name in found or not isinstance(value, bool | None)}
 
 
 def check_like(expected: Any, found: Any, where: str) -> None:
-    """Raises UserError unless `found` has the kind, the keys, the length or the shape of `expected`."""
+    """Raise UserError unless `found` has the kind, the keys, the length or the shape of `expected`."""
     if isinstance(expected, Mapping):
         if not isinstance(found, Mapping) or found.keys() != expected.keys():
-            raise refusal(where, f"{kind(found)}, expected {', '.join(map(str, expected)):.120}")
+            raise refusal(where, f"{describe(found)}, expected {', '.join(map(str, expected)):.120}")
         for key, value in expected.items():
             check_like(value, found[key], f"{where}.{key}")
     elif isinstance(expected, list | tuple):
@@ -111,37 +111,37 @@ def check_like(expected: Any, found: Any, where: str) -> None:
         for number, value in enumerate(expected):
             check_like(value, found[number], f"{where}.{number}")
     elif isinstance(expected, Tensor):
-        if not isinstance(found, Tensor) or found.shape != expected.shape or not fits(found.dtype, expected):
-            raise refusal(where, f"{kind(found)}, expected {kind(expected)}")
+        if not isinstance(found, Tensor) or found.shape != expected.shape or not can_be_loaded(found.dtype, expected):
+            raise refusal(where, f"{describe(found)}, expected {describe(expected)}")
         if not found.is_contiguous() or not bool(found.isfinite().all()):
             raise refusal(where, "NaN, infinite or not in one piece")
     elif isinstance(expected, float):
         if type(found) not in (int, float) or not math.isfinite(found):
             raise refusal(where, f"{found!r:.60}, expected a finite number")
     elif type(found) is not type(expected):
-        raise refusal(where, f"{found!r:.60}, expected {kind(expected)}")
-    elif isinstance(expected, int) and not 0 <= found < MOST:
+        raise refusal(where, f"{found!r:.60}, expected {describe(expected)}")
+    elif isinstance(expected, int) and not 0 <= found < MAX_COUNT:
         raise refusal(where, f"{found!r:.60}, expected a count")
 
 
-def fits(dtype: torch.dtype, expected: Tensor) -> bool:
-    """Whole tensors are converted when they are loaded; a model that trains in bfloat16 is built in float32."""
+def can_be_loaded(dtype: torch.dtype, expected: Tensor) -> bool:
+    """Whether such a tensor can be loaded into `expected`: a model that trains in bfloat16 is built in float32."""
     both_floating = dtype.is_floating_point and expected.is_floating_point()
     return dtype == expected.dtype or (both_floating and expected.ndim > 0)
 
 
 def check_length(expected: int, found: Any, where: str) -> None:
     if not isinstance(found, list | tuple) or len(found) != expected:
-        raise refusal(where, f"{kind(found)}, expected a list of {expected}")
+        raise refusal(where, f"{describe(found)}, expected a list of {expected}")
 
 
-def dictionary(found: Any, where: str) -> Mapping[Any, Any]:
+def require_dictionary(found: Any, where: str) -> Mapping[Any, Any]:
     if not isinstance(found, Mapping):
-        raise refusal(where, f"{kind(found)}, expected a dictionary")
+        raise refusal(where, f"{describe(found)}, expected a dictionary")
     return found
 
 
-def kind(value: Any) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype}, {list(value.shape)}"
     if isinstance(value, Mapping):
