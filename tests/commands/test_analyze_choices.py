@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
-from attention_visualizer.figures import panels
+from attention_visualizer.figures import color_scales, panels
 from attention_visualizer.measures.observation import observe
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from tests.helpers.analyses import (
@@ -211,7 +211,7 @@ def test_the_query_that_was_asked_for_is_drawn_and_named(
     maps = observe(model, images, wanted).head_maps[0]
     pixels = np.asarray(Image.open(output / "attention_pattern_sample_0.png").convert("RGB"))
     for layer in range(LAYERS):
-        colors = panels.attention_scale(17).to_rgb(maps[layer].mean(axis=0))
+        colors = color_scales.attention_scale(17).to_rgb(maps[layer].mean(axis=0))
         assert contains(pixels, panels.resize(colors, 112, 112)), f"the map of layer {layer + 1} is not in the picture"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,12 @@ import pytest
 
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.figures import attention_figures as figures
-from attention_visualizer.figures import panels
+from attention_visualizer.figures import color_scales, panels
 from attention_visualizer.figures.attention_figures import ExplainedImage
-from attention_visualizer.figures.panels import PanelFigure, PlacedImage, attention_scale, overlay
+from attention_visualizer.figures.color_scales import attention_scale
+from attention_visualizer.figures.panels import PanelFigure, PlacedImage, overlay
 from attention_visualizer.measures.observation import Observation
+from tests.helpers.figures import assert_tidy
 
 LAYERS, HEADS, GRID = 3, 5, (2, 7)
 NUM_KEYS = 1 + GRID[0] * GRID[1]
@@ -57,21 +58,6 @@ def texts(picture: PanelFigure) -> list[str]:
 
 def assert_tile(tile: PlacedImage, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(tile.rgb, panels.as_rgb(expected))
-
-
-def assert_tidy(picture: PanelFigure) -> None:
-    """Nothing reaches over the edge, and no two things share a pixel."""
-    drawn: list[tuple[str, float, float, float, float]] = [
-        (repr(image), image.x, image.y, image.x + image.width, image.y + image.height) for image in picture.images
-    ]
-    for text in picture.texts:
-        left, top, right, bottom = panels.font(text.size, text.bold).getbbox(text.text, anchor=text.anchor)
-        drawn.append((text.text, text.x + left, text.y + top, text.x + right, text.y + bottom))
-    for name, left, top, right, bottom in drawn:
-        assert left >= 0 and top >= 0 and right <= picture.width and bottom <= picture.height, name
-    for (name, *one), (other_name, *other) in combinations(drawn, 2):
-        apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
-        assert apart, f"{name} overlaps {other_name}"
 
 
 def every_figure(of: ExplainedImage, note: str = NOTE) -> dict[str, PanelFigure]:
@@ -134,7 +120,7 @@ def test_the_comparison_shows_maps_rollouts_and_doublings() -> None:
         assert_tile(drawn[2 + layer], overlay(of.image, share, 2))
     change = drawn[4]
     assert change.x == drawn[1].x  # under the layer that brought it
-    scale = panels.difference_scale(3.0, "")
+    scale = color_scales.difference_scale(3.0, "")
     np.testing.assert_array_equal(change.rgb[0], scale.to_rgb(np.array([1.0, -1.0])))
     assert {"attention", "rollout over patches", "change"} <= set(texts(picture))
 
@@ -169,7 +155,7 @@ def test_the_entropy_map_runs_from_zero_to_the_highest() -> None:
     entropy = np.array([[0.0, 0.5, 1.0], [2.0, 1.5, 1.25]])
     picture = figures.entropy_heat_map(entropy, 2.0, HEADLINE)
     drawn = tiles(picture)
-    scale = panels.sequential_scale(0.0, 2.0, "")
+    scale = color_scales.sequential_scale(0.0, 2.0, "")
     for tile, value in zip(drawn, entropy.flat, strict=True):
         np.testing.assert_array_equal(tile.rgb[0], scale.to_rgb(np.array([value])))
     assert [text for text in texts(picture) if text in ("0.00", "0.50", "1.00", "2.00", "1.50", "1.25")][:6] == [

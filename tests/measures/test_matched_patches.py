@@ -9,9 +9,9 @@ from sklearn.linear_model import LinearRegression
 from attention_visualizer.measures.matched_patches import (
     OUTSIDE,
     above_median,
-    cells_by_stratum,
-    centred,
+    centre_within_strata,
     excess,
+    members_by_stratum,
     permuted_excess,
     strata_of,
 )
@@ -37,9 +37,9 @@ def example(seed: int = 0, effect: float = 0.0) -> tuple[np.ndarray, np.ndarray,
 
 def test_the_excess_is_a_regression_with_an_intercept_for_each_stratum() -> None:
     values, feature, strata = example()
-    there = strata != OUTSIDE
-    dummies = np.eye(strata.max() + 1)[strata[there]]
-    fitted = LinearRegression(fit_intercept=False).fit(np.column_stack([feature[there], dummies]), values[there])
+    compared = strata != OUTSIDE
+    dummies = np.eye(strata.max() + 1)[strata[compared]]
+    fitted = LinearRegression(fit_intercept=False).fit(np.column_stack([feature[compared], dummies]), values[compared])
     assert excess(values[:, None], feature, strata).value == pytest.approx(fitted.coef_[0])
 
 
@@ -94,7 +94,7 @@ def test_permuting_breaks_the_feature_only_within_strata() -> None:
     shuffled = []
     for _ in range(400):
         mixed = feature.copy()
-        for members in cells_by_stratum(strata):
+        for members in members_by_stratum(strata):
             mixed.ravel()[members] = generator.permutation(mixed.ravel()[members])
         shuffled.append(float(excess(values[:, None], mixed, strata).value[0]))
     assert np.std(turned) == pytest.approx(np.std(shuffled), rel=0.12)
@@ -118,6 +118,6 @@ def test_strata_are_places_and_ranks() -> None:
 
 def test_centred_features_sum_to_nothing_in_each_stratum() -> None:
     _, feature, strata = example()
-    deviations = centred(feature, strata)
-    assert all(deviations.ravel()[members].sum() == pytest.approx(0) for members in cells_by_stratum(strata))
+    deviations = centre_within_strata(feature, strata)
+    assert all(deviations.ravel()[members].sum() == pytest.approx(0) for members in members_by_stratum(strata))
     assert not deviations[strata == OUTSIDE].any()

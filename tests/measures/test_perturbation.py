@@ -66,7 +66,7 @@ def test_filled_patches_are_background_and_nothing_else_changes(pooling: str, pi
             image[:, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3] = 0
     with torch.no_grad():
         expected = model(to_input(painted)).softmax(dim=-1)[torch.arange(5), torch.from_numpy(classes)]
-    found = Perturbation(model, pictures, classes, to_input).answers(kept, "fill")
+    found = Perturbation(model, pictures, classes, to_input).probabilities(kept, "fill")
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
 
 
@@ -87,7 +87,7 @@ def test_dropped_tokens_are_as_if_they_had_never_been(pooling: str, pictures: Te
         tokens = model.norm(tokens)
         pooled = tokens[:, 0] if prefix else torch.stack([each[keep].mean(dim=0) for each, keep in zip(tokens, mask)])  # noqa: B905
         expected = model.head(pooled).softmax(dim=-1)[torch.arange(5), torch.from_numpy(classes)]
-    found = Perturbation(model, pictures, classes, to_input).answers(kept, "drop")
+    found = Perturbation(model, pictures, classes, to_input).probabilities(kept, "drop")
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
 
 
@@ -154,8 +154,8 @@ def test_a_patch_less_is_captums_ablation(pictures: Tensor) -> None:
             to_input(pictures), baselines=0.0, target=torch.from_numpy(classes), feature_mask=number
         )
     perturbation = Perturbation(model, pictures, classes, to_input)
-    whole = perturbation.answers(np.ones((5, 16), bool), "fill")
-    found = [whole - perturbation.answers(np.tile(np.arange(16) != patch, (5, 1)), "fill") for patch in range(16)]
+    whole = perturbation.probabilities(np.ones((5, 16), bool), "fill")
+    found = [whole - perturbation.probabilities(np.tile(np.arange(16) != patch, (5, 1)), "fill") for patch in range(16)]
     assert np.abs(found).max() > 1e-3
     np.testing.assert_allclose(np.stack(found, axis=1), ablated[:, 0, ::3, ::3].flatten(1).numpy(), atol=1e-6)
 
@@ -173,5 +173,9 @@ def test_background_goes_through_the_model_once_and_counts_all_the_same(pictures
     assert 5 * 14 <= sum(sizes) <= 5 * 16 < 5 * 30
     places = np.argsort(ranking, axis=1)
     for step in range(17):
-        np.testing.assert_allclose(found.deletion[:, step], perturbation.answers(places >= step, "fill"), atol=1e-6)
-        np.testing.assert_allclose(found.insertion[:, step], perturbation.answers(places < step, "fill"), atol=1e-6)
+        np.testing.assert_allclose(
+            found.deletion[:, step], perturbation.probabilities(places >= step, "fill"), atol=1e-6
+        )
+        np.testing.assert_allclose(
+            found.insertion[:, step], perturbation.probabilities(places < step, "fill"), atol=1e-6
+        )

@@ -1,9 +1,10 @@
-"""Figures: arrays in, pictures and matplotlib axes out.
+"""Figures: arrays in, PanelFigures and matplotlib axes out.
 
 Hands out the renderer of maps, charts, and the figures made with them; no files. May use measures and below.
 
     attention_figures.py  the figures of attention maps
     charts.py             charts of numbers by layer, head and time
-    panels.py             the renderer: where a map gets its colours
+    color_scales.py       from values to colours: where a map gets its colours
+    panels.py             the renderer of maps: tiles, texts and colour bars
     run_charts.py         charts that compare runs
 """

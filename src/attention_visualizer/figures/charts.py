@@ -28,7 +28,7 @@ def new_axes() -> Axes:
 def box_by_layer(
     quantiles: Array, label: str, ax: Axes | None = None, reference: float | None = None, reference_label: str = ""
 ) -> Axes:
-    """A box for each layer from quantiles [layer, 5] at 5, 25, 50, 75 and 95 %: the whiskers are the 5 and 95 %."""
+    """Draw a box for each layer from quantiles [layer, 5] at 5, 25, 50, 75 and 95 % (whiskers at 5 and 95)."""
     ax = ax or new_axes()
     boxes = [
         {"whislo": low, "q1": first, "med": middle, "q3": third, "whishi": high, "label": str(layer + 1)}
@@ -57,7 +57,8 @@ def box_by_layer(
 def distribution_by_layer(
     counts: Array, edges: Array, label: str, ax: Axes | None = None, medians: Array | None = None
 ) -> Axes:
-    """One ridge a layer, all on one scale, from histogram counts [layer, bin] over equal bins edges [bin + 1].
+    """Draw a ridge for each layer, all on one scale, from histogram counts [layer, bin] over equal bins edges [bin +
+    1].
 
     The height is the square root of the share in a bin, so that a peak leaves the rest visible. medians: [layer], where
     they are known better than to a bin.
@@ -73,8 +74,8 @@ def distribution_by_layer(
     group = -(-(last - first) // 60)
     num_bars = min(-(-(last - first) // group), counts.shape[1] // group)
     first = max(0, last - num_bars * group)  # whole groups, none beyond the measure's range
-    held = counts[:, first : first + num_bars * group]
-    shares = held.reshape(num_layers, num_bars, group).sum(axis=2) / totals
+    shown = counts[:, first : first + num_bars * group]
+    shares = shown.reshape(num_layers, num_bars, group).sum(axis=2) / totals
     bounds = edges[first] + np.arange(num_bars + 1) * group * (edges[1] - edges[0])
     heights = np.sqrt(shares) * 0.9 / max(float(np.sqrt(shares).max()), 1e-12)
     for layer, color in enumerate(layer_colors(num_layers)):
@@ -96,7 +97,7 @@ def distribution_by_layer(
 def heat_map(
     values: Array, label: str, ax: Axes | None = None, low: float | None = None, high: float | None = None
 ) -> Axes:
-    """Layers down, heads across; each cell with its number where there is room."""
+    """Draw layers down, heads across, with numbers in the cells where there is room."""
     import seaborn  # it brings SciPy's statistics and pandas: a second that only heat maps wait for
 
     ax = ax or new_axes()
@@ -129,8 +130,8 @@ def verdict_forest(
     verdicts: list[str],
     ax: Axes | None = None,
 ) -> Axes:
-    """A row a claim: its effect in units of the minimum effect as a dot with its interval, what controls reach as a
-    grey band, what it must reach as a tick, and the verdict in words at the right.
+    """Draw a row for each claim: its effect in units of the minimum effect as a dot with its interval, what controls
+    reach as a grey band, what it must reach as a tick, and the verdict in words at the right.
 
     values, thresholds: [claim], NaN for none; intervals, controls: [claim, 2], NaN for none. The axis is logarithmic
     beyond one minimum effect on either side.
@@ -181,10 +182,11 @@ def lines_over_training(
     early_steps: Array | None = None,
     early_values: Array | None = None,
 ) -> Axes:
-    """A thick line a layer (mean over heads) and thin ones for its heads, from values [time, layer, head] at `steps`.
+    """Draw a thick line for each layer (mean over heads) and thin ones for its heads, from values [time, layer, head]
+    at `steps`.
 
     early_values [time, layer, head] at `early_steps` come from fewer images: dotted, layers only. The axis of steps is
-    logarithmic, as the looks are; 0 stands at its left end. reference: the value of uniform attention.
+    logarithmic, as the observed steps are; 0 stands at its left end. reference: the value of uniform attention.
     """
     ax = ax or new_axes()
     colors = layer_colors(values.shape[1])
@@ -220,8 +222,8 @@ def lines_over_training(
 
 
 def confusion_matrix(counts: Array, class_names: list[str], ax: Axes | None = None) -> Axes:
-    """Images by true (down) and predicted class; colour is the share of the true class, errors in tenths of a percent
-    still visible because the diagonal is left out of the colour."""
+    """Draw counts of images by true (down) and predicted class, coloured by their share of the true class; the diagonal
+    has no colour, so that errors of tenths of a percent are still visible."""
     import seaborn
 
     ax = ax or new_axes()
@@ -243,8 +245,8 @@ def confusion_matrix(counts: Array, class_names: list[str], ax: Axes | None = No
         yticklabels=class_names,
         square=True,
     )
-    for number, count in enumerate(np.diag(counts)):  # seaborn leaves masked cells without a number
-        ax.text(number + 0.5, number + 0.5, str(count), ha="center", va="center", fontsize=9, color="#888888")
+    for index, count in enumerate(np.diag(counts)):  # seaborn leaves masked cells without a number
+        ax.text(index + 0.5, index + 0.5, str(count), ha="center", va="center", fontsize=9, color="#888888")
     ax.set_xlabel("predicted class")
     ax.set_ylabel("true class")
     ax.tick_params(axis="y", rotation=0)
@@ -253,7 +255,7 @@ def confusion_matrix(counts: Array, class_names: list[str], ax: Axes | None = No
 
 
 def forest(at: Array, values: Array, low: Array, high: Array, ax: Axes | None = None, color: str = MEDIAN) -> Axes:
-    """A point with its interval at each height of `at`, and a line at 0."""
+    """Draw a point with its interval at each height of `at`, and a line at 0."""
     ax = ax or new_axes()
     ax.axvline(0, color=REFERENCE, linewidth=1, zorder=1)
     ax.hlines(at, low, high, color=color, linewidth=1.6, zorder=3)
@@ -269,7 +271,7 @@ def square_matrix(
     low: float | None = None,
     high: float | None = None,
 ) -> Axes:
-    """The same things down and across, without numbers in the cells."""
+    """Draw a matrix with the same labels down and across, without numbers in the cells."""
     import seaborn
 
     ax = ax or new_axes()
@@ -297,7 +299,7 @@ def changes(
     columns: list[str] | None = None,
     colorbar: bool = True,
 ) -> Axes:
-    """Layers down, heads across, on a scale from -reach (red) over 0 (white) to reach (blue), with numbers."""
+    """Draw layers down, heads across, on a scale from -reach (red) over 0 (white) to reach (blue), with numbers."""
     import seaborn
 
     ax = ax or new_axes()
@@ -323,7 +325,7 @@ def changes(
 
 
 def box(ax: Axes, start: float, end: float, color: str = MEDIAN) -> None:
-    """Around rows and columns `start` to `end` of a square matrix."""
+    """Draw a box around rows and columns `start` to `end` of a square matrix."""
     ax.plot([start, end, end, start, start], [start, start, end, end, start], color=color, linewidth=2, clip_on=False)
 
 
@@ -340,7 +342,7 @@ def with_watermark(figure: Figure, watermark: str) -> Figure:
 
 
 def without_math(figure: Figure) -> None:
-    """Dollars in names, such as those of classes, are dollars; only the powers on logarithmic axes are formulas."""
+    """Turn formulas off, so that dollars in names are dollars; only the powers on logarithmic axes stay formulas."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     for axes in figure.axes:
@@ -351,12 +353,12 @@ def without_math(figure: Figure) -> None:
 
 
 def layer_colors(num_layers: int) -> list[Any]:
-    """From light (shallow) to dark (deep)."""
+    """A colour for each layer, from light (shallow) to dark (deep)."""
     return [matplotlib.colormaps["viridis_r"](share) for share in np.linspace(0.08, 0.95, num_layers)]
 
 
 def clean(ax: Axes, axis: Literal["x", "y", "both"] = "y") -> Axes:
-    """Without the frame's upper and right sides, with faint lines across `axis`."""
+    """Remove the frame's upper and right sides, and draw faint lines across `axis`."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis=axis, color="#e6e6e6", linewidth=0.7)
     ax.set_axisbelow(True)

@@ -1,6 +1,6 @@
-"""The one renderer of attention maps: arrays in, a Picture out, for TensorBoard and for files alike.
+"""The one renderer of attention maps: arrays in, a PanelFigure out, for TensorBoard and for files alike.
 
-A Picture is a list of placed images and texts. `to_rgb` draws it with NumPy, OpenCV and Pillow, in milliseconds;
+A PanelFigure is a list of placed images and texts. `to_rgb` draws it with NumPy, OpenCV and Pillow, in milliseconds;
 `to_figure` hands the same layout to matplotlib, for notebooks and for PDF and SVG (text stays text where
 matplotlib's svg.fonttype is none).
 """
@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from attention_visualizer.figures.color_scales import ColorScale, Rgb, attention_scale
+
 Array = NDArray[Any]
-Rgb = NDArray[np.uint8]
+Color = tuple[int, int, int]
 
 INK, GREY, RED = (17, 17, 17), (96, 96, 96), (190, 20, 30)
-DOUBLINGS = 3.0  # the attention scale runs from 1/8 to 8 times uniform
 LIGHTEST_INK = 0.2  # what is left of a colour under full ink
 
 
@@ -40,14 +41,12 @@ class PlacedImage:
 
 @dataclass(frozen=True)
 class PlacedText:
-    """`anchor` is Pillow's: l, m or r of the text, then a (top), m (middle) or s (baseline)."""
-
     x: int
     y: int
     text: str
     size: int
-    anchor: str = "la"
-    color: tuple[int, int, int] = INK
+    anchor: str = "la"  # Pillow's: l, m or r of the text, then a (top), m (middle) or s (baseline)
+    color: Color = INK
     bold: bool = False
 
 
@@ -62,7 +61,7 @@ class PanelFigure:
     header: int = 0  # pixels from the top to below the headline and subtitle
 
     def with_watermark(self, text: str) -> PanelFigure:
-        """The figure with `text` in red below its header; the figure itself where `text` is empty."""
+        """Return the figure with `text` in red below its header; the figure itself where `text` is empty."""
         if not text:
             return self
         below = SUBTITLE + LINE_SPACING
@@ -80,20 +79,20 @@ class PanelFigure:
         )
 
     def to_rgb(self) -> Rgb:
-        """uint8 [height, width, 3]."""
+        """Draw the figure: uint8 [height, width, 3]."""
         canvas = np.full((self.height, self.width, 3), 255, np.uint8)
         for image in self.images:
             rows, columns = slice(image.y, image.y + image.height), slice(image.x, image.x + image.width)
             canvas[rows, columns] = resize(image.rgb, image.width, image.height, image.smooth)
-        drawn = Image.fromarray(canvas)
+        picture = Image.fromarray(canvas)
         for text in self.texts:
             if text.text:
                 left, top, mask = text_mask(text.text, text.size, text.bold, text.anchor)
-                drawn.paste(text.color, (text.x + left, text.y + top), mask)
-        return np.asarray(drawn)
+                picture.paste(text.color, (text.x + left, text.y + top), mask)
+        return np.asarray(picture)
 
     def to_figure(self, dpi: int = 100) -> Figure:
-        """The same as a matplotlib figure of the same size."""
+        """Draw the figure with matplotlib, in the same size."""
         figure = Figure(figsize=(self.width / dpi, self.height / dpi), dpi=dpi, facecolor="white")
         for image in self.images:
             box = (
@@ -125,14 +124,14 @@ class PanelFigure:
 
 @cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib."""
+    """Load DejaVu Sans, which comes with matplotlib."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-@lru_cache(maxsize=1024)  # most texts of a picture are those of the one before
+@lru_cache(maxsize=1024)  # most texts of a figure are those of the one before
 def text_mask(text: str, size: int, bold: bool, anchor: str) -> tuple[int, int, Image.Image]:
-    """Where its left and its top are from the anchor, and how much of each pixel it covers."""
+    """Rasterise a text: its left and top from the anchor, and how much of each pixel it covers."""
     left, top, right, bottom = map(round, font(size, bold).getbbox(text, anchor=anchor))
     mask = Image.new("L", (max(right - left, 1), max(bottom - top, 1)))
     ImageDraw.Draw(mask).text((-left, -top), text, 255, font(size, bold), anchor=anchor)
@@ -145,14 +144,14 @@ def text_width(text: str, size: int, bold: bool = False) -> int:
 
 
 def fitting_size(texts: Sequence[str], size: int, width: int, least: int = 9) -> int:
-    """The largest font size from `least` to `size` at which no text is wider than `width` pixels, or `least`."""
+    """Return the largest font size from `least` to `size` at which no text is wider than `width` pixels, or `least`."""
     while size > least and any(text_width(text, size) > width for text in texts):
         size -= 1
     return size
 
 
 def shortened(text: str, size: int, width: int) -> str:
-    """`text`, cut with an ellipsis where it would be wider than `width` pixels."""
+    """Cut `text` with an ellipsis where it would be wider than `width` pixels."""
     if text_width(text, size) <= width:
         return text
     while text and text_width(text + "…", size) > width:
@@ -171,91 +170,17 @@ def resize(rgb: Rgb, width: int, height: int, smooth: bool = False) -> Rgb:
 
 
 def repeated(rgb: Rgb, width: int, height: int) -> Rgb:
-    """Each pixel of [..., height, width, channel] repeated: the nearest one, as OpenCV's INTER_NEAREST_EXACT has it."""
+    """Repeat each pixel of [..., height, width, channel]: the nearest one, as OpenCV's INTER_NEAREST_EXACT has it."""
     rows = (2 * np.arange(height) + 1) * rgb.shape[-3] // (2 * height)
     columns = (2 * np.arange(width) + 1) * rgb.shape[-2] // (2 * width)
     return rgb.take(columns, axis=-2).take(rows, axis=-3)  # in this order most is copied by whole rows
 
 
-# --- colour ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class ColorScale:
-    """From values to colours. ticks: (value, label); logarithm: values are shown by their base-2 logarithm times
-    `factor`, and low, high and ticks are in that unit."""
-
-    title: str
-    low: float
-    high: float
-    ticks: tuple[tuple[float, str], ...]
-    table: Rgb  # [256, 3]
-    factor: float | None = None
-
-    def to_rgb(self, values: Array) -> Rgb:
-        """[...] -> uint8 [..., 3]; clipped to the scale, NaN is grey."""
-        if self.factor is not None:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                values = np.log2(np.asarray(values, np.float64) * self.factor)
-        share = (np.clip(values, self.low, self.high) - self.low) / (self.high - self.low)
-        missing = np.isnan(share)
-        index = np.where(missing, 0, share * 255).round().astype(np.intp)
-        colors = self.table[index]
-        colors[missing] = 128
-        return colors
-
-
-@cache
-def color_table(name: str, low: float = 0.0, high: float = 1.0) -> Rgb:
-    colors = matplotlib.colormaps[name](np.linspace(low, high, 256))[:, :3]
-    table = (colors * 255).round().astype(np.uint8)
-    table.flags.writeable = False
-    return table
-
-
-def attention_scale(num_keys: int) -> ColorScale:
-    """log2(N A), so that white is a query that prefers nothing and each step a doubling; red high, blue low.
-
-    num_keys: N; 1 for attention that has been multiplied by it already, where panels differ in their number of keys.
-    """
-    labels = ("≤1/8", "1/4", "1/2", "1", "2", "4", "≥8")
-    ticks = tuple((float(value), f"{label}×") for value, label in zip(range(-3, 4), labels, strict=True))
-    # The ends of the map are nearly black, which is the colour of the ink.
-    return ColorScale(
-        "attention / uniform" + (f" (1/{num_keys})" if num_keys > 1 else ""),
-        -DOUBLINGS,
-        DOUBLINGS,
-        ticks,
-        color_table("RdBu_r", 0.08, 0.92),
-        num_keys,
-    )
-
-
-def difference_scale(limit: float, title: str) -> ColorScale:
-    """A difference of base-2 logarithms, from -limit to limit doublings; orange is more, purple less."""
-    values = np.linspace(-limit, limit, 7)
-    ends = {-limit: "≤", limit: "≥"}
-    ticks = tuple(
-        (float(value), f"{ends.get(float(value), '')}{'1/' if value < 0 else ''}{2 ** abs(value):.3g}×")
-        for value in values
-    )
-    return ColorScale(title, -limit, limit, ticks, color_table("PuOr_r", 0.08, 0.92))
-
-
-def signed_scale(limit: float, title: str, colors: str) -> ColorScale:
-    """A difference, from -limit to limit, white at 0, in matplotlib's diverging colour map `colors`."""
-    limit = max(limit, 1e-6)
-    ticks = tuple((float(value), f"{value:+.2g}" if value else "0") for value in np.linspace(-limit, limit, 5))
-    return ColorScale(title, -limit, limit, ticks, color_table(colors, 0.08, 0.92))
-
-
-def sequential_scale(low: float, high: float, title: str) -> ColorScale:
-    ticks = tuple((float(value), f"{value:.2f}") for value in np.linspace(low, high, 5))
-    return ColorScale(title, low, high, ticks, color_table("viridis"))
+# --- maps over images -----------------------------------------------------------------------------------------
 
 
 def overlay(image: Rgb, attention: Array, num_keys: int) -> Rgb:
-    """Attention in colour by patch, [..., grid height, grid width], with the image's ink drawn dark over it.
+    """Colour attention by patch, [..., grid height, grid width], with the image's ink drawn dark over it.
 
     image: uint8 [height, width, 1 or 3]. It only darkens, and only where it has strokes or edges, so that the colours
     are those of the scale everywhere else. Returns uint8 [..., height, width, 3].
@@ -268,16 +193,16 @@ def overlay(image: Rgb, attention: Array, num_keys: int) -> Rgb:
         sized = repeated(grids, width, height)
     else:
         sized = np.stack([resize(grid, width, height) for grid in grids])
-    drawn = (sized * ink + np.float32(0.5)).astype(np.uint8)
-    return drawn.reshape(*colors.shape[:-3], height, width, 3)
+    darkened = (sized * ink + np.float32(0.5)).astype(np.uint8)
+    return darkened.reshape(*colors.shape[:-3], height, width, 3)
 
 
 def strokes(image: Rgb) -> NDArray[np.float32]:
-    """[height, width, 1 or 3] -> [height, width]: 1 where there is no ink, less where there is."""
+    """How much light an image's ink leaves: [height, width, 1 or 3] -> [height, width], 1 where there is no ink."""
     return _strokes(image.tobytes(), image.shape)
 
 
-@lru_cache(maxsize=32)  # the images that are looked at while training are the same each time
+@lru_cache(maxsize=32)  # the probe images of a training run are the same each time
 def _strokes(pixels: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
     image = np.frombuffer(pixels, np.uint8).reshape(shape)
     ink = _drawn_strokes(image)
@@ -297,7 +222,7 @@ def _drawn_strokes(image: Rgb) -> NDArray[np.float32]:
 
 
 def mark_patch(image: Rgb, grid: tuple[int, int], row: int, column: int) -> Rgb:
-    """A copy, enlarged by a whole factor, with a box around one patch of the grid (rows, columns)."""
+    """Return a copy, enlarged by a whole factor, with a box around one patch of the grid (rows, columns)."""
     factor = -(-224 // max(image.shape[:2]))
     marked = np.ascontiguousarray(as_rgb(image).repeat(factor, axis=0).repeat(factor, axis=1))
     top, bottom = (round(edge * marked.shape[0] / grid[0]) for edge in (row, row + 1))
@@ -313,17 +238,38 @@ def mark_patch(image: Rgb, grid: tuple[int, int], row: int, column: int) -> Rgb:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """One panel: a picture uint8 [height, width, 1 or 3] under a title, with a caption beneath."""
+    """One panel: an image under a title, with a caption beneath."""
 
-    rgb: Rgb
+    rgb: Rgb  # uint8 [height, width, 1 or 3]
     title: str = ""
     caption: str = ""
 
 
 MARGIN, GAP = 14, 6
-LEAST_WIDTH = 640  # usual headlines fit, so the frames of an evolving one are of one size
+LEAST_WIDTH = 640  # usual headlines fit, so that all frames of an animation have one size
+LEAST_BAR_HEIGHT, MOST_BAR_HEIGHT = 7 * 14, 260  # seven ticks fit
 HEADLINE, SUBTITLE, LABEL, CAPTION = 17, 13, 13, 11
 LINE_SPACING = 7
+
+
+@dataclass(frozen=True)
+class TileColumns:
+    """Where the columns of a grid stand, in pixels."""
+
+    left: int
+    tile_width: int
+
+    def x(self, column: int) -> int:
+        return self.left + column * (self.tile_width + GAP)
+
+    def place_texts(
+        self, figure: PanelFigure, texts: Sequence[str], y: int, size: int, width: int, color: Color = INK
+    ) -> None:
+        """Centre a text over each column, cut where it is wider than `width`; none where it is empty."""
+        for column, text in enumerate(texts):
+            if text:
+                middle = self.x(column) + self.tile_width // 2
+                figure.texts.append(PlacedText(middle, y, shortened(text, size, width), size, "ma", color))
 
 
 def tile_grid(
@@ -336,67 +282,59 @@ def tile_grid(
     scale: ColorScale | None = None,
     second_scale: ColorScale | None = None,
 ) -> PanelFigure:
-    """Rows of tiles with their titles, a headline, and a colour bar for each scale."""
-    num_columns = max(len(row) for row in tiles)
-    first = next(tile for row in tiles for tile in row if tile is not None)
-    aspect = first.rgb.shape[0] / first.rgb.shape[1]
-    tile_height = max(1, round(tile_size * aspect))
-    scales = [one for one in (scale, second_scale) if one is not None]
-
-    titles = [tile.title for row in tiles for tile in row if tile and tile.title] + (column_titles or [])
-    captions = [tile.caption for row in tiles for tile in row if tile and tile.caption]
+    """Lay out rows of tiles with their titles, a headline, and a colour bar for each scale."""
+    existing = [tile for row in tiles for tile in row if tile is not None]
+    tile_height = max(1, round(tile_size * existing[0].rgb.shape[0] / existing[0].rgb.shape[1]))
+    scales = [each for each in (scale, second_scale) if each is not None]
+    titles = [tile.title for tile in existing if tile.title] + (column_titles or [])
     title_size = fitting_size(titles, LABEL, tile_size)
-    caption_size = fitting_size(captions, CAPTION, tile_size + GAP)
+    caption_size = fitting_size([tile.caption for tile in existing if tile.caption], CAPTION, tile_size + GAP)
     left = MARGIN + (max(text_width(title, LABEL) for title in row_titles) + 10 if row_titles else 0)
-    grid_width = num_columns * (tile_size + GAP) - GAP
-    bars = [bar_width(one) for one in scales]
+    columns = TileColumns(left, tile_size)
+    right = columns.x(max(len(row) for row in tiles)) - GAP
+    figure = PanelFigure(right + sum(bar_width(each) for each in scales) + MARGIN, 0)
+
+    y = place_headline(figure, headline, subtitle)
+    if column_titles:
+        columns.place_texts(figure, column_titles, y, title_size, tile_size)
+        y += title_size + 6
+    top = y
+    for index, row in enumerate(tiles):
+        titles, captions = (
+            [getattr(tile, name) if tile is not None else "" for tile in row] for name in ("title", "caption")
+        )
+        if any(titles):
+            columns.place_texts(figure, titles, y, title_size, tile_size)
+            y += title_size + 5
+        if row_titles:
+            figure.texts.append(PlacedText(left - 10, y + tile_height // 2, row_titles[index], LABEL, "rm"))
+        for column, tile in enumerate(row):
+            if tile is not None:
+                figure.images.append(PlacedImage(columns.x(column), y, tile_size, tile_height, as_rgb(tile.rgb)))
+        y += tile_height + 3
+        if any(captions):
+            columns.place_texts(figure, captions, y, caption_size, tile_size + GAP, GREY)
+            y += caption_size + 5
+        y += 3
+    bottom = max(y - 6, top + LEAST_BAR_HEIGHT)
+    for each in scales:
+        place_bar(figure, each, right, top, min(bottom - top, MOST_BAR_HEIGHT))
+        right += bar_width(each)
+    figure.height = bottom + MARGIN
+    return figure
+
+
+def place_headline(figure: PanelFigure, headline: str, subtitle: str) -> int:
+    """Place the header, widening the figure where the texts need it; return the y below it."""
     lines = [(headline, HEADLINE, True, INK)]
     lines += [(subtitle, SUBTITLE, False, GREY)] if subtitle else []
     text_needs = max(text_width(text, size, bold) for text, size, bold, _ in lines) + 2 * MARGIN
-    picture = PanelFigure(max(left + grid_width + sum(bars) + MARGIN, text_needs, LEAST_WIDTH), 0)
-
-    y = MARGIN - 2
+    figure.width = max(figure.width, text_needs, LEAST_WIDTH)
+    figure.header = MARGIN - 2
     for text, size, bold, color in lines:
-        picture.texts.append(PlacedText(MARGIN, y, text, size, "la", color, bold))
-        y += size + LINE_SPACING
-    picture.header = y
-    y += 4
-    if column_titles:
-        for column, title in enumerate(column_titles):
-            x = left + column * (tile_size + GAP) + tile_size // 2
-            picture.texts.append(PlacedText(x, y, shortened(title, title_size, tile_size), title_size, "ma"))
-        y += title_size + 6
-    top = y
-    for number, row in enumerate(tiles):
-        if any(tile and tile.title for tile in row):
-            for column, tile in enumerate(row):
-                if tile and tile.title:
-                    x = left + column * (tile_size + GAP) + tile_size // 2
-                    text = shortened(tile.title, title_size, tile_size)
-                    picture.texts.append(PlacedText(x, y, text, title_size, "ma"))
-            y += title_size + 5
-        if row_titles:
-            picture.texts.append(PlacedText(left - 10, y + tile_height // 2, row_titles[number], LABEL, "rm"))
-        for column, tile in enumerate(row):
-            if tile is not None:
-                x = left + column * (tile_size + GAP)
-                picture.images.append(PlacedImage(x, y, tile_size, tile_height, as_rgb(tile.rgb)))
-        y += tile_height + 3
-        if any(tile and tile.caption for tile in row):
-            for column, tile in enumerate(row):
-                if tile and tile.caption:
-                    x = left + column * (tile_size + GAP) + tile_size // 2
-                    text = shortened(tile.caption, caption_size, tile_size + GAP)
-                    picture.texts.append(PlacedText(x, y, text, caption_size, "ma", GREY))
-            y += caption_size + 5
-        y += 3
-    bottom = max(y - 6, top + 7 * 14)
-    x = left + grid_width
-    for one, width in zip(scales, bars, strict=True):
-        draw_bar(picture, one, x, top, min(bottom, top + 260) - top)
-        x += width
-    picture.height = bottom + MARGIN
-    return picture
+        figure.texts.append(PlacedText(MARGIN, figure.header, text, size, "la", color, bold))
+        figure.header += size + LINE_SPACING
+    return figure.header + 4
 
 
 def as_rgb(image: Rgb) -> Rgb:
@@ -408,36 +346,36 @@ BAR_WIDTH, BAR_GAP = 14, 18
 
 
 def bar_width(scale: ColorScale) -> int:
-    """What a colour bar takes beside the grid."""
+    """The width that a colour bar takes beside the grid."""
     labels = max(text_width(label, CAPTION) for _, label in scale.ticks)
     return BAR_GAP + CAPTION + 8 + BAR_WIDTH + 6 + labels
 
 
-def draw_bar(picture: PanelFigure, scale: ColorScale, x: int, y: int, height: int) -> None:
-    """A vertical colour bar with its ticks; its title stands upright beside it."""
+def place_bar(figure: PanelFigure, scale: ColorScale, x: int, y: int, height: int) -> None:
+    """Place a vertical colour bar with its ticks; its title stands upright beside it."""
     x += BAR_GAP
     title = upright(scale.title, fitting_size([scale.title], CAPTION, height, least=7))
-    picture.images.append(PlacedImage(x, y + (height - title.shape[0]) // 2, title.shape[1], title.shape[0], title))
+    figure.images.append(PlacedImage(x, y + (height - title.shape[0]) // 2, title.shape[1], title.shape[0], title))
     x += CAPTION + 8
-    picture.images.append(PlacedImage(x, y, BAR_WIDTH, height, np.ascontiguousarray(scale.table[::-1, None])))
+    figure.images.append(PlacedImage(x, y, BAR_WIDTH, height, np.ascontiguousarray(scale.table[::-1, None])))
     for value, label in scale.ticks:
         share = (value - scale.low) / (scale.high - scale.low)
-        picture.texts.append(PlacedText(x + BAR_WIDTH + 5, round(y + (1 - share) * (height - 1)), label, CAPTION, "lm"))
+        figure.texts.append(PlacedText(x + BAR_WIDTH + 5, round(y + (1 - share) * (height - 1)), label, CAPTION, "lm"))
 
 
 @cache
 def upright(text: str, size: int) -> Rgb:
-    """Text that reads from bottom to top, as an image: colour bars' titles are the only ones."""
+    """Draw text that reads from bottom to top, as an image: the titles of colour bars are the only ones."""
     image = Image.new("RGB", (text_width(text, size), size + 5), "white")
     ImageDraw.Draw(image).text((0, 0), text, INK, font(size))
     return np.asarray(image.transpose(Image.Transpose.ROTATE_90))
 
 
 def encode_png(rgb: Rgb) -> bytes:
-    """[height, width, 3], lossless. Plain surfaces and text need no filter: without one they are as small, and take
-    half the time."""
+    """Encode [height, width, 3] without loss. Plain surfaces and text need no filter: without one they are as small,
+    and take half the time."""
     options = [cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
-    done, encoded = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)
-    if not done:
+    succeeded, encoded = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)
+    if not succeeded:
         raise ValueError("OpenCV cannot write PNG")
     return encoded.tobytes()

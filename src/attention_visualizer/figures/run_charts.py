@@ -18,14 +18,14 @@ TRAINED, CONTROL, TOO_SMALL = "#2166ac", "#999999", "#ececec"
 
 
 def run_colors(num_runs: int) -> list[Any]:
-    """Told apart by eye up to ten, then along one scale."""
+    """A colour for each run: distinct ones up to ten, then along one scale."""
     if num_runs <= 10:
         return [matplotlib.colormaps["tab10"](number) for number in range(num_runs)]
     return [matplotlib.colormaps["viridis"](share) for share in np.linspace(0.05, 0.95, num_runs)]
 
 
 def legend_above(ax: Axes, columns: int = 2) -> None:
-    """Where it covers no value."""
+    """Add a legend where it covers no value."""
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
@@ -38,10 +38,10 @@ def legend_above(ax: Axes, columns: int = 2) -> None:
 
 
 def partners_by_layer(
-    matched: Array, by_lot: Array, shifted: Array | None, random: Array | None, ax: Axes | None = None
+    matched: Array, random_pairing: Array, shifted: Array | None, random: Array | None, ax: Axes | None = None
 ) -> Axes:
-    """How unlike matched heads are, nats: dots matched [pair, layer, head]; lines by_lot [pair, layer, head], of heads
-    paired by lot; shifted [pair, layer, head], of heads matched with the next layer's; random, of random weights."""
+    """Draw how unlike matched heads are, in nats, [pair, layer, head] each: dots and a line for matched; lines for
+    random_pairing, for heads matched with the next layer's (shifted) and for models with random weights (random)."""
     ax = ax or new_axes()
     layers = np.arange(1, matched.shape[1] + 1)
     spread = np.linspace(-0.22, 0.22, matched.shape[0] * matched.shape[2])
@@ -50,7 +50,7 @@ def partners_by_layer(
     for values, label, color, style in (
         (matched, "partners", TRAINED, "-"),
         (shifted, "partners in the next layer", MEDIAN, ":"),
-        (by_lot, "paired by lot", REFERENCE, "--"),
+        (random_pairing, "paired by lot", REFERENCE, "--"),
         (random, "random weights", CONTROL, "-."),
     ):
         if values is not None:
@@ -71,8 +71,8 @@ def layers_by_run(
     ax: Axes | None = None,
     reference: float | None = None,
 ) -> Axes:
-    """A line a run through its layers' means, dots for heads, of values [run, layer, head]; a grey band for the means
-    of random weights [control, layer, head]."""
+    """Draw a line for each run through its layers' means and dots for heads, of values [run, layer, head]; a grey band
+    for the means of random weights, controls [control, layer, head]."""
     ax = ax or new_axes()
     layers = np.arange(1, values.shape[1] + 1)
     untrained = controls.mean(axis=2)
@@ -97,7 +97,7 @@ def layers_by_run(
 def agreement(
     groups: dict[str, Sequence[Sequence[float]]], names: Sequence[str], label: str, ax: Axes | None = None
 ) -> Axes:
-    """Dots for pairs, a bar for their mean: groups: what was paired -> for each of `names`, correlations -1 to 1."""
+    """Draw dots for pairs and a bar for their mean. groups: what was paired -> for each of `names`, correlations."""
     ax = ax or new_axes()
     colors = (TRAINED, MEDIAN, CONTROL)
     width = 0.8 / len(groups)
@@ -128,8 +128,11 @@ def by_setting(
     minimum: float | None = None,
     scale: float = 1.0,
 ) -> Axes:
-    """A dot with its interval for each setting, in order; small dots for its runs where it has several, grey ones for
-    random weights. minimum: of differences, the smallest that counts, a grey band around 0. scale: 100 for percent."""
+    """Draw a dot with its interval for each setting, in order; small dots for its runs where it has several, grey
+    crosses for random weights.
+
+    minimum: of differences, the smallest that counts, a grey band around 0; scale: 100 for percent.
+    """
     ax = ax or new_axes()
     places = np.arange(len(names))
     for place, each in zip(places, controls, strict=False):

@@ -2,7 +2,7 @@
 
 Hands out functions of arrays and tensors; no files, no figures. May use data, models, attention and below.
 
-    explanations.py     attention, rollout, values, gradients and relevance as maps
+    explanations.py     maps by attention, rollout, values, gradients and relevance
     head_matching.py    pair the heads of two models that do the same
     head_roles.py       what single heads follow, as numbers
     intervals.py        bootstrap intervals, permutation tests, multiple-testing correction

@@ -1,4 +1,4 @@
-"""What several methods say a model's answer rests on: attention, rollout, values, gradients, relevance."""
+"""Maps of what a prediction rests on by several methods: attention, rollout, values, gradients, relevance."""
 
 from __future__ import annotations
 
@@ -23,13 +23,10 @@ MOST_BYTES = 16 * 2**20  # of weights and values at once; their gradients and th
 
 @dataclass(frozen=True)
 class Explanations:
-    """maps: method -> [image, grid height, grid width], each at least 0 and on a scale of its own.
+    """Maps of a few images by several methods."""
 
-    target: [image], the class that gradients are of; -1 where the model classifies nothing.
-    """
-
-    maps: dict[str, NDArray[Any]]
-    target: NDArray[np.int64]
+    maps: dict[str, NDArray[Any]]  # method -> [image, grid height, grid width], at least 0, each on a scale of its own
+    target: NDArray[np.int64]  # the class that gradients are of, [image]; -1 where the model classifies nothing
 
 
 def explain(
@@ -40,28 +37,34 @@ def explain(
     geometry: Geometry | None = None,
     rollout: RolloutOptions | None = None,
 ) -> Explanations:
-    """Every method that applies to `model`, for the query (None: the one that it reads out) and the class `target`
-    [image] (None: the predicted one).
+    """Explain by every method that applies to `model`, for the query (None: the one that it reads out) and the class
+    `target` [image] (None: the predicted one).
 
-    images: [image, channel, height, width], as the model takes them; so many at a time as MOST_BYTES allows, because
-    gradients need all layers at once. The model should be in eval mode; nothing is left in its parameters. Raises
+    images: [image, channel, height, width], as the model takes them; as many at a time as MOST_BYTES allows, because
+    gradients need all layers at once. The model should be in eval mode; no gradient is left in its parameters. Raise
     UserError when no layer's place on the image is known.
     """
     options = rollout or RolloutOptions()
-    answers: list[tuple[dict[str, Tensor], Tensor]] = []
-    start, size = 0, 1  # the first image alone tells what one takes
+    maps: list[dict[str, Tensor]] = []
+    targets: list[Tensor] = []
+    start, size = 0, 1  # the first image alone tells how many bytes one takes
     while start < len(images):
-        asked = None if target is None else target[start : start + size]
-        maps, chosen, taken = _explain(model, images[start : start + size], asked, query, geometry, options)
-        answers.append((maps, chosen))
+        batch = slice(start, start + size)
+        batch_target = None if target is None else target[batch]
+        batch_maps, batch_target, num_bytes = _explain_batch(
+            model, images[batch], batch_target, query, geometry, options
+        )
+        maps.append(batch_maps)
+        targets.append(batch_target)
         start += size
-        size = max(1, MOST_BYTES * size // taken) if size == 1 else size
-    methods = answers[0][0]
-    joined = {method: torch.cat([found[method] for found, _ in answers]).cpu().numpy() for method in methods}
-    return Explanations(joined, torch.cat([chosen for _, chosen in answers]).cpu().numpy())
+        size = max(1, MOST_BYTES * size // num_bytes) if size == 1 else size
+    return Explanations(
+        {method: torch.cat([each[method] for each in maps]).cpu().numpy() for method in maps[0]},
+        torch.cat(targets).cpu().numpy(),
+    )
 
 
-def _explain(
+def _explain_batch(
     model: nn.Module,
     images: Tensor,
     target: Tensor | None,
@@ -69,7 +72,7 @@ def _explain(
     geometry: Geometry | None,
     options: RolloutOptions,
 ) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Maps by method, the classes [image], and the bytes that the weights took."""
+    """Return maps by method, the target classes [image], and the bytes that weights and values take."""
     with torch.enable_grad(), capture(model, geometry=geometry, gradients=True) as attention:
         output = model(images)
     logits = logits_of(output) if has_head(model) else None
@@ -77,64 +80,65 @@ def _explain(
     if not layers:
         raise UserError(NO_GEOMETRY)
     gradients: list[Tensor] | None = None
-    chosen = torch.full((len(images),), -1)
+    classes = torch.full((len(images),), -1)
     if logits is not None:
-        chosen = logits.argmax(dim=1) if target is None else target.to(logits.device)
-        outside = chosen[(chosen < 0) | (chosen >= logits.shape[1])]
+        classes = logits.argmax(dim=1) if target is None else target.to(logits.device)
+        outside = classes[(classes < 0) | (classes >= logits.shape[1])]
         if len(outside):
             raise UserError(f"target={int(outside[0])}: give a class from 0 to {logits.shape[1] - 1}")
         # Images do not meet inside the model, so the gradient of the sum is each image's own.
-        score = logits.gather(1, chosen[:, None]).sum()
-        found = torch.autograd.grad(score, [layer.weights for layer in layers], allow_unused=True)
+        score = logits.gather(1, classes[:, None]).sum()
+        of_score = torch.autograd.grad(score, [layer.weights for layer in layers], allow_unused=True)
         gradients = [
             torch.zeros_like(layer.weights) if gradient is None else gradient
-            for layer, gradient in zip(layers, found, strict=True)
+            for layer, gradient in zip(layers, of_score, strict=True)
         ]
-    taken = sum(layer.weights.nbytes + layer.values.nbytes for layer in attention)
+    num_bytes = sum(layer.weights.nbytes + layer.values.nbytes for layer in attention)
     with torch.no_grad():
-        return _methods(layers, gradients, query, options, whole=len(layers) == len(attention)), chosen, taken
+        maps = _maps_by_method(layers, gradients, query, options, is_whole_model=len(layers) == len(attention))
+    return maps, classes, num_bytes
 
 
-def _methods(
+def _maps_by_method(
     layers: list[AttentionLayer],
     gradients: list[Tensor] | None,
     query: Query | None,
     options: RolloutOptions,
-    whole: bool,
+    is_whole_model: bool,
 ) -> dict[str, Tensor]:
-    """whole: these are all layers of the model, so that what runs through all of them can be followed."""
+    """Map each method -> [image, grid height, grid width]. Rollout and relevance run through all layers: they need the
+    whole model, on one stream of tokens."""
     last = layers[-1]
     assert last.geometry is not None
     geometry = last.geometry
-    asked = query
-    if asked is None or (asked == "cls" and (not geometry.num_prefix_tokens or geometry.class_token == "absent")):
-        asked = map_measures.readout_query(geometry)
+    has_query = query != "cls" or (geometry.num_prefix_tokens and geometry.class_token != "absent")
+    map_query = query if query is not None and has_query else map_measures.readout_query(geometry)
 
-    def on_image(rows: Tensor) -> Tensor:
+    def to_map(rows: Tensor) -> Tensor:
         """[batch, head, query, key] -> [image, grid height, grid width]."""
-        row = map_measures.query_attention(rows, geometry, asked).mean(dim=1)
+        row = map_measures.query_attention(rows, geometry, map_query).mean(dim=1)
         return geometry.to_map(map_measures.patch_attention(row, geometry))
 
     weighted = map_measures.value_weighted_attention(last.weights, last.values, last.projection)
     # The lengths are averaged over heads, so this is one number for each pair of tokens.
     name = "value-weighted" if last.projection is not None else "value-weighted, before projection"
-    maps = {"attention, last layer": on_image(last.weights), name: on_image(weighted)}
-    one_stream = (
-        whole
+    maps = {"attention, last layer": to_map(last.weights), name: to_map(weighted)}
+    is_single_stream = (
+        is_whole_model
         and geometry.window is None
         and all(layer.geometry == geometry and layer.weights.shape[-2] == layer.weights.shape[-1] for layer in layers)
     )
-    if one_stream:
+    if is_single_stream:
         rolled = map_measures.attention_rollout((layer.weights for layer in layers), options.fusion, options.discard)
-        maps["rollout"] = on_image(rolled[:, None])
+        maps["rollout"] = to_map(rolled[:, None])
     if gradients is not None:
-        maps["gradient x attention"] = on_image(
+        maps["gradient x attention"] = to_map(
             map_measures.positive_gradient_attention(last.weights, gradients[-1])[:, None]
         )
-        if one_stream:
+        if is_single_stream:
             relevance = None
             for layer, gradient in zip(layers, gradients, strict=True):
                 relevance = map_measures.relevance_step(relevance, layer.weights, gradient)
             assert relevance is not None
-            maps["relevance"] = on_image(relevance[:, None])
+            maps["relevance"] = to_map(relevance[:, None])
     return maps

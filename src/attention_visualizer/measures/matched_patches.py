@@ -1,7 +1,6 @@
-"""Whether patches that hold something get more attention than like patches that do not.
+"""Excess attention on a feature, compared within strata of matched patches: same place, similar amount of ink.
 
-Like patches lie at the same place, in other images, and hold about as much ink: a stratum. Within strata the
-difference is the coefficient of a regression with one intercept a stratum (Frisch and Waugh, 1933).
+The excess is the coefficient of a regression with one intercept a stratum (Frisch and Waugh, 1933).
 """
 
 from __future__ import annotations
@@ -24,59 +23,60 @@ IMAGES_PER_LEVEL = 50  # of few images fewer levels are made
 
 @dataclass(frozen=True)
 class Excess:
-    """value: [...], in the values' unit. influences: [image, ...], what each image moves it by, which sum to 0."""
+    """How much more of the values the patches with the feature get than matched patches without it."""
 
-    value: Array
-    influences: Array
+    value: Array  # [...], in the values' unit
+    influences: Array  # what each image moves it by, [image, ...]; they sum to 0
 
 
 def strata_of(amount: Array, among: Array, levels: int | None = None) -> Array:
-    """The stratum of each patch by its place and, of those there, the rank of its amount: [image, patch] -> [image,
-    patch]. among: bool [image, patch]; the others are OUTSIDE."""
+    """Number the stratum of each patch, by its place and the rank of its amount among the patches there: [image, patch]
+    -> [image, patch]. among: which patches are compared, bool [image, patch]; the others are OUTSIDE."""
     images, patches = amount.shape
     levels = num_levels(images) if levels is None else levels
     strata = np.full((images, patches), OUTSIDE)
     for patch in range(patches):
-        there = np.flatnonzero(among[:, patch])
-        if len(there):
-            edges = np.quantile(amount[there, patch], np.arange(1, levels) / levels)
-            strata[there, patch] = patch * levels + np.searchsorted(edges, amount[there, patch], side="right")
+        compared = np.flatnonzero(among[:, patch])
+        if len(compared):
+            edges = np.quantile(amount[compared, patch], np.arange(1, levels) / levels)
+            strata[compared, patch] = patch * levels + np.searchsorted(edges, amount[compared, patch], side="right")
     return strata
 
 
 def num_levels(images: int) -> int:
+    """The number of strata of ink at each place."""
     return max(1, min(LEVELS, images // IMAGES_PER_LEVEL))
 
 
 def above_median(amount: Array, strata: Array) -> Array:
     """Which patches hold more than the median of their stratum: [image, patch] -> bool [image, patch]."""
-    found = np.zeros(strata.shape, dtype=bool)
-    for members in cells_by_stratum(strata):
-        own = amount.ravel()[members]
-        found.ravel()[members] = own > np.median(own)
-    return found
+    is_above = np.zeros(strata.shape, dtype=bool)
+    for members in members_by_stratum(strata):
+        amounts = amount.ravel()[members]
+        is_above.ravel()[members] = amounts > np.median(amounts)
+    return is_above
 
 
-def centred(feature: Array, strata: Array) -> Array:
-    """The feature less its mean in the stratum, 0 outside: [image, patch] -> float64 [image, patch]."""
-    there = strata != OUTSIDE
-    counts = np.bincount(strata[there])
-    sums = np.bincount(strata[there], feature[there].astype(np.float64))
+def centre_within_strata(feature: Array, strata: Array) -> Array:
+    """Subtract the stratum's mean from the feature; 0 outside: [image, patch] -> float64 [image, patch]."""
+    compared = strata != OUTSIDE
+    counts = np.bincount(strata[compared])
+    sums = np.bincount(strata[compared], feature[compared].astype(np.float64))
     deviations = np.zeros(feature.shape)
-    deviations[there] = feature[there] - (sums / np.maximum(counts, 1))[strata[there]]
+    deviations[compared] = feature[compared] - (sums / np.maximum(counts, 1))[strata[compared]]
     deviations[np.abs(deviations) < 1e-12] = 0.0
     return deviations
 
 
 def excess(values: Array, feature: Array, strata: Array) -> Excess:
-    """How much more the patches with the feature get: the mean over strata of the difference with - without, each
-    stratum counting with - x without / all of its patches.
+    """Compute how much more the patches with the feature get: the mean over strata of the difference with - without,
+    each stratum counting with x without / all of its patches.
 
     values: [image, ..., patch]; feature, strata: [image, patch]. NaN where no stratum has both kinds. The influences
     are those of a regression with clusters, the images (Liang and Zeger, 1986).
     """
     images, patches = feature.shape
-    deviations = centred(feature, strata)
+    deviations = centre_within_strata(feature, strata)
     squares = float((deviations**2).sum())
     shape = values.shape[1:-1]
     if not squares:
@@ -85,36 +85,37 @@ def excess(values: Array, feature: Array, strata: Array) -> Excess:
     products = np.einsum("ip,ivp->iv", deviations, flat)
     value = products.sum(axis=0) / squares
     # What is left of the values without their stratum's mean and the excess itself.
-    there = np.flatnonzero(strata != OUTSIDE)
-    member = scipy.sparse.csr_array(
-        (np.ones(len(there)), (strata.ravel()[there], np.arange(len(there)))), (int(strata.max()) + 1, len(there))
+    compared = np.flatnonzero(strata != OUTSIDE)
+    stratum = strata.ravel()[compared]
+    members = scipy.sparse.csr_array(
+        (np.ones(len(compared)), (stratum, np.arange(len(compared)))), (int(strata.max()) + 1, len(compared))
     )
     by_patch = flat.transpose(0, 2, 1).reshape(images * patches, -1)
-    means = (member @ by_patch[there]) / np.maximum(member.sum(axis=1), 1)[:, None]
-    of_images = scipy.sparse.csr_array(
-        (deviations.ravel()[there], (there // patches, strata.ravel()[there])), (images, len(means))
+    means = (members @ by_patch[compared]) / np.maximum(members.sum(axis=1), 1)[:, None]
+    image_deviations = scipy.sparse.csr_array(
+        (deviations.ravel()[compared], (compared // patches, stratum)), (images, len(means))
     )
-    own_squares = (deviations**2).sum(axis=1)
-    influences = (products - of_images @ means - own_squares[:, None] * value) / squares
+    image_squares = (deviations**2).sum(axis=1)
+    influences = (products - image_deviations @ means - image_squares[:, None] * value) / squares
     return Excess(value.reshape(shape), influences.reshape(images, *shape))
 
 
 def permuted_excess(
     values: Array, feature: Array, strata: Array, permutations: int = PERMUTATIONS, seed: int = 0
 ) -> tuple[float, Array]:
-    """The excess of values [image, patch], and those after permuting the feature within strata: [permutation].
+    """Return the excess of values [image, patch], and those after permuting the feature within strata: [permutation].
 
     Each stratum's patches are put on a ring in random order, and each permutation turns every ring at random. Turns
     are a group, so the test is exact, and a Fourier transform has the sums of all turns at once.
     """
     generator = np.random.default_rng(seed)
-    deviations = centred(feature, strata).ravel()
+    deviations = centre_within_strata(feature, strata).ravel()
     squares = float((deviations**2).sum())
     null = np.zeros(permutations)
     if not squares:
         return np.nan, np.full(permutations, np.nan)
     flat = values.reshape(-1).astype(np.float64)
-    for members in cells_by_stratum(strata):
+    for members in members_by_stratum(strata):
         if not deviations[members].any():
             continue
         ring = generator.permutation(members)
@@ -123,8 +124,8 @@ def permuted_excess(
     return float(deviations @ flat / squares), null / squares
 
 
-def cells_by_stratum(strata: Array) -> list[Array]:
-    """Places in the flattened strata of the members of each, OUTSIDE left out."""
+def members_by_stratum(strata: Array) -> list[Array]:
+    """Return the positions of each stratum's members in the flattened strata; OUTSIDE is left out."""
     order = np.argsort(strata, axis=None, kind="stable")
     sorted_strata = strata.ravel()[order]
     order = order[np.searchsorted(sorted_strata, OUTSIDE, side="right") :]

@@ -1,4 +1,4 @@
-"""One look at a few images: what a model predicts and attends to, as arrays. Live and offline figures start here."""
+"""What a model predicts and attends to on a few images, as arrays: figures while training and afterwards start here."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from attention_visualizer.support.errors import UserError
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """How rollout joins the heads of a layer, and the share of each row's keys, those of least weight, it drops."""
+    """Settings of attention rollout."""
 
-    fusion: map_measures.Fusion = "mean"
-    discard: float = 0.0
+    fusion: map_measures.Fusion = "mean"  # how it joins the heads of a layer
+    discard: float = 0.0  # the share of each row's keys, those of least weight, that it drops
 
 
 @dataclass(frozen=True)
@@ -32,45 +32,38 @@ class Observation:
 
     Only layers whose place on the image is known; where layers have different grids, maps are repeated to the finest
     one, and where they have different numbers of heads, the missing ones are NaN.
-
-    geometries, layer_names: of each layer; left_out: names of the other layers
-    head_maps: [image, layer, head, grid height, grid width]
-    rollouts: [image, layer, grid height, grid width], up to and including each layer; None where layers do not hand on
-    the same tokens
-    entropy: [image, layer, head], of the query's row (the mean of the rows for "patches"), nats
-    self_attention: [image, layer, head], what the class token gives to itself; None for other queries
-    distance: [image, layer, head], mean attention distance of the patch queries in pixels
-    predicted, probability: [image], -1 and NaN where the model classifies nothing; reconstruction_error: the largest
     """
 
     query: Query
-    geometries: tuple[Geometry, ...]
+    geometries: tuple[Geometry, ...]  # of each layer
     layer_names: tuple[str, ...]
-    left_out: tuple[str, ...]
-    head_maps: NDArray[Any]
+    left_out: tuple[str, ...]  # names of the layers whose place on the image is not known
+    head_maps: NDArray[Any]  # [image, layer, head, grid height, grid width]
+    #: Up to and including each layer, [image, layer, grid height, grid width]; None where layers do not hand on the
+    #: same tokens.
     rollouts: NDArray[Any] | None
-    entropy: NDArray[Any]
-    self_attention: NDArray[Any] | None
-    distance: NDArray[Any]
-    predicted: NDArray[Any]
-    probability: NDArray[Any]
-    reconstruction_error: float
+    entropy: NDArray[Any]  # of the query's row (the mean of the rows for "patches"), nats, [image, layer, head]
+    self_attention: NDArray[Any] | None  # of the class token, [image, layer, head]; None for other queries
+    distance: NDArray[Any]  # mean attention distance of the patch queries, pixels, [image, layer, head]
+    predicted: NDArray[Any]  # [image], -1 where the model classifies nothing
+    probability: NDArray[Any]  # of the predicted class, [image], NaN where the model classifies nothing
+    reconstruction_error: float  # the largest of all layers
 
     @property
     def num_keys(self) -> tuple[int, ...]:
-        """Of each layer: uniform attention gives a key one in so many."""
+        """The number of keys in each layer: uniform attention gives each key one in so many."""
         return tuple(geometry.num_tokens for geometry in self.geometries)
 
 
 class ObservationCollector:
-    """Takes one layer at a time and keeps only what an Observation holds of it: for `capture(model, consume=...)`."""
+    """Collect an Observation layer by layer, keeping nothing else of a layer: for `capture(model, consume=...)`."""
 
     def __init__(self, query: Query | None = None, rollout: RolloutOptions | None = None) -> None:
         self.query = query
         self.options = rollout or RolloutOptions()
         self.layers: list[tuple[str, Geometry]] = []
         self.left_out: list[str] = []
-        self.asked: list[Query] = []
+        self.queries: list[Query] = []
         self.rollout: Tensor | None = None
         self.columns: dict[str, list[Tensor]] = {
             name: [] for name in ("maps", "rollouts", "entropy", "self", "distance")
@@ -83,52 +76,54 @@ class ObservationCollector:
             return
         query = map_measures.readout_query(geometry) if self.query is None else self.query
         if query == "cls" and (not geometry.num_prefix_tokens or geometry.class_token == "absent"):
-            query = "patches"  # of the layers before the class token joins
+            query = "patches"  # in the layers before the class token joins
         self.layers.append((layer.name, geometry))
-        self.asked.append(query)
-        row = geometry_row(weights, geometry, query)
+        self.queries.append(query)
+        row = query_maps(weights, geometry, query)
         self.columns["maps"].append(row)
         self.columns["entropy"].append(geometry.per_image(map_measures.query_entropy(weights, geometry, query)))
         self.columns["self"].append(map_measures.query_attention(weights, geometry, query)[..., 0])
         self.columns["distance"].append(geometry.per_image(map_measures.mean_attention_distance(weights, geometry)))
         if self.is_single_token_stream(weights):
             self.rollout = map_measures.rollout_step(self.rollout, weights, self.options.fusion, self.options.discard)
-            self.columns["rollouts"].append(geometry_row(self.rollout[:, None], geometry, query)[:, 0])
+            self.columns["rollouts"].append(query_maps(self.rollout[:, None], geometry, query)[:, 0])
 
     def is_single_token_stream(self, weights: Tensor) -> bool:
-        """Whether all layers so far work on the same tokens, from image to image without windows."""
+        """True if all layers so far attend over the same tokens, unwindowed, as rollout requires."""
         first, last = self.layers[0][1], self.layers[-1][1]
         return first == last and last.window is None and weights.shape[-2] == weights.shape[-1]
 
     def observation(
         self, predicted: NDArray[Any], probability: NDArray[Any], reconstruction_error: float
     ) -> Observation:
-        """Of all layers handed over. Raises UserError where the query or every layer's place is not known."""
+        """Return the observation of all layers. Raise UserError where the query or every layer's place is not known."""
         if not self.layers:
             raise UserError(NO_GEOMETRY)
         names, geometries = zip(*self.layers, strict=True)
-        if self.query == "cls" and "cls" not in self.asked:
+        if self.query == "cls" and "cls" not in self.queries:
             raise UserError("query=cls: this model has no class token: use query=patches")
         columns, left_out = self.columns, tuple(self.left_out)
         grid = max((each.grid for each in geometries), key=lambda grid: grid[0] * grid[1])
         return Observation(
-            self.asked[-1],
+            self.queries[-1],
             geometries,
             names,
             left_out,
-            head_maps=stacked([on_grid(maps, grid) for maps in columns["maps"]]),
-            rollouts=stacked(columns["rollouts"]) if len(columns["rollouts"]) == len(names) + len(left_out) else None,
-            entropy=stacked(columns["entropy"]),
-            self_attention=stacked(columns["self"]) if set(self.asked) == {"cls"} else None,
-            distance=stacked(columns["distance"]),
+            head_maps=stack_layers([repeat_to_grid(maps, grid) for maps in columns["maps"]]),
+            rollouts=stack_layers(columns["rollouts"])
+            if len(columns["rollouts"]) == len(names) + len(left_out)
+            else None,
+            entropy=stack_layers(columns["entropy"]),
+            self_attention=stack_layers(columns["self"]) if set(self.queries) == {"cls"} else None,
+            distance=stack_layers(columns["distance"]),
             predicted=predicted,
             probability=probability,
             reconstruction_error=reconstruction_error,
         )
 
 
-def geometry_row(weights: Tensor, geometry: Geometry, query: Query) -> Tensor:
-    """The query's attention as maps: [batch, head, query, key] -> [image, head, grid height, grid width]."""
+def query_maps(weights: Tensor, geometry: Geometry, query: Query) -> Tensor:
+    """Reshape the query's attention to maps: [batch, head, query, key] -> [image, head, grid height, grid width]."""
     row = map_measures.query_attention(weights, geometry, query)
     return geometry.to_map(map_measures.patch_attention(row, geometry))
 
@@ -140,30 +135,30 @@ def observe(
     geometry: Geometry | None = None,
     rollout: RolloutOptions | None = None,
 ) -> Observation:
-    """Runs `model` on images [image, channel, height, width]; `query` None is the one that the model reads out.
+    """Run `model` on images [image, channel, height, width]; `query` None is the one that the model reads out.
 
-    The model should be in eval mode; `geometry` is for models that do not state theirs. Raises CaptureError when its
-    attention cannot be seen, and UserError when no layer's place on the image is known.
+    The model should be in eval mode; `geometry` is for models that do not declare theirs. Raise CaptureError when its
+    attention cannot be captured, and UserError when no layer's place on the image is known.
     """
     collector = ObservationCollector(query, rollout)
     with torch.no_grad(), capture(model, consume=collector, geometry=geometry) as attention:
         output = model(images)
-    answers = predict(output if has_head(model) else None, len(images))
-    return collector.observation(*answers, attention.reconstruction_error)
+    predicted, probability = predict(output if has_head(model) else None, len(images))
+    return collector.observation(predicted, probability, attention.reconstruction_error)
 
 
-def stacked(layers: list[Tensor]) -> NDArray[Any]:
-    """[image, head, ...] of each layer -> [image, layer, head, ...], NaN for the heads that a layer does not have."""
+def stack_layers(layers: list[Tensor]) -> NDArray[Any]:
+    """Stack each layer's [image, head, ...] to [image, layer, head, ...], NaN for heads that a layer does not have."""
     arrays = [layer.float().cpu().numpy() for layer in layers]
     most = max(array.shape[1] for array in arrays)
     filled = np.full((len(arrays[0]), len(arrays), most, *arrays[0].shape[2:]), np.nan, np.float32)
-    for number, array in enumerate(arrays):
-        filled[:, number, : array.shape[1]] = array
+    for layer, array in enumerate(arrays):
+        filled[:, layer, : array.shape[1]] = array
     return filled
 
 
-def on_grid(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Maps [..., height, width] with each patch repeated over its part of a finer grid."""
+def repeat_to_grid(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Repeat each patch of maps [..., height, width] over its part of a finer grid."""
     height, width = maps.shape[-2:]
     if (height, width) == grid:
         return maps

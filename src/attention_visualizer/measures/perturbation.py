@@ -27,12 +27,11 @@ MOST_STEPS = 16
 
 @dataclass(frozen=True)
 class Curves:
-    """Probability of each picture's class, [image, step], at `shares` [step] of the patches: deletion, from the whole
-    picture, the most relevant patches taken away first; insertion, from the empty one, put back first."""
+    """Probability of each image's class as its most relevant patches are taken away first, or put back first."""
 
-    shares: Array
-    deletion: Array
-    insertion: Array
+    shares: Array  # of the patches that are taken away or put back, [step]
+    deletion: Array  # from the whole image, [image, step]
+    insertion: Array  # from the empty image, [image, step]
 
     @classmethod
     def concatenate(cls, parts: list[Curves]) -> Curves:
@@ -42,49 +41,53 @@ class Curves:
 
     @property
     def deletion_area(self) -> Array:
-        """Mean probability over the shares, [image]: low where the map finds what the answer needs."""
+        """Mean probability over the shares, [image]: low where the map finds what the prediction needs."""
         return np.asarray(np.trapezoid(self.deletion, self.shares, axis=1))
 
     @property
     def insertion_area(self) -> Array:
-        """[image]: high where the map finds what suffices for the answer."""
+        """Mean probability over the shares, [image]: high where the map finds what suffices for the prediction."""
         return np.asarray(np.trapezoid(self.insertion, self.shares, axis=1))
 
 
 def ranking_of(maps: Array, seed: int = 0) -> Array:
-    """Patches by falling value, equal ones in random order: [image, patch] -> [image, patch]."""
+    """Rank patches by falling value, equal ones in random order: [image, patch] -> [image, patch]."""
     shuffled = np.random.default_rng(seed).permuted(np.tile(np.arange(maps.shape[1]), (len(maps), 1)), axis=1)
     order = np.argsort(-np.take_along_axis(maps, shuffled, axis=1), axis=1, kind="stable")
     return np.take_along_axis(shuffled, order, axis=1)
 
 
 def step_sizes(num_patches: int) -> Array:
-    """How many patches are gone at each step, from none to all."""
+    """The number of patches that are gone at each step, from none to all."""
     return np.unique(np.linspace(0, num_patches, min(num_patches, MOST_STEPS) + 1).round().astype(np.int64))
 
 
 class Perturbation:
-    """Answers to pictures of which some patches are hidden; all pictures go through the model at once, with their
-    tokens kept: many are to be taken block by block.
+    """A model's probabilities for images of which some patches are hidden.
 
-    pictures: uint8 [image, channel, height, width], on a background of 0; classes: [image], whose probability is asked
+    All images go through the model at once, and their tokens stay in memory: give many of them in parts.
+    images: uint8 [image, channel, height, width], on a background of 0; classes: [image], whose probability is asked
     for. "fill" paints hidden patches with the background, "drop" leaves their tokens out of the model's sequence.
     """
 
     def __init__(
-        self, model: VisionTransformer, pictures: Tensor, classes: Array, to_input: Callable[[Tensor], Tensor]
+        self, model: VisionTransformer, images: Tensor, classes: Array, to_input: Callable[[Tensor], Tensor]
     ) -> None:
         self.model, self.to_input = model, to_input
-        self.pictures, self.classes = pictures, torch.from_numpy(classes)
+        self.images, self.classes = images, torch.from_numpy(classes)
         self.grid = model.grid_size
-        self.background = (ink.ink_amount(pictures, self.grid) == 0).numpy()
+        self.background = (ink.ink_amount(images, self.grid) == 0).numpy()
         with torch.no_grad():
-            self.tokens = model.embed(to_input(pictures))
-        # Of the whole and the empty picture, which all curves share.
-        nothing, everything = (np.full(self.background.shape, each) for each in (False, True))
-        self.ends = {each: (self.answers(nothing, each), self.answers(everything, each)) for each in OPERATORS}
+            self.tokens = model.embed(to_input(images))
+        # For the whole and the empty image, which all curves share.
+        nothing, everything = (np.full(self.background.shape, is_visible) for is_visible in (False, True))
+        self.ends = {
+            operator: (self.probabilities(nothing, operator), self.probabilities(everything, operator))
+            for operator in OPERATORS
+        }
 
     def curves(self, ranking: Array, operator: Operator) -> Curves:
+        """Run deletion and insertion along a ranking [image, patch]."""
         places = np.argsort(ranking, axis=1)  # of each patch in the order
         num_patches = ranking.shape[1]
         counts = step_sizes(num_patches)
@@ -95,41 +98,41 @@ class Perturbation:
             self._along([places < count for count in counts], operator, empty, whole),
         )
 
-    def _along(self, kept: list[Array], operator: Operator, first: Array, last: Array) -> Array:
-        """Answers at each step [image, step], those at the ends being known."""
-        found = [first]
-        for before, now in pairwise(kept[:-1]):
+    def _along(self, visible: list[Array], operator: Operator, first: Array, last: Array) -> Array:
+        """Probabilities at each step [image, step], those at the ends being known."""
+        steps = [first]
+        for before, now in pairwise(visible[:-1]):
             changed = before != now
             if operator == "fill":
                 changed &= ~self.background  # painted as background, these stay what they are
             rows = np.flatnonzero(changed.any(axis=1))
-            answer = found[-1].copy()
-            answer[rows] = self.answers(now[rows], operator, rows)
-            found.append(answer)
-        return np.stack([*found, last], axis=1)
+            probabilities = steps[-1].copy()
+            probabilities[rows] = self.probabilities(now[rows], operator, rows)
+            steps.append(probabilities)
+        return np.stack([*steps, last], axis=1)
 
-    def answers(self, kept: Array, operator: Operator, rows: Array | None = None) -> Array:
-        """Probability of the class with only the kept patches, the same number of them in each picture, of the
-        pictures `rows` (None: all): bool [image, patch] -> [image]."""
-        which = torch.arange(len(self.pictures)) if rows is None else torch.from_numpy(rows)
-        if not len(which):
+    def probabilities(self, visible: Array, operator: Operator, rows: Array | None = None) -> Array:
+        """Probability of the class with only the visible patches, the same number of them in each image, of the
+        images `rows` (None: all): bool [image, patch] -> [image]."""
+        selected = torch.arange(len(self.images)) if rows is None else torch.from_numpy(rows)
+        if not len(selected):
             return np.zeros(0)
-        run = self._filled if operator == "fill" else self._dropped
+        logits = self._logits_filled if operator == "fill" else self._logits_dropped
         with torch.no_grad():
-            probability = run(torch.from_numpy(kept), which).softmax(dim=-1)
-        found = probability.gather(1, self.classes[which, None].to(probability.device))[:, 0]
-        return np.asarray(found.double().cpu().numpy())
+            probability = logits(torch.from_numpy(visible), selected).softmax(dim=-1)
+        of_class = probability.gather(1, self.classes[selected, None].to(probability.device))[:, 0]
+        return np.asarray(of_class.double().cpu().numpy())
 
-    def _filled(self, kept: Tensor, rows: Tensor) -> Tensor:
-        height, width = (side // count for side, count in zip(self.pictures.shape[2:], self.grid, strict=True))
-        shown = kept.view(-1, 1, *self.grid).repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
-        logits: Tensor = self.model(self.to_input(self.pictures[rows] * shown))
+    def _logits_filled(self, visible: Tensor, rows: Tensor) -> Tensor:
+        height, width = (side // count for side, count in zip(self.images.shape[2:], self.grid, strict=True))
+        shown = visible.view(-1, 1, *self.grid).repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
+        logits: Tensor = self.model(self.to_input(self.images[rows] * shown))
         return logits
 
-    def _dropped(self, kept: Tensor, rows: Tensor) -> Tensor:
+    def _logits_dropped(self, visible: Tensor, rows: Tensor) -> Tensor:
         prefix = self.model.num_prefix_tokens
         tokens = self.tokens[rows.to(self.tokens.device)]
-        patches = tokens[:, prefix:][kept.to(tokens.device)].view(len(tokens), -1, tokens.shape[2])
-        if not prefix and not patches.shape[1]:  # the mean of no token: the model's answer to nothing at all
+        patches = tokens[:, prefix:][visible.to(tokens.device)].view(len(tokens), -1, tokens.shape[2])
+        if not prefix and not patches.shape[1]:  # the mean of no token: what the model says of nothing at all
             patches = torch.zeros_like(tokens[:, :1])
         return self.model.classify(torch.cat([tokens[:, :prefix], patches], dim=1))
