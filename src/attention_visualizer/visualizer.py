@@ -239,7 +239,7 @@ def as_sample(image: Any, label: int | None, number: int) -> Sample:
 
 def as_bytes(image: Any) -> Tensor:
     """A picture as uint8 [channel, height, width], from uint8 0..255 or floats in 0..1, with or without a batch or
-    channel axis. Raises UserError for other values."""
+    channel axis. Raise UserError for other values."""
     tensor = torch.as_tensor(np.asarray(image) if not isinstance(image, Tensor) else image).detach().cpu()
     while tensor.ndim > 3 and tensor.shape[0] == 1:
         tensor = tensor[0]

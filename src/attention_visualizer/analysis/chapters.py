@@ -60,13 +60,13 @@ def is_analysis_file(path: Path) -> bool:
 
 
 def check_chapters(names: Sequence[str]) -> None:
-    """Raises UserError for a chapter that does not exist."""
+    """Raise UserError for a chapter that does not exist."""
     if not names or any(not isinstance(name, str) or name not in CHAPTERS for name in names):
         raise UserError(f"chapters=[{','.join(map(str, names))}]: choose from {', '.join(CHAPTERS)}")
 
 
 def write_chapters(study: Study, names: Sequence[str]) -> dict[str, Chapter]:
-    """Writes the figures of each chapter and returns what the report says of them, with a progress bar.
+    """Write the figures of each chapter and return what the report says of them, with a progress bar.
 
     A chapter that fails is named on stderr and says in the report why it is missing; the others go on.
     """
@@ -112,6 +112,6 @@ def progress_bar() -> Progress:
 
 
 def reason_of(error: Exception) -> str:
-    """In one line."""
+    """Why a chapter is missing, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:LONGEST_REASON]}" if text else type(error).__name__

@@ -1,0 +1,104 @@
+"""The report's header: the facts of what was analysed, and warnings."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.data.image_sets import ImageFolder, InputFormat
+from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.report.markdown import ReportHeader
+from attention_visualizer.runs import folders
+
+SOFTWARE = ("attention-visualizer", "torch", "numpy")
+MOST_UNREAD = 5  # pictures that are named
+
+
+def report_header(study: Study, command: str, language: str) -> ReportHeader:
+    """What was analysed, in words; to be made after the chapters, whose captures are the proof that it states.
+
+    command: what makes the report again, in `language` ("bash" or "python").
+    """
+    images = study.target.images
+    whole_set = f"{images.title}, test set of {len(images):,} images"
+    facts = {
+        "weights": study.weights,
+        "model": describe_model(study),
+        "tokens": describe_tokens(study.first_observation.geometries),
+        "data": whole_set if images.kind == "test image" else f"{images.title}, {len(images):,} {images.kind}s",
+        "samples": "; ".join(sample.source for sample in study.samples) + (CHOSEN if images.labels is not None else ""),
+    }
+    accuracy = study.accuracy
+    if accuracy is not None:
+        facts["accuracy"] = f"{accuracy.text(2, percent=True)}, n = {accuracy.n:,}"
+    error = study.reconstruction_error
+    facts["proof"] = "the maps are the model's own: weights times values differ from its own attention output " + (
+        f"by at most {error:.1e}" if error else "by nothing"
+    )
+    if isinstance(images, ImageFolder):
+        facts["input"] = describe_input(images.format)
+    versions = ", ".join(f"{name} {folders.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
+    facts["software"] = f"{versions}, Python {platform.python_version()}"
+    headline = [facts["model"], facts["data"], *([f"accuracy {facts['accuracy']}"] if accuracy is not None else [])]
+    return ReportHeader("Attention analysis", facts, warnings_of(study), command, language, headline)
+
+
+def warnings_of(study: Study) -> list[str]:
+    """What a reader must know before believing the report, one sentence each."""
+    warnings = [study.output.watermark] if study.output.watermark else []
+    if study.first_observation.left_out:
+        names = ", ".join(study.first_observation.left_out)
+        warnings.append(f"layers whose keys cannot be placed on the image are left out: {names}")
+    broken = getattr(study.target.images, "broken", {})
+    unread = [f"{name} could not be read and is left out ({reason})" for name, reason in broken.items()]
+    warnings += unread[:MOST_UNREAD]
+    if len(unread) > MOST_UNREAD:
+        warnings.append(f"{len(unread) - MOST_UNREAD:,} more pictures could not be read and are left out")
+    return warnings
+
+
+def describe_input(format: InputFormat) -> str:
+    mean, std = ([f"{value:.3g}" for value in values] for values in (format.mean, format.std))
+    cut = "" if format.crop_share == 1 else f", the middle {format.crop_share:.0%} of each side"
+    origin = "" if format.stated else " (those of ImageNet, because the model states none)"
+    return (
+        f"{format.size[0]} x {format.size[1]} pixels{cut}; mean {', '.join(mean)} and deviation {', '.join(std)} "
+        f"of the channels are taken out{origin}"
+    )
+
+
+CHOSEN = " (unless named: in test-set order, the first of each class, then the second of each, ...)"
+
+
+def describe_model(study: Study) -> str:
+    parameters = f"{sum(parameter.numel() for parameter in study.target.model.parameters()):,} parameters"
+    if isinstance(study.target.model, VisionTransformer):
+        config = study.target.model.config
+        return (
+            f"{config['num_layers']} layers x {config['num_heads']} heads, width {config['embed_dim']}, "
+            f"MLP {config['mlp_dim']}, {config['positional_embedding']} positions, {config['pooling']} pooling, "
+            + parameters
+        )
+    heads = [int((~np.isnan(layer)).sum()) for layer in study.first_observation.entropy[0]]
+    num_heads = f"{heads[0]}" if len(set(heads)) == 1 else f"{min(heads)} to {max(heads)}"
+    return f"{type(study.target.model).__name__}, {len(heads)} layers with attention x {num_heads} heads, {parameters}"
+
+
+def describe_tokens(geometries: Sequence[Geometry]) -> str:
+    """Describe each token layout once, in the order of the layers."""
+    layouts = []
+    for geometry in dict.fromkeys(replace(geometry, shift=(0, 0)) for geometry in geometries):
+        text = (
+            f"{geometry.grid[0]} x {geometry.grid[1]} patches of {geometry.patch_size[0]} x "
+            f"{geometry.patch_size[1]} pixels"
+        )
+        prefix = geometry.num_prefix_tokens
+        text += ", and the class token" if prefix == 1 else f", and {prefix} prefix tokens" if prefix else ""
+        text += f", in windows of {geometry.window[0]} x {geometry.window[1]}" if geometry.window else ""
+        layouts.append(text)
+    return "; then ".join(layouts)
