@@ -15,12 +15,14 @@ import yaml
 from hydra.utils import get_class
 from lightning import Trainer
 from omegaconf import OmegaConf
+from omegaconf.errors import ReadonlyConfigError
 from torch import nn
 
 from attention_visualizer.data import datamodule
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.training.classifier import Classifier
+from attention_visualizer.training.configuration import with_values
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from tests.helpers.runs import BARE, BRIEF, PROJECT, compose_train, read_checkpoint, run_folders, run_train
 
@@ -160,6 +162,26 @@ def test_overrides_outside_the_groups() -> None:
     config = compose_train("seed=7", "runs_dir=elsewhere", "test=false", "callbacks.attention_logger.head_grids=5")
     assert (config.seed, config.runs_dir, config.test) == (7, "elsewhere", False)
     assert config.callbacks.attention_logger.head_grids == 5
+
+
+def test_what_the_program_fills_in_goes_into_a_copy_that_nobody_writes_to() -> None:
+    config = compose_train()
+    filled = with_values(config, {"run_folder": "elsewhere", "logger.tensorboard.purge_step": 3})
+    assert filled.logger.tensorboard.save_dir == "elsewhere" and filled.logger.tensorboard.purge_step == 3
+    assert config.run_folder is None and "purge_step" not in config.logger.tensorboard
+    with pytest.raises(ReadonlyConfigError):
+        filled.trainer.max_epochs = 3
+    assert with_values(filled, {"seed": 7}).seed == 7
+
+
+def test_configs_name_no_class_but_those_that_they_choose() -> None:
+    config = OmegaConf.to_container(compose_train("callbacks=ema", "logger=[tensorboard,csv]"))
+    assert {part["_target_"] for part in targets_in(config)} == {
+        "attention_visualizer.AttentionLogger",
+        "lightning.pytorch.callbacks.weight_averaging.EMAWeightAveraging",
+        "lightning.pytorch.loggers.TensorBoardLogger",
+        "lightning.pytorch.loggers.CSVLogger",
+    }
 
 
 # --- written in one place --------------------------------------------------------------------------------------
