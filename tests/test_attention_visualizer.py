@@ -26,6 +26,7 @@ from attention_visualizer import AttentionVisualizer
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
 from attention_visualizer.data.mnist import MnistUnavailable
 from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs.checkpoint import CHECKPOINT_KEY, block_for
 from attention_visualizer.support.errors import UserError
 
@@ -418,7 +419,7 @@ def test_every_kind_of_model_file(kind: str) -> None:
     if kind == "ckpt":
         data = ImageDataModule(name="digits")
         data.load()
-        block = block_for(model.config, data.description.to_dict(), data_dir=None, split_seed=0, seed=0)
+        block = block_for(ViTConfig(**model.config), data.description, data_dir=None, split_seed=0, seed=0)
         weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         torch.save({"state_dict": weights, "epoch": 0, "global_step": 7, CHECKPOINT_KEY: block}, "model.ckpt")
     elif kind == "pth":

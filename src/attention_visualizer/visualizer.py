@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import warnings
@@ -37,6 +36,7 @@ from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import ImageSet, InputFormat
 from attention_visualizer.files import atomic
+from attention_visualizer.files.digests import model_digest
 from attention_visualizer.support.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class AttentionVisualizer:
 
     def _read_weights(self) -> Weights:
         if self._model is not None:
-            self._digest = digest_of(self._model)
+            self._digest = model_digest(self._model)
             return Weights(self._model.eval(), f"{type(self._model).__name__} as given, sha256 {self._digest}")
         if not self.model_path.exists():
             message = f"{self.model_path} does not exist: RANDOM WEIGHTS are shown, which have learnt nothing"
@@ -223,14 +223,6 @@ class AttentionVisualizer:
         folder = self.study.output.folder
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_json(folder / OWNER, {"model": self._identity()})
-
-
-def digest_of(model: nn.Module) -> str:
-    """The first 16 digits of a hash of all its numbers, to tell models of one class apart."""
-    digest = hashlib.sha256()
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def as_sample(image: Any, label: int | None, number: int) -> Sample:

@@ -34,6 +34,7 @@ from attention_visualizer.files.tensor_files import CHECKPOINT_KEY
 from attention_visualizer.measures.intervals import bootstrap_p_value, sign_flip_test, smallest_sign_flip_p
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs.checkpoint import block_for
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
@@ -115,8 +116,8 @@ class Place:
         """A run as training leaves it; returns its first checkpoint."""
         run = RunFolder(self.path / "runs" / name)
         run.checkpoints.mkdir(parents=True)
-        described = self.digits.description.to_dict() | (data or {})
-        block = block_for(model.config, described, data_dir=None, split_seed=0, seed=seed or 0)
+        description = replace(self.digits.description, **(data or {}))
+        block = block_for(ViTConfig(**model.config), description, data_dir=None, split_seed=0, seed=seed or 0)
         content = {
             "state_dict": {f"model.{key}": tensor for key, tensor in model.state_dict().items()},
             "epoch": 2,
@@ -125,7 +126,7 @@ class Place:
         }
         for file in files:
             torch.save(content, run.checkpoints / file)
-        manifest = {"status": "completed", "metrics": {"validation_accuracy": accuracy}, "data": described}
+        manifest = {"status": "completed", "metrics": {"validation_accuracy": accuracy}, "data": description.to_dict()}
         write_json(run.manifest_path, manifest | ({} if seed is None else {"seed": seed}))
         if settings is not None:
             run.config_path.write_text(yaml.safe_dump(settings | {"seed": seed, "run_folder": str(run.path)}))

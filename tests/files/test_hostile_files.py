@@ -153,7 +153,7 @@ def test_a_resumed_optimiser_has_no_more_elements_than_were_stored(checkpoint: P
         content["optimizer_states"][0]["state"][0]["exp_avg"] = torch.zeros(1).expand(10**12)
 
     path = changed(checkpoint, tmp_path / "wide.ckpt", widen)
-    assert "claims 4,000,000,000,000 bytes" in refusal(AtomicCheckpointIO().load_checkpoint, path)
+    assert "declares 4,000,000,000,000 bytes" in refusal(AtomicCheckpointIO().load_checkpoint, path)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -195,10 +195,10 @@ def test_what_is_no_file_is_not_waited_for(checkpoint: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("header", [struct.pack("<Q", 2**60) + b'{"a":1}', None])
-def test_what_a_safetensors_header_claims(tmp_path: Path, header: bytes | None) -> None:
-    claim = json.dumps({"a": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4]}}).encode()
-    path = tmp_path / "claim.safetensors"
-    path.write_bytes(header or struct.pack("<Q", len(claim)) + claim + bytes(4))
+def test_what_a_safetensors_header_declares(tmp_path: Path, header: bytes | None) -> None:
+    declared = json.dumps({"a": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "declared.safetensors"
+    path.write_bytes(header or struct.pack("<Q", len(declared)) + declared + bytes(4))
     assert "no safetensors file" in refusal(load_checkpoint, path)
 
 

@@ -22,6 +22,7 @@ from attention_visualizer.data.mnist import MnistUnavailable
 from attention_visualizer.files.atomic import write_json
 from attention_visualizer.measures.observation import observe
 from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs.checkpoint import CHECKPOINT_KEY, block_for
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.runs.history import AttentionHistory
@@ -61,7 +62,7 @@ def random_model(seed: int = 0, **config: Any) -> VisionTransformer:
 
 def content_of(model: VisionTransformer, digits: ImageDataModule, accuracy: float | None = 0.75) -> dict[str, Any]:
     """What training writes, as far as it matters here."""
-    block = block_for(model.config, digits.description.to_dict(), data_dir=None, split_seed=0, seed=0)
+    block = block_for(ViTConfig(**model.config), digits.description, data_dir=None, split_seed=0, seed=0)
     return {
         "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
         "epoch": 2,

@@ -126,7 +126,7 @@ def wrong_weights() -> dict[str, tuple[Any, str]]:
         "nothing": ({}, "holds no dictionary of weights"),
         "a list": ([torch.ones(2)], "holds no dictionary of weights"),
         "sparse": (state | {"norm.bias": torch.ones(64).to_sparse()}, "sparse"),
-        "a giant": (state | {"norm.bias": torch.zeros(1).expand(10**12)}, "claims"),
+        "a giant": (state | {"norm.bias": torch.zeros(1).expand(10**12)}, "declares"),
         "harmful": ({"model": Harmful()}, "loading them could run code"),
     }
 

@@ -5,80 +5,28 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch import Tensor
 
 from attention_visualizer.models.vision_transformer import VisionTransformer
-from attention_visualizer.runs.checkpoint import (
-    DEFAULT_CONFIG,
-    AtomicCheckpointIO,
-    LoadedCheckpoint,
-    block_for,
-    load_checkpoint,
-    refuse_other_settings,
-)
-from attention_visualizer.runs.checkpoint_choice import choose_checkpoint
-from attention_visualizer.runs.folders import RunFolder
+from attention_visualizer.models.vit_config import ViTConfig
+from attention_visualizer.runs.checkpoint import AtomicCheckpointIO, load_checkpoint, refuse_other_settings
 from attention_visualizer.support.errors import UserError
-
-SIZES: dict[str, Any] = {
-    "img_size": 21,
-    "patch_size": 7,
-    "in_channels": 2,
-    "num_classes": 5,
-    "embed_dim": 44,
-    "num_heads": 4,
-    "num_layers": 3,
-    "mlp_dim": 13,
-}
-DATA = {"name": "mnist", "image_size": 21, "channels": 2, "class_names": list("01234"), "mean": 0.13, "std": 0.31}
-
-
-@pytest.fixture(scope="module")
-def model() -> VisionTransformer:
-    torch.manual_seed(7)
-    return VisionTransformer(**SIZES).eval()
-
-
-def content_of(model: VisionTransformer, accuracy: float | None = 0.875, data: dict[str, Any] | None = None) -> Any:
-    block = block_for(model.config, data or DATA, data_dir="data", split_seed=3, seed=11)
-    return {
-        "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
-        "epoch": 2,
-        "global_step": 17,
-        "optimizer_states": [{"state": {0: {"step": torch.tensor(17.0)}}, "param_groups": [{"lr": 0.1}]}],
-        "attention_visualizer": block | {"validation_accuracy": accuracy},
-    }
-
-
-@pytest.fixture
-def saved(model: VisionTransformer, tmp_path: Path) -> Path:
-    path = tmp_path / "best.ckpt"
-    torch.save(content_of(model), path)
-    return path
+from tests.helpers.checkpoints import DATA, SIZES, content_of, same_weights
 
 
 def changed(model: VisionTransformer, path: Path, change: Callable[[Any], Any]) -> Path:
     content = content_of(model)
     torch.save(change(content) or content, path)
     return path
-
-
-def same(loaded: LoadedCheckpoint, model: VisionTransformer) -> bool:
-    expected = model.state_dict()
-    return loaded.state_dict.keys() == expected.keys() and all(
-        torch.equal(loaded.state_dict[name], tensor) for name, tensor in expected.items()
-    )
 
 
 def refusal(path: str | Path) -> str:
@@ -95,7 +43,7 @@ def refusal(path: str | Path) -> str:
 
 def test_own_checkpoint_comes_back_whole(model: VisionTransformer, saved: Path) -> None:
     loaded = load_checkpoint(str(saved))
-    assert same(loaded, model) and loaded.model_config == model.config
+    assert same_weights(loaded, model) and loaded.model_config == ViTConfig(**model.config)
     assert (loaded.epoch, loaded.step, loaded.split_seed, loaded.data_dir) == (2, 17, 3, "data")
     assert loaded.data == DATA and loaded.validation_accuracy == 0.875
     assert len(loaded.sha256) == 16
@@ -114,7 +62,7 @@ def test_every_kind_of_model_comes_back(tmp_path: Path, positional_embedding: An
     model = VisionTransformer(**SIZES, positional_embedding=positional_embedding, pooling=pooling).eval()
     torch.save(content_of(model), tmp_path / "a.ckpt")
     loaded = load_checkpoint(tmp_path / "a.ckpt")
-    assert same(loaded, model)
+    assert same_weights(loaded, model)
     images = torch.randn(1, 2, 21, 21)
     assert torch.equal(loaded.build_model()(images), model(images))
 
@@ -150,7 +98,7 @@ def test_a_checkpoint_from_before_there_were_stems_has_patches(model: VisionTran
     content = content_of(model)
     del content["attention_visualizer"]["model"]["stem"]
     torch.save(content, tmp_path / "old.ckpt")
-    assert load_checkpoint(tmp_path / "old.ckpt").model_config["stem"] == "patches"
+    assert load_checkpoint(tmp_path / "old.ckpt").model_config.stem == "patches"
 
 
 def test_hash_tells_files_apart(model: VisionTransformer, saved: Path, tmp_path: Path) -> None:
@@ -164,7 +112,7 @@ def test_older_pth_ignores_training_fields_and_fills_in_defaults(model: VisionTr
     state_dict = {f"module._orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"model_state_dict": state_dict, "config": config, "loss": 0.3}, tmp_path / "best_model.pth")
     loaded = load_checkpoint(tmp_path / "best_model.pth")
-    assert same(loaded, model) and loaded.model_config == DEFAULT_CONFIG | SIZES
+    assert same_weights(loaded, model) and loaded.model_config == ViTConfig(**SIZES)
     assert loaded.data is None and loaded.epoch is None
 
 
@@ -172,7 +120,7 @@ def test_bare_state_dict_is_taken_for_the_default_architecture(model: VisionTran
     default = VisionTransformer()
     torch.save(default.state_dict(), tmp_path / "model.pth")
     loaded = load_checkpoint(tmp_path / "model.pth")
-    assert same(loaded, default) and loaded.model_config == default.config
+    assert same_weights(loaded, default) and loaded.model_config == ViTConfig()
     torch.save(model.state_dict(), tmp_path / "other.pth")
     assert "has weights of model.in_channels=2, but its configuration says 1" in refusal(tmp_path / "other.pth")
 
@@ -181,7 +129,7 @@ def test_safetensors(model: VisionTransformer, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     weights = {f"model.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(weights, path, metadata={"config": json.dumps(SIZES)})
-    assert same(load_checkpoint(path), model)
+    assert same_weights(load_checkpoint(path), model)
     save_file(weights, path, metadata={"config": "{broken"})
     assert "is truncated, corrupt or no safetensors file" in refusal(path)
     save_file(weights, path, metadata={"config": "3"})
@@ -254,7 +202,7 @@ def test_every_flipped_bit_is_caught_or_harmless(model: VisionTransformer, tmp_p
         flipped[place] ^= 1 << bit
         path.write_bytes(flipped)
         try:
-            assert same(load_checkpoint(path), model), (place, bit)
+            assert same_weights(load_checkpoint(path), model), (place, bit)
         except UserError as error:
             refused += 1
             assert "\n" not in str(error)
@@ -306,7 +254,7 @@ def test_a_malicious_pickle_runs_no_code(model: VisionTransformer, tmp_path: Pat
     with pytest.raises(UserError, match="holds Python objects"):
         AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
     assert not touched.exists()
-    torch.load(path, weights_only=False)  # the file is what it claims to be
+    torch.load(path, weights_only=False)  # the file is what it seems to be
     assert touched.exists()
 
 
@@ -333,8 +281,8 @@ def test_two_members_of_one_name_are_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [
-        (torch.zeros(1).expand(10**12), "claims 4,000,0"),
-        (torch.zeros(1).expand(10**6, 44), "claims "),
+        (torch.zeros(1).expand(10**12), "declares 4,000,0"),
+        (torch.zeros(1).expand(10**6, 44), "declares "),
         (torch.eye(5, 44).to_sparse(), "sparse"),
         (torch.empty(5, 44, device="meta"), "special tensor"),
         (torch.ones(5, 44, dtype=torch.int64), "holds 'head.weight' as torch.int64"),
@@ -346,10 +294,10 @@ def test_two_members_of_one_name_are_refused(saved: Path) -> None:
     ],
 )
 def test_tensors_that_are_no_weights(model: VisionTransformer, tmp_path: Path, tensor: Tensor, reason: str) -> None:
-    def replace(content: Any) -> None:
+    def exchange(content: Any) -> None:
         content["state_dict"]["model.head.weight"] = tensor
 
-    message = refusal(changed(model, tmp_path / "odd.ckpt", replace))
+    message = refusal(changed(model, tmp_path / "odd.ckpt", exchange))
     assert any(part in message for part in reason.split("|"))
 
 
@@ -455,171 +403,9 @@ def test_block_fields_of_another_kind(model: VisionTransformer, tmp_path: Path, 
 
 def test_resuming_with_other_settings_is_refused(model: VisionTransformer, saved: Path) -> None:
     loaded = load_checkpoint(saved)
-    refuse_other_settings(loaded, model.config | {"dropout": 0.3}, DATA)
+    config = ViTConfig(**model.config)
+    refuse_other_settings(loaded, replace(config, dropout=0.3), DATA)
     with pytest.raises(UserError, match=r"model\.num_heads=2 cannot resume .*, which was trained with 4"):
-        refuse_other_settings(loaded, model.config | {"num_heads": 2}, DATA)
+        refuse_other_settings(loaded, replace(config, num_heads=2), DATA)
     with pytest.raises(UserError, match="the data set's name is 'digits' and .* was trained with 'mnist'"):
-        refuse_other_settings(loaded, model.config, DATA | {"name": "digits"})
-
-
-# Lightning's reader and writer
-
-
-def test_checkpoint_io_writes_whole_files_and_reads_only_whole_ones(model: VisionTransformer, tmp_path: Path) -> None:
-    path = tmp_path / "checkpoints" / "last.ckpt"
-    io = AtomicCheckpointIO()
-    io.save_checkpoint(content_of(model), str(path))
-    assert os.listdir(path.parent) == ["last.ckpt"]
-    assert io.load_checkpoint(str(path))["global_step"] == 17
-    assert same(load_checkpoint(path), model)
-    whole = path.read_bytes()
-    with pytest.raises(AttributeError):  # what cannot be pickled leaves the old file
-        io.save_checkpoint({"function": lambda: None}, path)
-    assert path.read_bytes() == whole and os.listdir(path.parent) == ["last.ckpt"]
-    path.write_bytes(whole[:-101])
-    with pytest.raises(UserError, match=r"last\.ckpt is truncated or corrupt"):
-        io.load_checkpoint(path)
-    io.remove_checkpoint(path)
-    with pytest.raises(UserError, match=r"last\.ckpt does not exist"):
-        io.load_checkpoint(path)
-
-
-def test_checkpoint_io_serves_a_trainer(tmp_path: Path) -> None:
-    class Tiny(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(3, 2)
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return self.layer(batch).square().sum()
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.01)
-
-    def trainer(max_epochs: int) -> Trainer:
-        return Trainer(
-            max_epochs=max_epochs,
-            plugins=AtomicCheckpointIO(),
-            callbacks=ModelCheckpoint(tmp_path, "best", save_last=True),
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-
-    batches = torch.utils.data.DataLoader(torch.ones(6, 3), batch_size=2)  # type: ignore[var-annotated,arg-type]
-    trainer(1).fit(Tiny(), batches)
-    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "last.ckpt"]
-    resumed = trainer(2)
-    resumed.fit(Tiny(), batches, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
-    assert resumed.global_step == 6
-
-
-# Which checkpoint
-
-
-@pytest.fixture(scope="module")
-def template(model: VisionTransformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("template") / "best.ckpt"
-    torch.save(content_of(model, accuracy=0.5), path)
-    return path
-
-
-@pytest.fixture
-def make_run(template: Path, tmp_path: Path) -> Callable[..., RunFolder]:
-    """Makes a run below tmp_path/runs; accuracy None leaves the manifest without metrics, as in a running run."""
-
-    def make(
-        name: str, accuracy: float | None = None, files: tuple[str, ...] = ("best", "last"), data: str = "mnist"
-    ) -> RunFolder:
-        run = RunFolder(tmp_path / "runs" / name)
-        run.checkpoints.mkdir(parents=True)
-        for file in files:
-            shutil.copy(template, run.checkpoints / f"{file}.ckpt")
-        metrics = {} if accuracy is None else {"metrics": {"validation_accuracy": accuracy}}
-        run.update_manifest(status="completed", data={"name": data}, **metrics)
-        return run
-
-    return make
-
-
-def test_nothing_to_choose_from(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
-    for options in ({}, {"run": "all"}, {"ckpt": "last"}):
-        with pytest.raises(UserError, match=r"no checkpoint yet in .*/runs/: train one first with `python train.py`"):
-            choose_checkpoint(root=tmp_path / "runs", **options)
-    make_run("2025-01-01_00-00-00-000000", files=("last",))
-    for options in ({}, {"run": "all"}):
-        with pytest.raises(UserError, match=r"no best\.ckpt yet in .*/runs/"):
-            choose_checkpoint(root=tmp_path / "runs", **options)
-    with pytest.raises(UserError, match="run=nowhere is no run or sweep folder"):
-        choose_checkpoint(run="nowhere", root=tmp_path / "runs")
-
-
-def test_best_is_the_newest_run_s(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
-    make_run("2025-01-01_00-00-00-000000", 0.99)
-    newest = make_run("2025-01-02_00-00-00-000000", 0.9321)
-    choice = choose_checkpoint(root=tmp_path / "runs")
-    assert choice.path == newest.best and choice.run == newest
-    assert choice.reason == "best.ckpt of the newest run 2025-01-02_00-00-00-000000 (validation accuracy 0.9321)"
-    last = choose_checkpoint("last", root=tmp_path / "runs")
-    assert (last.path, last.reason) == (newest.last, "last.ckpt of the newest run 2025-01-02_00-00-00-000000")
-
-
-def test_a_running_run_counts_and_newer_ones_without_are_mentioned(
-    tmp_path: Path, make_run: Callable[..., RunFolder]
-) -> None:
-    running = make_run("2025-01-02_00-00-00-000000")
-    make_run("2025-01-03_00-00-00-000000", files=())
-    make_run("2025-01-04_00-00-00-000000", files=("last",))
-    choice = choose_checkpoint(root=str(tmp_path / "runs"))
-    assert choice.path == running.best
-    assert "(validation accuracy 0.5000)" in choice.reason  # from the checkpoint itself
-    assert choice.reason.endswith("newer ones have none: 2025-01-04_00-00-00-000000, 2025-01-03_00-00-00-000000")
-    assert choose_checkpoint("last", root=tmp_path / "runs").path.parts[-3] == "2025-01-04_00-00-00-000000"
-
-
-def test_a_sweep_stands_for_its_best_job(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
-    sweep = "2025-02-01_00-00-00-000000_sweep"
-    make_run("2025-01-01_00-00-00-000000", 0.99)
-    make_run(f"{sweep}/0_model.embed_dim-8", 0.7)
-    best = make_run(f"{sweep}/1_model.embed_dim-16", 0.9)
-    make_run(f"{sweep}/2_model.embed_dim-32")  # 0.5 in its checkpoint
-    make_run(f"{sweep}/3_model.embed_dim-64", 0.95, files=())
-    (tmp_path / "runs" / sweep / "multirun.yaml").touch()
-    expected = f"best.ckpt of {best.name}, the best job of the newest sweep {sweep} (validation accuracy 0.9000)"
-    choice = choose_checkpoint(root=tmp_path / "runs")
-    assert (choice.path, choice.reason) == (best.best, expected)
-    for by_name in (sweep, str(tmp_path / "runs" / sweep)):
-        assert choose_checkpoint(run=by_name, root=tmp_path / "runs").path == best.best
-    assert choose_checkpoint(str(tmp_path / "runs" / sweep)).path == best.best
-    job = choose_checkpoint(run=f"{sweep}/0_model.embed_dim-8", root=tmp_path / "runs")
-    assert job.reason == "best.ckpt of run 0_model.embed_dim-8 (validation accuracy 0.7000)"
-
-
-def test_run_all_compares_only_runs_of_the_newest_data_set(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
-    make_run("2025-01-01_00-00-00-000000", 0.999, data="digits")
-    best = make_run("2025-01-02_00-00-00-000000", 0.98)
-    make_run("2025-01-03_00-00-00-000000", 0.97)
-    choice = choose_checkpoint(run="all", root=tmp_path / "runs")
-    assert choice.path == best.best
-    assert "the best of 2 (validation accuracy 0.9800); 1 on other data than the newest (mnist)" in choice.reason
-
-
-def test_a_broken_manifest_does_not_stop_the_choice(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
-    run = make_run("2025-01-02_00-00-00-000000", 0.9)
-    for text in ("{", '{"metrics": null}', '{"metrics": {"validation_accuracy": "high"}, "data": "mnist"}'):
-        run.manifest_path.write_text(text)
-        assert choose_checkpoint(root=tmp_path / "runs").path == run.best
-
-
-def test_ckpt_as_a_path(tmp_path: Path, saved: Path, make_run: Callable[..., RunFolder]) -> None:
-    run = make_run("2025-01-02_00-00-00-000000", 0.9)
-    assert choose_checkpoint(str(saved)).path == saved and choose_checkpoint(str(saved)).run is None
-    assert choose_checkpoint(str(run.last)).run == run
-    assert choose_checkpoint(str(run.path)).path == run.best
-    with pytest.raises(UserError, match=r"ckpt=.*nowhere\.ckpt does not exist"):
-        choose_checkpoint(str(tmp_path / "nowhere.ckpt"))
-    with pytest.raises(UserError, match="is a folder"):
-        choose_checkpoint(str(tmp_path))
-    with pytest.raises(UserError, match="leave out run="):
-        choose_checkpoint(str(saved), run="all")
+        refuse_other_settings(loaded, config, replace(DATA, name="digits"))

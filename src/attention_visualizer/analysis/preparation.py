@@ -19,12 +19,11 @@ from attention_visualizer.analysis.study.weights import Weights
 from attention_visualizer.attention.capture import CaptureError
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import ImageSet
-from attention_visualizer.files.tensor_files import first_line
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import Observation, RolloutOptions
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.runs.history import AttentionHistory
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, summary
 
 RANDOM_NOTE = "random weights (untrained)"
 
@@ -79,7 +78,7 @@ def first_observation(target: Target) -> Observation:
         channels, height, width = target.images.shape
         raise UserError(
             f"{type(target.model).__name__} cannot take pictures of {height} x {width} pixels with {channels} channels "
-            f"({first_line(error)}): in Python, say what it takes with image_size= or image_format="
+            f"({summary(error):.120}): in Python, say what it takes with image_size= or image_format="
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,45 +14,49 @@ from attention_visualizer.support.errors import UserError
 
 PREFIXES = re.compile(r"^((model|module|_orig_mod)\.)+")  # Lightning's, DataParallel's and torch.compile's
 
-
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def bare_names(state_dict: Any) -> dict[str, Tensor]:
-    """The tensors under the names that they have inside the model."""
+def bare_names(state_dict: Any, path: Path) -> dict[str, Tensor]:
+    """Return the tensors under the names that they have inside the model. Raises UserError, which names `path`."""
     if not isinstance(state_dict, Mapping) or not state_dict:
-        raise UserError("holds no dictionary of weights")
+        raise UserError(f"{path} holds no dictionary of weights")
     weights: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"holds {name!r:.60} where weights were expected: it is no checkpoint of this project")
+            reason = f"holds {name!r:.60} where weights were expected: it is no checkpoint of this project"
+            raise UserError(f"{path} {reason}")
         bare = PREFIXES.sub("", name)
         if bare in weights:
-            raise UserError(f"holds the weights {bare!r:.60} twice")
+            raise UserError(f"{path} holds the weights {bare!r:.60} twice")
         weights[bare] = tensor
     return weights
 
 
-def check_weights(weights: Mapping[str, Tensor], file_size: int, types: tuple[torch.dtype, ...] = WEIGHT_TYPES) -> None:
-    """Raises UserError unless all are ordinary tensors that together fit into the file that they came from.
+def check_weights(
+    weights: Mapping[str, Tensor], path: Path, file_size: int, types: tuple[torch.dtype, ...] = WEIGHT_TYPES
+) -> None:
+    """Raise UserError unless all are ordinary tensors that together fit into the file that they came from.
 
     A file of a kilobyte can hold a tensor of 10^12 elements (all strides 0, or sparse): nothing else is done with
     the weights before this.
     """
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
-            raise UserError(f"holds {name!r:.60} as a sparse or otherwise special tensor: save dense weights")
+            raise UserError(f"{path} holds {name!r:.60} as a sparse or otherwise special tensor: save dense weights")
         if tensor.dtype not in types:
-            raise UserError(f"holds {name!r:.60} as {tensor.dtype}: save floating-point weights")
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    if claimed > file_size:
-        raise UserError(f"claims {claimed:,} bytes of weights in a file of {file_size:,}: choose another checkpoint")
+            raise UserError(f"{path} holds {name!r:.60} as {tensor.dtype}: save floating-point weights")
+    declared = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    if declared > file_size:
+        difference = f"declares {declared:,} bytes of weights in a file of {file_size:,}"
+        raise UserError(f"{path} {difference}: choose another checkpoint")
 
 
-def finite_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as float32. Raises UserError if one is NaN or infinite."""
+def finite_weights(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the weights as float32. Raises UserError if one is NaN or infinite."""
     converted = {name: tensor.detach().to(torch.float32) for name, tensor in weights.items()}
     for name, tensor in converted.items():
         if not tensor.isfinite().all():
-            raise UserError(f"has NaN or infinite values in {name}: its training diverged, choose another checkpoint")
+            reason = f"has NaN or infinite values in {name:.60}: its training diverged, choose another checkpoint"
+            raise UserError(f"{path} {reason}")
     return converted

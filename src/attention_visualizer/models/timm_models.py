@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_visualizer.files.tensor_files import EXPECTED, existing_file, first_line, read_safetensors, read_torch
+from attention_visualizer.files.tensor_files import existing_file, read_tensor_file
 from attention_visualizer.files.weights import WEIGHT_TYPES, bare_names, check_weights, finite_weights
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, summary
 
-LEGACY = b"\x80\x02\x8a"  # how torch.save's files began before PyTorch 1.6
+LEGACY = b"\x80\x02\x8a"  # the first bytes of a file of torch.save before PyTorch 1.6
 NESTED = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "teacher")
 
 
@@ -45,7 +45,7 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
                 return timm.create_model(name, pretrained=True).eval()
         except Exception as error:  # the hub's own kinds, requests' and the operating system's
             raise UserError(
-                f"ckpt=pretrained: the weights of {name} cannot be downloaded ({first_line(error)}): "
+                f"ckpt=pretrained: the weights of {name} cannot be downloaded ({summary(error):.120}): "
                 "give a file of them as ckpt="
             ) from error
     weights = None if ckpt == "random" else read_weights(ckpt)
@@ -55,7 +55,7 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
             options = {} if weights is None else options_told_by(weights, timm.create_model, name)
             model: nn.Module = timm.create_model(name, **options)
         except Exception as error:  # whatever a model's own constructor raises
-            raise UserError(f"model_from={model_from}: timm cannot build this model ({first_line(error)})") from error
+            raise UserError(f"model_from={model_from}: timm cannot build this model ({summary(error):.120})") from error
     if weights is not None:
         load(model, weights, Path(ckpt))
     return model.eval()
@@ -91,35 +91,28 @@ def reaches_hub(address: str) -> bool:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checked file by name. Raises UserError for a file that is broken, unsafe, or holds none."""
+    """Read the tensors of a checked file by name. Raises UserError for one that is broken, unsafe, or holds none."""
     path = existing_file(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-            if start.startswith(b"PK\x03\x04"):
-                content: Any = read_torch(file)
-            elif start[8:] == b"{":
-                content = read_safetensors(path)
-            elif start.startswith(LEGACY):
-                raise UserError("was written by a PyTorch before 1.6: load it and save it again with a newer one")
-            else:
-                raise UserError(f"is not a file of weights: {EXPECTED}")
-        for name in NESTED:
-            if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-                content = content[name]
-        if isinstance(content, Mapping):
-            strange = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
-            if strange is not None:
-                raise UserError(f"holds {strange!r:.60} where weights were expected: save the model's state_dict()")
-        weights = bare_names(content)
-        empty = next((name for name, tensor in weights.items() if not tensor.numel()), None)
-        if empty is not None:  # its other sizes cost nothing to write, and would be those of a model
-            raise UserError(f"holds {empty!r:.60} without any number in it: choose another file")
-        # Counters and index tables beside the weights are whole numbers.
-        check_weights(weights, path.stat().st_size, (*WEIGHT_TYPES, torch.int64, torch.int32, torch.bool))
-        return finite_weights(weights)
-    except UserError as error:
-        raise UserError(f"{path} {error!s:.300}") from error
+    with path.open("rb") as start:
+        if start.read(len(LEGACY)) == LEGACY:
+            raise UserError(f"{path} was written by a PyTorch before 1.6: load it and save it again with a newer one")
+    file = read_tensor_file(path, "file of weights")
+    content = file.content
+    for name in NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if isinstance(content, Mapping):
+        other = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
+        if other is not None:
+            reason = f"holds {other!r:.60} where weights were expected: save the model's state_dict()"
+            raise UserError(f"{path} {reason}")
+    weights = bare_names(content, path)
+    empty = next((name for name, tensor in weights.items() if not tensor.numel()), None)
+    if empty is not None:  # its other sizes cost nothing to write, and would be those of a model
+        raise UserError(f"{path} holds {empty!r:.60} without any number in it: choose another file")
+    # Counters and index tables beside the weights are whole numbers.
+    check_weights(weights, path, file.size, (*WEIGHT_TYPES, torch.int64, torch.int32, torch.bool))
+    return finite_weights(weights, path)
 
 
 def options_told_by(weights: Mapping[str, Tensor], create: Any, name: str) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from attention_visualizer.files.tensor_files import existing_file
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint, load_checkpoint
@@ -16,16 +17,92 @@ from attention_visualizer.support.errors import UserError
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The checkpoint to use, why it (a sentence for the user), and the run that it belongs to, if any."""
+class Candidate:
+    """A checkpoint that may be chosen, with the facts that the choice depends on; its file is read at most once."""
 
     path: Path
-    reason: str
-    run: RunFolder | None
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder.of_checkpoint(self.path)
+
+    @cached_property
+    def loaded(self) -> LoadedCheckpoint:
+        """The checkpoint. Raises UserError for a broken one."""
+        return load_checkpoint(self.path)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the run's run.json records; empty where there is none, or none that can be read."""
+        with suppress(UserError):
+            return self.run.read_manifest()
+        return {}
+
+    @cached_property
+    def accuracy(self) -> float | None:
+        """The validation accuracy, from 0 to 1, by the manifest, else by the checkpoint itself."""
+        accuracy = self.recorded("metrics", "validation_accuracy")
+        if accuracy is None:
+            with suppress(UserError):  # the whole message comes when this checkpoint is chosen
+                accuracy = self.loaded.validation_accuracy
+        return accuracy if isinstance(accuracy, int | float) and 0 <= accuracy <= 1 else None
+
+    @cached_property
+    def data_name(self) -> str | None:
+        """The name of the data set, by the manifest, else by the checkpoint itself."""
+        name = self.recorded("data", "name")
+        if name is None:
+            with suppress(UserError):
+                name = self.loaded.data.name if self.loaded.data is not None else None
+        return name
+
+    def recorded(self, part: str, name: str) -> Any:
+        """Return a field of the manifest; None where it is missing."""
+        fields = self.manifest.get(part)
+        return fields.get(name) if isinstance(fields, dict) else None
+
+    @property
+    def rank(self) -> float:
+        return -math.inf if self.accuracy is None else self.accuracy
+
+    @property
+    def remark(self) -> str:
+        if self.accuracy is None or self.path.name != "best.ckpt":  # the run's accuracy is that of its best
+            return ""
+        return f" (validation accuracy {self.accuracy:.4f})"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to use and why."""
+
+    candidate: Candidate
+    reason: str  # a sentence for the user
+
+    @property
+    def path(self) -> Path:
+        return self.candidate.path
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The run that the checkpoint belongs to, if any."""
+        run = self.candidate.run
+        return run if self.path.parent == run.checkpoints else None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run's run.json records; empty where there is no run, or no manifest that can be read."""
+        return {} if self.run is None else self.candidate.manifest
+
+    @property
+    def loaded(self) -> LoadedCheckpoint:
+        """The checkpoint. Where it is damaged, the UserError names the run's other one, if that is whole."""
+        with suggesting_other_checkpoint(self.path):
+            return self.candidate.loaded
 
 
 def choose_checkpoint(ckpt: str = "best", run: str | None = None, root: str | Path = "runs") -> Choice:
-    """The checkpoint that the command line asks for. Raises UserError if there is none.
+    """Choose the checkpoint that the command line asks for. Raises UserError if there is none.
 
     ckpt: "best" or "last" of a run, or the path of a checkpoint, of a run folder or of a sweep folder (its best).
     run: None for the newest that has one; "all" for the best of all that share the newest one's data set; else the
@@ -52,7 +129,7 @@ def choose_checkpoint(ckpt: str = "best", run: str | None = None, root: str | Pa
             if not position:
                 return choice
             newer = ", ".join(group.path.name for group in groups[:position])
-            return Choice(choice.path, f"{choice.reason}, as newer ones have none: {newer}", choice.run)
+            return Choice(choice.candidate, f"{choice.reason}, as newer ones have none: {newer}")
     return refuse_without(file_name, f"{root}/")
 
 
@@ -61,21 +138,27 @@ def refuse_without(file_name: str, place: str) -> NoReturn:
 
 
 def choice_at(path: Path) -> Choice:
-    """The checkpoint at `path`, or the best of the run or sweep whose folder it is."""
+    """Choose the checkpoint at `path`, or the best of the run or sweep whose folder it is."""
     if group := group_at(path):
         return choice_in(group, "best.ckpt") or refuse_without("best.ckpt", f"{path}/")
     try:
         existing_file(path)
     except UserError as error:
         raise UserError(f"ckpt={error}; or best, last, random, or a run folder") from error
-    run = RunFolder(path.parent.parent)
-    return Choice(path, f"{path}, as asked for", run if path.parent.name == "checkpoints" and run.exists else None)
+    return Choice(Candidate(path), f"{path}, as asked for")
 
 
 def load_chosen(path: Path, keep_content: bool = False) -> LoadedCheckpoint:
     """Load the checkpoint at `path`. Where it is damaged, the UserError names the run's other one, if that is whole."""
-    try:
+    with suggesting_other_checkpoint(path):
         return load_checkpoint(path, keep_content)
+
+
+@contextmanager
+def suggesting_other_checkpoint(path: Path) -> Iterator[None]:
+    """Add to a UserError about the checkpoint at `path` which other one of its run is whole."""
+    try:
+        yield
     except UserError as error:
         if path.is_file() and (whole := whole_beside(path)):
             raise UserError(f"{error}; {whole.path} (step {whole.step}) is whole") from error
@@ -83,8 +166,8 @@ def load_chosen(path: Path, keep_content: bool = False) -> LoadedCheckpoint:
 
 
 def whole_beside(path: Path) -> LoadedCheckpoint | None:
-    """The other checkpoint of the run that `path` lies in."""
-    run = RunFolder(path.parent.parent)
+    """Return the other checkpoint of the run that `path` lies in, if it is whole."""
+    run = RunFolder.of_checkpoint(path)
     for other in (run.last, run.best):
         if other.is_file() and not other.samefile(path):
             with suppress(UserError):
@@ -92,69 +175,39 @@ def whole_beside(path: Path) -> LoadedCheckpoint | None:
     return None
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One run's checkpoint with what the choice depends on."""
-
-    run: RunFolder
-    path: Path
-    accuracy: float | None
-    data_name: str | None
-
-    @property
-    def rank(self) -> float:
-        return -math.inf if self.accuracy is None else self.accuracy
-
-    @property
-    def remark(self) -> str:
-        if self.accuracy is None or self.path.name != "best.ckpt":  # the run's accuracy is that of its best
-            return ""
-        return f" (validation accuracy {self.accuracy:.4f})"
-
-
-def candidates_in(runs: Iterable[RunFolder], file_name: str) -> list[Candidate]:
-    """A candidate for each run that has the file; facts come from its manifest, else from the checkpoint itself."""
-    candidates = []
-    for run in runs:
-        path = run.checkpoints / file_name
-        if not path.is_file():
-            continue
-        accuracy = data_name = None
-        with suppress(UserError, AttributeError, TypeError, ValueError):  # a broken manifest is not this file's fault
-            manifest = run.read_manifest()
-            accuracy = manifest.get("metrics", {}).get("validation_accuracy")
-            data_name = manifest.get("data", {}).get("name")
-        if accuracy is None or data_name is None:
-            with suppress(UserError):  # said in full when this checkpoint is chosen and loaded
-                loaded = load_checkpoint(path)
-                accuracy = loaded.validation_accuracy if accuracy is None else accuracy
-                data_name = (loaded.data or {}).get("name") if data_name is None else data_name
-        known = isinstance(accuracy, int | float) and 0 <= accuracy <= 1
-        candidates.append(Candidate(run, path, accuracy if known else None, data_name))
-    return candidates
+def candidates_in(runs: Iterable[RunFolder], file_name: str) -> Iterator[Candidate]:
+    """Yield a candidate for each run that has the file, one at a time: each may hold its weights."""
+    return (Candidate(path) for run in runs if (path := run.checkpoints / file_name).is_file())
 
 
 def choice_in(group: RunGroup, file_name: str, which: str = "") -> Choice | None:
-    """The run's checkpoint, or that of the sweep's best job; None if there is none. which: such as "the newest "."""
-    candidates = candidates_in(group.runs, file_name)
-    if not candidates:
+    """Return the run's checkpoint, or that of the sweep's best job; None if there is none.
+
+    which: such as "the newest ".
+    """
+    best = max(candidates_in(group.runs, file_name), key=lambda candidate: candidate.rank, default=None)
+    if best is None:
         return None
-    best = max(candidates, key=lambda candidate: candidate.rank)
     place = f"{which}run {group.path.name}"
     if group.is_sweep:
         place = f"{best.run.name}, the best job of {which}sweep {group.path.name}"
-    return Choice(best.path, f"{file_name} of {place}{best.remark}", best.run)
+    return Choice(best, f"{file_name} of {place}{best.remark}")
 
 
 def best_of_all(groups: list[RunGroup], file_name: str) -> Choice | None:
-    """The best of all runs, sweeps' jobs among them, that were trained on the newest one's data set."""
+    """Return the best of all runs, sweeps' jobs among them, that were trained on the newest one's data set."""
     candidates = candidates_in((run for group in groups for run in group.runs), file_name)
-    if not candidates:
+    best = next(candidates, None)
+    if best is None:
         return None
-    data_name = candidates[0].data_name
-    comparable = [candidate for candidate in candidates if candidate.data_name == data_name]
-    best = max(comparable, key=lambda candidate: candidate.rank)
-    reason = f"{file_name} of run {best.run.name}, the best of {len(comparable)}{best.remark}"
-    if left_out := len(candidates) - len(comparable):
+    data_name, comparable, left_out = best.data_name, 1, 0  # of the newest
+    for candidate in candidates:
+        if candidate.data_name != data_name:
+            left_out += 1
+            continue
+        comparable += 1
+        best = max(best, candidate, key=lambda candidate: candidate.rank)
+    reason = f"{file_name} of run {best.run.name}, the best of {comparable}{best.remark}"
+    if left_out:
         reason += f"; {left_out} on other data than the newest ({data_name}) cannot be compared and were left out"
-    return Choice(best.path, reason, best.run)
+    return Choice(best, reason)

@@ -55,6 +55,11 @@ class RunFolder:
             reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror or error
             raise UserError(f"cannot make a run folder in {root}: {reason}") from error
 
+    @classmethod
+    def of_checkpoint(cls, path: Path) -> RunFolder:
+        """Return the folder of the run that the checkpoint at `path` belongs to, if it belongs to one."""
+        return cls(path.parent.parent)
+
     @property
     def name(self) -> str:
         return self.path.name
@@ -82,10 +87,6 @@ class RunFolder:
     @property
     def history_path(self) -> Path:
         return self.path / "attention_history.npz"
-
-    @property
-    def analysis(self) -> Path:
-        return self.path / "attention_analysis"
 
     @property
     def exists(self) -> bool:

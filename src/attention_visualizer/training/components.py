@@ -46,8 +46,8 @@ def build_components(config: DictConfig) -> Components:
     classifier = Classifier(model, architecture.num_classes, **recipe, seed=config.seed)
     check_watched_part(config, classifier, data)
     classifier.checkpoint_block = checkpoint.block_for(
-        model.config,
-        data.description.to_dict(),
+        architecture,
+        data.description,
         data_dir=str(data.data_dir.absolute()),
         split_seed=data.split_seed,
         seed=config.seed,

@@ -45,7 +45,7 @@ def config_of_resumed_run(config: DictConfig) -> DictConfig:
     Raise UserError where an override cannot resume the run, and where the run's config names code or places that are
     not this program's.
     """
-    folder = RunFolder(Path(config.ckpt_path).resolve().parent.parent)
+    folder = RunFolder.of_checkpoint(Path(config.ckpt_path).resolve())
     if not folder.config_path.is_file():
         raise UserError(f"{config.ckpt_path} is not inside a run folder: {folder.config_path} is missing")
     resumed = read_config(folder.config_path)

@@ -12,6 +12,7 @@ import filelock
 from omegaconf import DictConfig
 
 from attention_visualizer.files import atomic
+from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs import folders
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint, load_checkpoint, refuse_other_settings
 from attention_visualizer.runs.folders import RunFolder
@@ -73,7 +74,7 @@ def find_start(components: Components, named: LoadedCheckpoint | None = None, jo
     unfinished = find_unfinished(config, job) if config.resume == "auto" else None
     checkpoint = named if unfinished is None else unfinished.checkpoint
     if checkpoint is not None:
-        refuse_other_settings(checkpoint, components.model.config, components.data.description.to_dict())
+        refuse_other_settings(checkpoint, ViTConfig(**components.model.config), components.data.description)
     place = Path(config.run_folder or config.runs_dir) if unfinished is None else unfinished.folder.path
     folders.check_space(place, components.num_parameters)
     if unfinished is not None:

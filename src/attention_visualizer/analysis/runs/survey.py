@@ -18,7 +18,6 @@ from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.outputs import logits_of
 from attention_visualizer.data.image_sets import LabelledImageSet
-from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.data.ink import inked_patches
 from attention_visualizer.measures.intervals import BootstrapMeans, Interval
 from attention_visualizer.measures.map_measures import mean_attention_distance, uniform_entropy
@@ -76,7 +75,9 @@ def random_weights_of(study: Study, looked: list[SurveyedRun]) -> list[list[Surv
     every = []
     for each in looked:
         # What training alone knows of makes no other model.
-        config = {name: value for name, value in each.run.loaded.model_config.items() if is_architecture(name)}
+        config = {
+            name: value for name, value in each.run.loaded.model_config.to_dict().items() if is_architecture(name)
+        }
         if repr(config) not in found:
             study.progress(f"random weights in the architecture of {each.run.label}")
             models = [
@@ -95,7 +96,7 @@ def images_for(run: ComparedRun, study: Study) -> LabelledImageSet:
     assert isinstance(images, LabelledImageSet)
     if run.loaded.data is None:
         return images
-    return replace(images, description=DatasetDescription.from_dict(run.loaded.data))
+    return replace(images, description=run.loaded.data)
 
 
 def classified_right(target: Target) -> Array | None:

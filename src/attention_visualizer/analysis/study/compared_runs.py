@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import glob
-import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attention_visualizer.data.images import DatasetDescription
+from attention_visualizer.files.digests import weights_digest
 from attention_visualizer.files.plain_files import read_yaml
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.runs.checkpoint_choice import candidates_in
@@ -96,8 +96,8 @@ def look_up(pattern: str, file_name: str) -> tuple[list[Found], list[str]]:
         if group is not None:
             found += of_group(group, file_name, remarks)
         elif path.is_file() and path.suffix in SUFFIXES:
-            folder = RunFolder(path.parent.parent)
-            run = folder if path.parent.name == "checkpoints" and folder.exists else None
+            folder = RunFolder.of_checkpoint(path)
+            run = folder if path.parent == folder.checkpoints else None
             found.append(Found(path.name if run is None else f"{run.name}/{path.name}", load_checkpoint(path), run))
         else:
             remarks.append(f"{path} is no run, sweep or checkpoint")
@@ -109,47 +109,40 @@ def of_group(group: RunGroup, file_name: str, remarks: list[str]) -> list[Found]
     found = []
     for run in group.runs:
         other = "last.ckpt" if file_name == "best.ckpt" else "best.ckpt"
-        candidates = candidates_in([run], file_name) or candidates_in([run], other)
-        if not candidates:
+        candidate = next(itertools.chain(candidates_in([run], file_name), candidates_in([run], other)), None)
+        if candidate is None:
             remarks.append(f"{run.name} has no checkpoint yet")
             continue
-        if candidates[0].path.name == other:
+        if candidate.path.name == other:
             remarks.append(f"{run.name} has no {file_name}: its {other} is compared")
         label = f"{group.path.name}, job {run.name.partition('_')[0]}" if group.is_sweep else run.name
-        found.append(Found(label, load_checkpoint(candidates[0].path), run))
+        found.append(Found(label, candidate.loaded, run))
     return found
 
 
 def check_comparable(loaded: LoadedCheckpoint, own: LoadedCheckpoint) -> None:
     """Raises UserError for a model of other pictures than `own`. A file that knows no data set may be of the same."""
-    theirs, mine = loaded.model_config, own.model_config
     for field in ("img_size", "in_channels", "num_classes"):
-        if theirs[field] != mine[field]:
+        theirs, mine = getattr(loaded.model_config, field), getattr(own.model_config, field)
+        if theirs != mine:
             raise UserError(
-                f"runs=: {loaded.path} has model.{field}={theirs[field]}, the analysed model {mine[field]}: "
+                f"runs=: {loaded.path} has model.{field}={theirs}, the analysed model {mine}: "
                 "compare runs on the same pictures"
             )
     if loaded.data is None or own.data is None:
         return
-    try:
-        DatasetDescription.from_dict(loaded.data)
-    except UserError as error:
-        raise UserError(f"runs=: {loaded.path} has a broken {error}") from error
+    described, analysed = loaded.data.to_dict(), own.data.to_dict()
     for field in DATA_FIELDS:
-        if loaded.data.get(field) != own.data.get(field):
+        if described[field] != analysed[field]:
             raise UserError(
-                f"runs=: {loaded.path} was trained on other data ({field} {loaded.data.get(field)!r:.60}, the analysed "
-                f"model {own.data.get(field)!r:.60}): compare runs on the same data set"
+                f"runs=: {loaded.path} was trained on other data ({field} {described[field]!r:.60}, the analysed "
+                f"model {analysed[field]!r:.60}): compare runs on the same data set"
             )
 
 
 def fingerprint(loaded: LoadedCheckpoint) -> str:
     """Of the weights and the architecture, whatever else the file holds."""
-    digest = hashlib.sha256(repr(sorted(loaded.model_config.items())).encode())
-    for name in sorted(loaded.state_dict):
-        digest.update(name.encode())
-        digest.update(loaded.state_dict[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_digest(loaded.state_dict, repr(loaded.model_config))
 
 
 def described(all_found: Sequence[Found], own: int) -> list[ComparedRun]:
@@ -193,7 +186,7 @@ def without_repetitions(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun],
 
 def settings_of(found: Found) -> dict[str, Any]:
     """The model's from the checkpoint, all others from the run's config.yaml, where there is one."""
-    model = {f"model.{name}": value for name, value in found.loaded.model_config.items()}
+    model = {f"model.{name}": value for name, value in found.loaded.model_config.to_dict().items()}
     others: dict[str, Any] = {}
     if found.run is not None and found.run.config_path.is_file():
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from attention_visualizer.data.image_sets import ImageFolder, InputFormat, Label
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.data.mnist import MnistUnavailable, holds_all
 from attention_visualizer.files.atomic import short_path
+from attention_visualizer.files.digests import file_digest
 from attention_visualizer.files.plain_files import read_yaml
 from attention_visualizer.models import timm_models
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint
-from attention_visualizer.runs.checkpoint_choice import choose_checkpoint, load_chosen
+from attention_visualizer.runs.checkpoint_choice import choose_checkpoint
 from attention_visualizer.runs.config_fields import is_architecture
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
@@ -41,7 +41,7 @@ def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> We
     """The model of a checkpoint; `ckpt="random"` gives untrained weights in the newest run's architecture."""
     if ckpt != "random":
         choice = choose_checkpoint(ckpt, run, runs_dir)
-        loaded = load_chosen(choice.path)
+        loaded = choice.loaded
         check_run(loaded, choice.run)
         origin = f"{choice.reason}; {short_path(choice.path)}, sha256 {loaded.sha256}"
         trained = "" if loaded.epoch is None else f", epoch {loaded.epoch + 1}, step {loaded.step}"
@@ -52,8 +52,8 @@ def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> We
         if run is not None:
             raise
         return Weights(random_model(seed), "random weights, no training, default model", random=True)
-    loaded = load_chosen(choice.path)
-    model = random_model(seed, **loaded.model_config)
+    loaded = choice.loaded
+    model = random_model(seed, **loaded.model_config.to_dict())
     return Weights(model, f"random weights, no training, the model of {choice.path}", loaded, choice.run, random=True)
 
 
@@ -68,9 +68,11 @@ def check_run(loaded: LoadedCheckpoint, run: RunFolder | None) -> None:
         config = read_yaml(run.config_path)
     with suppress(UserError):
         manifest = run.read_manifest()
+    trained_on = {} if loaded.data is None else loaded.data.to_dict()
+    architecture = loaded.model_config.to_dict()
     for group, path, theirs, mine in (
-        ("model.", run.config_path, config.get("model") if isinstance(config, dict) else None, loaded.model_config),
-        ("the data set's ", run.manifest_path, manifest.get("data"), loaded.data or {}),
+        ("model.", run.config_path, config.get("model") if isinstance(config, dict) else None, architecture),
+        ("the data set's ", run.manifest_path, manifest.get("data"), trained_on),
     ):
         for field, value in mine.items():
             fixed = group != "model." or is_architecture(field)
@@ -95,9 +97,7 @@ def timm_weights(model_from: str, ckpt: str) -> Weights:
         return Weights(model, f"random weights, no training, {model_from}", random=True)
     if ckpt == "pretrained":
         return Weights(model, f"{model_from}, pretrained weights as published")
-    with Path(ckpt).open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return Weights(model, f"{model_from}; {short_path(Path(ckpt))}, sha256 {sha256}")
+    return Weights(model, f"{model_from}; {short_path(Path(ckpt))}, sha256 {file_digest(Path(ckpt))}")
 
 
 def load_data(loaded: LoadedCheckpoint | None, data_dir: str | None = None) -> ImageDataModule:
@@ -109,7 +109,7 @@ def load_data(loaded: LoadedCheckpoint | None, data_dir: str | None = None) -> I
         data = ImageDataModule(data_dir=data_dir)
         data.load()
         return data
-    described = DatasetDescription.from_dict(loaded.data)
+    described = loaded.data
     # A file must not decide where something is downloaded to.
     recorded = loaded.data_dir if loaded.data_dir and holds_all(Path(loaded.data_dir)) else None
     name: Any = described.name
@@ -132,7 +132,7 @@ def test_images(weights: Weights, data_dir: str | None = None) -> LabelledImageS
     description = data.description
     if weights.loaded is not None and weights.loaded.data is not None:
         # The model's own normalisation, whatever split the images come from now.
-        description = DatasetDescription.from_dict(weights.loaded.data)
+        description = weights.loaded.data
     assert isinstance(weights.model, VisionTransformer)
     check_fit(weights.model, description)
     return LabelledImageSet(description, *data.splits["test"])
@@ -159,8 +159,7 @@ def folder_images(
     """A folder's pictures as the model takes them. Raise UserError where there are none. skip: files to leave out."""
     model = weights.model
     if isinstance(model, VisionTransformer) and image_format is None:
-        described = weights.loaded.data if weights.loaded is not None else None
-        data = None if described is None else DatasetDescription.from_dict(described)
+        data = weights.loaded.data if weights.loaded is not None else None
         channels, side = int(model.config["in_channels"]), int(model.config["img_size"])
         mean, std = (0.5, 0.5) if data is None else (data.mean, data.std)
         image_format = InputFormat((side, side), channels, (mean,) * channels, (std,) * channels)

@@ -1,0 +1,23 @@
+"""Fixtures of the tests of runs: a small model, and a checkpoint of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from attention_visualizer.models.vision_transformer import VisionTransformer
+from tests.helpers.checkpoints import content_of, small_model
+
+
+@pytest.fixture(scope="session")
+def model() -> VisionTransformer:
+    return small_model()
+
+
+@pytest.fixture
+def saved(model: VisionTransformer, tmp_path: Path) -> Path:
+    path = tmp_path / "best.ckpt"
+    torch.save(content_of(model), path)
+    return path
