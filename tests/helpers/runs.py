@@ -118,7 +118,7 @@ class Training:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
-    def wait_until(self, what: Callable[[], Any], seconds: float = 120) -> None:
+    def wait_until(self, what: Callable[[], Any], seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while not what():
             assert self.process.poll() is None, self.output()

@@ -188,7 +188,7 @@ def test_other_precisions(tmp_path: Path, precision: str) -> None:
     np.testing.assert_allclose(*distances, rtol=1e-2)
 
 
-def test_a_fast_development_run_looks_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_development_run_shows_frames_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     strip = attention_figures.overlay_strip
     monkeypatch.setattr(attention_figures, "overlay_strip", lambda *given: drawn.append(given) or strip(*given))

@@ -1,4 +1,4 @@
-"""The images that are looked at again and again: taken from batches of any usual form."""
+"""The images that are observed again and again: taken from batches of any usual form."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_other_batches(batch: Any) -> None:
         first_of_each_class([batch])
 
 
-def test_ten_classes_end_the_look() -> None:
+def test_ten_classes_end_the_search() -> None:
     def batches() -> Any:
         yield torch.zeros(11, 1, 3, 2), torch.arange(11).flip(0)
         raise AssertionError("more was read")

@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process: a training step frees and asks for the same blocks again and again."""
+"""Freed memory stays in the process: a training step frees and asks for the same blocks again and again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MEBIBYTE = 2**20
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc not to give freed memory back, for the rest of the process; elsewhere it does nothing.
+    """Stop glibc from giving freed memory back, for the rest of the process; do nothing elsewhere.
 
-    By default it gives large blocks back at once, and the kernel clears and maps each page anew when the next step asks
-    for them: some 10,000 page faults and an eighth of the time of a training step on the CPU.
+    By default glibc gives large blocks back at once, and the kernel clears and maps each page anew when the next step
+    asks for them: some 10,000 page faults and an eighth of the time of a training step on the CPU.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt

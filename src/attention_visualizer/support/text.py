@@ -1,4 +1,4 @@
-"""Text from elsewhere (names of files, classes and runs, error messages), made to be shown and to do nothing else."""
+"""Sanitise untrusted text for terminals, CSV and reports: names of files, classes and runs, messages of errors."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # how cells begin th
 
 
 def printable(text: str | Path) -> str:
-    """For terminals, figures and reports: names can hold line breaks, escape sequences and bytes that are no text."""
+    """Replace what is not printable: names can hold line breaks, escape sequences and bytes that are no text."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
 
 
 def print_sanitised(line: str) -> None:
-    """Prints a line that names files or holds an error: see `printable`."""
+    """Print a line that names files or holds an error, as `printable` makes it."""
     print(printable(line), flush=True)
 
 
 def csv_safe(value: object) -> object:
-    """For CSV. Text in one line, because some readers begin a row at any line break; what spreadsheets would take for
-    a formula gets the apostrophe that makes them show it."""
+    """Make a value safe for CSV: text in one line, because some readers begin a row at any line break, and with an
+    apostrophe before what spreadsheets would take for a formula."""
     if not isinstance(value, str):
         return value
     text = printable(" ".join(value.split()))

@@ -6,13 +6,13 @@ from lightning import Trainer
 
 
 def batches_done(trainer: Trainer) -> int:
-    """Training batches behind `trainer`, over all epochs and, where it resumed, over all its runs."""
+    """Return the number of training batches done, over all epochs and, where training was resumed, over all runs."""
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(total.processed)
 
 
 def total_batches(trainer: Trainer, batches_per_epoch: int) -> int | None:
-    """Training batches from the start of training to its end; None where that is not set beforehand."""
+    """Return the number of training batches from start to end; None where that is not set beforehand."""
     limits = []
     if trainer.max_epochs not in (None, -1):
         limits.append(trainer.max_epochs * batches_per_epoch)
