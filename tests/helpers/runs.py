@@ -151,6 +151,11 @@ def only_run(folder: Path) -> Path:
     return path
 
 
+def last(run_folder: Path) -> Path:
+    """The checkpoint that a run goes on from."""
+    return run_folder / "checkpoints" / "last.ckpt"
+
+
 @functools.cache
 def trained_once() -> tuple[Path, Outcome]:
     folder = Path(tempfile.mkdtemp(prefix="trained_run_"))
