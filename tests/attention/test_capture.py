@@ -23,27 +23,9 @@ from attention_visualizer.attention.capture import AttentionLayer, CapturedAtten
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.hand_written import HandWrittenAttention
 from attention_visualizer.models.vision_transformer import VisionTransformer
-from tests.helpers.models import HandWritten
+from tests.helpers.models import HandWritten, random_vit
 
 BATCH, LAYERS, HEADS, TOKENS, HEAD_DIM = 2, 5, 3, 26, 7  # 5 x 5 patches and the class token
-
-
-def small_model(seed: int = 0, **overrides: Any) -> VisionTransformer:
-    """Every parameter random and large enough for attention to be far from uniform; eval mode."""
-    sizes: dict[str, Any] = {
-        "img_size": 15,
-        "patch_size": 3,
-        "embed_dim": HEADS * HEAD_DIM,
-        "num_heads": HEADS,
-        "num_layers": LAYERS,
-        "mlp_dim": 11,
-    }
-    model = VisionTransformer(**(sizes | overrides))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-    return model.eval()
 
 
 def images(batch: int = BATCH, seed: int = 1) -> Tensor:
@@ -75,7 +57,7 @@ def inputs_of_attention(model: VisionTransformer) -> list[Tensor]:
 
 
 def test_weights_equal_an_explicit_softmax_of_the_models_own_projections() -> None:
-    model = small_model()
+    model = random_vit()
     attention = run(model)
     assert len(attention) == LAYERS
     for layer, block, tokens in zip(attention, blocks_of(model), inputs_of_attention(model), strict=True):
@@ -96,7 +78,7 @@ def test_weights_equal_an_explicit_softmax_of_the_models_own_projections() -> No
 
 
 def test_weights_equal_those_of_torchs_multihead_attention() -> None:
-    model = small_model()
+    model = random_vit()
     attention = run(model)
     for layer, block, tokens in zip(attention, blocks_of(model), inputs_of_attention(model), strict=True):
         reference = nn.MultiheadAttention(HEADS * HEAD_DIM, HEADS, batch_first=True).eval()
@@ -238,8 +220,8 @@ def test_a_query_that_may_look_at_nothing_attends_to_nothing() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
 def test_half_precision_models_give_float32_weights(dtype: torch.dtype, tolerance: float) -> None:
-    expected = run(small_model())
-    attention = run(small_model().to(dtype), images().to(dtype))
+    expected = run(random_vit())
+    attention = run(random_vit().to(dtype), images().to(dtype))
     for layer in attention:
         assert layer.weights.dtype == torch.float32 and layer.values.dtype == torch.float32
         np.testing.assert_allclose(layer.weights.sum(dim=-1), 1.0, atol=1e-5)
@@ -248,7 +230,7 @@ def test_half_precision_models_give_float32_weights(dtype: torch.dtype, toleranc
 
 
 def test_autocast_gives_float32_weights() -> None:
-    model = small_model()
+    model = random_vit()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), capture(model) as attention:
         logits = model(images())
         assert torch.is_autocast_enabled("cpu")
@@ -261,7 +243,7 @@ def test_autocast_gives_float32_weights() -> None:
 
 def test_weights_come_before_dropout() -> None:
     """Rows of weights taken after dropout would not sum to one; the same seed gives the weights of eval mode."""
-    model = small_model(dropout=0.0, attention_dropout=0.5)
+    model = random_vit(dropout=0.0, attention_dropout=0.5)
     expected = run(model)
     attention = run(model.train())
     for layer in attention:
@@ -272,7 +254,7 @@ def test_weights_come_before_dropout() -> None:
 
 
 def test_the_measured_error_is_that_of_the_reconstruction() -> None:
-    model = small_model()
+    model = random_vit()
     outputs = []
     fused = F.scaled_dot_product_attention
     with torch.no_grad():
@@ -365,18 +347,18 @@ def test_a_refusal_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(calls, "attention_weights", third_is_wrong)
     with pytest.raises(CaptureError, match=r"blocks\.2\.attn"):
-        run(small_model())
+        run(random_vit())
 
 
 def test_no_attention_seen_is_an_error_that_names_the_model() -> None:
     with pytest.raises(CaptureError, match="no attention of Linear was seen"):
         run(nn.Linear(3, 5), torch.randn(2, 3))
-    with pytest.raises(CaptureError, match="not run inside the block"), capture(small_model()):
+    with pytest.raises(CaptureError, match="not run inside the block"), capture(random_vit()):
         pass
 
 
 def test_an_error_inside_the_block_is_not_replaced() -> None:
-    with pytest.raises(ZeroDivisionError), capture(small_model()):
+    with pytest.raises(ZeroDivisionError), capture(random_vit()):
         raise ZeroDivisionError
 
 
@@ -409,7 +391,7 @@ def fail(_: AttentionLayer) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_outputs_gradients_and_random_numbers_are_the_same_to_the_bit(training: bool) -> None:
-    model = small_model(dropout=0.2, attention_dropout=0.3).train(training)
+    model = random_vit(dropout=0.2, attention_dropout=0.3).train(training)
     watched = copy.deepcopy(model)
     torch.manual_seed(11)
     logits = model(images())
@@ -429,7 +411,7 @@ def test_outputs_gradients_and_random_numbers_are_the_same_to_the_bit(training: 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_nothing_is_left_behind(training: bool) -> None:
-    model = small_model(dropout=0.0).train(training)
+    model = random_vit(dropout=0.0).train(training)
     model.blocks[1].eval()  # flags that differ must stay different
     before = state_around(model)
     with capture(model):
@@ -438,7 +420,7 @@ def test_nothing_is_left_behind(training: bool) -> None:
 
 
 def test_nothing_is_left_behind_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model()
+    model = random_vit()
     before = state_around(model)
     with pytest.raises(ZeroDivisionError), capture(model):  # in the block
         model(images())
@@ -457,7 +439,7 @@ def test_nothing_is_left_behind_after_an_exception(monkeypatch: pytest.MonkeyPat
 
 
 def test_captures_nest() -> None:
-    model = small_model()
+    model = random_vit()
     expected = run(model)
     before = state_around(model)
     with torch.no_grad(), capture(model) as outer:
@@ -472,7 +454,7 @@ def test_captures_nest() -> None:
 
 def test_nested_captures_see_each_layer_once_also_with_dropout() -> None:
     """The inner one's comparison without dropout is no attention of the model."""
-    model = small_model(attention_dropout=0.3).train()
+    model = random_vit(attention_dropout=0.3).train()
     with torch.no_grad(), capture(model) as outer, capture(model) as inner:
         model(images())
     assert [layer.name for layer in inner] == [f"blocks.{number}.attn" for number in range(LAYERS)]
@@ -480,7 +462,7 @@ def test_nested_captures_see_each_layer_once_also_with_dropout() -> None:
 
 
 def test_threads_see_their_own_model_only() -> None:
-    models = [small_model(seed, num_layers=depth) for seed, depth in ((1, 2), (2, 3))]
+    models = [random_vit(seed, num_layers=depth) for seed, depth in ((1, 2), (2, 3))]
     expected = [run(model) for model in models]
     found: list[list[CapturedAttention]] = [[], []]
     both_inside = threading.Barrier(2, timeout=20)
@@ -508,7 +490,7 @@ def test_threads_see_their_own_model_only() -> None:
 
 
 def test_another_models_attention_is_not_taken_for_this_ones() -> None:
-    model, other = small_model(1), small_model(2)
+    model, other = random_vit(1), random_vit(2)
     expected = run(model)
     with torch.no_grad(), capture(model) as attention:
         model(images())
@@ -524,7 +506,7 @@ def test_another_models_attention_is_not_taken_for_this_ones() -> None:
 
 
 def test_a_consumer_gets_each_layer_in_order_and_nothing_is_kept() -> None:
-    model = small_model()
+    model = random_vit()
     kept = run(model)
     seen: list[tuple[str, int, Tensor]] = []
     references: list[weakref.ref[Tensor]] = []
@@ -547,7 +529,7 @@ def test_a_consumer_gets_each_layer_in_order_and_nothing_is_kept() -> None:
 
 
 def test_a_consumer_sees_every_pass() -> None:
-    model, indices = small_model(), []
+    model, indices = random_vit(), []
     with torch.no_grad(), capture(model, consume=lambda layer: indices.append(layer.index)):
         model(images())
         model(images(3))
@@ -558,7 +540,7 @@ def test_a_consumer_sees_every_pass() -> None:
 
 
 def test_layers_are_found_by_number_and_by_name() -> None:
-    attention = run(small_model(num_layers=11))
+    attention = run(random_vit(num_layers=11))
     assert [layer.name for layer in attention] == [f"blocks.{number}.attn" for number in range(11)]
     assert [layer.index for layer in attention] == list(range(11))
     assert attention["blocks.3"] is attention["blocks.3.attn"] is attention[3]
@@ -572,14 +554,14 @@ def test_layers_are_found_by_number_and_by_name() -> None:
 
 
 def test_names_are_those_inside_the_captured_model() -> None:
-    model = small_model(num_layers=2)
+    model = random_vit(num_layers=2)
     attention = run(nn.Sequential(nn.Identity(), model))
     assert [layer.name for layer in attention] == ["1.blocks.0.attn", "1.blocks.1.attn"]
     assert [layer.name for layer in run(model.blocks[1], torch.randn(2, TOKENS, HEADS * HEAD_DIM))] == ["attn"]
 
 
 def test_the_geometry_is_the_models_or_the_one_given() -> None:
-    model = small_model(num_layers=2)
+    model = random_vit(num_layers=2)
     assert all(layer.geometry == Geometry((5, 5), 1, (3, 3)) for layer in run(model))
     given = Geometry((5, 5), 1, (3, 3), class_token="unread")
     with torch.no_grad(), capture(model, geometry=given) as attention:
@@ -590,7 +572,7 @@ def test_the_geometry_is_the_models_or_the_one_given() -> None:
 
 
 def test_of_two_passes_the_last_is_kept() -> None:
-    model = small_model()
+    model = random_vit()
     with torch.no_grad(), capture(model) as attention:
         model(images(3, seed=1))
         model(images(7, seed=2))
@@ -608,7 +590,7 @@ def test_a_block_that_is_applied_three_times_gives_three_layers() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block = small_model(num_layers=1).blocks[0]
+            self.block = random_vit(num_layers=1).blocks[0]
 
         def forward(self, tokens: Tensor) -> Tensor:
             return self.block(self.block(self.block(tokens)))
@@ -628,13 +610,13 @@ def test_a_block_that_is_applied_three_times_gives_three_layers() -> None:
 
 
 def test_an_empty_batch_has_empty_maps() -> None:
-    attention = run(small_model(), images(0))
+    attention = run(random_vit(), images(0))
     assert [layer.weights.shape for layer in attention] == [(0, HEADS, TOKENS, TOKENS)] * LAYERS
 
 
 def test_parts_that_are_called_one_by_one_are_one_pass() -> None:
     """Until a part comes again, which begins another."""
-    model = small_model(num_layers=3)
+    model = random_vit(num_layers=3)
     expected = run(model)
     with torch.no_grad(), capture(model) as attention:
         for batch in (images(3), images()):
@@ -677,7 +659,7 @@ def test_a_failure_of_capturing_is_one_error_that_names_layer_and_cause(
     monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str, dict[str, bool]], failure: Exception
 ) -> None:
     owner, name, options = place
-    model = small_model()
+    model = random_vit()
     before = state_around(model)
     monkeypatch.setattr(owner, name, raising(failure))
     message = rf"^the attention of blocks\.0\.attn could not be captured: {type(failure).__name__}: "
@@ -699,12 +681,12 @@ def test_a_failure_of_tracking_is_one_error(monkeypatch: pytest.MonkeyPatch, ste
 def test_a_failure_outside_all_layers_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "GeometryFinder", raising(AttributeError("no such thing")))
     with pytest.raises(CaptureError, match=r"of VisionTransformer could .*: AttributeError: no such thing"):
-        run(small_model())
+        run(random_vit())
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
 def test_what_the_model_and_the_users_code_raise_passes_through(failure: Exception) -> None:
-    model, error = small_model(), type(failure)
+    model, error = random_vit(), type(failure)
     with pytest.raises(error) as caught, capture(model, consume=raising(failure)):
         model(images())
     assert caught.value is failure

@@ -22,6 +22,7 @@ from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.layer_geometry import GeometryFinder, LayerShape, Unplaced
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.support.errors import UserError
+from tests.helpers.models import random_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -619,26 +620,18 @@ def compiled_by(notes: list[Any]) -> Callable[..., Any]:
     return backend
 
 
-def small_model() -> VisionTransformer:
-    return spread_out(
-        VisionTransformer(img_size=15, patch_size=3, embed_dim=21, num_heads=3, num_layers=2, mlp_dim=11, in_channels=3)
-        if "in_channels" in VisionTransformer.__init__.__code__.co_varnames
-        else VisionTransformer(img_size=15, patch_size=3, embed_dim=21, num_heads=3, num_layers=2, mlp_dim=11)
-    )
+def two_layers() -> VisionTransformer:
+    return random_vit(num_layers=2)
 
 
-def channels_of(model: nn.Module) -> int:
-    return next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
-
-
-def inputs_of(model: nn.Module) -> Tensor:
-    return pictures(15, 15)[:, : channels_of(model)]
+def grey_images() -> Tensor:
+    return pictures(15, 15)[:, :1]
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_model_is_captured_and_stays_compiled(in_place: bool, compilations: list[Any]) -> None:
-    model = small_model()
-    images = inputs_of(model)
+    model = two_layers()
+    images = grey_images()
     with torch.no_grad(), capture(model) as plain:
         model(images)
     compiled: Any = model
@@ -664,12 +657,12 @@ def test_a_compiled_model_is_captured_and_stays_compiled(in_place: bool, compila
 
 
 def test_a_compiled_part_is_captured_under_its_own_name(compilations: list[Any]) -> None:
-    model = small_model()
+    model = two_layers()
     model.blocks[1] = torch.compile(model.blocks[1], backend=compiled_by(compilations))
     with torch.no_grad():
-        model(inputs_of(model))
+        model(grey_images())
         with capture(model) as attention:
-            model(inputs_of(model))
+            model(grey_images())
     assert compilations
     assert [layer.name for layer in attention] == ["blocks.0.attn", "blocks.1.attn"]
 
@@ -679,13 +672,13 @@ def stance() -> str:
 
 
 def test_compilation_is_switched_on_again_after_exceptions_and_nesting(compilations: list[Any]) -> None:
-    model = small_model()
+    model = two_layers()
     compiled: Any = torch.compile(model, backend=compiled_by(compilations))
     assert stance() == "default"
     with torch.no_grad():
         with capture(compiled), capture(compiled):
             assert stance() == "force_eager"
-            compiled(inputs_of(model))
+            compiled(grey_images())
         assert stance() == "default"
         with pytest.raises(ZeroDivisionError), capture(compiled):
             raise ZeroDivisionError
@@ -693,12 +686,20 @@ def test_compilation_is_switched_on_again_after_exceptions_and_nesting(compilati
         with pytest.raises(CaptureError, match="not run inside the block"), capture(compiled):
             pass
         assert stance() == "default"
-        compiled(inputs_of(model))
+        compiled(grey_images())
     assert "ran" in compilations
 
 
+def test_a_compiled_attention_is_captured_under_its_own_name(compilations: list[Any]) -> None:
+    model = two_layers()
+    model.blocks[1].attn = torch.compile(model.blocks[1].attn, backend=compiled_by(compilations))
+    with torch.no_grad(), capture(model) as attention:
+        model(grey_images())
+    assert [layer.name for layer in attention] == ["blocks.0.attn", "blocks.1.attn"]
+
+
 def test_two_threads_share_the_setting_until_both_have_ended(compilations: list[Any]) -> None:
-    models = [torch.compile(small_model(), backend=compiled_by(compilations)) for _ in range(2)]
+    models = [torch.compile(two_layers(), backend=compiled_by(compilations)) for _ in range(2)]
     inside, first_left = threading.Barrier(2, timeout=60), threading.Event()
     found: dict[int, CapturedAttention] = {}
 
@@ -707,7 +708,7 @@ def test_two_threads_share_the_setting_until_both_have_ended(compilations: list[
             inside.wait()
             if number == 1:
                 assert first_left.wait(60)  # the other thread's block has ended
-            models[number](inputs_of(models[number]))
+            models[number](grey_images())
         found[number] = attention
         if number == 0:
             first_left.set()
@@ -722,7 +723,7 @@ def test_two_threads_share_the_setting_until_both_have_ended(compilations: list[
 
 
 def test_torchscript_is_refused() -> None:
-    traced = torch.jit.trace(small_model(), inputs_of(small_model()))
+    traced = torch.jit.trace(two_layers(), grey_images())
     with pytest.raises(CaptureError, match="TorchScript"), capture(traced):
         pass
     with pytest.raises(CaptureError, match="TorchScript"), capture(nn.Sequential(traced)):
@@ -764,6 +765,28 @@ def test_a_stated_class_token_comes_first_and_registers_alone_may_be_anywhere() 
     assert geometry_of(Transformer(behind="register_tokens"), 32, 24) is None
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "reason"),
+    [
+        (
+            Transformer(behind="register_tokens"),
+            24,
+            "the model has registers but no class token",
+        ),
+        (Transformer(kept=4), 32, "its 4 keys are not the image's 16 patches: perhaps a selection"),
+    ],
+    ids=["registers", "selection"],
+)
+def test_a_layer_without_a_place_says_why(model: nn.Module, size: int, reason: str) -> None:
+    with torch.no_grad(), capture(model) as attention:
+        model(torch.randn(2, 3, size, size))
+    assert attention[0].geometry is None and reason in str(attention[0].unplaced)
+
+
+def test_a_layer_with_a_place_has_no_reason() -> None:
+    assert [layer.unplaced for layer in run(Transformer(), pictures(32, 32))] == [None]
+
+
 def test_patches_that_were_left_out_have_no_places_even_in_a_number_that_would_fit() -> None:
     assert geometry_of(Transformer(), 32, 32) == Geometry((4, 4), 0, (8, 8))
     assert geometry_of(Transformer(kept=7), 32, 32) is None
@@ -792,6 +815,7 @@ def test_a_given_geometry_that_fits_some_layers_is_not_given_to_the_others() -> 
     with torch.no_grad(), capture(model, geometry=Geometry((2, 3), 0, (16, 16))) as attention:
         model(pictures(32, 48))
     assert [layer.geometry for layer in attention] == [Geometry((2, 3), 0, (16, 16)), None, None]
+    assert attention[1].unplaced == "the given geometry has 6 tokens, the layer 7 keys"
 
 
 def test_a_finder_tells_two_passes_apart() -> None:
@@ -844,3 +868,4 @@ def test_object_queries_have_no_place_on_the_image() -> None:
     attention = run(spread_out(Decoder()), pictures(32, 32))
     assert [layer.name for layer in attention] == ["layer.self_attn", "layer.multihead_attn"]
     assert [layer.geometry for layer in attention] == [None, None]
+    assert all("a decoder's tokens are queries" in str(layer.unplaced) for layer in attention)

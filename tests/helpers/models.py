@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.models.vision_transformer import VisionTransformer
+
+
+def random_vit(seed: int = 0, **overrides: Any) -> VisionTransformer:
+    """Return this project's ViT for images of 15 x 15, in eval mode: 25 patches, 3 heads of 7 columns, 5 layers.
+
+    Every parameter is random and large enough for attention to be far from uniform.
+    """
+    sizes: dict[str, Any] = {"img_size": 15, "patch_size": 3, "embed_dim": 21, "num_heads": 3, "num_layers": 5}
+    model = VisionTransformer(**(sizes | {"mlp_dim": 11} | overrides))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    return model.eval()
 
 
 class HandWritten(nn.Module):

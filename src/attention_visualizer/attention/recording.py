@@ -60,22 +60,24 @@ ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 class OwnWork:
     """Context in which any error is one of capturing itself, and becomes an InternalCaptureError that names the layer.
 
-    A context manager by hand: it is entered twice for each call of a model, and contextlib's costs ten times as much.
+    A CaptureError or UserError is meant as it is.
     """
 
     def __init__(self, model: nn.Module, names: Mapping[int, str]) -> None:
         self.model_name = type(model).__name__
         self.names = names
 
+    def failure(self, error: Exception) -> InternalCaptureError:
+        name = innermost_name(self.names, sys._getframe(1)) or self.model_name
+        text = f"the attention of {name} could not be captured: {type(error).__name__}: {summary(error)}"
+        return InternalCaptureError(text)
+
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, CaptureError | UserError):
-            name = innermost_name(self.names, sys._getframe(1)) or self.model_name
-            raise InternalCaptureError(
-                f"the attention of {name} could not be captured: {type(error).__name__}: {summary(error)}"
-            ) from error
+            raise self.failure(error) from error
 
 
 class Recorder(TorchFunctionMode):
@@ -127,14 +129,18 @@ class Recorder(TorchFunctionMode):
             return self._record(output, lambda heads: fused_call(heads, output, call, before), sys._getframe(1))
         if function is F.multi_head_attention_forward:
             return self._multi_head(call, sys._getframe(1))
-        with self.own_work:
+        try:  # which costs nothing, unlike a context, at each call of a model
             known = self.by_hand.before(call)
+        except Exception as error:
+            raise self.own_work.failure(error) from error
         output = call()
         if isinstance(known, HandWrittenProduct):
             product = known
             return self._record(output, lambda heads: product.describe(heads, output), sys._getframe(1))
-        with self.own_work:
+        try:
             self.by_hand.after(call, known, output)
+        except Exception as error:
+            raise self.own_work.failure(error) from error
         return output
 
     def _multi_head(self, call: FunctionCall, frame: FrameType) -> Any:
