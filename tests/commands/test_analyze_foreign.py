@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from attention_visualizer import AttentionVisualizer, Geometry
 from attention_visualizer.attention.capture import capture
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
-from attention_visualizer.data.image_sets import InputFormat, read_picture
+from attention_visualizer.data.image_sets import InputFormat, read_formatted
 from attention_visualizer.figures import panels
 from attention_visualizer.support.errors import UserError
 from tests.helpers.analyses import (
@@ -110,7 +110,7 @@ def test_every_figure_and_number_for_a_model_from_a_file(place: Path) -> None:
     assert "3 pictures" in report and "broken.jpg could not be read" in report and "by at most" in report
     assert "random weights" not in report and "accuracy" not in report.lower()
     for number, name in enumerate(("china.png", "flower.png", "inner/grey.png")):
-        shown = read_picture(place / "photos" / name, InputFormat.of(model)).permute(1, 2, 0).numpy()
+        shown = read_formatted(place / "photos" / name, InputFormat.of(model)).permute(1, 2, 0).numpy()
         figure = np.asarray(Image.open(place / f"out/attention_methods_sample_{number}.png").convert("RGB"))
         assert contains(figure, panels.resize(shown, 112, 112)), name
     found = statistics_of(place / "out")

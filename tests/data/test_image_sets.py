@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from attention_visualizer.data.image_sets import IMAGENET_MEAN, ImageFolder, InputFormat, read_picture
+from attention_visualizer.data.image_sets import IMAGENET_MEAN, ImageFolder, InputFormat, read_formatted
 from attention_visualizer.support.errors import UserError
 
 COLOUR = InputFormat((32, 48), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -42,7 +42,7 @@ def test_a_very_long_picture_is_never_scaled_as_a_whole(
     monkeypatch.setattr(Image.Image, "resize", watched)
     Image.new("RGB", size, (200, 10, 10)).save(tmp_path / "line.png")
     form = InputFormat((224, 224), 3, (0.5,) * 3, (0.5,) * 3)
-    pixels = read_picture(tmp_path / "line.png", form)
+    pixels = read_formatted(tmp_path / "line.png", form)
     assert max(np.prod(wanted) for wanted in sizes) < 1e7
     assert (pixels.flatten(1) == torch.tensor([[200], [10], [10]])).all()
 
@@ -78,7 +78,7 @@ def test_odd_pictures_come_out_in_the_models_shape(tmp_path: Path, kind: str, fo
     picture = ODD[kind]()
     path = tmp_path / ("picture.tif" if kind in ("CMYK", "16 bits") else "picture.png")
     picture.save(path)
-    pixels = read_picture(path, form)
+    pixels = read_formatted(path, form)
     assert pixels.shape == (form.channels, 32, 48) and pixels.dtype == torch.uint8
     if kind in ("one pixel", "a line", "an upright line"):
         assert (pixels.flatten(1) == pixels[:, :1, 0]).all()
@@ -99,7 +99,7 @@ def test_a_turned_photo_is_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(upright[::-1, ::-1]).save(tmp_path / "turned.png", exif=exif)
-    pixels = read_picture(tmp_path / "turned.png", COLOUR).float()
+    pixels = read_formatted(tmp_path / "turned.png", COLOUR).float()
     assert pixels[:, :10].mean() > 250 and pixels[:, -10:].mean() < 5
 
 
@@ -110,20 +110,20 @@ def test_a_photo_on_its_side_is_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter, clockwise: left comes above
     Image.fromarray(stored).save(tmp_path / "photo.jpg", exif=exif, quality=100)
-    pixels = read_picture(tmp_path / "photo.jpg", InputFormat((80, 40), 3, (0.5,) * 3, (0.5,) * 3)).float()
+    pixels = read_formatted(tmp_path / "photo.jpg", InputFormat((80, 40), 3, (0.5,) * 3, (0.5,) * 3)).float()
     assert pixels[0, :36].mean() > 245 and pixels[0, 44:].mean() < 10
 
 
 def test_the_first_picture_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (48, 32), color) for color in ((250, 0, 0), (0, 0, 250))]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert read_picture(tmp_path / "moving.gif", COLOUR)[:, 9, 9].tolist() == [250, 0, 0]
+    assert read_formatted(tmp_path / "moving.gif", COLOUR)[:, 9, 9].tolist() == [250, 0, 0]
 
 
 def test_the_middle_is_cut_out_and_nothing_is_stretched(tmp_path: Path) -> None:
     columns = np.repeat(np.arange(96, dtype=np.uint8)[None], 32, axis=0)
     Image.fromarray(columns).save(tmp_path / "wide.png")
-    pixels = read_picture(tmp_path / "wide.png", GREY)
+    pixels = read_formatted(tmp_path / "wide.png", GREY)
     np.testing.assert_array_equal(pixels[0, 7], np.arange(24, 72))
 
 
@@ -139,7 +139,7 @@ def test_every_way_of_timm_to_fit_a_picture(tmp_path: Path, mode: Any, size: tup
     model.pretrained_cfg = model.pretrained_cfg | {"crop_mode": mode, "crop_pct": 0.875}
     form = InputFormat.of(model)
     assert (form.fit, form.size, form.crop_share) == (mode, (112, 112), 0.875)
-    ours = read_picture(tmp_path / "photo.png", form).float() / 255 - 0.5
+    ours = read_formatted(tmp_path / "photo.png", form).float() / 255 - 0.5
     torch.testing.assert_close(ours, transform(picture), atol=1e-5, rtol=0)
 
 
@@ -204,7 +204,7 @@ def test_the_folder_one_is_in_has_a_name(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("name", "said"), [("", "this is a folder"), ("none.png", "no such file")])
 def test_a_picture_that_is_none_is_named(tmp_path: Path, name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        read_picture(tmp_path / name, COLOUR)
+        read_formatted(tmp_path / name, COLOUR)
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:

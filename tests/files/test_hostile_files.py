@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
@@ -86,24 +87,47 @@ def doubled(kind: type, times: int = 60) -> Any:
 # --- checkpoints: memory and time
 
 
+HELPER = """
+import json, os, resource, signal, sys, torch
+from pathlib import Path
+from PIL import Image
+from attention_visualizer.data import images
+from attention_visualizer.runs.checkpoint import load_checkpoint
+from attention_visualizer.runs.folders import RunFolder
+from attention_visualizer.runs.history import AttentionHistory
+from attention_visualizer.support.errors import UserError
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+for line in sys.stdin:
+    statement, path = json.loads(line)
+    if os.fork():
+        os.wait()
+        print(flush=True)
+        continue
+    signal.alarm(60)
+    before, path = peak(), Path(path)
+    try:
+        exec(statement)
+        message = "was read"
+    except UserError as error:
+        message = error
+    print(peak() - before, message, end="", flush=True)
+    os._exit(0)
+"""
+
+
+@functools.cache
+def helper() -> subprocess.Popen[str]:
+    """A process that has imported everything and gives each statement a child; it ends with this one."""
+    return subprocess.Popen([sys.executable, "-c", HELPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def limited(statement: str, path: Path, megabytes: int = 1_000) -> str:
-    """The last line of a real process that reads `path` and may use so much memory beyond what its imports do."""
-    program = (
-        "import resource, sys, torch\n"
-        "from pathlib import Path\n"
-        "from attention_visualizer.runs.checkpoint import load_checkpoint\n"
-        "from attention_visualizer.runs.history import AttentionHistory\n"
-        "from attention_visualizer.runs.folders import RunFolder\n"
-        "from attention_visualizer.support.errors import UserError\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-        "before, path = peak(), Path(sys.argv[1])\n"
-        f"try: {statement}\n"
-        "except UserError as error: print(peak() - before, error)\n"
-        "else: print(peak() - before, 'was read')\n"
-    )
-    command = [sys.executable, "-c", program, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    used, _, message = done.stdout.strip().partition(" ")
+    """The message of a process that reads `path` and may use so much memory beyond what its imports do."""
+    process = helper()
+    assert process.stdin is not None and process.stdout is not None
+    print(json.dumps([statement, str(path)]), file=process.stdin, flush=True)
+    used, _, message = process.stdout.readline().strip().partition(" ")
     assert int(used) < megabytes
     return message
 
@@ -465,10 +489,7 @@ def test_the_rest_of_a_folder_is_read_and_the_broken_are_named_once(
 def test_the_largest_picture_fits_the_memory(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     path.write_bytes(png(7999, 8000, depth=16))
-    statement = (
-        "__import__('attention_visualizer.data.images').images.grey_pixels(__import__('PIL.Image').Image.open(path))"
-    )
-    assert limited(statement, path, 600) == "was read"
+    assert limited("images.grey_pixels(Image.open(path))", path, 600) == "was read"
 
 
 def test_floats_from_nought_to_one_are_shades_of_grey(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_manifest_from_start_to_end(tmp_path: Path) -> None:
 def test_a_broken_manifest_is_one_clear_line(tmp_path: Path, text: str) -> None:
     run = RunFolder(tmp_path)
     run.manifest_path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(UserError, match=r"run\.json .*mend or delete it"):
+    with pytest.raises(UserError, match=r"run\.json .*repair or delete it"):
         run.read_manifest()
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from attention_visualizer.attention.geometry import Size, as_size, declared_layout
-from attention_visualizer.data.images import DatasetDescription, grey_pixels, normalise, open_picture, to_unit
+from attention_visualizer.data.images import DatasetDescription, decode, normalise, read_picture, to_unit
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import printable
 
@@ -185,7 +185,7 @@ class ImageFolder:
         readable = []
         for path in found:
             try:
-                decoded(path, format.channels)
+                decode(path, format.channels)
                 readable.append(path)
             except Exception as error:  # Pillow raises many kinds for broken files
                 reason = str(error).replace(str(path), path.name)
@@ -212,7 +212,7 @@ class ImageFolder:
         return printable(self.files[number].relative_to(self.folder))
 
     def read(self, numbers: Iterable[int]) -> Tensor:
-        return torch.stack([read_picture(self.files[number], self.format) for number in numbers])
+        return torch.stack([read_formatted(self.files[number], self.format) for number in numbers])
 
     def model_input(self, pictures: Tensor) -> Tensor:
         mean = torch.tensor(self.format.mean, device=pictures.device)[:, None, None]
@@ -220,32 +220,12 @@ class ImageFolder:
         return (to_unit(pictures) - mean) / std
 
 
-def decoded(path: str | Path, channels: int) -> Image.Image:
-    """The picture upright, transparency on white, as grey (one channel) or RGB. Raises what Pillow raises."""
-    with open_picture(path) as picture:
-        if picture.mode.startswith(("I", "F")):  # more than 8 bits a pixel
-            picture = Image.fromarray(grey_pixels(picture))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("L" if channels == 1 else "RGB")
-
-
-def read_picture(path: str | Path, format: InputFormat) -> Tensor:
-    """uint8 [channel, height, width]: decoded, scaled and cut as timm's and torchvision's transforms do.
+def read_formatted(path: str | Path, format: InputFormat) -> Tensor:
+    """Read a picture as uint8 [channel, height, width], scaled and cut as timm's and torchvision's transforms do.
 
     Raises UserError for a file that is not a picture.
     """
-    try:
-        picture = decoded(path, format.channels)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file: give the path of a picture") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder: give the path of a picture") from None
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises many kinds for broken files
-        raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
+    picture = read_picture(path, format.channels)
     pixels = torch.frombuffer(bytearray(fitted(picture, format).tobytes()), dtype=torch.uint8)
     return pixels.view(*format.size, -1).permute(2, 0, 1).contiguous()
 

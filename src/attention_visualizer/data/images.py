@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 DatasetName = Literal["mnist", "digits"]
 LONGEST_NAME = 100
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MOST_PIXELS = 64_000_000
+MAX_PIXELS = 64_000_000
 TITLES: dict[str, str] = {"mnist": "MNIST", "digits": "scikit-learn digits (not MNIST)"}
 
 
@@ -123,20 +122,7 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
     It is made grey, transparency over white; inverted where its border is light; scaled to fit, and centred on the
     border's colour. Raises UserError for a file that is not a picture.
     """
-    try:
-        with open_picture(path) as picture:
-            grey = grey_pixels(picture)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file: give the path of a picture") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder: give the path of a picture") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture that can be read: give a PNG or JPEG file") from None
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises many kinds for broken files
-        raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
-
+    grey = np.asarray(read_picture(path, 1))
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     if np.median(border) > 127:
         log.info("%s: its border is light, so it is inverted to light ink on dark", printable(path))
@@ -153,34 +139,54 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
     return torch.from_numpy(canvas).repeat(description.channels, 1, 1)
 
 
-@contextmanager
-def open_picture(path: str | Path) -> Iterator[Image.Image]:
-    """The picture, upright, not decoded yet where it need not be turned. Raises UserError for one that is too large,
-    and what Pillow raises."""
+def read_picture(path: str | Path, channels: int) -> Image.Image:
+    """Decode a picture as `decode` does. Raises UserError for a file that is not a picture."""
+    try:
+        return decode(path, channels)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file: give the path of a picture") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder: give the path of a picture") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a picture that can be read: give a PNG or JPEG file") from None
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for broken files
+        raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
+
+
+def decode(path: str | Path, channels: int) -> Image.Image:
+    """Decode a picture of any mode, upright, transparency over white, as grey (one channel) or RGB.
+
+    Raises UserError for one that is too large, ValueError for values that are no shades of grey, and what Pillow
+    raises.
+    """
     # Not every format that Pillow knows: for some it starts another program.
     with open_file(Path(path)) as file, Image.open(file, formats=FORMATS) as picture:
-        if picture.width * picture.height > MOST_PIXELS:
+        if picture.width * picture.height > MAX_PIXELS:
             size = f"{picture.width:,} x {picture.height:,} pixels"
-            raise UserError(f"{path}: {size} are more than {MOST_PIXELS:,}: make the picture smaller")
-        yield ImageOps.exif_transpose(picture)
+            raise UserError(f"{path}: {size} are more than {MAX_PIXELS:,}: make the picture smaller")
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode.startswith(("I", "F")):  # 16 bits a pixel, or 32, of which files use 16
+            upright = Image.fromarray(grey_pixels(upright))
+        if upright.has_transparency_data:
+            upright = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        return upright.convert("L" if channels == 1 else "RGB")
 
 
 def grey_pixels(image: Image.Image) -> np.ndarray:
-    """uint8 [height, width] of a picture of any mode. Raises ValueError for values that are no shades of grey."""
-    if image.mode.startswith(("I", "F")):  # 16 bits a pixel, or 32, of which files use 16
-        values = np.asarray(image)
-        least, most = values.min(), values.max()
-        if not (np.isfinite(least) and np.isfinite(most)):
-            raise ValueError("it has pixels that are NaN or infinite")
-        if not 0 <= least <= most <= 65535:
-            raise ValueError(f"its values from {least:g} to {most:g} are no shades of grey")
-        top = 65535 if image.mode.startswith("I;16") or most > 255 else 255
-        top = 1 if image.mode.startswith("F") and 0 < most <= 1 else top
-        grey = np.empty(values.shape, np.uint8)
-        for row, line in enumerate(values):  # one at a time: a large picture has room only once
-            grey[row] = (line.astype(np.float64) * (255 / top)).round()
-        return grey
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("L"))
+    """Scale the values of a picture of more than 8 bits a pixel to uint8 [height, width]. Raises ValueError for values
+    that are no shades of grey."""
+    values = np.asarray(image)
+    least, most = values.min(), values.max()
+    if not (np.isfinite(least) and np.isfinite(most)):
+        raise ValueError("it has pixels that are NaN or infinite")
+    if not 0 <= least <= most <= 65535:
+        raise ValueError(f"its values from {least:g} to {most:g} are no shades of grey")
+    top = 65535 if image.mode.startswith("I;16") or most > 255 else 255
+    top = 1 if image.mode.startswith("F") and 0 < most <= 1 else top
+    grey = np.empty(values.shape, np.uint8)
+    for row, line in enumerate(values):  # one at a time: a large picture has room only once
+        grey[row] = (line.astype(np.float64) * (255 / top)).round()
+    return grey

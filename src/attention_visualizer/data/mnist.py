@@ -87,7 +87,7 @@ def read_file(path: Path) -> np.ndarray:
     try:
         content = read_bytes(path, LARGEST_FILE + 1)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): mend or delete it") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}): repair or delete it") from error
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 != FILES[path.name]:
         raise UserError(

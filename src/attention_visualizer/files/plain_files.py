@@ -24,12 +24,12 @@ def read_bytes(path: Path, most: int) -> bytes:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
-                raise UserError(f"{path}: {size:,} bytes are more than can be meant: mend or delete it")
+                raise UserError(f"{path}: {size:,} bytes are more than can be meant: repair or delete it")
             return file.read(most)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}): mend or delete it") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}): repair or delete it") from error
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -38,7 +38,7 @@ def open_file(path: Path) -> BinaryIO:
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise UserError(f"{path}: no file that can be read: mend or delete it")
+    raise UserError(f"{path}: no file that can be read: repair or delete it")
 
 
 def open_at_once(path: str, flags: int) -> int:
@@ -53,7 +53,7 @@ def read_json(path: str | Path, most: int = LARGEST_JSON) -> Any:
     except (UserError, FileNotFoundError):
         raise
     except (ValueError, RecursionError) as error:  # ValueError: broken JSON or UTF-8
-        raise UserError(f"{path} cannot be read as JSON ({error!s:.200}): mend or delete it") from error
+        raise UserError(f"{path} cannot be read as JSON ({error!s:.200}): repair or delete it") from error
 
 
 def read_yaml(path: Path) -> Any:

@@ -121,7 +121,7 @@ class RunFolder:
         except FileNotFoundError:
             return {}
         if not isinstance(manifest, dict):
-            raise UserError(f"{self.manifest_path} holds no JSON object: mend or delete it")
+            raise UserError(f"{self.manifest_path} holds no JSON object: repair or delete it")
         return manifest
 
     def update_manifest(self, **fields: Any) -> None:

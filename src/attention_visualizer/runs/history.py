@@ -19,7 +19,7 @@ PARTS = ("probe", "frames", "validations")
 # Numbers of axes that an array, or an entry's part of one, may have; measures, which are not listed, have two.
 AXES = {
     **dict.fromkeys(("step", "epoch"), (0,)),
-    **{"images": (0, 4), "labels": (1,), "class_names": (1,), "grid": (1,), "num_keys": (0, 1), "query": (0,)},
+    **{"images": (0, 4), "labels": (1,), "class_names": (1,), "num_keys": (0, 1), "query": (0,)},
     **{"data": (0,), "maps": (4,), "rollout": (3,), "predicted": (1,), "probability": (1,)},
 }
 LARGEST = 500_000_000  # bytes, unpacked; 1,000 looks at the default model have 10,000,000
@@ -30,8 +30,8 @@ MOST_ENTRIES = 100_000
 class AttentionHistory:
     """A growing record. `probe` is written once; `frames` and `validations` gain one entry a call.
 
-    probe: images [probe, height, width, channel] uint8, labels [probe], class_names [class], grid [2],
-        num_keys [], query []
+    probe: images [probe, height, width, channel] uint8, labels [probe], class_names [class], num_keys [],
+        query []
     frames, one for each look at the probe images: step, epoch, maps [probe, layer, grid height, grid width] (the
         readout query's attention, mean over heads), rollout [probe, grid height, grid width], entropy and distance
         [layer, head], predicted and probability [probe]

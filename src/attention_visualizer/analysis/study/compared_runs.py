@@ -192,7 +192,7 @@ def settings_of(found: Found) -> dict[str, Any]:
         try:
             content = read_yaml(found.run.config_path)
         except (OSError, UserError) as error:
-            raise UserError(f"{found.run.config_path} cannot be read: mend or delete it") from error
+            raise UserError(f"{found.run.config_path} cannot be read: repair or delete it") from error
         others = {name: value for name, value in flat(content) if not name.startswith("model.")}
     if found.loaded.split_seed is not None:
         others["data.split_seed"] = found.loaded.split_seed

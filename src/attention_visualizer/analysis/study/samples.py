@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.data.image_sets import ImageFolder, ImageSet, LabelledImageSet, read_picture
+from attention_visualizer.data.image_sets import ImageFolder, ImageSet, LabelledImageSet, read_formatted
 from attention_visualizer.data.images import read_image
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import printable
@@ -64,7 +64,7 @@ def read_sample(path: str, images: ImageSet) -> Tensor:
     if isinstance(images, LabelledImageSet):
         return read_image(path, images.description)
     assert isinstance(images, ImageFolder)
-    return read_picture(path, images.format)
+    return read_formatted(path, images.format)
 
 
 def choose_samples(
