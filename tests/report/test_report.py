@@ -29,6 +29,10 @@ from tests.helpers.documentation import documented
 
 PROJECT = Path(__file__).resolve().parents[2]
 NASTY = "a|b *c* _d_ `e` <script>alert(1)</script> [f](g) ![h](i) {figure:x} \"j' \\ ~k~ $5 & # + é 数"
+INERT_ELEMENTS = set(
+    "html head meta title style body header main nav section div p h1 h2 a b strong em code pre span ol ul li dl "
+    "dt dd details summary figure figcaption img table thead tbody tr th td".split()
+)  # they fetch nothing and run nothing
 # What our own templates write into the Markdown.
 OUR_HTML = re.compile(
     r'<a id="[a-z]+(-\d+)?">|</a>|<a href="#figure-\d+">|</?details>|<summary>[\w ()]+</summary>'
@@ -283,42 +287,7 @@ def test_the_page_needs_nothing_and_runs_nothing(output: Path) -> None:
     draw(output, hostile()[1])
     for told, given in ((summary(), chapters()), hostile()):
         page = page_of(output, told, given)
-        assert {name for name, _ in page.elements} <= {
-            *(
-                "html",
-                "head",
-                "meta",
-                "title",
-                "style",
-                "body",
-                "header",
-                "main",
-                "nav",
-                "section",
-                "div",
-                "p",
-                "h1",
-                "h2",
-            ),
-            *(
-                "a",
-                "b",
-                "strong",
-                "em",
-                "code",
-                "pre",
-                "span",
-                "ol",
-                "ul",
-                "li",
-                "dl",
-                "dt",
-                "dd",
-                "details",
-                "summary",
-            ),
-            *("figure", "figcaption", "img", "table", "thead", "tbody", "tr", "th", "td"),
-        }
+        assert {name for name, _ in page.elements} <= INERT_ELEMENTS
         for name, attributes in page.elements:
             assert not [each for each in attributes if each.startswith("on") or each in ("style", "srcset")], name
         assert all(picture["src"].startswith("data:image/") for picture in page.all("img"))
@@ -408,7 +377,7 @@ def test_placeholders_that_stand_for_nothing_raise(output: Path, text: str, fiel
     value: Any = Finding(f"x {text}") if field == "finding" else f"x {text}"
     given["statistics"] = replace(given["statistics"], **{field: value})
     with pytest.raises(ValueError, match="statistics"):
-        markdown_report.check(given, output)
+        markdown_report.check("statistics", given["statistics"], output)
     with pytest.raises(ValueError, match="statistics"):
         markdown_report.markdown(summary(), given)
 
@@ -426,11 +395,11 @@ def test_placeholders_that_stand_for_nothing_raise(output: Path, text: str, fiel
     ],
 )
 def test_a_chapter_that_cannot_be_reported_is_found_when_it_is_made(output: Path, change: dict[str, Any]) -> None:
-    given = chapters()
-    markdown_report.check(given, output)
-    given["statistics"] = replace(given["statistics"], **{"text": "", "finding": None, "caution": ""} | change)
+    patterns, statistics, _ = chapters().values()
+    markdown_report.check("statistics", statistics, output, [patterns])
+    changed = replace(statistics, **{"text": "", "finding": None, "caution": ""} | change)
     with pytest.raises((ValueError, TypeError, AttributeError)):
-        markdown_report.check(given, output)
+        markdown_report.check("statistics", changed, output, [patterns])
 
 
 # --- files ---

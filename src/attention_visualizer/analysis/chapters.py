@@ -92,7 +92,7 @@ def write_chapter(study: Study, name: str, written: Mapping[str, Chapter]) -> Ch
     """One chapter, or why it is missing, checked together with those `written` before."""
     try:
         chapter = CHAPTERS[name](study)
-        markdown_report.check({**written, name: chapter}, study.output.folder)
+        markdown_report.check(name, chapter, study.output.folder, written.values())
     except Exception as error:  # whatever goes wrong in one chapter is no reason to lose the others
         log.debug("chapter %s", name, exc_info=True)
         return Chapter(name.capitalize(), "", missing=reason_of(error))

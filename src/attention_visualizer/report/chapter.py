@@ -10,10 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FigureFile:
-    """A figure that was written: its file name inside the output folder, and what it shows, as plain text."""
+    """A figure that was written."""
 
-    name: str
-    caption: str
+    name: str  # of its file inside the output folder
+    caption: str  # what it shows, plain text
 
     @property
     def stem(self) -> str:
@@ -21,7 +21,7 @@ class FigureFile:
 
     @property
     def of_sample(self) -> bool:
-        """One of several alike, `<stem>_sample_<i>`, which a page may fold away."""
+        """Whether it is one of several alike, `<stem>_sample_<i>`, which a page may fold away."""
         return re.fullmatch(r".+_sample_\d+", self.stem) is not None
 
 
@@ -36,34 +36,32 @@ class Table:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a busy reader should take along: one or two sentences in Markdown, and the figure that shows it, by name."""
+    """A headline finding."""
 
-    text: str
-    figure: str | None = None
+    text: str  # one or two sentences in Markdown
+    figure: str | None = None  # the name of the figure that shows it
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """`text` is Markdown; `numbers` goes into attention_statistics.json under the chapter's name, `records` (rows
-    of one tidy table) into attention_statistics.csv. finding: for the report's first screen; caution: what not to
-    believe, a sentence in Markdown for the same place. missing: why there is no such chapter after all, in one line.
+    """A chapter of the report.
 
     In text, finding and caution, {figure:attention_roles} becomes the number of the chapter's figure with that stem
     ("Figure 7"), {table:1} that of its first table. Foreign text in them goes through `escape_markdown`.
     """
 
     title: str
-    text: str
+    text: str  # Markdown
     figures: list[FigureFile] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    records: list[dict[str, Any]] = field(default_factory=list)
-    finding: Finding | None = None
-    caution: str = ""
-    missing: str = ""
+    numbers: dict[str, Any] = field(default_factory=dict)  # for attention_statistics.json
+    records: list[dict[str, Any]] = field(default_factory=list)  # rows of a tidy table, for attention_statistics.csv
+    finding: Finding | None = None  # for the report's first screen
+    caution: str = ""  # what not to believe, a sentence in Markdown for the same place
+    missing: str = ""  # why there is no such chapter after all, in one line
 
 
 def escape_markdown(text: str) -> str:
-    """Foreign text (names, paths) as itself: no markup, no HTML, no table cell or placeholder of its own."""
+    """Escape foreign text (names, paths): no markup, no HTML, no table cell or placeholder of its own."""
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_{}\[\]|~$])", r"\\\1", " ".join(text.split()))

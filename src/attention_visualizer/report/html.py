@@ -23,8 +23,8 @@ NUMBER = re.compile(r"[-+−<>~]?\s?\d[\d,.]*(\s?%)?(\s\(.*\))?|–|")
 
 
 def render(contents: dict[str, Any], folder: Path) -> Iterator[str]:
-    """The page piece by piece, so that one figure at a time is in memory. contents: of report.contents; folder: where
-    the figures are."""
+    """Render the page piece by piece, so that one figure at a time is in memory. contents: of `markdown.contents`;
+    folder: where the figures are."""
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     environment = Environment(
         loader=PackageLoader("attention_visualizer.report"),
@@ -51,13 +51,13 @@ def render(contents: dict[str, Any], folder: Path) -> Iterator[str]:
 
 
 def embedded(path: Path) -> str | None:
-    """The picture as an address that holds it; None for kinds that are linked."""
+    """Encode a figure as an address that holds it; None for kinds that are linked."""
     kind = KINDS.get(path.suffix)
     return None if kind is None else data_address(kind, path.read_bytes())
 
 
 def thumbnail(path: Path) -> str | None:
-    """A small copy as an address that holds it; None for kinds that are linked."""
+    """Encode a small copy as an address that holds it; None for kinds that are linked."""
     if path.suffix not in KINDS:
         return None
     with Image.open(path) as picture:
@@ -73,7 +73,7 @@ def data_address(kind: str, content: bytes) -> str:
 
 
 def pixels(path: Path) -> tuple[int, int] | None:
-    """Width and height, with which a browser keeps the place free."""
+    """Read width and height, with which a browser keeps the place free; None for kinds that are linked."""
     if path.suffix not in KINDS:
         return None
     with Image.open(path) as picture:
@@ -81,7 +81,7 @@ def pixels(path: Path) -> tuple[int, int] | None:
 
 
 def numeric_columns(table: Table) -> list[bool]:
-    """Which columns hold nothing but numbers: those stand flush right."""
+    """Whether each column holds nothing but numbers: those stand flush right."""
     return [
         bool(table.rows) and all(NUMBER.fullmatch(row[column]) is not None for row in table.rows)
         for column in range(len(table.columns))

@@ -1,4 +1,4 @@
-"""The report of an analysis, from chapters to Markdown, HTML, CSV and JSON. It computes nothing."""
+"""Write the report of an analysis, from chapters to Markdown, HTML, CSV and JSON; compute nothing."""
 
 from __future__ import annotations
 
@@ -31,89 +31,91 @@ THUMBNAIL_WIDTH = 240  # pixels, in Markdown
 
 @dataclass(frozen=True)
 class ReportHeader:
-    """The head of the report: what was analysed. headline: model, data and accuracy, for a line; facts: label -> text;
-    command: what makes it again, in `language`."""
+    """The head of the report: what was analysed."""
 
     title: str
-    facts: dict[str, str]
+    facts: dict[str, str]  # label -> text
     warnings: list[str]
-    command: str
-    language: str = "bash"
-    headline: Sequence[str] = ()
+    command: str  # that makes the report again
+    language: str = "bash"  # of the command
+    headline: Sequence[str] = ()  # model, data and accuracy, for one line
 
 
 @dataclass(frozen=True)
 class Part:
-    """A chapter in its place; its figures and tables with their numbers, which count over the whole report."""
+    """A chapter in its place."""
 
     number: int
     name: str
     chapter: Chapter
-    figures: list[tuple[int, FigureFile]]
-    tables: list[tuple[int, Table]]
+    figures: list[tuple[int, FigureFile]]  # with their numbers, which count over the whole report
+    tables: list[tuple[int, Table]]  # likewise
 
     def figure(self, name: str) -> tuple[int, FigureFile]:
-        """By file name or stem. Raises ValueError where the chapter has no such figure."""
+        """Return the figure of a file name or stem. Raise ValueError where the chapter has no such figure."""
         for number, figure in self.figures:
             if name in (figure.name, figure.stem):
                 return number, figure
         raise ValueError(f"chapter {self.name} has no figure {name}")
 
     def resolve(self, text: str, linked: bool = False) -> str:
-        """`text` with numbers for its placeholders, as links inside a page if `linked`. Raises ValueError for
+        """Put numbers in the place of placeholders, as links inside a page if `linked`. Raise ValueError for
         placeholders that stand for nothing."""
 
-        def number(match: re.Match[str]) -> str:
-            kind, of = match.groups()
+        def reference(match: re.Match[str]) -> str:
+            kind, name = match.groups()
             if kind == "figure":
-                found = self.figure(of)[0]
-            elif kind == "table" and of.isdecimal() and 1 <= int(of) <= len(self.tables):
-                found = self.tables[int(of) - 1][0]
+                number = self.figure(name)[0]
+            elif kind == "table" and name.isdecimal() and 1 <= int(name) <= len(self.tables):
+                number = self.tables[int(name) - 1][0]
             else:
                 raise ValueError(f"chapter {self.name}: nothing is called {match.group()}")
-            words = f"{kind.title()} {found}"
-            return f"[{words}](#{kind}-{found})" if linked else words
+            words = f"{kind.title()} {number}"
+            return f"[{words}](#{kind}-{number})" if linked else words
 
-        return PLACEHOLDER.sub(number, text)
+        return PLACEHOLDER.sub(reference, text)
 
 
 def numbered(chapters: dict[str, Chapter]) -> list[Part]:
-    """Raises ValueError for two figures of one name."""
+    """Number chapters, figures and tables. Raise ValueError for two figures of one name."""
     parts: list[Part] = []
     figures, tables = 0, 0
     names: set[str] = set()
     for name, chapter in chapters.items():
-        own_figures = list(enumerate(chapter.figures, start=figures + 1))
-        own_tables = list(enumerate(chapter.tables, start=tables + 1))
-        figures, tables = figures + len(own_figures), tables + len(own_tables)
+        numbered_figures = list(enumerate(chapter.figures, start=figures + 1))
+        numbered_tables = list(enumerate(chapter.tables, start=tables + 1))
+        figures, tables = figures + len(numbered_figures), tables + len(numbered_tables)
         for figure in chapter.figures:
             if figure.name in names:
                 raise ValueError(f"chapter {name}: there are two figures {figure.name}")
             names.add(figure.name)
-        parts.append(Part(len(parts) + 1, name, chapter, own_figures, own_tables))
+        parts.append(Part(len(parts) + 1, name, chapter, numbered_figures, numbered_tables))
     return parts
 
 
-def check(chapters: dict[str, Chapter], folder: Path) -> None:
-    """Raises an exception for what could not be reported, such as figures that are not in `folder`."""
-    parts = numbered(chapters)
-    for part in parts:
-        for _, figure in part.figures:
-            if not (folder / figure.name).is_file():
-                raise ValueError(f"chapter {part.name}: there is no file {figure.name}")
-        for _, table in part.tables:
-            if any(len(row) != len(table.columns) for row in table.rows):
-                raise ValueError(f"chapter {part.name}: not all rows of a table have {len(table.columns)} cells")
+def check(name: str, chapter: Chapter, folder: Path, earlier: Iterable[Chapter] = ()) -> None:
+    """Raise an exception if a chapter could not be reported after `earlier` ones, such as for figures that are not in
+    `folder`."""
+    parts = numbered({name: chapter})
+    taken = {figure.name for each in earlier for figure in each.figures}
+    for figure in chapter.figures:
+        if figure.name in taken:
+            raise ValueError(f"chapter {name}: there are two figures {figure.name}")
+        if not (folder / figure.name).is_file():
+            raise ValueError(f"chapter {name}: there is no file {figure.name}")
+    for table in chapter.tables:
+        if any(len(row) != len(table.columns) for row in table.rows):
+            raise ValueError(f"chapter {name}: not all rows of a table have {len(table.columns)} cells")
     empty = ReportHeader("", {}, [], "")
     json.dumps(atomic.json_ready(statistics(empty, parts)), allow_nan=False)
-    as_csv([record for chapter in chapters.values() for record in chapter.records])
-    markdown(empty, chapters)
+    as_csv(chapter.records)
+    markdown(empty, {name: chapter})
 
 
 def write(
     output: Path, summary: ReportHeader, chapters: dict[str, Chapter], earlier_figures: Iterable[str] = ()
 ) -> Path:
-    """Writes the report and the numbers behind it into the folder of the figures; the reports come last, so that they
+    """Write the report and the numbers behind it into the folder of the figures; the reports come last, so that they
     never name what is not there. earlier_figures: of an earlier analysis of the same weights, which stay."""
     parts = numbered(chapters)
     atomic.write_json(output / f"{STATISTICS}.json", statistics(summary, parts, earlier_figures))
@@ -128,7 +130,7 @@ def write(
 
 
 def statistics(summary: ReportHeader, parts: list[Part], earlier_figures: Iterable[str] = ()) -> dict[str, Any]:
-    """What attention_statistics.json holds, as docs/report.md describes it."""
+    """Build the content of attention_statistics.json, as docs/report.md describes it."""
     return {
         "schema": SCHEMA,
         "facts": summary.facts,
@@ -166,7 +168,7 @@ def one_line(text: str) -> str:
 
 
 def as_csv(records: list[dict[str, Any]]) -> str:
-    """One table of all records; a cell stays empty where a record has no such field."""
+    """Format all records as one table; a cell stays empty where a record has no such field."""
     names = dict.fromkeys(name for record in records for name in record)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -176,11 +178,11 @@ def as_csv(records: list[dict[str, Any]]) -> str:
 
 
 def contents(summary: ReportHeader, parts: list[Part]) -> dict[str, Any]:
-    """What both templates are filled with."""
+    """Build what both templates are filled with."""
     return {
         "summary": summary,
         "parts": parts,
-        # Of the last chapters: they ask what the first ones only describe.
+        # Those of the last chapters: they ask what the first ones only describe.
         "findings": [part for part in parts if part.chapter.finding is not None][-MOST_FINDINGS:],
         "cautions": [part for part in parts if part.chapter.caution],
         "missing": [part for part in parts if part.chapter.missing],
@@ -193,27 +195,29 @@ def contents(summary: ReportHeader, parts: list[Part]) -> dict[str, Any]:
 
 
 def folded(part: Part) -> list[tuple[tuple[int, FigureFile], list[tuple[int, FigureFile]]]]:
-    """A chapter's figures in their order; each with those that are folded away behind it, the same of other samples."""
-    found: list[tuple[tuple[int, FigureFile], list[tuple[int, FigureFile]]]] = []
+    """Group a chapter's figures, in order: each with those folded away behind it, the same of other samples."""
+    groups: list[tuple[tuple[int, FigureFile], list[tuple[int, FigureFile]]]] = []
     series = None
     for number, figure in part.figures:
-        own = figure.stem.rpartition("_")[0] if figure.of_sample else None
-        if own is not None and own == series:
-            found[-1][1].append((number, figure))
+        stem = figure.stem.rpartition("_")[0] if figure.of_sample else None
+        if stem is not None and stem == series:
+            groups[-1][1].append((number, figure))
         else:
-            found.append(((number, figure), []))
-        series = own
-    return found
+            groups.append(((number, figure), []))
+        series = stem
+    return groups
 
 
 def more(others: list[tuple[int, FigureFile]]) -> str:
-    """What a fold says: "The same for 7 more images (Figures 2 to 8)"."""
+    """The label of a fold: "The same for 7 more images (Figures 2 to 8)"."""
     first, last = others[0][0], others[-1][0]
-    span = f"Figure {first}" if first == last else f"Figures {first} to {last}"
-    return f"The same for {len(others)} more image{'s' * (len(others) > 1)} ({span})"
+    if len(others) == 1:
+        return f"The same for 1 more image (Figure {first})"
+    return f"The same for {len(others)} more images (Figures {first} to {last})"
 
 
 def markdown(summary: ReportHeader, chapters: dict[str, Chapter]) -> str:
+    """Render the report as Markdown."""
     environment = Environment(
         loader=PackageLoader("attention_visualizer.report"),
         undefined=StrictUndefined,
@@ -234,5 +238,5 @@ def markdown(summary: ReportHeader, chapters: dict[str, Chapter]) -> str:
 
 
 def fence(text: str) -> str:
-    """Back quotes that `text` cannot end."""
+    """Return as many back quotes as `text` cannot end."""
     return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))

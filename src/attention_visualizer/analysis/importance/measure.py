@@ -94,7 +94,7 @@ class Importance:
         return int(self.matters(ablation)[self.heads.index].sum())
 
     def loss(self, ablation: str) -> Interval:
-        """Of the score, without each head: [existing head]."""
+        """The loss of the score without each head, [existing head]."""
         return self.score_changes[ablation][self.heads.index].times(-1)
 
     @property
