@@ -16,15 +16,11 @@ from torch import Tensor
 from attention_visualizer.analysis.importance import chapter as importance_chapter
 from attention_visualizer.analysis.importance.figure import draw
 from attention_visualizer.analysis.importance.measure import ABLATIONS, correlate, measure, relative_score
-from attention_visualizer.analysis.study.budget import Budget
-from attention_visualizer.analysis.study.output import Output
-from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.measures import intervals
 from attention_visualizer.models.vision_transformer import VisionTransformer
+from tests.helpers.studies import first_digits, study_of
 
 HEADS, LAYERS, N = 3, 2, 90
 SIZES: dict[str, Any] = {
@@ -68,14 +64,8 @@ def planted() -> tuple[VisionTransformer, LabelledImageSet]:
     return model, LabelledImageSet(description, images, labels)
 
 
-def study_of(model: VisionTransformer, pictures: LabelledImageSet, folder: Path, **budget: Any) -> Study:
-    return Study(
-        Target(model, pictures), Output(folder), "weights", budget=Budget(**{"images": 60, "controls": 1} | budget)
-    )
-
-
 def test_only_the_planted_head_matters(planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path) -> None:
-    study = study_of(*planted, tmp_path)
+    study = study_of(*planted, tmp_path, 60, 1)
     measured = measure(study, study.stratified_rows(60))
     assert measured.is_learnt and float(measured.accuracy.value) == 1.0 and measured.class_source == "true"
     mattering = measured.matters("zero")
@@ -94,7 +84,7 @@ def test_switching_off_is_a_projection_without_the_heads_columns(
 ) -> None:
     torch.manual_seed(4)
     model = VisionTransformer(**SIZES).eval()
-    study = study_of(model, planted[1], tmp_path)
+    study = study_of(model, planted[1], tmp_path, 60, 1)
     rows = study.stratified_rows(40)
     measured = measure(study, rows)
     images = study.target.model_input(study.target.images.read(rows.tolist()))
@@ -116,13 +106,12 @@ def test_switching_off_is_a_projection_without_the_heads_columns(
 )
 def test_nothing_is_needed_for_a_guess(seed: int, labelled: bool, said: str, tmp_path: Path) -> None:
     """Also where classes are not known, and the model's agreement with itself would pass for an answer."""
-    data = ImageDataModule(name="digits", fallback=None)
-    data.load()
-    images, labels = (each[:80] for each in data.splits["test"])
-    pictures = LabelledImageSet(data.description, images, labels if labelled else None)
+    pictures = first_digits(80)
+    if not labelled:
+        pictures = LabelledImageSet(pictures.description, pictures.images, None)
     torch.manual_seed(seed)
     model = VisionTransformer(embed_dim=12, num_heads=2, num_layers=2, mlp_dim=9).eval()
-    study = study_of(model, pictures, tmp_path)
+    study = study_of(model, pictures, tmp_path, 60, 1)
     measured = measure(study, study.stratified_rows(60))
     assert not measured.is_learnt and not any(measured.matters(ablation).any() for ablation in ABLATIONS)
     chapter = importance_chapter.CHAPTER(study)
@@ -135,10 +124,10 @@ def test_too_much_work_and_too_few_images_are_left_out(
     planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path
 ) -> None:
     model, pictures = planted
-    much = importance_chapter.CHAPTER(study_of(model, pictures, tmp_path, max_cost=1e5))
+    much = importance_chapter.CHAPTER(study_of(model, pictures, tmp_path, 60, 1, max_cost=1e5))
     assert "Left out" in much.text and "subset=50" in much.text and not much.figures
     few = LabelledImageSet(pictures.description, pictures.images[:20], pictures.labels[:20])  # type: ignore[index]
-    assert "at least 30 images" in importance_chapter.CHAPTER(study_of(model, few, tmp_path)).text
+    assert "at least 30 images" in importance_chapter.CHAPTER(study_of(model, few, tmp_path, 60, 1)).text
 
 
 def test_correlations_are_adjusted_together() -> None:
@@ -159,7 +148,7 @@ def test_correlations_are_adjusted_together() -> None:
 
 
 def test_all_correlations_are_told(planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path) -> None:
-    chapter = importance_chapter.CHAPTER(study_of(*planted, tmp_path))
+    chapter = importance_chapter.CHAPTER(study_of(*planted, tmp_path, 60, 1))
     told = chapter.text.split("Rank correlations")[1]
     assert told.count("when switched off (p = ") == told.count("when averaged (p = ") == 2 and "6 heads" in told
 
@@ -167,7 +156,7 @@ def test_all_correlations_are_told(planted: tuple[VisionTransformer, LabelledIma
 def test_labels_of_points_stay_inside_their_axes(
     planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path
 ) -> None:
-    study = study_of(*planted, tmp_path)
+    study = study_of(*planted, tmp_path, 60, 1)
     figure = draw(measure(study, study.stratified_rows(60)))
     figure.draw_without_rendering()
     annotated = [(axes, text) for axes in figure.axes for text in axes.texts if isinstance(text, Annotation)]
@@ -180,7 +169,7 @@ def test_labels_of_points_stay_inside_their_axes(
 def test_an_accuracy_that_nothing_changes_still_has_an_interval(
     planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path
 ) -> None:
-    study = study_of(*planted, tmp_path)
+    study = study_of(*planted, tmp_path, 60, 1)
     measured = measure(study, study.stratified_rows(60))
     unchanged = measured.accuracy_changes["mean"][0, 0]
     assert unchanged.value == 0 and unchanged.low < 0 < unchanged.high and unchanged.n == 60

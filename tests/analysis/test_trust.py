@@ -11,10 +11,7 @@ import pytest
 import scipy.stats
 import torch
 
-from attention_visualizer.analysis.study.budget import Budget
-from attention_visualizer.analysis.study.output import Output
-from attention_visualizer.analysis.study.study import FIRST_CONTROL, Study
-from attention_visualizer.analysis.study.target import Target
+from attention_visualizer.analysis.study.study import FIRST_CONTROL
 from attention_visualizer.analysis.trust import chapter as trust_chapter
 from attention_visualizer.analysis.trust import measure as trust_measure
 from attention_visualizer.analysis.trust.measure import (
@@ -37,13 +34,13 @@ from attention_visualizer.analysis.trust.verdict import (
     MethodTrust,
     judge,
 )
-from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.perturbation import OPERATORS, Curves, Operator, ranking_of
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.models.vision_transformer import VisionTransformer
+from tests.helpers.studies import first_digits, study_of
 
 WITHOUT_QUANTUS = "python -m pip install --no-deps quantus==0.6.0"  # see .ci/run
 SMALL = {"embed_dim": 22, "num_heads": 2, "num_layers": 2, "mlp_dim": 29}
@@ -53,14 +50,7 @@ METHODS = ["CLS attention", "rollout", "relevance", "gradient x attention"]
 
 @pytest.fixture(scope="module")
 def digits() -> LabelledImageSet:
-    data = ImageDataModule(name="digits", fallback=None)
-    data.load()
-    images, labels = data.splits["test"]
-    return LabelledImageSet(data.description, images[:120], labels[:120])
-
-
-def study_of(model: VisionTransformer, pictures: LabelledImageSet, folder: Path, count: int = 40) -> Study:
-    return Study(Target(model.eval(), pictures), Output(folder), "weights", budget=Budget(count, 2))
+    return first_digits(120)
 
 
 def random_model(seed: int) -> VisionTransformer:
@@ -220,7 +210,7 @@ def test_randomisation_is_quantus(digits: LabelledImageSet, tmp_path: Path, monk
     quantus = pytest.importorskip("quantus", reason=WITHOUT_QUANTUS)
     from quantus.helpers.model.pytorch_model import PyTorchModel
 
-    study, numbers = study_of(random_model(3), digits, tmp_path), np.arange(7)
+    study, numbers = study_of(random_model(3), digits, tmp_path, 40, 2), np.arange(7)
     model = study.target.model
     assert isinstance(model, VisionTransformer)
     inputs = study.target.model_input(digits.read(numbers.tolist()))
@@ -263,7 +253,7 @@ def test_weights_become_random_from_the_output_down() -> None:
 
 @pytest.mark.parametrize("seed", [11, 12, 13, 14])
 def test_random_weights_are_never_trusted(seed: int, digits: LabelledImageSet, tmp_path: Path) -> None:
-    study = study_of(random_model(seed), digits, tmp_path)
+    study = study_of(random_model(seed), digits, tmp_path, 40, 2)
     model = study.target.model
     assert isinstance(model, VisionTransformer)
     found = measure(study, study.stratified_rows(40))
@@ -277,7 +267,7 @@ def test_random_weights_are_never_trusted(seed: int, digits: LabelledImageSet, t
 def test_blocks_of_pictures_change_nothing(
     digits: LabelledImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = study_of(random_model(5), digits, tmp_path)
+    study = study_of(random_model(5), digits, tmp_path, 40, 2)
     whole = measure(study, study.stratified_rows(20))
     monkeypatch.setattr(trust_measure, "MOST_TOKENS", 7 * 16)
     sizes: list[int] = []
@@ -299,7 +289,7 @@ def test_what_random_weights_answer_as_well_is_not_learnt(digits: LabelledImageS
     pictures, all_of_them = LabelledImageSet(digits.description, digits.images, labels), np.arange(120)
     answers = []
     for controls in (0, 1):
-        study = Study(Target(lucky, pictures), Output(tmp_path), "weights", budget=Budget(120, controls))
+        study = study_of(lucky, pictures, tmp_path, 120, controls)
         answers.append(has_learnt(study, all_of_them, labels.numpy(), all_of_them[::2]))
     assert answers == [True, False]
 
@@ -360,7 +350,7 @@ def marked_model() -> VisionTransformer:
 def test_known_good_maps_are_trusted_and_known_bad_ones_are_not(tmp_path: Path) -> None:
     """The mark is the least inked of inked patches, and hardly attended to."""
     pictures = marked_pictures(60)
-    study = Study(Target(marked_model(), pictures), Output(tmp_path), "planted", budget=Budget(60, 3))
+    study = study_of(marked_model(), pictures, tmp_path, 60, 3)
     found = measure(study, study.stratified_rows(60))
     verdicts = {each.name: each.is_trusted for each in found.methods}
     assert verdicts == {"CLS attention": False, "rollout": False, "relevance": True, "gradient x attention": True}, [
@@ -369,16 +359,14 @@ def test_known_good_maps_are_trusted_and_known_bad_ones_are_not(tmp_path: Path) 
     good = found.curves["relevance", "fill"]
     assert (good.deletion[:, 0] > 0.99).all() and np.allclose(good.deletion[:, 1:], 0.5, atol=1e-3)
     assert found.methods[0].worst.baseline == AMOUNT or found.methods[0].worst.value.value < 0
-    alone = Study(Target(marked_model(), pictures), Output(tmp_path), "planted", budget=Budget(60, 0))
+    alone = study_of(marked_model(), pictures, tmp_path, 60, 0)
     assert not any(each.is_trusted for each in measure(alone, alone.stratified_rows(60)).methods)
-    unlearnt = Study(
-        Target(random_weights(marked_model(), 5), pictures), Output(tmp_path), "random", budget=Budget(60, 3)
-    )
+    unlearnt = study_of(random_weights(marked_model(), 5), pictures, tmp_path, 60, 3)
     assert not any(each.is_trusted for each in measure(unlearnt, unlearnt.stratified_rows(60)).methods)
 
 
 def test_the_chapter_says_the_same_twice_and_all_of_it(digits: LabelledImageSet, tmp_path: Path) -> None:
-    chapters = [trust_chapter.CHAPTER(study_of(random_model(5), digits, tmp_path, 30)) for _ in range(2)]
+    chapters = [trust_chapter.CHAPTER(study_of(random_model(5), digits, tmp_path, 30, 2)) for _ in range(2)]
     first = json.dumps(chapters[0].numbers, allow_nan=False)
     assert first == json.dumps(chapters[1].numbers, allow_nan=False) and chapters[0].text == chapters[1].text
     numbers = json.loads(first)
@@ -390,7 +378,7 @@ def test_the_chapter_says_the_same_twice_and_all_of_it(digits: LabelledImageSet,
 
 def test_without_known_classes_the_chapter_is_one_sentence(digits: LabelledImageSet, tmp_path: Path) -> None:
     nameless = LabelledImageSet(digits.description, digits.images, None)
-    chapter = trust_chapter.CHAPTER(study_of(random_model(5), nameless, tmp_path))
+    chapter = trust_chapter.CHAPTER(study_of(random_model(5), nameless, tmp_path, 40, 2))
     assert "classes are known" in chapter.text and not chapter.figures
 
 
