@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
 from attention_visualizer.measures.intervals import Interval
+
+Array = NDArray[Any]
 
 OUTCOME_MEASURES = ("entropy", "effective_tokens", "maximum", "distance")
 
@@ -51,16 +56,15 @@ def depth_trends(survey: Survey) -> dict[str, Interval]:
     trends = {}
     for name in ("entropy", "distance"):
         layers = np.flatnonzero(survey.patch_queries_count | (name != "distance"))
-        third = len(layers) // 3
-        if third:
-            index = MEASURE_NAMES.index(name)
-            trends[name] = survey.means.of(
-                lambda means, index=index, layers=layers, third=third: (  # type: ignore[misc]
-                    means[..., index, layers[-third:], -1].mean(axis=-1)
-                    - means[..., index, layers[:third], -1].mean(axis=-1)
-                )
-            )
+        if len(layers) >= 3:
+            trends[name] = survey.means.of(partial(deep_minus_shallow, MEASURE_NAMES.index(name), layers))
     return trends
+
+
+def deep_minus_shallow(measure_index: int, layers: Array, means: Array) -> Array:
+    """means: [..., measure, layer, head + 1] -> [...]."""
+    third, of_layers = len(layers) // 3, means[..., measure_index, layers, -1]
+    return np.asarray(of_layers[..., -third:].mean(axis=-1) - of_layers[..., :third].mean(axis=-1))
 
 
 def measure_groups(survey: Survey, class_names: list[str]) -> Groups | None:
