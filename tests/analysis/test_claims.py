@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from attention_visualizer import VisionTransformer
 from attention_visualizer.analysis.claims import chapter
+from attention_visualizer.analysis.claims.content import Content
 from attention_visualizer.analysis.claims.declared import (
     beyond_others,
     declared_claims,
@@ -22,25 +23,23 @@ from attention_visualizer.analysis.claims.declared import (
     thirds,
     weights_of,
 )
-from attention_visualizer.analysis.claims.measure import (
-    Content,
+from attention_visualizer.analysis.claims.evidence import (
     Distances,
     Evidence,
     between_classes,
     coverage,
     evidence_of,
     gather,
-    relative_distances,
     resample,
+    resampled_distances,
     spread,
-    uniform_distance,
 )
+from attention_visualizer.analysis.claims.measure import control_evidence
 from attention_visualizer.analysis.claims.verdicts import Judgement, judge
 from attention_visualizer.analysis.study.budget import Budget
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import ImageFolder, InputFormat, LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
@@ -271,7 +270,7 @@ def test_random_weights_support_nothing(tmp_path: Path) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
         subject = study(VisionTransformer().eval(), tmp_path)
-        reference = reference or chapter.control_evidence(subject)
+        reference = reference or control_evidence(subject)
         found = evidence_of(subject.survey, subject.target.images.read(subject.survey.kept))
         judgements = judge(declared_claims(found)[0], found, reference)
         assert {each.verdict for each in judgements} == {"not supported"}
@@ -365,11 +364,6 @@ def test_spread_and_coverage_by_hand() -> None:
     assert coverage(shares, own)[0] == pytest.approx([0.5, 1.0])
 
 
-def test_distances_are_relative_to_uniform() -> None:
-    """14.06 px for 4 x 4 patches of 7 px (docs/measures.md) less what the class token does not change."""
-    assert uniform_distance(Geometry((4, 4), 1, (7, 7)).patch_centers()) == pytest.approx(14.06, abs=0.01)
-
-
 def test_resampling_moves_values_as_their_standard_error_says() -> None:
     sample = np.random.default_rng(0).normal(2.0, 3.0, (2300, 2))
     values = {"a": sample.mean(axis=0)}
@@ -417,7 +411,7 @@ def test_the_last_layers_patch_queries_stay_out(tmp_path: Path) -> None:
     pooled = study(VisionTransformer(num_layers=3, pooling="mean").eval(), tmp_path, 120)
     found = evidence_of(pooled.survey, pooled.target.images.read(pooled.survey.kept))
     assert found.depth == (0, 1, 2) and any("locally" in each.name for each in declared_claims(found)[0])
-    distances = relative_distances(pooled.survey)
+    distances = resampled_distances(pooled.survey)
     value, replicates = distances.value, distances.replicates
     assert distances.n == 120 and value.shape == (3,) and replicates.shape == (1000, 3)
     assert replicates.mean(axis=0) == pytest.approx(value, rel=0.01)

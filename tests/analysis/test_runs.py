@@ -17,16 +17,17 @@ import yaml
 
 from attention_visualizer.analysis.chapters import ANALYSIS_FILE_NAMES
 from attention_visualizer.analysis.runs import chapter as runs_chapter
-from attention_visualizer.analysis.runs import seeds, seeds_measure, settings_measure
-from attention_visualizer.analysis.runs.survey import inked_of, random_weights_of, survey_runs, uniform_distance
+from attention_visualizer.analysis.runs.seeds.chapter import describe_heads
+from attention_visualizer.analysis.runs.seeds.measure import measure as compare_seeds
+from attention_visualizer.analysis.runs.settings.measure import mean_over_layers
+from attention_visualizer.analysis.runs.settings.measure import measure as compare_settings
+from attention_visualizer.analysis.runs.survey import survey_runs
 from attention_visualizer.analysis.study.budget import Budget
 from attention_visualizer.analysis.study.compared_runs import find_compared_runs
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.analysis.study.survey import MEASURE_NAMES
 from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.analysis.study.weights import find_weights
-from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.files.atomic import write_json
@@ -167,8 +168,8 @@ def test_a_sweep_stands_for_its_jobs_in_their_order(place: Place) -> None:
         )
     (place.path / "runs/sweep/multirun.yaml").touch()
     found = place.find("runs/sweep", place.path / "runs/sweep/2_x/checkpoints/best.ckpt")
-    assert [run.knobs for run in found] == [{"model.embed_dim": width} for width in (8, 24, 88)]
-    assert [run.own for run in found] == [False, True, False]
+    assert [run.varied for run in found] == [{"model.embed_dim": width} for width in (8, 24, 88)]
+    assert [run.is_analysed for run in found] == [False, True, False]
     assert [run.label for run in found] == ["sweep, job 0", "sweep, job 2", "sweep, job 10"]
     assert {run.seed for run in found} == {0} and {run.validation_accuracy for run in found} == {0.75}
 
@@ -179,7 +180,7 @@ def test_settings_come_from_config_and_checkpoint_and_the_seed_is_no_setting(pla
     place.add("b", untrained(2, dropout=0.3), 5, settings=config | {"data": {"batch_size": 32, "data_dir": "/there"}})
     place.add("c", untrained(3), None)  # without config.yaml
     found = place.find("runs/*", own)
-    assert [run.knobs for run in found] == [
+    assert [run.varied for run in found] == [
         {"model.dropout": 0.0, "data.batch_size": 64},
         {"model.dropout": 0.3, "data.batch_size": 32},
         {"model.dropout": 0.0, "data.batch_size": "?"},
@@ -195,7 +196,7 @@ def test_the_analysed_run_is_added_in_front_and_its_kind_of_file_is_taken(place:
     place.add("x2_best", untrained(4), 3, files=("best.ckpt",))
     (place.path / "runs/x3").mkdir()
     found = place.find("runs/x*", own)
-    assert [run.label for run in found] == ["own", "x1", "x2", "x2_best"] and found[0].own
+    assert [run.label for run in found] == ["own", "x1", "x2", "x2_best"] and found[0].is_analysed
     assert found[2].loaded.path == other
     assert "x1 has no last.ckpt: its best.ckpt is compared" in found[0].remarks
     assert any("x3 is no run" in remark for remark in found[0].remarks)
@@ -266,17 +267,15 @@ def planted(place: Place, trained: VisionTransformer) -> Study:
 
 
 def test_moved_heads_are_found_and_called_recurring(planted: Study) -> None:
-    looked = survey_runs(planted)
-    found = seeds_measure.compare_seeds(
-        [each.survey for each in looked], planted.control_surveys, inked_of(planted, looked[0].survey)
-    )
+    surveyed = survey_runs(planted)
+    found = compare_seeds(planted, surveyed)
     expected = [np.argsort(orders, axis=1) for orders in ORDERS]  # where the first run's head k stands
     np.testing.assert_array_equal(found.partners[1:], expected)
     assert found.heads_recur and min(pair.gain for pair in found.pairs) > 0.8
     for name, values in found.aligned.items():  # numbered alike, the runs' heads have the same values
         np.testing.assert_allclose(values[1:], np.broadcast_to(values[0], values[1:].shape), rtol=0.1, atol=0.02)
         assert min(pair.agreement[name] for pair in found.pairs) > 0.8 or name == "distance"
-    entropy = looked[1].survey.summaries["entropy"].mean / np.log(17)
+    entropy = surveyed[1].survey.summaries["entropy"].mean / np.log(17)
     np.testing.assert_allclose(found.values["entropy"][1], entropy)
 
 
@@ -316,14 +315,11 @@ def test_random_weights_never_give_a_finding(place: Place, first: int) -> None:
     for number in range(1, 8):
         place.add(str(number), untrained(first + number), number, settings={})
     study = place.study("runs/*", own)
-    looked = survey_runs(study)
-    found = seeds_measure.compare_seeds(
-        [each.survey for each in looked], study.control_surveys, inked_of(study, looked[0].survey)
-    )
+    surveyed = survey_runs(study)
+    found = compare_seeds(study, surveyed)
     assert not found.heads_recur
-    for claims in (seeds_measure.layer_claims(found), seeds_measure.head_claims(found)):
-        assert claims.significant(8) == 0
-    assert "not shown" in seeds.said_of_heads(found)
+    assert found.layer_effects.num_significant(8) == found.head_effects.num_significant(8) == 0
+    assert "not shown" in describe_heads(found)
 
 
 def test_models_of_one_head_have_nothing_to_match(place: Place) -> None:
@@ -338,7 +334,7 @@ def test_models_of_one_head_have_nothing_to_match(place: Place) -> None:
 # --- settings ---
 
 
-def test_what_goes_with_a_knob(place: Place, trained: VisionTransformer) -> None:
+def test_what_goes_with_a_setting(place: Place, trained: VisionTransformer) -> None:
     """The same weights with queries four times as long attend to fewer patches: the entropy falls, and is told."""
     sharp = copy.deepcopy(trained)
     with torch.no_grad():
@@ -350,23 +346,24 @@ def test_what_goes_with_a_knob(place: Place, trained: VisionTransformer) -> None
     own = place.add("b", trained, 0, settings=config)
     place.add("a", sharp, 0, settings={"optimizer": {"learning_rate": 0.1}})
     study = place.study("runs/*", own)
-    looked = survey_runs(study)
-    settings = settings_measure.compare_settings(looked, random_weights_of(study, looked))
+    surveyed = survey_runs(study)
+    comparison = compare_settings(study, surveyed)
+    settings = comparison.settings
     assert [setting.label for setting in settings] == ["learning_rate=0.01", "learning_rate=0.1"]
     assert all(setting.has_learnt for setting in settings)
-    found = {each.quantity.name: each for each in settings_measure.differences(settings)}
+    found = {each.quantity.name: each for each in comparison.differences}
     assert found["entropy"].stands_out and float(found["entropy"].interval.value) < -0.1
     # Paired over the pictures: the same numbers from each picture's own difference.
-    rights = [each.right for each in sorted(looked, key=lambda each: not each.run.own)]
+    rights = [each.right for each in sorted(surveyed, key=lambda each: not each.run.is_analysed)]
     assert rights[0] is not None and rights[1] is not None
     gaps = rights[1].astype(float) - rights[0]
     accuracy = found["accuracy"].interval
     assert float(accuracy.value) == pytest.approx(gaps.mean()) and accuracy.n == IMAGES
     half = 1.96 * gaps.std() / np.sqrt(IMAGES)
     assert float(accuracy.high - accuracy.low) == pytest.approx(2 * half, rel=0.15)
-    mean = looked[1].survey.summaries["entropy"].mean.mean() / np.log(17)
+    mean = surveyed[1].survey.summaries["entropy"].mean.mean() / np.log(17)
     assert settings[0].values["entropy"].mean == pytest.approx(mean, rel=1e-5)
-    distance = looked[1].survey.summaries["distance"].mean[:-1].mean() / 14.06  # without the last layer
+    distance = surveyed[1].survey.summaries["distance"].mean[:-1].mean() / 14.06  # without the last layer
     assert settings[0].values["distance"].mean == pytest.approx(distance, rel=1e-3)
     chapter = runs_chapter.CHAPTER(study)
     assert "learning_rate" in chapter.title and "One run is one sample" in chapter.text
@@ -385,8 +382,8 @@ def test_settings_of_random_weights_never_stand_out(place: Place, first: int) ->
     place.add("1", untrained(first + 1, patch_size=14), 0, settings={})
     place.add("2", untrained(first + 2, num_heads=1, pooling="mean"), 0, settings={})
     study = place.study("runs/*", own, controls=2)
-    looked = survey_runs(study)
-    found = settings_measure.differences(settings_measure.compare_settings(looked, random_weights_of(study, looked)))
+    surveyed = survey_runs(study)
+    found = compare_settings(study, surveyed).differences
     assert len(found) == 8 and not any(each.stands_out for each in found)
     told = runs_chapter.CHAPTER(study)
     assert "No difference passes all of this." in told.text and "no better than random weights" in told.text
@@ -411,9 +408,8 @@ def test_a_setting_with_several_runs_must_be_apart_in_all(place: Place, trained:
     place.add("b0", made(3, 2.5), 0, settings=fast)
     place.add("b1", made(4, 6.0), 1, settings=fast)
     study = place.study("runs/*", own)
-    looked = survey_runs(study)
-    settings = settings_measure.compare_settings(looked, random_weights_of(study, looked))
-    entropy = next(each for each in settings_measure.differences(settings) if each.quantity.name == "entropy")
+    surveyed = survey_runs(study)
+    entropy = next(each for each in compare_settings(study, surveyed).differences if each.quantity.name == "entropy")
     assert abs(float(entropy.interval.value)) > 0.05 and entropy.adjusted <= 0.05
     assert not entropy.apart and not entropy.stands_out
     assert "mean of its runs, 2 or more" in runs_chapter.CHAPTER(study).text
@@ -422,16 +418,11 @@ def test_a_setting_with_several_runs_must_be_apart_in_all(place: Place, trained:
 def test_pairing_uses_the_same_pictures_in_each_replicate(place: Place) -> None:
     own = place.add("0", untrained(1), 0)
     place.add("1", untrained(2), 1)
-    looked = survey_runs(place.study("runs/*", own))
-    first, second = (each.survey.means.counts for each in looked)
+    surveyed = survey_runs(place.study("runs/*", own))
+    first, second = (each.survey.means.counts for each in surveyed)
     np.testing.assert_array_equal(first, second)
-    copies = settings_measure.over_layers(looked[0].survey, "entropy")
-    assert copies[1].std() > 0 and np.isfinite(copies[1]).all() and "entropy" in MEASURE_NAMES
-
-
-def test_uniform_distances_are_those_of_the_documentation() -> None:
-    for grid, patch, expected in (((4, 4), 7, 14.06), ((2, 2), 14, 11.95), ((7, 7), 4, 14.44)):
-        assert uniform_distance(Geometry(grid, 1, (patch, patch))) == pytest.approx(expected, abs=0.006)
+    replicates = mean_over_layers(surveyed[0].survey, "entropy").replicates
+    assert replicates.std() > 0 and np.isfinite(replicates).all()
 
 
 # --- tests over seeds ---

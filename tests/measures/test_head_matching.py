@@ -11,7 +11,7 @@ from scipy.spatial.distance import jensenshannon  # type: ignore[import-untyped]
 
 from attention_visualizer.attention.capture import capture
 from attention_visualizer.measures import head_matching
-from attention_visualizer.measures.head_matching import Matching, match_heads, mean_divergences, readout_rows
+from attention_visualizer.measures.head_matching import Matching, complete_rows, match_heads, mean_divergences
 from attention_visualizer.models.vision_transformer import VisionTransformer
 
 IMAGES, LAYERS, HEADS, KEYS = 23, 3, 5, 11
@@ -106,7 +106,7 @@ def test_the_heads_of_a_model_are_found_in_a_copy_whose_heads_were_moved() -> No
             same = copy(images)
     torch.testing.assert_close(outputs, same, rtol=1e-4, atol=1e-4)
     first, second = (
-        readout_rows(np.stack([layer.weights[:, :, 0, 1:].numpy() for layer in seen], axis=1))
+        complete_rows(np.stack([layer.weights[:, :, 0, 1:].numpy() for layer in seen], axis=1))
         for seen in (ours, theirs)
     )
     found = match_heads(first, second)
@@ -114,9 +114,9 @@ def test_the_heads_of_a_model_are_found_in_a_copy_whose_heads_were_moved() -> No
     np.testing.assert_allclose(found.matched, 0, atol=1e-5)
 
 
-def test_readout_rows_are_whole() -> None:
+def test_rows_are_completed() -> None:
     maps = rows(2)[..., :-1]  # as a survey has them: without the class token's share
-    np.testing.assert_allclose(readout_rows(maps), rows(2), atol=1e-12)
+    np.testing.assert_allclose(complete_rows(maps), rows(2), atol=1e-12)
 
 
 def test_partners_are_the_best_of_all_pairings() -> None:
@@ -136,8 +136,8 @@ def test_unrelated_heads_are_rarely_called_matched() -> None:
     generator = np.random.default_rng(0)
     p_values = np.array(
         [
-            Matching(dealt, head_matching.best_partners(dealt)).p_value(199)
-            for dealt in generator.random((200, LAYERS, HEADS, HEADS))
+            Matching(divergences, head_matching.best_partners(divergences)).p_value(199)
+            for divergences in generator.random((200, LAYERS, HEADS, HEADS))
         ]
     )
     assert 0.0 < (p_values <= 0.05).mean() < 0.09

@@ -1,4 +1,4 @@
-"""Strokes: the end points, junctions, bends and edges of what is drawn, from the skeleton of the ink."""
+"""Find the end points, junctions, bends and edges of strokes, from the skeleton of the ink."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ Array = NDArray[Any]
 CIRCLE = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
 TOUCHING = np.zeros((3, 3, 3), dtype=bool)  # eight neighbours, none of another image
 TOUCHING[1] = True
-TURN = 60.0  # degrees from which a stroke bends: twice what a straight line of pixels can seem to turn
-REACH = 1 / 7  # of the picture's side, how far along the stroke a turn is looked at: 4 of 28 pixels
+BEND = 60.0  # degrees from which a stroke bends: twice what a straight line of pixels can seem to turn
+REACH = 1 / 7  # of the image's side, how far along the stroke a turn is measured: 4 of 28 pixels
 IMAGE_BATCH = 1000  # images at once: bounds memory
 
 
 @dataclass(frozen=True)
 class Strokes:
-    """Pixels: bool [image, height, width]. ends, junctions and bends hold one pixel for each point; edges are ink
-    beside background."""
+    """Pixels of images, bool [image, height, width] each."""
 
     skeleton: Array
-    ends: Array
+    ends: Array  # one pixel for each point, like the next two
     junctions: Array
     bends: Array
-    edges: Array
+    edges: Array  # ink beside background
 
 
 def find_strokes(ink: Array) -> Strokes:
-    """ink: bool [image, height, width].
+    """Find the strokes of images. ink: bool [image, height, width].
 
     The skeleton is scikit-image's (Zhang and Suen, 1984). By the crossing number of a skeleton pixel, the strokes that
-    leave it (Rutovitz, 1966), 1 is an end and 3 or more a junction. A bend is where the skeleton turns by TURN or more
-    between the two directions in which it is left after REACH, at least that far along it from any end and junction.
-    Junctions or bends of pixels at most 3 apart are one, since thinning pulls a crossing apart; side branches shorter
-    than REACH are cut off.
+    leave it (Rutovitz, 1966), 1 is an end and 3 or more a junction. A bend is where the skeleton turns by BEND or
+    more between the two directions in which it is left after REACH, at least that far along it from any end and
+    junction. Junctions or bends of pixels at most 3 apart are one, since thinning pulls a crossing apart; side branches
+    shorter than REACH are cut off.
     """
-    found = [_strokes(ink[start : start + IMAGE_BATCH]) for start in range(0, len(ink), IMAGE_BATCH)] or [_strokes(ink)]
-    return Strokes(*(np.concatenate(each) for each in zip(*found, strict=True)))
+    batches = [ink[start : start + IMAGE_BATCH] for start in range(0, len(ink), IMAGE_BATCH)] or [ink]
+    parts = [_strokes_of_batch(batch) for batch in batches]
+    return Strokes(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def patches_with(points: Array, grid: tuple[int, int]) -> Array:
-    """Which patches hold any of the pixels: bool [image, height, width] -> bool [image, patch]."""
+    """Return which patches hold any of the pixels: bool [image, height, width] -> bool [image, patch]."""
     return amount_in_patches(points, grid) > 0
 
 
 def amount_in_patches(pixels: Array, grid: tuple[int, int]) -> Array:
-    """The share of each patch's pixels: bool [image, height, width] -> float32 [image, patch]."""
+    """Return the share of each patch that the pixels take: bool [image, height, width] -> float32 [image, patch]."""
     return patch_shares(torch.from_numpy(np.ascontiguousarray(pixels)), grid).numpy()
 
 
-def _strokes(ink: Array) -> tuple[Array, ...]:
+def _strokes_of_batch(ink: Array) -> tuple[Array, ...]:
     reach = max(2, round(REACH * ink.shape[1]))
     skeleton = pruned(skeletons(ink), reach - 1)
     crossing = crossing_numbers(skeleton)
@@ -68,12 +68,13 @@ def _strokes(ink: Array) -> tuple[Array, ...]:
     junctions = one_of_each((crossing >= 3) | in_blocks(skeleton), crossing, apart=3)
     near = _along(skeleton, ends | junctions, reach - 1)
     turns = turns_of(skeleton, skeleton & (crossing == 2) & ~near, reach)
-    bends = one_of_each(turns >= TURN, turns, apart=3)
+    bends = one_of_each(turns >= BEND, turns, apart=3)
     return skeleton, ends, junctions, bends, edges_of(ink)
 
 
 def skeletons(ink: Array) -> Array:
-    """[image, height, width], of all images in one call: thinning looks at neighbours only, and a margin parts them."""
+    """Thin the ink of all images in one call: bool [image, height, width]. Thinning depends on neighbours only, and a
+    margin separates the images."""
     if not ink.size:
         return ink.copy()
     padded = _padded(ink)
@@ -82,19 +83,20 @@ def skeletons(ink: Array) -> Array:
 
 
 def pruned(skeleton: Array, length: int) -> Array:
-    """Without side branches of so many pixels or fewer: thinning leaves such spurs at sharp corners of thick strokes.
+    """Remove side branches of `length` pixels or fewer: thinning leaves such spurs at sharp corners of thick strokes.
 
-    Ends are taken away `length` times and grown back where a branch is left; pieces that vanish whole are kept.
+    Ends are removed `length` times and grown back where a branch remains; pieces that vanish whole are restored.
     """
-    left = skeleton
+    remaining = skeleton
     for _ in range(length):
-        left = left & (crossing_numbers(left) != 1)
-    grown = left | _along(skeleton, left & (crossing_numbers(left) == 1), length)
+        remaining = remaining & (crossing_numbers(remaining) != 1)
+    grown = remaining | _along(skeleton, remaining & (crossing_numbers(remaining) == 1), length)
     return grown | (skeleton & ~scipy.ndimage.binary_propagation(grown, TOUCHING, mask=skeleton))
 
 
 def crossing_numbers(skeleton: Array) -> Array:
-    """How often the circle around a skeleton pixel goes from background to ink: [image, height, width]."""
+    """Count how often the circle around each skeleton pixel goes from background to ink: [image, height, width], 0
+    elsewhere."""
     height, width = skeleton.shape[1:]
     padded = _padded(skeleton)
     circle = [padded[:, 1 + row : 1 + row + height, 1 + column : 1 + column + width] for row, column in CIRCLE]
@@ -105,40 +107,40 @@ def crossing_numbers(skeleton: Array) -> Array:
 
 
 def in_blocks(skeleton: Array) -> Array:
-    """Pixels of a full block of 2 x 2."""
-    found = np.zeros_like(skeleton)
+    """Return the pixels that belong to a full block of 2 x 2: bool [image, height, width]."""
+    in_block = np.zeros_like(skeleton)
     for row in (-1, 1):
         for column in (-1, 1):
-            found |= _shifted(skeleton, row, 0) & _shifted(skeleton, 0, column) & _shifted(skeleton, row, column)
-    return found & skeleton
+            in_block |= _shifted(skeleton, row, 0) & _shifted(skeleton, 0, column) & _shifted(skeleton, row, column)
+    return in_block & skeleton
 
 
 def edges_of(ink: Array) -> Array:
-    """Ink beside background above, below, left or right; the picture's border is none."""
-    beside = np.ones_like(ink)
+    """Return ink beside background above, below, left or right; the image's border is no background."""
+    surrounded = np.ones_like(ink)
     padded = np.pad(ink, ((0, 0), (1, 1), (1, 1)), mode="edge")
     for rows, columns in (((0, -2), (1, -1)), ((2, None), (1, -1)), ((1, -1), (0, -2)), ((1, -1), (2, None))):
-        beside &= padded[:, slice(*rows), slice(*columns)]
-    return ink & ~beside
+        surrounded &= padded[:, slice(*rows), slice(*columns)]
+    return ink & ~surrounded
 
 
 def one_of_each(pixels: Array, score: Array, apart: int = 1) -> Array:
-    """The pixel of highest score in each group of pixels, the first of equals; a group's pixels are linked by steps of
-    `apart` pixels or fewer (odd)."""
+    """Keep the pixel of highest score in each group of pixels, the first of equals; a group's pixels are linked by
+    steps of `apart` pixels or fewer (odd)."""
     joined = scipy.ndimage.binary_dilation(pixels, TOUCHING, iterations=apart // 2) if apart > 1 else pixels
-    groups, _ = scipy.ndimage.label(joined, TOUCHING)
+    labels, _ = scipy.ndimage.label(joined, TOUCHING)
     places = np.flatnonzero(pixels)
-    of_group = groups.ravel()[places]
-    order = np.lexsort((places, -score.ravel()[places], of_group))
-    _, first = np.unique(of_group[order], return_index=True)
+    groups = labels.ravel()[places]
+    order = np.lexsort((places, -score.ravel()[places], groups))
+    _, first = np.unique(groups[order], return_index=True)
     chosen = np.zeros(pixels.size, dtype=bool)
     chosen[places[order[first]]] = True
     return chosen.reshape(pixels.shape)
 
 
 def turns_of(skeleton: Array, pixels: Array, reach: int) -> Array:
-    """By how many degrees the skeleton turns at each of the pixels, 0 to 180, seen `reach` steps away on both sides:
-    [image, height, width], 0 elsewhere."""
+    """Measure by how many degrees, 0 to 180, the skeleton turns at each of the pixels, from its directions `reach`
+    steps away on both sides: [image, height, width], 0 elsewhere."""
     side = 2 * reach + 1
     padded = np.pad(skeleton, ((0, 0), (reach, reach), (reach, reach)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side), axis=(1, 2))
@@ -156,7 +158,7 @@ def turns_of(skeleton: Array, pixels: Array, reach: int) -> Array:
     lengths = np.linalg.norm(offsets, axis=1, keepdims=True)
     directions = offsets / np.maximum(lengths, 1)
     cosines = directions @ directions.T  # [place, place]
-    # The two places most apart: from any, the farthest, and from that the farthest.
+    # The two places farthest apart: from any, the farthest, and from that the farthest.
     start = ring.argmax(axis=1)
     farthest = np.where(ring, cosines[start], 2.0).argmin(axis=1)
     cosine = np.where(ring, cosines[farthest], 2.0).min(axis=1)
@@ -165,7 +167,7 @@ def turns_of(skeleton: Array, pixels: Array, reach: int) -> Array:
 
 
 def _along(skeleton: Array, pixels: Array, steps: int) -> Array:
-    """What lies within so many steps along the skeleton."""
+    """Return the pixels within `steps` steps along the skeleton: bool [image, height, width]."""
     if not steps:
         return pixels
     return scipy.ndimage.binary_dilation(pixels, TOUCHING, iterations=steps, mask=skeleton) & skeleton
@@ -176,6 +178,6 @@ def _padded(pixels: Array) -> Array:
 
 
 def _shifted(pixels: Array, row: int, column: int) -> Array:
-    """What lies `row` down and `column` to the right of each pixel, background outside."""
+    """Return the value `row` down and `column` to the right of each pixel, background outside."""
     height, width = pixels.shape[1:]
     return _padded(pixels)[:, 1 + row : 1 + row + height, 1 + column : 1 + column + width]

@@ -1,7 +1,7 @@
-"""Heads of two models that do the same: matched by what they attend to on the same images.
+"""Match the heads of two models by what they attend to on the same images.
 
 A head's index means nothing across training runs, so heads are compared only after each was given a partner. Hungarian
-matching finds partners for any heads, so what it finds must be held against what it finds among unrelated ones.
+matching finds partners for any heads, so its partners must be compared with those that it finds for unrelated heads.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ from attention_visualizer.measures.intervals import PERMUTATIONS
 from attention_visualizer.measures.map_measures import jensen_shannon_divergence
 
 Array = NDArray[Any]
-CHUNK = 2**21  # numbers at once: bounds memory
+CHUNK = 2**21  # array elements at once: bounds memory
 
 
-def readout_rows(maps: Array) -> Array:
-    """The whole row of a readout query: [..., patch], not renormalised -> [..., patch + 1], the last is the rest, what
-    prefix tokens get."""
+def complete_rows(maps: Array) -> Array:
+    """Complete a readout query's attention on patches, [..., patch] and not renormalised, to rows that sum to 1,
+    [..., patch + 1]: the last element is the attention on prefix tokens."""
     rest = np.maximum(1 - maps.sum(axis=-1, keepdims=True), 0)
     rows = np.concatenate([maps, rest], axis=-1)
     return rows / rows.sum(axis=-1, keepdims=True)
 
 
 def mean_divergences(first: Array, second: Array) -> Array:
-    """Between each head of one model and each of another, the Jensen-Shannon divergence of their rows on the same image
-    (nats, 0 to ln 2), mean over images: [image, head, key] and [image, other head, key] -> [head, other head]."""
+    """Return the Jensen-Shannon divergence (nats, 0 to ln 2) between each head of one model and each of another, of
+    their rows on the same image, mean over images.
+
+    first: [image, head, key]; second: [image, other head, key] -> [head, other head]. Raise ValueError where they are
+    not of the same images and keys.
+    """
     if len(first) != len(second) or first.shape[2] != second.shape[2]:
         raise ValueError(f"rows of {first.shape} and {second.shape} are not of the same images and keys")
     images, heads, keys = first.shape
@@ -44,21 +48,12 @@ def mean_divergences(first: Array, second: Array) -> Array:
     return total / images
 
 
-def partner_divergences(first: Array, second: Array, partners: Array) -> Array:
-    """Of each head and its partner on each image: [image, head, key] twice, [head] -> [image, head]."""
-    ours, theirs = torch.from_numpy(first).double(), torch.from_numpy(second[:, partners]).double()
-    return jensen_shannon_divergence(ours, theirs).numpy()
-
-
 @dataclass(frozen=True)
 class Matching:
-    """Partners of one model's heads in another, layer by layer.
+    """Partners of one model's heads in another, layer by layer."""
 
-    divergences: [layer, head, other head]; partners: [layer, head], the other model's head.
-    """
-
-    divergences: Array
-    partners: Array
+    divergences: Array  # [layer, head, other head], nats
+    partners: Array  # [layer, head], the other model's head
 
     @property
     def matched(self) -> Array:
@@ -67,40 +62,44 @@ class Matching:
 
     @property
     def random_pairing(self) -> Array:
-        """The mean divergence of each head from the other model's heads of its layer, as a partner drawn by lot would
-        have it: [layer, head]."""
+        """The expected divergence of each head from a partner drawn uniformly at random from its layer: [layer,
+        head]."""
         return self.divergences.mean(axis=2)
 
     @property
     def gains(self) -> Array:
-        """How much closer partners are than heads paired by lot, by layer: 0 not at all, 1 copies; [layer]."""
-        by_lot = self.random_pairing.mean(axis=1)
-        gained = by_lot - self.matched.mean(axis=1)
-        return np.divide(gained, by_lot, out=np.zeros_like(by_lot), where=by_lot > 1e-12)
+        """How much closer partners are than randomly paired heads: [layer], 0 for not at all, 1 for copies."""
+        random = self.random_pairing.mean(axis=1)
+        gained = random - self.matched.mean(axis=1)
+        return np.divide(gained, random, out=np.zeros_like(random), where=random > 1e-12)
 
     def p_value(self, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
-        """Whether the partners suit each other better than if each head were as close to any head as to any other.
+        """Test whether partners are closer than if each head were as close to any head as to any other.
 
-        In each permutation every head's divergences are dealt anew to the other model's heads, and the best partners
-        are sought again; the statistic is the total over layers. (b + 1) / (B + 1). One head has no choice: 1.
+        In each permutation every head's divergences are permuted over the other model's heads, and the best partners
+        are found again; the statistic is the total over layers. (b + 1) / (B + 1). One head has no choice: 1.
         """
         generator = np.random.default_rng(seed)
         observed = self.matched.sum() * (1 + 1e-9)
         extreme = 0
         for _ in range(permutations):
-            dealt = generator.permuted(self.divergences, axis=2)
-            extreme += np.take_along_axis(dealt, best_partners(dealt)[..., None], axis=2).sum() <= observed
+            permuted = generator.permuted(self.divergences, axis=2)
+            extreme += np.take_along_axis(permuted, best_partners(permuted)[..., None], axis=2).sum() <= observed
         return float((extreme + 1) / (permutations + 1))
 
 
 def match_heads(first: Array, second: Array) -> Matching:
-    """Rows of two models of one architecture on the same images, [image, layer, head, key] each."""
+    """Match the heads of two models of one architecture, layer by layer.
+
+    first, second: their rows on the same images, [image, layer, head, key].
+    """
     divergences = np.stack([mean_divergences(first[:, layer], second[:, layer]) for layer in range(first.shape[1])])
     return Matching(divergences, best_partners(divergences))
 
 
 def best_partners(divergences: Array) -> Array:
-    """Each head one of its own, so that the total is least (Kuhn, 1955): [layer, head, other head] -> [layer, head]."""
+    """Assign each head another one, so that the total divergence is least (Kuhn, 1955): [layer, head, other head] ->
+    [layer, head]."""
     from scipy.optimize import linear_sum_assignment
 
     return np.stack([linear_sum_assignment(layer)[1] for layer in divergences])

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from numpy.typing import NDArray
 
 from attention_visualizer.analysis.claims.declared import (
     LEAST_ATTENTION,
@@ -18,99 +15,56 @@ from attention_visualizer.analysis.claims.declared import (
     LEAST_SPREAD,
     MOST,
     WHOLE,
-    declared_claims,
 )
-from attention_visualizer.analysis.claims.measure import Evidence, evidence_of
-from attention_visualizer.analysis.claims.verdicts import CONTROL_MARGIN, Judgement, Result, judge
+from attention_visualizer.analysis.claims.figure import draw
+from attention_visualizer.analysis.claims.measure import JudgedClaims, measure
+from attention_visualizer.analysis.claims.verdicts import CONTROL_MARGIN, Judgement, Result
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.analysis.study.survey import nan_mean
-from attention_visualizer.data.strokes import TURN
-from attention_visualizer.figures import charts
-from attention_visualizer.measures.intervals import Interval, percentiles
+from attention_visualizer.data.strokes import BEND
 from attention_visualizer.measures.matched_patches import num_levels
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
-Array = NDArray[Any]
-
 TITLE = "Common claims, put to the test"
 COLUMNS = ["claim", "quantity", "value (95 % interval)", "n", "random weights", "null", "effect"]
-FEWEST = 100  # pictures from which like patches can be found
+FEWEST_IMAGES = 100  # from which like patches can be found
 
 
 def write(study: Study) -> Chapter:
-    if len(study.survey.kept) < FEWEST:
-        return Chapter(TITLE, f"These claims need the maps of {FEWEST} pictures at least, to compare like patches.")
-    subject = evidence_of(study.survey, study.target.images.read(study.survey.kept))
-    controls = control_evidence(study)
-    study.progress("verdicts")
-    claims, missing = declared_claims(subject)
-    judgements = judge(claims, subject, controls)
-    name = study.output.save(figure(judgements, subject, len(controls), study), "attention_claims")
+    if len(study.survey.kept) < FEWEST_IMAGES:
+        return Chapter(
+            TITLE, f"These claims need the maps of {FEWEST_IMAGES} pictures at least, to compare like patches."
+        )
+    judged = measure(study)
+    name = study.output.save(draw(judged, TITLE), "attention_claims")
     facts = {
-        "n": subject.n,
-        "kind": f"{study.target.images.kind}s",
-        "controls": len(controls),
-        "levels": num_levels(subject.n),
-        "missing": "".join(f" {sentence}" for sentence in missing),
+        "n": judged.n,
+        "kind": f"{judged.image_kind}s",
+        "controls": judged.num_controls,
+        "levels": num_levels(judged.n),
+        "missing": "".join(f" {sentence}" for sentence in judged.missing),
     }
     return Chapter(
         TITLE,
         TEXT.format(**facts),
         [FigureFile(name, CAPTION.format(**facts))],
-        [claim_table(judgements, subject.n), requirement_table(judgements, subject.n), layer_table(subject)],
-        numbers(judgements, subject, len(controls), missing),
-        finding=Finding(finding_text(judgements, subject.n, f"{study.target.images.kind}s", len(controls)), name),
+        [claim_table(judged.judgements, judged.n), requirement_table(judged.judgements, judged.n), layer_table(judged)],
+        numbers(judged),
+        finding=Finding(finding_text(judged), name),
         caution=CAUTION,
     )
 
 
-def control_evidence(study: Study) -> list[Evidence]:
-    """Of the models with random weights, each over the pictures of the control surveys."""
-    subset = study.control_rows
-    return [
-        evidence_of(survey, study.target.images.read([int(number) for number in subset[survey.kept]]), resampled=False)
-        for survey in study.control_surveys
+def claim_table(judgements: Sequence[Judgement], n: int) -> Table:
+    rows = [
+        [
+            judgement.claim.name,
+            *result_cells(judgement.results[0]),
+            f"{judgement.adjusted:.3f}",
+            f"{judgement.verdict}: {judgement.reason}",
+        ]
+        for judgement in judgements
     ]
-
-
-def figure(judgements: list[Judgement], subject: Evidence, num_controls: int, study: Study) -> Figure:
-    """Of each claim the requirement that is farthest from being met, in units of its minimum effect."""
-    weakest = [judgement.results[0] for judgement in judgements]
-    units = np.array([result.requirement.minimum for result in weakest])
-    bands = [(min(result.controls), max(result.controls)) if result.controls else (np.nan,) * 2 for result in weakest]
-    drawn = Figure(figsize=(13.5, 0.44 * len(judgements) + 2.3), layout="constrained")
-    charts.verdict_forest(
-        [judgement.claim.name for judgement in judgements],
-        np.array([result.value for result in weakest]) / units,
-        np.array([(result.low, result.high) for result in weakest]) / units[:, None],
-        np.array(bands) / units[:, None],
-        np.array([result.threshold for result in weakest]) / units,
-        [judgement.verdict for judgement in judgements],
-        drawn.add_subplot(),
-    )
-    handles = [
-        Line2D([], [], color=charts.REFERENCE, marker="o", linewidth=1.8, label="weakest requirement, 95 % interval"),
-        Line2D([], [], color="black", marker="|", linestyle="none", markersize=12, label="what it must reach"),
-        Patch(color=charts.BAND, label=f"what {num_controls} models with random weights reach"),
-    ]
-    drawn.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    headline = f"{TITLE}: n = {subject.n:,} {study.target.images.kind}s"
-    return charts.with_headline(drawn, headline)
-
-
-def claim_table(judgements: list[Judgement], n: int) -> Table:
-    rows = []
-    for judgement in judgements:
-        weakest = judgement.results[0]
-        rows.append(
-            [
-                judgement.claim.name,
-                *cells(weakest),
-                decimals(judgement.adjusted),
-                f"{judgement.verdict}: {judgement.reason}",
-            ]
-        )
     caption = (
         f"One row a claim, with the requirement that is farthest from being met, n = {n:,}. Effect: in units of the "
         f"minimum effect, and (d) in standard deviations over images. p: the largest of the claim's requirements, "
@@ -119,10 +73,10 @@ def claim_table(judgements: list[Judgement], n: int) -> Table:
     return Table(caption, [*COLUMNS, "p adjusted", "verdict"], rows)
 
 
-def requirement_table(judgements: list[Judgement], n: int) -> Table:
-    """Of the claims that require more than one thing."""
+def requirement_table(judgements: Sequence[Judgement], n: int) -> Table:
+    """Make a row for each requirement of the claims that have more than one."""
     rows = [
-        [judgement.claim.name, *cells(result), decimals(result.p_value), result.failure or "holds"]
+        [judgement.claim.name, *result_cells(result), f"{result.p_value:.3f}", result.failure or "holds"]
         for judgement in judgements
         if len(judgement.results) > 1
         for result in judgement.results
@@ -131,69 +85,54 @@ def requirement_table(judgements: list[Judgement], n: int) -> Table:
     return Table(caption, [*COLUMNS, "p", "does it hold"], rows)
 
 
-def by_layer(subject: Evidence) -> dict[str, Interval]:
-    """Feature -> [layer], the excess attention on it, mean over heads, of an even share."""
-    found = {}
-    for name in subject.content.features:
-        low, high = percentiles(nan_mean(subject.replicates[name]))
-        found[name] = Interval(nan_mean(subject.values[name]), low, high, subject.n)
-    return found
-
-
-def layer_table(subject: Evidence) -> Table:
-    columns = ["attention on", *(f"layer {layer + 1}" for layer in range(subject.num_layers))]
-    rows = [
-        [name, *(each[layer].text(2) for layer in range(subject.num_layers))]
-        for name, each in by_layer(subject).items()
-    ]
+def layer_table(judged: JudgedClaims) -> Table:
+    layers = range(judged.measured.num_layers)
+    columns = ["attention on", *(f"layer {layer + 1}" for layer in layers)]
+    rows = [[name, *(excess[layer].text(2) for layer in layers)] for name, excess in judged.excess_by_layer.items()]
     caption = (
         f"Layer by layer: how much more attention than like patches without it, of an even share, mean over heads, "
-        f"with 95 % intervals, n = {subject.n:,}. Below 0: less."
+        f"with 95 % intervals, n = {judged.n:,}. Below 0: less."
     )
     return Table(caption, columns, rows)
 
 
-def cells(result: Result) -> list[str]:
-    """Quantity, value, n, controls, null and effect."""
+def result_cells(result: Result) -> list[str]:
+    """Return quantity, value, n, controls, null and effect."""
     requirement = result.requirement
     controls = f"{min(result.controls):.3f} to {max(result.controls):.3f}" if result.controls else "no comparison"
-    value = "–" if np.isnan(result.value) else f"{result.value:.3f} ({result.low:.3f} to {result.high:.3f})"
-    effect = (
-        "–" if np.isnan(result.value) else f"{result.value / requirement.minimum:.2f} (d {result.standardised:.2f})"
-    )
+    value = effect = "–"
+    if not np.isnan(result.value):
+        value = f"{result.value:.3f} ({result.low:.3f} to {result.high:.3f})"
+        effect = f"{result.value / requirement.minimum:.2f} (d {result.standardised:.2f})"
     return [f"{requirement.quantity}, {requirement.unit}", value, f"{result.n:,}", controls, requirement.null, effect]
 
 
-def decimals(p_value: float) -> str:
-    return f"{p_value:.3f}"
-
-
-def finding_text(judgements: list[Judgement], n: int, kind: str, num_controls: int) -> str:
+def finding_text(judged: JudgedClaims) -> str:
+    judgements = judged.judgements
     counts = Counter(judgement.verdict for judgement in judgements)
     text = (
         f"Of {len(judgements)} common claims about attention, {counts['supported']} are supported, "
         f"{counts['not supported']} are not, and {counts['cannot be decided by attention alone']} cannot be decided by "
-        f"attention alone (n = {n:,} {kind}, {num_controls} models with random weights)."
+        f"attention alone (n = {judged.n:,} {judged.image_kind}s, {judged.num_controls} models with random weights)."
     )
     supported = [judgement for judgement in judgements if judgement.verdict == "supported"]
-    chosen = max(supported or judgements, key=lambda judgement: judgement.results[0].margin)
-    weakest = chosen.results[0]
+    clearest = max(supported or judgements, key=lambda judgement: judgement.results[0].margin)
+    weakest = clearest.results[0]
     if np.isnan(weakest.value):
         return text
     return (
-        f"{text} {'The clearest' if supported else 'The nearest to it'}: “{chosen.claim.name}”, with "
+        f"{text} {'The clearest' if supported else 'The nearest to it'}: “{clearest.claim.name}”, with "
         f"{weakest.value:.2f} {weakest.requirement.unit} (95 % interval {weakest.low:.2f} to {weakest.high:.2f}) for "
         f"{weakest.requirement.quantity}."
     )
 
 
-def numbers(judgements: list[Judgement], subject: Evidence, num_controls: int, missing: list[str]) -> dict[str, Any]:
-    """For JSON."""
+def numbers(judged: JudgedClaims) -> dict[str, Any]:
     return {
-        "images": subject.n,
-        "controls": num_controls,
-        "left_out": missing,
-        "excess_by_layer": {name: interval.numbers() for name, interval in by_layer(subject).items()},
+        "images": judged.n,
+        "controls": judged.num_controls,
+        "left_out": judged.missing,
+        "excess_by_layer": {name: interval.numbers() for name, interval in judged.excess_by_layer.items()},
         "claims": [
             {
                 "claim": judgement.claim.name,
@@ -207,12 +146,12 @@ def numbers(judgements: list[Judgement], subject: Evidence, num_controls: int, m
                         "unit": result.requirement.unit,
                         "null": result.requirement.null,
                         "minimum_effect": result.requirement.minimum,
-                        "must_reach": number(result.threshold),
-                        "value": number(result.value),
-                        "low": number(result.low),
-                        "high": number(result.high),
-                        "standardised": number(result.standardised),
-                        "controls": list(result.controls),
+                        "must_reach": result.threshold,
+                        "value": result.value,
+                        "low": result.low,
+                        "high": result.high,
+                        "standardised": result.standardised,
+                        "controls": result.controls,
                         "p": result.p_value,
                         "n": result.n,
                         "holds": not result.failure,
@@ -220,13 +159,9 @@ def numbers(judgements: list[Judgement], subject: Evidence, num_controls: int, m
                     for result in judgement.results
                 ],
             }
-            for judgement in judgements
+            for judgement in judged.judgements
         ],
     }
-
-
-def number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 NO_INK = "These claims are about digits of ink on an empty background, which these pictures are not."
@@ -236,7 +171,7 @@ TEXT = f"""Claims that are often made of a digit model's attention maps, each tu
 was looked at, and judged over {{n:,}} {{kind}}. The attention is the readout query's, renormalised over the patches;
 "an even share" is what a patch gets when all get the same. Depth is told in thirds of the layers.
 
-**More attention than other ink.** End points, junctions (three strokes or more) and bends ({TURN:.0f}° or more) come
+**More attention than other ink.** End points, junctions (three strokes or more) and bends ({BEND:.0f}° or more) come
 from the skeleton of the ink. A patch that holds one is compared with patches at the same place, in other images, that
 hold about as much ink ({{levels}} levels at each place) but no such point; edges alike, with more edge than the median.
 Ink itself is compared with empty patches at the same place. The test permutes the feature among like patches.

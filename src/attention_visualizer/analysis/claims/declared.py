@@ -1,4 +1,4 @@
-"""The claims that are put to the test, each as quantities that were fixed before any model was looked at."""
+"""The claims that are put to the test, each as quantities that were fixed before any model was surveyed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_visualizer.analysis.claims.measure import KEY_POINTS, POINTS, Evidence
+from attention_visualizer.analysis.claims.content import KEY_POINTS, POINTS
+from attention_visualizer.analysis.claims.evidence import Evidence
 from attention_visualizer.analysis.claims.verdicts import Claim, Requirement
 from attention_visualizer.analysis.study.survey import nan_mean
 from attention_visualizer.measures.head_roles import OFTEN_EMPTY
@@ -17,9 +18,9 @@ from attention_visualizer.measures.intervals import PERMUTATIONS
 
 Array = NDArray[Any]
 
-# The smallest effects that count, fixed before any model was looked at. What has more images always has significance;
-# an effect below these would not be called one by somebody who looks at the maps.
-LEAST_ATTENTION = 0.1  # of an even share: a tenth more attention than if all patches got the same
+# The smallest effects that count, fixed before any model was surveyed. With enough images everything is significant; an
+# effect below these would not be called one by somebody who looks at the maps.
+LEAST_ATTENTION = 0.1  # of a uniform share: a tenth more attention than if all patches got the same
 LEAST_DISTANCE = 0.1  # of the distance of uniform attention
 LEAST_SPREAD = 0.1  # of the patches, more than the other heads
 WHOLE = 0.75  # of the inked patches take part, for "the whole digit"
@@ -33,28 +34,28 @@ LOCALITY_UNKNOWN = (
 
 
 def thirds(num_layers: int) -> tuple[range, range, range]:
-    """Shallow, middle and deep layers; of two layers none is in the middle."""
+    """Split the layers into shallow, middle and deep ones; of two layers none is in the middle."""
     third = max(1, round(num_layers / 3))
     return range(third), range(third, num_layers - third), range(num_layers - third, num_layers)
 
 
 def most_layers(values: Array) -> Array:
-    """The value that a majority of layers reach: [..., layer] -> [...]; layers without a value (NaN) have no say."""
-    there = np.sum(~np.isnan(values), axis=-1, keepdims=True)
+    """Return the value that a majority of layers reach: [..., layer] -> [...]; NaN, no value, does not count."""
+    known = np.sum(~np.isnan(values), axis=-1, keepdims=True)
     # Sorted, NaN comes last; where all is NaN, the first is.
-    return np.take_along_axis(np.sort(values, axis=-1), np.maximum(there - (there // 2 + 1), 0), axis=-1)[..., 0]
+    return np.take_along_axis(np.sort(values, axis=-1), np.maximum(known - (known // 2 + 1), 0), axis=-1)[..., 0]
 
 
 def beyond_others(values: Array) -> Array:
-    """Each head's value less the mean of the layer's other heads': [..., layer, head] -> the same. NaN for heads that
-    the layer does not have, and for one that is alone in it."""
+    """Subtract from each head's value the mean of the layer's other heads: [..., layer, head] -> the same. NaN for
+    heads that the layer does not have, and for one that is alone in it."""
     others = np.sum(~np.isnan(values), axis=-1, keepdims=True) - 1
     sums = np.nansum(values, axis=-1, keepdims=True) - values
     return values - np.divide(sums, others, out=np.full_like(sums, np.nan), where=others > 0)
 
 
-def in_layers(feature: str, weights: Array, quantity: str) -> Requirement:
-    """Excess attention on a feature, sum over layers of weights x mean over heads."""
+def excess_requirement(feature: str, weights: Array, quantity: str) -> Requirement:
+    """Require excess attention on a feature, sum over layers of weights x mean over heads. weights: [layer]."""
 
     def statistic(values: dict[str, Array]) -> Array:
         return nan_mean(values[feature]) @ weights
@@ -65,7 +66,7 @@ def in_layers(feature: str, weights: Array, quantity: str) -> Requirement:
     return Requirement(quantity, LEAST_ATTENTION, statistic, statistic, p_value, "permuted among like patches")
 
 
-def of_head(
+def head_requirements(
     name: str,
     sign: int,
     head: int,
@@ -74,13 +75,13 @@ def of_head(
     least: float | None = None,
     unit: str = Requirement.unit,
 ) -> tuple[Requirement, Requirement]:
-    """That a head's values are large in most layers, and on average larger than the layer's other heads'. least: an
-    absolute bound on the first, which a control may well reach."""
+    """Require that a head's values (times `sign`) are large in most layers, and on average over layers larger than the
+    other heads'. least: an absolute bound on the first, which a control may well reach."""
 
-    def every(values: dict[str, Array]) -> Array:
+    def of_heads(values: dict[str, Array]) -> Array:
         return most_layers(np.swapaxes(sign * values[name], -1, -2))  # [..., head]
 
-    def every_beyond(values: dict[str, Array]) -> Array:
+    def of_heads_beyond(values: dict[str, Array]) -> Array:
         return nan_mean(np.swapaxes(beyond_others(sign * values[name]), -1, -2))  # [..., head]
 
     def beyond(evidence: Evidence) -> Array:
@@ -90,16 +91,16 @@ def of_head(
         Requirement(
             f"{quantity} in most layers",
             minimum if least is None else least,
-            lambda values: every(values)[..., head],
-            every if least is None else None,
+            lambda values: of_heads(values)[..., head],
+            of_heads if least is None else None,
             unit=unit,
             counted=name,
         ),
         Requirement(
             f"{quantity} beyond the other heads, mean over layers",
             minimum,
-            lambda values: every_beyond(values)[..., head],
-            every_beyond,
+            lambda values: of_heads_beyond(values)[..., head],
+            of_heads_beyond,
             lambda evidence: head_number_p_value(beyond(evidence), head),
             "heads drawn at random in each layer",
             unit,
@@ -110,8 +111,9 @@ def of_head(
 
 
 def head_number_p_value(beyond: Array, head: int, permutations: int = PERMUTATIONS) -> float:
-    """How often heads drawn at random in each layer are on average as far beyond the others as those of one number:
-    [layer, head] -> p, over the layers that have this head. In a model's initial weights all numbers are alike."""
+    """Return how often heads drawn at random in each layer are on average as far beyond the others as those of one
+    index: [layer, head] -> p, over the layers that have this head. In a model's initial weights all indices are alike.
+    NaN where no layer has it."""
     beyond = beyond[~np.isnan(beyond[:, head])]
     if not len(beyond):
         return float("nan")
@@ -122,13 +124,13 @@ def head_number_p_value(beyond: Array, head: int, permutations: int = PERMUTATIO
 
 
 def smallest_head_number_p(beyond: Array, head: int) -> float:
-    """That `head_number_p_value` can give: the one best head is drawn in every layer."""
+    """Return the smallest p-value `head_number_p_value` can return: the one best head is drawn in every layer."""
     counts = np.sum(~np.isnan(beyond[~np.isnan(beyond[:, head])]), axis=1)
     return float(np.prod(1 / np.maximum(counts, 1.0)))
 
 
 def mean_over(name: str, values: dict[str, Array], layers: Sequence[int]) -> Array:
-    """[...] from a quantity [..., layer]."""
+    """Average a quantity [..., layer] over some layers: [...]."""
     return values[name][..., list(layers)].mean(axis=-1)
 
 
@@ -136,17 +138,17 @@ def distance_gain(values: dict[str, Array], later: Sequence[int], earlier: Seque
     return mean_over("distance", values, later) - mean_over("distance", values, earlier)
 
 
-def farther(quantity: str, statistic: Callable[[dict[str, Array]], Array]) -> Requirement:
+def distance_requirement(quantity: str, statistic: Callable[[dict[str, Array]], Array]) -> Requirement:
     return Requirement(quantity, LEAST_DISTANCE, statistic, statistic, unit=FAR, counted="distance")
 
 
-def only(used: Sequence[int], meant: range) -> str:
-    """Which layers a quantity is of, where it is not of all that are meant."""
-    return "" if len(used) == len(meant) else f" (layer {', '.join(str(layer + 1) for layer in used)} only)"
+def restriction(used: Sequence[int], layers: range) -> str:
+    """Say which layers a quantity is of, where it is not of all of `layers`."""
+    return "" if len(used) == len(layers) else f" (layer {', '.join(str(layer + 1) for layer in used)} only)"
 
 
 def declared_claims(evidence: Evidence) -> tuple[list[Claim], list[str]]:
-    """The claims that this model can be asked about, and sentences on those that it cannot."""
+    """Return the claims that can be tested on this model, and sentences on those that cannot."""
     layers, heads = evidence.num_layers, evidence.num_heads
     claims: list[Claim] = []
     missing: list[str] = []
@@ -175,10 +177,10 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
         gain = partial(distance_gain, later=late, earlier=early)
         claims.append(
             Claim(
-                f"Shallow layers ({numbered(shallow)}) attend locally",
+                f"Shallow layers ({layer_numbers(shallow)}) attend locally",
                 (
-                    farther("attention distance short of uniform", closeness),
-                    farther(f"distance gained from shallow to deep{only(late, deep)}", gain),
+                    distance_requirement("attention distance short of uniform", closeness),
+                    distance_requirement(f"distance gained from shallow to deep{restriction(late, deep)}", gain),
                 ),
             )
         )
@@ -186,10 +188,10 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
         missing.append(LOCALITY_UNKNOWN)
     claims.append(
         Claim(
-            f"Shallow layers ({numbered(shallow)}) attend to edges",
+            f"Shallow layers ({layer_numbers(shallow)}) attend to edges",
             (
-                in_layers("edges", first, "attention on stroke edges"),
-                in_layers("edges", first - last, "attention on edges, shallow less deep"),
+                excess_requirement("edges", first, "attention on stroke edges"),
+                excess_requirement("edges", first - last, "attention on edges, shallow less deep"),
             ),
         )
     )
@@ -197,8 +199,8 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
         gain = partial(distance_gain, later=halfway, earlier=early)
         claims.append(
             Claim(
-                f"Middle layers ({numbered(middle)}) integrate",
-                (farther(f"distance gained from shallow to middle{only(halfway, middle)}", gain),),
+                f"Middle layers ({layer_numbers(middle)}) integrate",
+                (distance_requirement(f"distance gained from shallow to middle{restriction(halfway, middle)}", gain),),
                 "attention reaches farther there, but what is combined is not in the weights: "
                 "reading parts of digits out of each layer's tokens would tell",
             )
@@ -209,10 +211,10 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
 
     claims.append(
         Claim(
-            f"Deep layers ({numbered(deep)}) attend to the whole digit",
+            f"Deep layers ({layer_numbers(deep)}) attend to the whole digit",
             (
-                in_layers("ink", last, "attention on ink"),
-                in_layers("ink", last - first, "attention on ink, deep less shallow"),
+                excess_requirement("ink", last, "attention on ink"),
+                excess_requirement("ink", last - first, "attention on ink, deep less shallow"),
                 Requirement("ink that takes part", WHOLE, whole, None, unit="of the inked patches"),
             ),
         )
@@ -222,20 +224,22 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
 
 def head_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
     claims = [
-        Claim("Head 1 attends to the stroke", of_head("ink", 1, 0, "attention on ink")),
-        Claim("Head 2 attends to details and junctions", of_head("junctions", 1, 1, "attention on junctions")),
+        Claim("Head 1 attends to the stroke", head_requirements("ink", 1, 0, "attention on ink")),
+        Claim(
+            "Head 2 attends to details and junctions", head_requirements("junctions", 1, 1, "attention on junctions")
+        ),
         Claim(
             "Head 3 attends to background and border"
             if "border" in evidence.values
             else "Head 3 attends to background",
             (
-                *of_head("ink", -1, 2, "attention on empty patches"),
-                *(of_head("border", 1, 2, "attention on the border") if "border" in evidence.values else ()),
+                *head_requirements("ink", -1, 2, "attention on empty patches"),
+                *(head_requirements("border", 1, 2, "attention on the border") if "border" in evidence.values else ()),
             ),
         ),
         Claim(
             "Head 4 gathers everything for the answer",
-            of_head("spread", 1, 3, "patches that take part", LEAST_SPREAD, MOST, "of the patches"),
+            head_requirements("spread", 1, 3, "patches that take part", LEAST_SPREAD, MOST, "of the patches"),
             "it takes from everywhere, but whether the answer uses it is not in the weights: "
             "switching the head off would tell",
         ),
@@ -258,14 +262,14 @@ def content_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
     claims = [
         Claim(
             "The model recognises key points by itself",
-            (in_layers(KEY_POINTS, everywhere, "attention on any key point"),),
+            (excess_requirement(KEY_POINTS, everywhere, "attention on any key point"),),
             "it attends to them, but attending is not recognising: "
             "moving or erasing such points and watching the answer would tell",
         ),
         *(
             Claim(
                 f"{name.capitalize()} get more attention than other ink",
-                (in_layers(name, everywhere, f"attention on {name}"),),
+                (excess_requirement(name, everywhere, f"attention on {name}"),),
             )
             for name in POINTS
         ),
@@ -290,11 +294,12 @@ def content_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
 
 
 def weights_of(layers: range, num_layers: int) -> Array:
-    """[layer]: those of the mean over `layers`."""
+    """Return the weights of the mean over `layers`: [layer]."""
     weights = np.zeros(num_layers)
     weights[list(layers)] = 1 / len(layers)
     return weights
 
 
-def numbered(layers: range) -> str:
+def layer_numbers(layers: range) -> str:
+    """Number layers from 1: "2-4"."""
     return f"{layers[0] + 1}" if len(layers) == 1 else f"{layers[0] + 1}-{layers[-1] + 1}"

@@ -1,4 +1,4 @@
-"""Claims about attention, what each of them requires, and the verdict: pure functions of evidence."""
+"""Claims about attention, what each of them requires, and the verdicts: pure functions of evidence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_visualizer.analysis.claims.measure import Evidence
-from attention_visualizer.measures.intervals import LEVEL, false_discovery_control, percentiles
+from attention_visualizer.analysis.claims.evidence import Evidence
+from attention_visualizer.measures.intervals import (
+    LEVEL,
+    bootstrap_p_value,
+    false_discovery_control,
+    percentiles,
+)
 
 Array = NDArray[Any]
 Verdict = Literal["supported", "not supported", "cannot be decided by attention alone"]
@@ -24,54 +29,47 @@ CONTROL_MARGIN = 1.5  # times the largest value that random weights reach
 
 @dataclass(frozen=True)
 class Requirement:
-    """One thing that must hold for a claim. quantity: in words; statistic: from quantities to [...], where quantities
-    may have a first axis for resampled images; minimum: the smallest value that counts.
+    """One thing that must hold for a claim."""
 
-    of_control: the values that a control model reaches, for a claim about one head those of each of its heads; None
-    where a control is no comparison. p_value: None for that of the resampled images. smallest_p: that the test can
-    give. counted: the evidence's quantity whose images are counted.
-    """
-
-    quantity: str
-    minimum: float
+    quantity: str  # in words
+    minimum: float  # the smallest value that counts
+    #: From the evidence's values or replicates to the quantity, [] or [replicate].
     statistic: Callable[[dict[str, Array]], Array]
+    #: The values that a control reaches, for a claim about one head those of each of its heads; None where a control is
+    #: no comparison.
     of_control: Callable[[dict[str, Array]], Array] | None
-    p_value: Callable[[Evidence], float] | None = None
+    p_value: Callable[[Evidence], float] | None = None  # None for that of the resampled images
     null: str = "images resampled"
     unit: str = "of an even share"
-    smallest_p: Callable[[Evidence], float] | None = None
-    counted: str = ""
+    smallest_p: Callable[[Evidence], float] | None = None  # that the test can give; None where it is always small
+    counted: str = ""  # the evidence's quantity whose images are counted; "" for all of them
 
 
 @dataclass(frozen=True)
 class Claim:
-    """undecided_by: why attention cannot decide the claim even where all requirements hold, and what would."""
-
     name: str
     requirements: tuple[Requirement, ...]
-    undecided_by: str = ""
+    undecided_by: str = ""  # why attention cannot decide it even where all requirements hold, and what would
 
 
 @dataclass(frozen=True)
 class Result:
-    """A requirement's value with its 95 % interval; controls: the values of random weights, () for none; standardised:
-    the value in standard deviations over its n images; threshold: what the value must reach; testable: whether the
-    test could give a p-value below LEVEL at all."""
+    """A requirement's value with its 95 % interval."""
 
     requirement: Requirement
     value: float
     low: float
     high: float
-    controls: tuple[float, ...]
-    standardised: float
+    controls: tuple[float, ...]  # of random weights, () for none
+    standardised: float  # the value in standard deviations over its n images
     p_value: float
-    threshold: float
+    threshold: float  # that the value must reach
     n: int
-    testable: bool = True
+    testable: bool = True  # whether the test could give a p-value below LEVEL at all
 
     @property
     def failure(self) -> str:
-        """Why the requirement does not hold, adjusted p-values apart; nothing where it does."""
+        """Why the requirement does not hold, adjusted p-values apart; "" where it does."""
         minimum = self.requirement.minimum
         if np.isnan(self.value):
             return "it could not be measured"
@@ -88,41 +86,41 @@ class Result:
 
     @property
     def margin(self) -> float:
-        """The value relative to what it must reach; what could not be measured is the weakest."""
+        """The value relative to its threshold; minus infinity where it could not be measured."""
         return -np.inf if np.isnan(self.value) else self.value / self.threshold
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim with all that it requires, the weakest first; p_value: the largest of theirs, since all must hold, and
-    adjusted over all claims."""
+    """The verdict on a claim."""
 
     claim: Claim
-    results: tuple[Result, ...]
-    p_value: float
-    adjusted: float
+    results: tuple[Result, ...]  # of all that it requires, the weakest first
+    p_value: float  # the largest of the results', since all must hold
+    adjusted: float  # the same, adjusted over all claims
     verdict: Verdict
-    reason: str
+    reason: str  # a clause
 
 
-def judge(claims: Sequence[Claim], subject: Evidence, controls: Sequence[Evidence]) -> list[Judgement]:
-    """A claim stands where each requirement has an interval without 0, an adjusted p-value below LEVEL, its minimum
-    effect, and CONTROL_MARGIN times what any control reaches. Without a control nothing is supported."""
-    measured = []
+def judge(claims: Sequence[Claim], measured: Evidence, controls: Sequence[Evidence]) -> list[Judgement]:
+    """Judge each claim: it is supported where each requirement has an interval without 0, an adjusted p-value below
+    LEVEL, its minimum effect, and CONTROL_MARGIN times what any control reaches. Without a control none is."""
+    results_by_claim = []
     for claim in claims:
-        results = [measure(requirement, subject, controls) for requirement in claim.requirements]
+        results = [check(requirement, measured, controls) for requirement in claim.requirements]
         # What fails comes first, the weakest of it ahead.
-        measured.append(tuple(sorted(results, key=lambda result: (not result.failure, result.margin))))
-    p_values = np.array([max(result.p_value for result in results) for results in measured])
-    adjusted = false_discovery_control(p_values)
+        results_by_claim.append(tuple(sorted(results, key=lambda result: (not result.failure, result.margin))))
+    p_values = np.array([max(result.p_value for result in results) for results in results_by_claim])
     return [
-        Judgement(claim, results, float(p_value), float(after), *verdict_of(claim, results, float(after)))
-        for claim, results, p_value, after in zip(claims, measured, p_values, adjusted, strict=True)
+        Judgement(claim, results, float(p_value), float(adjusted), *decide(claim, results, float(adjusted)))
+        for claim, results, p_value, adjusted in zip(
+            claims, results_by_claim, p_values, false_discovery_control(p_values), strict=True
+        )
     ]
 
 
-def verdict_of(claim: Claim, results: Sequence[Result], adjusted: float) -> tuple[Verdict, str]:
-    """The verdict and its reason, as a clause."""
+def decide(claim: Claim, results: Sequence[Result], adjusted: float) -> tuple[Verdict, str]:
+    """Return the verdict and its reason. results: the weakest first; adjusted: p-value of the claim."""
     weakest = results[0]
     if weakest.failure:
         return "not supported", f"{weakest.requirement.quantity}: {weakest.failure}"
@@ -136,26 +134,28 @@ def verdict_of(claim: Claim, results: Sequence[Result], adjusted: float) -> tupl
     return "supported", f"all it requires holds; the weakest is {weakest.requirement.quantity}"
 
 
-def measure(requirement: Requirement, subject: Evidence, controls: Sequence[Evidence]) -> Result:
-    value = float(requirement.statistic(subject.values))
-    replicates = np.asarray(requirement.statistic(subject.replicates), dtype=np.float64)
+def check(requirement: Requirement, measured: Evidence, controls: Sequence[Evidence]) -> Result:
+    value = float(requirement.statistic(measured.values))
+    replicates = np.asarray(requirement.statistic(measured.replicates), dtype=np.float64)
     low, high = (float(end) for end in percentiles(replicates))
     reached: tuple[float, ...] = ()
     threshold = requirement.minimum
     if requirement.of_control is not None:
-        found = [np.ravel(requirement.of_control(control.values)) for control in controls]
-        reached = tuple(float(each) for values in found for each in values if not np.isnan(each))
+        of_controls = [np.ravel(requirement.of_control(control.values)) for control in controls]
+        reached = tuple(float(each) for values in of_controls for each in values if not np.isnan(each))
         threshold = max(threshold, CONTROL_MARGIN * max(map(abs, reached), default=np.inf))
-    own = resampled_p_value(replicates) if requirement.p_value is None else requirement.p_value(subject)
-    n = subject.counts.get(requirement.counted, subject.n)
+    p_value = bootstrap_p_value(replicates) if requirement.p_value is None else requirement.p_value(measured)
+    n = measured.counts.get(requirement.counted, measured.n)
     deviation = float(replicates.std()) * np.sqrt(n)
-    standardised = value / deviation if deviation > 0 else float("nan")
-    testable = requirement.smallest_p is None or requirement.smallest_p(subject) < LEVEL
-    p_value = 1.0 if np.isnan(own) else own
-    return Result(requirement, value, low, high, reached, standardised, p_value, threshold, n, testable)
-
-
-def resampled_p_value(replicates: Array) -> float:
-    """Two-sided: how often resampled images give a value on the other side of 0."""
-    beyond = min((replicates <= 0).sum(), (replicates >= 0).sum())
-    return float(min(1.0, 2 * (beyond + 1) / (len(replicates) + 1)))
+    return Result(
+        requirement,
+        value,
+        low,
+        high,
+        controls=reached,
+        standardised=value / deviation if deviation > 0 else float("nan"),
+        p_value=1.0 if np.isnan(p_value) else p_value,
+        threshold=threshold,
+        n=n,
+        testable=requirement.smallest_p is None or requirement.smallest_p(measured) < LEVEL,
+    )

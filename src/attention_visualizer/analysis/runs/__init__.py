@@ -2,10 +2,9 @@
 
 Hands out the chapter.
 
-    chapter.py           seeds or settings?
-    seeds.py             the chapter on runs that differ in the seed only
-    seeds_measure.py     heads and their partners, and what each seed shows
-    settings.py          the chapter on runs that differ in their settings
-    settings_measure.py  each setting and its difference from the first
-    survey.py            the compared runs, each surveyed with the same images
+    chapter.py    seeds or settings?
+    run_table.py  the compared runs as a table and as JSON
+    seeds/        runs that differ in the seed only
+    settings/     runs that differ in their settings
+    survey.py     the compared runs, each surveyed with the same images
 """

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from attention_visualizer.analysis.needs import ChapterWriter, Need
-from attention_visualizer.analysis.runs import seeds, settings
+from attention_visualizer.analysis.runs.seeds import chapter as seeds_chapter
+from attention_visualizer.analysis.runs.settings import chapter as settings_chapter
 from attention_visualizer.analysis.runs.survey import survey_runs
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.report.chapter import Chapter
 
 
 def write(study: Study) -> Chapter:
-    looked = survey_runs(study)
-    if len({each.run.setting for each in looked}) == 1:
-        return seeds.write(study, looked)
-    return settings.write(study, looked)
+    surveyed = survey_runs(study)
+    if len({each.run.setting for each in surveyed}) == 1:
+        return seeds_chapter.write(study, surveyed)
+    return settings_chapter.write(study, surveyed)
 
 
 NO_RUNS = """No other run was looked at: `python analyze.py runs=<glob>`, such as `runs='runs/*'` or a sweep's folder,

@@ -1,10 +1,10 @@
-"""From `runs=<glob>` to runs that can be compared: their weights, checked, and the settings in which they differ."""
+"""Resolve `runs=<glob>` to runs that can be compared: their weights, checked, and the settings in which they differ."""
 
 from __future__ import annotations
 
 import glob
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,92 +23,95 @@ DATA_FIELDS = ("name", "image_size", "channels", "class_names")  # mean and devi
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run to compare, or the study's own (`own`).
-
-    knobs: the settings in which the compared runs differ, but for the seed: "model.embed_dim" -> value, "?" where the
-    run does not say. seed: None where it is not known. remarks: what a reader must know of how it was chosen.
-    """
+    """A run to compare, possibly the analysed one itself."""
 
     label: str
     loaded: LoadedCheckpoint
-    knobs: dict[str, Any]
-    seed: int | None = None
+    #: Settings in which the compared runs differ, but for the seed: "model.embed_dim" -> value, "?" for unknown.
+    varied: dict[str, Any]
+    seed: int | None = None  # None where it is not known
     validation_accuracy: float | None = None
-    own: bool = False
-    remarks: tuple[str, ...] = ()
+    is_analysed: bool = False
+    remarks: tuple[str, ...] = ()  # what a reader must know of how all runs were chosen; on the first run only
 
     @property
     def setting(self) -> tuple[str, ...]:
-        """The same of runs that differ in nothing but the seed."""
-        return tuple(f"{short_name(name)}={told(value)}" for name, value in self.knobs.items())
+        """The varied settings as text, the same for runs that differ in nothing but the seed."""
+        return tuple(f"{short_name(name)}={format_value(value)}" for name, value in self.varied.items())
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint that was matched, before anything is compared."""
+class MatchedCheckpoint:
+    """A checkpoint that the pattern matches, before anything is compared."""
 
     label: str
     loaded: LoadedCheckpoint
     run: RunFolder | None
 
 
-def find_compared_runs(pattern: str, own: LoadedCheckpoint, own_run: RunFolder | None = None) -> list[ComparedRun]:
-    """The runs that the glob `pattern` matches, each weights once, `own` among them (in front if it is not matched).
+def find_compared_runs(
+    pattern: str, analysed: LoadedCheckpoint, analysed_run: RunFolder | None = None
+) -> list[ComparedRun]:
+    """Find the runs that the glob `pattern` matches, the same weights once, and `analysed` (in front if not matched).
 
-    A match is a run folder, a sweep folder (all its jobs) or a checkpoint file. Of a run, the file that `own` has is
-    taken (best.ckpt or last.ckpt). Raises UserError if nothing is left to compare, for a broken checkpoint, and for
+    A match is a run folder, a sweep folder (all its jobs) or a checkpoint file. Of a run, the file that `analysed` has
+    is used (best.ckpt or last.ckpt). Raise UserError if nothing is left to compare, for a broken checkpoint, and for
     one of another data set or image size.
     """
     if not pattern:
         raise UserError("runs= is empty: give a pattern of run folders, such as runs=runs/*_sweep")
-    file_name = own.path.name if own.path.name in ("best.ckpt", "last.ckpt") else "best.ckpt"
-    matched, remarks = look_up(pattern, file_name)
-    if not matched:
-        raise UserError(f"runs={pattern} matches no run, no sweep and no checkpoint{told_of(remarks)}")
-    for found in matched:
-        check_comparable(found.loaded, own)
-    own_print = fingerprint(own)
-    kept: dict[str, Found] = {}
-    for found in matched:
-        name = fingerprint(found.loaded)
-        if name in kept:
-            remarks.append(f"{found.label} holds the same weights as {kept[name].label} and is left out")
-        kept.setdefault(name, found)
-    if own_print not in kept:
-        kept = {own_print: Found(own_label(own, own_run), own, own_run)} | kept
-    if len(kept) < 2:
-        raise UserError(f"runs={pattern} matches nothing but the analysed weights{told_of(remarks)}")
-    runs = described(list(kept.values()), list(kept).index(own_print))
-    runs, same = without_repetitions(runs)
-    remarks += same
+    file_name = analysed.path.name if analysed.path.name in ("best.ckpt", "last.ckpt") else "best.ckpt"
+    matches, remarks = match_checkpoints(pattern, file_name)
+    if not matches:
+        raise UserError(f"runs={pattern} matches no run, no sweep and no checkpoint{in_parentheses(remarks)}")
+    for match in matches:
+        check_comparable(match.loaded, analysed)
+    analysed_weights = fingerprint(analysed)
+    by_weights: dict[str, MatchedCheckpoint] = {}
+    for match in matches:
+        first = by_weights.setdefault(fingerprint(match.loaded), match)
+        if first is not match:
+            remarks.append(f"{match.label} holds the same weights as {first.label} and is left out")
+    if analysed_weights not in by_weights:
+        label = analysed.path.name if analysed_run is None else analysed_run.name
+        by_weights = {analysed_weights: MatchedCheckpoint(label, analysed, analysed_run)} | by_weights
+    if len(by_weights) < 2:
+        raise UserError(f"runs={pattern} matches nothing but the analysed weights{in_parentheses(remarks)}")
+    runs = describe_runs(list(by_weights.values()), list(by_weights).index(analysed_weights))
+    runs, repetitions = split_repetitions(runs)
+    remarks += [f"{run.label} has the same settings and seed as another run and is left out" for run in repetitions]
     if len(runs) < 2:
-        raise UserError(f"runs={pattern}: there is nothing to compare{told_of(remarks)}")
+        raise UserError(f"runs={pattern}: there is nothing to compare{in_parentheses(remarks)}")
     return [replace(runs[0], remarks=tuple(remarks)), *runs[1:]]
 
 
-def look_up(pattern: str, file_name: str) -> tuple[list[Found], list[str]]:
-    """Every checkpoint that the pattern means, and a remark for each match that has none."""
-    found: list[Found] = []
+def match_checkpoints(pattern: str, file_name: str) -> tuple[list[MatchedCheckpoint], list[str]]:
+    """Load every checkpoint that the pattern means; return a remark for each match that has none."""
+    matches: list[MatchedCheckpoint] = []
     remarks: list[str] = []
     for name in sorted(glob.glob(pattern, recursive=True)):
         path = Path(name)
         group = group_at(path) if path.is_dir() else None
         if group is not None:
-            found += of_group(group, file_name, remarks)
+            matches += load_group(group, file_name, remarks)
         elif path.is_file() and path.suffix in SUFFIXES:
             folder = RunFolder.of_checkpoint(path)
             run = folder if path.parent == folder.checkpoints else None
-            found.append(Found(path.name if run is None else f"{run.name}/{path.name}", load_checkpoint(path), run))
+            label = path.name if run is None else f"{run.name}/{path.name}"
+            matches.append(MatchedCheckpoint(label, load_checkpoint(path), run))
         else:
             remarks.append(f"{path} is no run, sweep or checkpoint")
-    return found, remarks
+    return matches, remarks
 
 
-def of_group(group: RunGroup, file_name: str, remarks: list[str]) -> list[Found]:
-    """A run's checkpoint, or those of a sweep's jobs; the other of best and last where that is all there is."""
-    found = []
+def load_group(group: RunGroup, file_name: str, remarks: list[str]) -> list[MatchedCheckpoint]:
+    """Load a run's checkpoint, or those of a sweep's jobs; of best.ckpt and last.ckpt the other where only it exists.
+
+    Add a remark for each run that has no checkpoint, or not the one of this name.
+    """
+    matches = []
+    other = "last.ckpt" if file_name == "best.ckpt" else "best.ckpt"
     for run in group.runs:
-        other = "last.ckpt" if file_name == "best.ckpt" else "best.ckpt"
         candidate = next(itertools.chain(candidates_in([run], file_name), candidates_in([run], other)), None)
         if candidate is None:
             remarks.append(f"{run.name} has no checkpoint yet")
@@ -116,121 +119,114 @@ def of_group(group: RunGroup, file_name: str, remarks: list[str]) -> list[Found]
         if candidate.path.name == other:
             remarks.append(f"{run.name} has no {file_name}: its {other} is compared")
         label = f"{group.path.name}, job {run.name.partition('_')[0]}" if group.is_sweep else run.name
-        found.append(Found(label, candidate.loaded, run))
-    return found
+        matches.append(MatchedCheckpoint(label, candidate.loaded, run))
+    return matches
 
 
-def check_comparable(loaded: LoadedCheckpoint, own: LoadedCheckpoint) -> None:
-    """Raises UserError for a model of other pictures than `own`. A file that knows no data set may be of the same."""
+def check_comparable(loaded: LoadedCheckpoint, analysed: LoadedCheckpoint) -> None:
+    """Raise UserError for a model of other images than `analysed`. A file that knows no data set may be of the same."""
     for field in ("img_size", "in_channels", "num_classes"):
-        theirs, mine = getattr(loaded.model_config, field), getattr(own.model_config, field)
-        if theirs != mine:
+        theirs, ours = getattr(loaded.model_config, field), getattr(analysed.model_config, field)
+        if theirs != ours:
             raise UserError(
-                f"runs=: {loaded.path} has model.{field}={theirs}, the analysed model {mine}: "
+                f"runs=: {loaded.path} has model.{field}={theirs}, the analysed model {ours}: "
                 "compare runs on the same pictures"
             )
-    if loaded.data is None or own.data is None:
+    if loaded.data is None or analysed.data is None:
         return
-    described, analysed = loaded.data.to_dict(), own.data.to_dict()
     for field in DATA_FIELDS:
-        if described[field] != analysed[field]:
+        their_data, our_data = getattr(loaded.data, field), getattr(analysed.data, field)
+        if their_data != our_data:
             raise UserError(
-                f"runs=: {loaded.path} was trained on other data ({field} {described[field]!r:.60}, the analysed "
-                f"model {analysed[field]!r:.60}): compare runs on the same data set"
+                f"runs=: {loaded.path} was trained on other data ({field} {their_data!r:.60}, the analysed "
+                f"model {our_data!r:.60}): compare runs on the same data set"
             )
 
 
 def fingerprint(loaded: LoadedCheckpoint) -> str:
-    """Of the weights and the architecture, whatever else the file holds."""
+    """Hash the weights and the architecture, whatever else the file holds."""
     return weights_digest(loaded.state_dict, repr(loaded.model_config))
 
 
-def described(all_found: Sequence[Found], own: int) -> list[ComparedRun]:
-    """With labels of their own, seeds, and the settings that differ."""
-    settings = [settings_of(found) for found in all_found]
-    manifests = [manifest_of(found.run) for found in all_found]
-    differing = [
+def describe_runs(matches: Sequence[MatchedCheckpoint], analysed: int) -> list[ComparedRun]:
+    """Give each match a unique label, its seed and the settings that vary. analysed: the position of that run."""
+    settings = [read_settings(match) for match in matches]
+    varied = [
         name
         for name in dict.fromkeys(name for each in settings for name in each)
-        if field_named(name).is_hyperparameter and len({told(each[name]) for each in settings if name in each}) > 1
+        if field_named(name).is_hyperparameter
+        and len({format_value(each[name]) for each in settings if name in each}) > 1
     ]
-    labels = [found.label for found in all_found]
+    labels = [match.label for match in matches]
     runs = []
-    for position, (found, each, manifest) in enumerate(zip(all_found, settings, manifests, strict=True)):
-        seed = each.get("seed", manifest.get("seed"))
-        accuracy = found.loaded.validation_accuracy
+    for position, (match, each) in enumerate(zip(matches, settings, strict=True)):
+        seed = each.get("seed", read_manifest(match.run).get("seed"))
         runs.append(
             ComparedRun(
-                found.label if labels.count(found.label) == 1 else str(found.loaded.path),
-                found.loaded,
-                {name: each.get(name, "?") for name in differing},
+                match.label if labels.count(match.label) == 1 else str(match.loaded.path),
+                match.loaded,
+                {name: each.get(name, "?") for name in varied},
                 seed if isinstance(seed, int) else None,
-                accuracy,
-                own=position == own,
+                match.loaded.validation_accuracy,
+                is_analysed=position == analysed,
             )
         )
     return runs
 
 
-def without_repetitions(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], list[str]]:
-    """Of runs with the same settings and the same seed (such as best.ckpt and last.ckpt of one run) one is kept, the
-    analysed one first: they would count as two seeds."""
-    kept: dict[Any, ComparedRun] = {}
-    for run in sorted(runs, key=lambda run: not run.own):  # stable
-        kept.setdefault(id(run) if run.seed is None else (run.setting, run.seed), run)
-    chosen = [run for run in runs if any(run is each for each in kept.values())]
-    same = [f"{run.label} has the same settings and seed as another run and is left out"
-            for run in runs if not any(run is each for each in chosen)]  # fmt: skip
-    return chosen, same
+def split_repetitions(runs: Sequence[ComparedRun]) -> tuple[list[ComparedRun], list[ComparedRun]]:
+    """Separate runs from others with the same settings and seed, such as best.ckpt and last.ckpt of one run, which
+    would count as two seeds. Of these the analysed run stays, else the first."""
+    by_seed: dict[Any, ComparedRun] = {}
+    for run in sorted(runs, key=lambda run: not run.is_analysed):  # stable
+        by_seed.setdefault(id(run) if run.seed is None else (run.setting, run.seed), run)
+    chosen = {id(run) for run in by_seed.values()}
+    return [run for run in runs if id(run) in chosen], [run for run in runs if id(run) not in chosen]
 
 
-def settings_of(found: Found) -> dict[str, Any]:
-    """The model's from the checkpoint, all others from the run's config.yaml, where there is one."""
-    model = {f"model.{name}": value for name, value in found.loaded.model_config.to_dict().items()}
+def read_settings(match: MatchedCheckpoint) -> dict[str, Any]:
+    """Read the model's settings from the checkpoint, all others from the run's config.yaml, where there is one."""
+    model = {f"model.{name}": value for name, value in match.loaded.model_config.to_dict().items()}
     others: dict[str, Any] = {}
-    if found.run is not None and found.run.config_path.is_file():
+    if match.run is not None and match.run.config_path.is_file():
         try:
-            content = read_yaml(found.run.config_path)
+            content = read_yaml(match.run.config_path)
         except (OSError, UserError) as error:
-            raise UserError(f"{found.run.config_path} cannot be read: repair or delete it") from error
-        others = {name: value for name, value in flat(content) if not name.startswith("model.")}
-    if found.loaded.split_seed is not None:
-        others["data.split_seed"] = found.loaded.split_seed
+            raise UserError(f"{match.run.config_path} cannot be read: repair or delete it") from error
+        others = {name: value for name, value in flatten_config(content) if not name.startswith("model.")}
+    if match.loaded.split_seed is not None:
+        others["data.split_seed"] = match.loaded.split_seed
     return model | others
 
 
-def flat(content: Any, name: str = "") -> Iterable[tuple[str, Any]]:
-    """("data.batch_size", 128) and so on, of nested dictionaries; without the names of classes."""
+def flatten_config(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("data.batch_size", 128) and so on from nested dictionaries, without the names of classes."""
     if isinstance(content, dict):
         for key, value in content.items():
             if key != "_target_":
-                yield from flat(value, f"{name}.{key}" if name else str(key))
+                yield from flatten_config(value, f"{name}.{key}" if name else str(key))
     elif name:
         yield name, content
 
 
-def manifest_of(run: RunFolder | None) -> dict[str, Any]:
-    if run is None:
-        return {}
+def read_manifest(run: RunFolder | None) -> dict[str, Any]:
+    """Read what run.json says; empty where there is none, or a broken one: it is a convenience here."""
     try:
-        return run.read_manifest()
-    except UserError:  # what it says is a convenience here
+        return {} if run is None else run.read_manifest()
+    except UserError:
         return {}
 
 
-def own_label(own: LoadedCheckpoint, run: RunFolder | None) -> str:
-    return own.path.name if run is None else run.name
+def short_name(setting: str) -> str:
+    """Return a setting's name without its group: "model.embed_dim" -> "embed_dim"."""
+    return setting.rpartition(".")[2]
 
 
-def short_name(knob: str) -> str:
-    """Without the group: "model.embed_dim" -> "embed_dim"."""
-    return knob.rpartition(".")[2]
-
-
-def told(value: Any) -> str:
+def format_value(value: Any) -> str:
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def told_of(remarks: Sequence[str]) -> str:
+def in_parentheses(remarks: Sequence[str]) -> str:
+    """Format the first three remarks as " (a; b; c; ...)", the end of a sentence; empty where there are none."""
     shown = "; ".join(remarks[:3]) + ("; ..." if len(remarks) > 3 else "")
     return f" ({shown})" if remarks else ""

@@ -1,0 +1,35 @@
+"""Figure of the claims: each one's weakest requirement against what it must reach and what random weights reach."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from attention_visualizer.analysis.claims.measure import JudgedClaims
+from attention_visualizer.figures import charts
+
+
+def draw(judged: JudgedClaims, title: str) -> Figure:
+    """Draw, of each claim, the requirement that is farthest from being met, in units of its minimum effect."""
+    weakest = [judgement.results[0] for judgement in judged.judgements]
+    units = np.array([result.requirement.minimum for result in weakest])
+    bands = [(min(result.controls), max(result.controls)) if result.controls else (np.nan,) * 2 for result in weakest]
+    figure = Figure(figsize=(13.5, 0.44 * len(weakest) + 2.3), layout="constrained")
+    charts.verdict_forest(
+        [judgement.claim.name for judgement in judged.judgements],
+        np.array([result.value for result in weakest]) / units,
+        np.array([(result.low, result.high) for result in weakest]) / units[:, None],
+        np.array(bands) / units[:, None],
+        np.array([result.threshold for result in weakest]) / units,
+        [judgement.verdict for judgement in judged.judgements],
+        figure.add_subplot(),
+    )
+    handles = [
+        Line2D([], [], color=charts.REFERENCE, marker="o", linewidth=1.8, label="weakest requirement, 95 % interval"),
+        Line2D([], [], color="black", marker="|", linestyle="none", markersize=12, label="what it must reach"),
+        Patch(color=charts.BAND, label=f"what {judged.num_controls} models with random weights reach"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    return charts.with_headline(figure, f"{title}: n = {judged.n:,} {judged.image_kind}s")

@@ -1,0 +1,258 @@
+"""The chapter on runs that differ in the seed only: which heads come again, and what else survives a new seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from attention_visualizer.analysis.runs.run_table import describe_remarks, run_numbers, run_table
+from attention_visualizer.analysis.runs.seeds.figure import divergences, draw
+from attention_visualizer.analysis.runs.seeds.measure import (
+    CLOSE,
+    MINIMUM_GAIN,
+    QUANTITIES,
+    Pair,
+    SeedComparison,
+    SeedEffects,
+    measure,
+)
+from attention_visualizer.analysis.runs.survey import CONTROL_FACTOR, ENOUGH_SEEDS, SurveyedRun
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.measures.intervals import LEVEL, smallest_sign_flip_p
+from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
+
+MOST_LISTED = 5  # runs whose values a cell of the table holds one by one
+
+
+def write(study: Study, surveyed: list[SurveyedRun]) -> Chapter:
+    """surveyed: at least two runs that differ in the seed only."""
+    comparison = measure(study, surveyed)
+    name = study.output.save(draw(comparison), "attention_across_seeds")
+    count, n, kind = comparison.num_seeds, comparison.num_images, comparison.image_kind
+    text = TEXT.format(count=count, n=n, kind=kind, controls=len(study.control_surveys), seeds=describe_power(count))
+    return Chapter(
+        f"Comparing runs: {count} seeds of one model",
+        "\n\n".join([text, describe_heads(comparison), describe_effects(comparison)]) + describe_remarks(surveyed),
+        [FigureFile(name, CAPTION.format(count=count, n=n, kind=kind))],
+        [run_table(surveyed), quantity_table(comparison), head_table(comparison)],
+        numbers(comparison),
+        finding=Finding(finding_text(comparison), name),
+        caution=CAUTION,
+    )
+
+
+def describe_power(num_seeds: int) -> str:
+    smallest = (
+        f"an exact two-sided sign-flip test of {num_seeds} seeds cannot reach a p below "
+        f"{smallest_sign_flip_p(num_seeds):.3g}"
+    )
+    if num_seeds < ENOUGH_SEEDS:
+        return f"With fewer than {ENOUGH_SEEDS} seeds, what is said about seeds is descriptive: {smallest}."
+    return f"The unit of every test is the seed, pictures are nested in it; {smallest}."
+
+
+def describe_heads(comparison: SeedComparison) -> str:
+    if comparison.partners.shape[2] == 1:
+        return "Layers have one head each, so there is nothing to match."
+    gains = [pair.gain for pair in comparison.pairs]
+    unrelated = []
+    if comparison.shifted:
+        unrelated.append(f"{format_gains(comparison.shifted)} for heads matched with those of the next layer")
+    if comparison.random:
+        unrelated.append(f"{format_gains(comparison.random)} for random weights")
+    verdict = (
+        "In every pair of runs partners are closer than unrelated heads: heads come again."
+        if comparison.heads_recur
+        else "Not every pair of runs reaches it: that heads come again is not shown."
+    )
+    return (
+        f"**Heads.** Partners in another seed are {np.mean(gains):.0%} closer (pairs of runs: {min(gains):.0%} to "
+        f"{max(gains):.0%}) than heads of the same layer paired by lot. With unrelated heads the best partners reach "
+        f"{' and '.join(unrelated) or 'nothing, as there are none'}. What was asked for beforehand is at least "
+        f"{MINIMUM_GAIN:.0%} and {CONTROL_FACTOR:g} times the largest of these, so {comparison.limit:.0%}, and a "
+        f"permutation test. {verdict} {describe_close_heads(comparison)}"
+    )
+
+
+def describe_close_heads(comparison: SeedComparison) -> str:
+    """Single heads may come again where most do not."""
+    close, total = count_close(comparison.pairs)
+    sentence = f"Of single heads, {close} of {total} (heads x pairs of runs) have a partner within {CLOSE:g} nats"
+    if not comparison.shifted:
+        return f"{sentence}."
+    close, total = count_close(comparison.shifted)
+    return f"{sentence}; in the next layer, {close} of {total}."
+
+
+def count_close(pairs: Sequence[Pair]) -> tuple[int, int]:
+    """Count the heads that are close to their partners, and all heads."""
+    matched = divergences(pairs)
+    return int((matched <= CLOSE).sum()), matched.size
+
+
+def format_gains(pairs: Sequence[Pair]) -> str:
+    gains = [pair.gain for pair in pairs]
+    return f"{np.mean(gains):.0%} (up to {max(gains):.0%})"
+
+
+def describe_effects(comparison: SeedComparison) -> str:
+    layers, heads, count = comparison.layer_effects, comparison.head_effects, comparison.num_seeds
+    every_seed = (
+        f"**What each seed shows.** By layer, {layers.num_in_every_seed} of {layers.size} differences from random "
+        f"weights have one sign in all {count} seeds and exceed the minimum effect in each ({by_quantity(layers)}). "
+        f"By head, after matching, {heads.num_in_every_seed} of {heads.size} differences from the layer's mean do, "
+        f"beyond what matching alone brings about ({by_quantity(heads)})."
+    )
+    if count >= ENOUGH_SEEDS:
+        return (
+            f"{every_seed} With false discovery control over each family, {layers.num_significant(count)} of "
+            f"{layers.size} layers' and {heads.num_significant(count)} of {heads.size} heads' differences hold at "
+            f"{LEVEL:g}."
+        )
+    smallest = [
+        float(np.nanmin(np.concatenate([each.ravel() for each in effects.adjusted.values()])))
+        for effects in (layers, heads)
+    ]
+    return (
+        f"{every_seed} Adjusted over their families of {layers.size} and {heads.size}, the smallest p-values are "
+        f"{smallest[0]:.2g} and {smallest[1]:.2g}: no statement about seeds in general rests on them."
+    )
+
+
+def by_quantity(effects: SeedEffects) -> str:
+    return ", ".join(f"{name} {count_in_every_seed(effects, name)}" for name in effects.means)
+
+
+def count_in_every_seed(effects: SeedEffects, quantity: str) -> str:
+    """Count the differences that hold in every seed: "3 of 5"."""
+    return f"{int(effects.every_seed[quantity].sum())} of {int((~np.isnan(effects.means[quantity])).sum())}"
+
+
+def finding_text(comparison: SeedComparison) -> str:
+    count, images = comparison.num_seeds, f"n = {comparison.num_images:,} {comparison.image_kind}s"
+    tested = count >= ENOUGH_SEEDS
+    layers = comparison.layer_effects
+    entropy = layers.every_seed["entropy"] & ((layers.adjusted["entropy"] <= LEVEL) | (not tested))
+    if comparison.partners.shape[2] == 1:
+        heads = f"Over {count} seeds ({images}): "
+    else:
+        gain = np.mean([pair.gain for pair in comparison.pairs])
+        unrelated = max((pair.gain for pair in (*comparison.shifted, *comparison.random)), default=0.0)
+        recur = "come again" if comparison.heads_recur else "do not come again recognisably"
+        heads = (
+            f"Over {count} seeds heads {recur}: best partners are {gain:.0%} closer than by lot, unrelated heads up to "
+            f"{unrelated:.0%} ({images}). "
+        )
+    basis = f"adjusted p at most {LEVEL:g}" if tested else f"descriptive: fewer than {ENOUGH_SEEDS} seeds"
+    return (
+        f"{heads}In {int(entropy.sum())} of {len(entropy)} layers the entropy differs from that of random weights in "
+        f"the same direction in every seed ({basis})."
+    )
+
+
+def quantity_table(comparison: SeedComparison) -> Table:
+    rows = []
+    for name in comparison.values:
+        quantity = QUANTITIES[name]
+        agreements = [
+            mean_and_range([pair.agreement[name] for pair in pairs])
+            for pairs in (comparison.pairs, comparison.shifted, comparison.random)
+        ]
+        count = count_in_every_seed(comparison.layer_effects, name)
+        profile = mean_and_range(comparison.profiles[name])
+        rows.append([quantity.label, *agreements, profile, f"{count} (by at least {quantity.minimum:g})"])
+    return Table(
+        "Agreement between seeds: rank correlations, mean over pairs of models (and range), of matched heads within "
+        "their layers, and of layers' means; and in how many layers every seed lies on one side of random weights.",
+        ["quantity", "partners", "partners in the next layer", "random weights", "layers' means", "one side"],
+        rows,
+    )
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    """Format the mean, smallest and largest of the values that are known."""
+    known = [value for value in values if not np.isnan(value)]
+    return f"{np.mean(known):.2f} ({min(known):.2f} to {max(known):.2f})" if known else "–"
+
+
+def head_table(comparison: SeedComparison) -> Table:
+    """Make a row a head of the first run: partners, divergences and values of each run."""
+    with_first = [pair for pair in comparison.pairs if pair.first == 0]
+    rows = []
+    for layer, head in np.ndindex(comparison.partners.shape[1:]):
+        rows.append(
+            [
+                f"{layer + 1}.{head + 1}",
+                ", ".join(str(partner + 1) for partner in comparison.partners[1:, layer, head]),
+                format_values([pair.matching.matched[layer, head] for pair in with_first]),
+                f"{np.mean([pair.matching.random_pairing[layer, head] for pair in with_first]):.2f}",
+                *(format_values(values[:, layer, head]) for values in comparison.aligned.values()),
+            ]
+        )
+    return Table(
+        "Heads of the first run (layer.head) and their partners in the others, in the order of the runs: the partner, "
+        "its divergence (nats), the mean divergence of heads paired by lot, and each quantity in every run.",
+        ["head", "partners", "divergence", "by lot", *comparison.aligned],
+        rows,
+    )
+
+
+def format_values(values: Any) -> str:
+    """List up to MOST_LISTED values; summarise longer lists as mean (min to max)."""
+    if np.isnan(values).any():
+        return "–"
+    if len(values) > MOST_LISTED:
+        return mean_and_range(values)
+    return ", ".join(f"{value:.2f}" for value in values)
+
+
+def numbers(comparison: SeedComparison) -> dict[str, Any]:
+    return {
+        "comparison": "seeds",
+        "images": comparison.num_images,
+        "runs": run_numbers(comparison.runs),
+        "descriptive": comparison.num_seeds < ENOUGH_SEEDS,
+        "smallest_p": smallest_sign_flip_p(comparison.num_seeds),
+        "heads_recur": comparison.heads_recur,
+        "pairs": [
+            {
+                "runs": [pair.first, pair.second],
+                "gain": pair.gain,
+                "p": pair.p_value,
+                "partners": pair.matching.partners,
+                "divergence": pair.matching.matched,
+                "divergence_by_lot": pair.matching.random_pairing,
+                "rank_correlation": pair.agreement,
+            }
+            for pair in comparison.pairs
+        ],
+        "gain_next_layer": [pair.gain for pair in comparison.shifted],
+        "gain_random_weights": [pair.gain for pair in comparison.random],
+        "values_by_run_layer_head": comparison.values,
+        "families": {
+            family: {
+                "size": effects.size,
+                "mean_difference": effects.means,
+                "adjusted_p": effects.adjusted,
+                "in_every_seed": effects.every_seed,
+            }
+            for family, effects in (("layers", comparison.layer_effects), ("heads", comparison.head_effects))
+        },
+    }
+
+
+CAPTION = """{count} runs that differ in the seed only, over {n:,} {kind}s. First panel: the Jensen-Shannon divergence
+between the readout rows of matched heads, 0 for copies. Next: the runs' layers against random weights. Last: whether
+partners that differ from their layer's mean do so alike; dots are pairs of runs."""
+
+TEXT = """{count} runs with the same settings and different seeds, over the same {n:,} {kind}s, beside {controls} models
+with random weights. Heads have no identity across seeds: within each layer, the heads of two runs are paired so that
+the Jensen-Shannon divergence of their readout rows on the same pictures is least in total (Hungarian matching). Such
+partners are found for any heads, so the same is done with heads that cannot correspond: those of the next layer, and
+those of random weights. Entropy and attention distance are relative to uniform attention, attention to ink is relative
+to a head that attends to all patches alike. {seeds}"""
+
+CAUTION = """Partners are chosen by what they attend to, so they agree to some degree whatever the heads are: read their
+agreement against that of heads of the next layer, never alone."""

@@ -1,0 +1,176 @@
+"""The chapter on runs that differ in their settings: what goes with a setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from attention_visualizer.analysis.runs.run_table import describe_remarks, run_numbers, run_table
+from attention_visualizer.analysis.runs.settings.figure import draw, join_names, name_varied
+from attention_visualizer.analysis.runs.settings.measure import (
+    QUANTITIES,
+    Setting,
+    SettingComparison,
+    SettingDifference,
+    measure,
+)
+from attention_visualizer.analysis.runs.survey import ENOUGH_SEEDS, SurveyedRun
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
+
+MOST_NAMED_DIFFERENCES = 6  # in the text
+
+
+def write(study: Study, surveyed: list[SurveyedRun]) -> Chapter:
+    """surveyed: at least two runs of different settings."""
+    comparison = measure(study, surveyed)
+    name = study.output.save(draw(comparison), "attention_across_runs")
+    facts = {
+        "runs": len(surveyed),
+        "varied": join_names(comparison.varied),
+        "n": comparison.num_images,
+        "total": comparison.num_classified,
+        "kind": f"{comparison.image_kind}s",
+        "first": comparison.settings[0].name,
+        "controls": study.budget.controls,
+        "size": len(comparison.differences),
+        "seeds": describe_samples(comparison),
+    }
+    return Chapter(
+        f"Comparing runs: {name_varied(comparison.varied)}",
+        f"{TEXT.format(**facts)} {describe_differences(comparison.differences)}{describe_remarks(surveyed)}",
+        [FigureFile(name, CAPTION.format(**facts))],
+        [run_table(surveyed), setting_table(comparison)],
+        numbers(comparison),
+        finding=Finding(finding_text(comparison), name),
+        caution=CAUTION,
+    )
+
+
+def fewest_runs(settings: Sequence[Setting]) -> int:
+    return min(len(setting.runs) for setting in settings)
+
+
+def describe_samples(comparison: SettingComparison) -> str:
+    """Say how many runs a setting has, and what that leaves open."""
+    fewest = fewest_runs(comparison.settings)
+    if fewest == 1:
+        text = "One run is one sample: a difference between single runs mixes the knob with the seed."
+    else:
+        text = f"Each setting is the mean of its runs, {fewest} or more, drawn as small dots."
+    if fewest < ENOUGH_SEEDS:
+        text += f" With fewer than {ENOUGH_SEEDS} seeds a setting, what is said about settings is descriptive."
+    if len(comparison.varied) > 1:
+        text += " The runs differ in several settings, so that a difference may belong to any of them."
+    return text
+
+
+def describe_differences(differences: Sequence[SettingDifference]) -> str:
+    """Say what stands out, or that nothing does."""
+    outstanding = [each for each in differences if each.stands_out]
+    untrained = "" if all(each.learnt for each in differences) else f" {NOT_LEARNT}"
+    if not outstanding:
+        return f"No difference passes all of this.{untrained}"
+    named = "; ".join(
+        f"{each.setting.name}: {each.quantity.label.split(' (')[0]} {signed(each)}"
+        for each in outstanding[:MOST_NAMED_DIFFERENCES]
+    )
+    unnamed = len(outstanding) - MOST_NAMED_DIFFERENCES
+    more = f"; {unnamed} more are in the table" if unnamed > 0 else ""
+    return f"{len(outstanding)} of {len(differences)} differences pass all of this: {named}{more}.{untrained}"
+
+
+def signed(difference: SettingDifference) -> str:
+    """Format a difference as "+0.12 (0.10 to 0.14)", of accuracy in percentage points."""
+    text = difference.interval.text(2, percent=difference.quantity.name == "accuracy")
+    return text if text.startswith(("-", "–")) else f"+{text}"
+
+
+def finding_text(comparison: SettingComparison) -> str:
+    differences, first = comparison.differences, comparison.settings[0].name
+    fewest = fewest_runs(comparison.settings)
+    sample = "one run each, so the seed is mixed in" if fewest == 1 else f"{fewest} or more runs each"
+    of_accuracy = [each for each in differences if each.quantity.name == "accuracy"]
+    count = sum(each.stands_out for each in differences)
+    text = (
+        f"Runs that differ in {join_names(comparison.varied)} ({sample}): {count} of {len(differences)} differences "
+        f"from {first} in accuracy, entropy, distance and redundancy stand out."
+    )
+    if not of_accuracy:
+        return text
+    largest = max(of_accuracy, key=lambda each: abs(float(each.interval.value)))
+    return (
+        f"{text} The largest difference in accuracy is {signed(largest)}, {largest.setting.name} against {first} "
+        f"(n = {comparison.num_classified:,})."
+    )
+
+
+def setting_table(comparison: SettingComparison) -> Table:
+    rows = []
+    for setting in comparison.settings:
+        label = setting.name if setting.name == setting.label else f"{setting.name}: {setting.label}"
+        differences = {each.quantity: each for each in comparison.differences if each.setting is setting}
+        cells = []
+        for quantity in QUANTITIES:
+            if quantity.name not in setting.values:
+                cells.append("–")
+                continue
+            cell = setting.values[quantity.name].interval.text(2, percent=quantity.name == "accuracy")
+            if quantity in differences:
+                difference = differences[quantity]
+                cell += f"; {signed(difference)}{'*' if difference.stands_out else ''}"
+            cells.append(cell)
+        rows.append([label, str(len(setting.runs)), *cells])
+    return Table(
+        "Each setting with the 95 % interval over pictures; then the paired difference from the first, with a star "
+        "where it stands out.",
+        ["setting", "runs", *(quantity.label for quantity in QUANTITIES)],
+        rows,
+    )
+
+
+def numbers(comparison: SettingComparison) -> dict[str, Any]:
+    return {
+        "comparison": "settings",
+        "images": comparison.num_images,
+        "runs": run_numbers(comparison.runs),
+        "settings": [
+            {
+                "setting": setting.label,
+                "runs": [run.label for run in setting.runs],
+                "values": {name: value.interval.numbers() for name, value in setting.values.items()},
+                "by_run": setting.values_by_run,
+                "random_weights": setting.controls,
+            }
+            for setting in comparison.settings
+        ],
+        "differences": [
+            {
+                "quantity": each.quantity.name,
+                "setting": each.setting.label,
+                "difference": each.interval.numbers(),
+                "adjusted_p": each.adjusted,
+                "largest_of_random_weights": each.limit,
+                "all_runs_on_one_side": each.apart,
+                "stands_out": each.stands_out,
+            }
+            for each in comparison.differences
+        ],
+    }
+
+
+NOT_LEARNT = "Runs that classify no better than random weights are left out of this."
+CAPTION = """{runs} runs: accuracy over {total:,} {kind}, all else over {n:,}, means over layers and heads. Below, the
+paired differences from {first}. A low divergence between a layer's heads means that they are redundant."""
+
+TEXT = """{runs} runs that differ in {varied}, over the same {kind} ({total:,} for accuracy, {n:,} for attention).
+Entropy and attention distance are relative to uniform attention, because models with other patches have another number
+of keys; where a class token is read, the last layer has no distance. The divergence between a layer's heads
+(Jensen-Shannon) is low where heads are redundant. {seeds} A difference from {first} stands out when its bootstrap
+p-value over the pictures, adjusted over all {size} differences, is at most 0.05, when it exceeds the minimum effect
+(0.2 points of accuracy, 0.05 of uniform attention, 0.035 nats) and, for attention, 1.5 times the largest difference
+between {controls} models with random weights of each architecture; where settings have several runs, all of one must
+lie on one side of all of the other."""
+
+CAUTION = """Intervals in the comparison of runs speak of other pictures, not of other seeds: the same setting trained
+again gives other numbers."""
