@@ -120,8 +120,10 @@ class SeedComparison:
     @cached_property
     def heads_recur(self) -> bool:
         """Whether in every pair of runs partners are closer than unrelated heads would be."""
+        if not all(pair.gain > self.limit for pair in self.pairs):
+            return False
         p_values = false_discovery_control(np.array([pair.p_value for pair in self.pairs]))
-        return all(pair.gain > self.limit for pair in self.pairs) and bool((p_values <= LEVEL).all())
+        return bool((p_values <= LEVEL).all())
 
 
 def measure(study: Study, surveyed: list[SurveyedRun]) -> SeedComparison:
