@@ -134,12 +134,12 @@ def check_comparable(loaded: LoadedCheckpoint, analysed: LoadedCheckpoint) -> No
             )
     if loaded.data is None or analysed.data is None:
         return
+    their_data, our_data = loaded.data.to_dict(), analysed.data.to_dict()
     for field in DATA_FIELDS:
-        their_data, our_data = getattr(loaded.data, field), getattr(analysed.data, field)
-        if their_data != our_data:
+        if their_data[field] != our_data[field]:
             raise UserError(
-                f"runs=: {loaded.path} was trained on other data ({field} {their_data!r:.60}, the analysed "
-                f"model {our_data!r:.60}): compare runs on the same data set"
+                f"runs=: {loaded.path} was trained on other data ({field} {their_data[field]!r:.60}, the analysed "
+                f"model {our_data[field]!r:.60}): compare runs on the same data set"
             )
 
 
