@@ -499,8 +499,9 @@ def test_the_border_has_a_column_or_a_sentence(tmp_path: Path) -> None:
     assert "border" not in coarse.tables[1].columns[-1] and coarse.numbers["border"] is None
     empty = coarse.numbers["interior_emptiness"]["value"]
     assert empty < 0.5 and f"only {100 * empty:.1f} % (" in coarse.text
+    undefined = np.array(np.nan)
     assert "all patches lie at the border" in chapter.border_text(
-        replace(planted_roles(), emptiness=Interval(*[np.array(np.nan)] * 3, 300))
+        replace(planted_roles(), emptiness=Interval(undefined, undefined, undefined, 300))
     )
 
 
@@ -516,7 +517,7 @@ def test_the_figures_name_every_head_and_its_roles() -> None:
 
 
 def test_the_figure_shows_what_random_weights_reach_not_the_bound() -> None:
-    study, control = planted(), study_of(Planted([partial(towards, 0.12)], [uniform]), 0, geometry=GEOMETRY)
+    study, control = planted(), study_of(Planted([partial(towards, 0.12)], [uniform]), controls=0, geometry=GEOMETRY)
     found = roles_of(study, (control,))
     assert found.bounds["ink"] == LEAST_INK and found.reached["ink"] == pytest.approx(found.follows_ink.value[0, 5])
     left = draw_roles(measured_heads(study, found)).axes[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,15 @@ N, LAYERS, HEADS, CLASSES = 23, 4, 2, ("ant", "bee", "cat")
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     torch.manual_seed(0)
-    sizes = {"img_size": 12, "patch_size": 4, "embed_dim": 10, "num_heads": HEADS, "num_layers": LAYERS, "mlp_dim": 14}
-    model = VisionTransformer(**sizes, num_classes=3).eval()
+    sizes: dict[str, Any] = {
+        "img_size": 12,
+        "patch_size": 4,
+        "embed_dim": 10,
+        "num_heads": HEADS,
+        "num_layers": LAYERS,
+        "mlp_dim": 14,
+    }
+    model = VisionTransformer(**sizes, num_heads=HEADS, num_layers=LAYERS, num_classes=3).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)
@@ -47,7 +55,7 @@ def test_trends_leave_out_a_last_layer_that_only_the_class_token_leaves(study: S
     with torch.no_grad(), capture(study.target.model) as attention:
         study.target.model(study.target.model_input(study.target.images.read(range(N))))
     entropy, distance = (
-        [float(of(layer.weights, layer.geometry).mean()) for layer in attention]
+        [float(of(layer.weights, layer.geometry).mean()) for layer in attention if layer.geometry is not None]
         for of in (readout_entropy, mean_attention_distance)
     )
     assert float(measured.trends["entropy"].value) == pytest.approx(entropy[3] - entropy[0], abs=1e-5)
@@ -68,7 +76,8 @@ def test_groups_are_by_true_class_and_by_outcome(measured: Statistics) -> None:
 def test_figures_show_what_was_measured(measured: Statistics) -> None:
     layers = draw_layers(measured.survey, measured.images)
     assert layers.get_suptitle() == "Attention over 23 test images, all heads" and len(layers.axes) == 6
-    heads = {axis.collections[0].colorbar.ax.get_ylabel(): axis for axis in draw_heads(measured).axes[:6]}
+    maps: list[Any] = draw_heads(measured).axes[:6]
+    heads = {axis.collections[0].colorbar.ax.get_ylabel(): axis for axis in maps}
     distances = heads[LABELS["distance"]]
     assert distances.collections[0].get_array()[-1].mask.all()  # the last layer's patch queries do not count
     assert "cannot affect the answer" in [text.get_text() for text in distances.texts]
@@ -76,7 +85,7 @@ def test_figures_show_what_was_measured(measured: Statistics) -> None:
     assert measured.groups is not None
     by_class, by_outcome = draw_groups(measured.groups, measured.images).axes[:2]
     assert [label.get_text() for label in by_class.get_yticklabels()] == list(CLASSES)
-    points = by_outcome.lines[-1].get_xdata()
+    points = np.asarray(by_outcome.lines[-1].get_xdata())
     np.testing.assert_allclose(points, measured.groups.wrong_minus_right["entropy"].value)
 
 

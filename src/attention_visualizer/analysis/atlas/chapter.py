@@ -92,7 +92,8 @@ def rounded(values: Array) -> Array:
 
 
 def rounded_interval(interval: Interval) -> dict[str, Any]:
-    return Interval(*map(rounded, (interval.value, interval.low, interval.high)), interval.n).numbers()
+    value, low, high = map(rounded, (interval.value, interval.low, interval.high))
+    return Interval(value, low, high, interval.n).numbers()
 
 
 def of_each_class(differences: list[Difference]) -> str:

@@ -73,7 +73,7 @@ def draw_redundancy(measured: MeasuredHeads) -> Figure:
         0.0,
         float(np.log(2)),
     )
-    starts = np.flatnonzero(np.diff(cluster[order], prepend=-1))
+    starts = np.flatnonzero(np.diff(cluster[order], prepend=-1)).tolist()
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         if end - start > 1:
             charts.box(axis, start, end)
