@@ -35,7 +35,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         "num_layers": LAYERS,
         "mlp_dim": 14,
     }
-    model = VisionTransformer(**sizes, num_heads=HEADS, num_layers=LAYERS, num_classes=3).eval()
+    model = VisionTransformer(**sizes, num_classes=3).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)
