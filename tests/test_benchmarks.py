@@ -94,7 +94,7 @@ def test_weights_that_are_not_those_of_the_explicit_path_are_an_error(
     assert ("differ from the explicit path's" in capsys.readouterr().err) == bool(code)
     monkeypatch.setattr(families, "EXAMPLES", [example, silent])
     assert families.main() == 1
-    assert "no attention of Flatten was seen" in capsys.readouterr().err
+    assert "no attention of Flatten was captured" in capsys.readouterr().err
 
 
 def test_the_softmaxes_of_a_model_are_read_and_then_left_alone(families: Any) -> None:

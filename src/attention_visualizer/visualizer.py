@@ -78,7 +78,7 @@ class AttentionVisualizer:
         if model is not None and not isinstance(model, nn.Module):
             raise UserError(f"model={model!r:.60} is no PyTorch module: give the model itself, or model_path=")
         if model is not None and images is None:
-            raise UserError("model= needs pictures to look at: give images=<folder>")
+            raise UserError("model= needs images: give images=<folder>")
         self.model_path = Path(model_path) if model_path is not None else Path(type(model).__name__)
         self.device = choose_device(device)
         self.data_dir = data_dir
@@ -190,7 +190,7 @@ class AttentionVisualizer:
             self._digest = model_digest(self._model)
             return Weights(self._model.eval(), f"{type(self._model).__name__} as given, sha256 {self._digest}")
         if not self.model_path.exists():
-            message = f"{self.model_path} does not exist: RANDOM WEIGHTS are shown, which have learnt nothing"
+            message = f"{self.model_path} does not exist: RANDOM WEIGHTS are used, which have learnt nothing"
             warnings.warn(message, UserWarning, stacklevel=4)
             log.warning(message)
             return Weights(

@@ -590,7 +590,7 @@ def test_what_is_no_attention_is_not_taken_for_it(
         conv=nn.Conv2d(4, 12, 1),
         back=nn.Conv2d(4, 4, 1),
     )
-    with pytest.raises(CaptureError, match="no attention of Module was seen") as caught, torch.no_grad():
+    with pytest.raises(CaptureError, match="no attention of Module was captured") as caught, torch.no_grad():
         with capture(model):
             model(torch.randn(*shape))
     for looked_for in ("scaled_dot_product_attention", "multi_head_attention_forward", "softmax(query @ key) @ value"):
@@ -657,7 +657,7 @@ class LinearAttention(nn.Module):
 
 
 def test_linear_attention_with_learnt_matrices_is_not_attention() -> None:
-    with pytest.raises(CaptureError, match="no attention of LinearAttention was seen"), torch.no_grad():
+    with pytest.raises(CaptureError, match="no attention of LinearAttention was captured"), torch.no_grad():
         with capture(model := LinearAttention()):
             model(torch.randn(2, 7, 5))
 

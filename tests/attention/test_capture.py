@@ -351,7 +351,7 @@ def test_a_refusal_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_attention_seen_is_an_error_that_names_the_model() -> None:
-    with pytest.raises(CaptureError, match="no attention of Linear was seen"):
+    with pytest.raises(CaptureError, match="no attention of Linear was captured"):
         run(nn.Linear(3, 5), torch.randn(2, 3))
     with pytest.raises(CaptureError, match="not run inside the block"), capture(random_vit()):
         pass

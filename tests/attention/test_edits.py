@@ -356,7 +356,7 @@ def test_nothing_is_left_behind_also_after_an_exception(way: str) -> None:
 
 def test_a_model_without_attention_is_refused() -> None:
     model = nn.Linear(3, 5)
-    with pytest.raises(CaptureError, match="no attention of Linear was seen"), intervene(model, edit_in_place):
+    with pytest.raises(CaptureError, match="no attention of Linear was captured"), intervene(model, edit_in_place):
         model(torch.randn(2, 3))
 
 

@@ -107,7 +107,7 @@ def test_every_figure_and_number_for_a_model_from_a_file(place: Path) -> None:
         "10 x 10 patches of 16 x 16 pixels, and the class token",
     ):
         assert said in report
-    assert "3 pictures" in report and "broken.jpg could not be read" in report and "by at most" in report
+    assert "3 images" in report and "broken.jpg could not be read" in report and "by at most" in report
     assert "random weights" not in report and "accuracy" not in report.lower()
     for number, name in enumerate(("china.png", "flower.png", "inner/grey.png")):
         shown = read_formatted(place / "photos" / name, InputFormat.of(model)).permute(1, 2, 0).numpy()
@@ -142,7 +142,7 @@ def test_figures_inside_the_folder_are_not_looked_at_the_next_time(tmp_path: Pat
     for _ in range(2):
         succeed(SMALL, "ckpt=random", "images=.", "chapters=[patterns,statistics]", folder=tmp_path)
         found.append((tmp_path / "attention_analysis_random/attention_statistics.json").read_bytes())
-    assert found[0] == found[1] and b"1 pictures" in found[0]
+    assert found[0] == found[1] and b"1 images" in found[0]
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
@@ -201,7 +201,9 @@ def test_layers_without_a_place_are_named_on_every_figure(place: Path) -> None:
     arguments = ("model_from=timm:xcit_nano_12_p16_224", "ckpt=random", "images=photos", "num_samples=1")
     succeed(*arguments, "chapters=[patterns,statistics]", "output_dir=xcit", folder=place)
     report = read_report(place / "xcit")
-    assert "only the 2 of 14 layers whose keys have a place on the image" in report and "blocks.0.attn" in report
+    assert (
+        "only the 2 of 14 layers whose keys have a known position on the image" in report and "blocks.0.attn" in report
+    )
 
 
 def test_a_model_that_was_really_trained(trained: tuple[Path, float]) -> None:
@@ -223,8 +225,8 @@ def names(folder: Path) -> list[tuple[str, str]]:
 
 
 MISTAKES = {
-    ("model_from=timm:test_vit", "ckpt=random"): "say which pictures with images=<folder>",
-    (SMALL, "images=photos"): "say which weights with ckpt=<file>",
+    ("model_from=timm:test_vit", "ckpt=random"): "give the images with images=<folder>",
+    (SMALL, "images=photos"): "give the weights with ckpt=<file>",
     (SMALL, "images=photos", "ckpt=random", "run=runs/one"): "speak of different models",
     (SMALL, "images=''", "ckpt=random"): "images= is empty",
     ("images=photos", "ckpt=best"): "no checkpoint yet in runs/",
@@ -236,15 +238,15 @@ MISTAKES = {
     ("model_from=timm:test_vit.nothing", "images=photos", "ckpt=random"): "timm cannot build this model",
     (SMALL, "images=nowhere", "ckpt=random"): "there is no such folder",
     (SMALL, "images=photos", "ckpt=none.pth"): "does not exist",
-    (SMALL, "images=photos", "ckpt=random", "class=3"): "class= needs pictures whose classes are known",
-    (SMALL, "images=photos", "ckpt=random", "wrong=true"): "wrong= needs pictures whose classes are known",
+    (SMALL, "images=photos", "ckpt=random", "class=3"): "class= needs images whose classes are known",
+    (SMALL, "images=photos", "ckpt=random", "wrong=true"): "wrong= needs images whose classes are known",
     (SMALL, "images=photos", "ckpt=random", "samples=[7]"): "give indices from 0 to 2",
     (SMALL, "images=photos", "ckpt=random", "query=[10,0]"): "outside the 10 x 10 patch grid",
     (SMALL, "images=photos", "ckpt=random", "rollout_fusion=median"): "choose one of mean, max, min",
     (SMALL, "images=photos", "ckpt=random", "rollout_discard=1"): "give a share from 0",
     (SMALL, "images=photos", "ckpt=random", "rollout_discard=all"): "give a number",
     ("model_from=timm:nothing_at_all", "images=photos", "ckpt=random"): "timm has no such model",
-    ("model_from=timm:resnet18", "images=photos", "ckpt=random"): "no attention of ResNet was seen",
+    ("model_from=timm:resnet18", "images=photos", "ckpt=random"): "no attention of ResNet was captured",
     ("model_from=timm:swin_tiny_patch4_window7_224", "images=photos", "ckpt=random", "query=[0,0]"): "inside windows",
     ("model_from=timm:vit_little_patch16_reg4_gap_256", "images=photos", "ckpt=random", "query=cls"): "no class token",
 }
@@ -323,7 +325,7 @@ def test_pictures_that_the_model_cannot_take_are_one_line(place: Path) -> None:
     for options in ({"image_size": 96}, {"image_format": InputFormat((160, 160), 1, (0.5,), (0.5,))}):
         visualizer = AttentionVisualizer(model=model, images=place / "photos", **options, output_dir=place / "odd")
         with pytest.raises(
-            UserError, match=r"VisionTransformer cannot take pictures of .*: in Python, say .*image_size="
+            UserError, match=r"VisionTransformer cannot take images of .*: in Python, give .*image_size="
         ):
             visualizer.run_comprehensive_analysis()
     assert not (place / "odd").exists()

@@ -123,7 +123,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_picture(one_run: Workplace) -> None:
     (one_run.path / "text.png").write_text("no picture")
-    assert_refused(one_run.path, "image=text.png", said="text.png: not a picture")
+    assert_refused(one_run.path, "image=text.png", said="text.png: not a readable image")
 
 
 def test_a_file_in_the_way_of_the_output(one_run: Workplace) -> None:

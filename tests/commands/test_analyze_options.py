@@ -42,7 +42,7 @@ def test_choices_are_those_of_the_analysis(field: str, words: Any) -> None:
         ("wrong", "perhaps", "wrong=perhaps: give true or false"),
         ("rollout_discard", 1, "rollout_discard=1: give a share from 0 up to, but not, 1"),
         ("subset", 1, "subset=1: give a whole number of at least 2, or all"),
-        ("nope", 1, "nope: there is no such field; see --help for those there are"),
+        ("nope", 1, "nope: there is no such field; see --help for all fields"),
     ],
 )
 def test_a_mistake_names_the_field_the_value_and_the_remedy(field: str, value: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Going on with a run that was interrupted, or further with one that is finished."""
+"""Resuming a run that was interrupted, or further with one that is finished."""
 
 from __future__ import annotations
 

@@ -651,7 +651,12 @@ def test_what_is_not_a_picture_is_refused(tmp_path: Path, description: DatasetDe
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (97, 97), np.uint8))
     noise.save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:997])
-    messages = {"none.png": "no such file", ".": "folder", "text.png": "not a picture", "cut.png": "cannot be read"}
+    messages = {
+        "none.png": "no such file",
+        ".": "folder",
+        "text.png": "not a readable image",
+        "cut.png": "cannot be read",
+    }
     for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             read_image(tmp_path / name, description)

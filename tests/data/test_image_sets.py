@@ -1,4 +1,4 @@
-"""Pictures of any kind come out as the model takes them, and what is no picture is named."""
+"""Pictures of any kind come out as the model expects them, and what is no picture is named."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_the_folder_one_is_in_has_a_name(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "holiday").mkdir()
     photo().save(tmp_path / "holiday/photo.png")
     monkeypatch.chdir(tmp_path / "holiday")
-    assert ImageFolder.find(".", COLOUR).title == "pictures in holiday"
+    assert ImageFolder.find(".", COLOUR).title == "images in holiday"
 
 
 @pytest.mark.parametrize(("name", "said"), [("", "this is a folder"), ("none.png", "no such file")])
@@ -208,7 +208,7 @@ def test_a_picture_that_is_none_is_named(tmp_path: Path, name: str, said: str) -
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no pictures in it"):
+    with pytest.raises(UserError, match="contains no images"):
         ImageFolder.find(tmp_path, COLOUR)
     with pytest.raises(UserError, match="there is no such folder"):
         ImageFolder.find(tmp_path / "none", COLOUR)

@@ -213,7 +213,7 @@ def test_what_is_no_file_is_not_waited_for(checkpoint: Path, tmp_path: Path) -> 
     (tmp_path / "zero.ckpt").symlink_to("/dev/zero")
     for name in ("pipe.ckpt", "zero.ckpt"):
         assert "is not a regular file" in refusal(load_checkpoint, tmp_path / name)
-        assert "no file that can be read" in refusal(AttentionHistory.load, tmp_path / name)
+        assert "not a readable file" in refusal(AttentionHistory.load, tmp_path / name)
     (tmp_path / "loop.ckpt").symlink_to("loop.ckpt")
     refusal(load_checkpoint, tmp_path / "loop.ckpt")
 
@@ -287,13 +287,13 @@ def test_the_history_of_a_run_is_accepted() -> None:
 def test_a_manifest_that_is_a_pipe_huge_or_nested(tmp_path: Path) -> None:
     folder = folders.RunFolder(tmp_path)
     os.mkfifo(folder.manifest_path)
-    assert "no file that can be read" in refusal(lambda path: folder.read_manifest(), folder.manifest_path)
+    assert "not a readable file" in refusal(lambda path: folder.read_manifest(), folder.manifest_path)
     folder.manifest_path.unlink()
     folder.manifest_path.write_text("[" * 10**6)
     for read in (atomic.read_json, lambda path: folder.read_manifest()):
         assert "cannot be read as JSON" in refusal(read, folder.manifest_path)
     folder.manifest_path.write_text('{"a": [' + "{}," * 20_000_000 + "1]}")
-    assert "more than can be meant" in limited("RunFolder(path.parent).read_manifest()", folder.manifest_path, 100)
+    assert "bytes are too many" in limited("RunFolder(path.parent).read_manifest()", folder.manifest_path, 100)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_the_unfinished_one_is_found_by_its_settings(folder: Path) -> None:
     overrides = yaml.safe_load((RUNS / "interrupted" / ".hydra" / "overrides.yaml").read_text())
     outcome = run_train(*overrides, "resume=auto", folder=folder)
     assert outcome.exit_code == 0, outcome.err
-    assert "Going on with runs/interrupted, step 35" in outcome.out
+    assert "Resuming runs/interrupted, step 35" in outcome.out
     assert {path.name for path in (folder / "runs").iterdir()} == {"completed", "interrupted"}
     assert_ended_as_the_completed_run(folder / "runs" / "interrupted")
 

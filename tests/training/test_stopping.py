@@ -95,7 +95,7 @@ def test_a_signal_ends_training_between_two_batches_and_it_goes_on_exactly(
     assert 0 < (load_checkpoint(run / "checkpoints" / "last.ckpt").step or 0) < 360
     outcome = run_process(*LONG, "resume=auto", folder=tmp_path)
     assert outcome.exit_code == 0, outcome.err
-    assert only_run(tmp_path) == run and f"Going on with runs/{run.name}, step" in outcome.out
+    assert only_run(tmp_path) == run and f"Resuming runs/{run.name}, step" in outcome.out
     assert_same_run(run, uninterrupted)
 
 

@@ -115,7 +115,7 @@ def test_a_full_disk_for_the_charts_is_a_warning_once_and_changes_no_weight(tmp_
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("UserWarning") == 1 and "Traceback" not in done.stderr
-    assert "TensorBoardLogger writes no more, training goes on: [Errno 27] File too large" in done.stderr
+    assert "TensorBoardLogger writes no more, training continues: [Errno 27] File too large" in done.stderr
     run = only_run(tmp_path / "small")
     assert max(path.stat().st_size for path in (run / "tensorboard").iterdir()) <= limit
     outcome = run_train(*TINY, "trainer.max_epochs=4", *BARE, folder=tmp_path)

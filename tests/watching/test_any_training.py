@@ -240,7 +240,7 @@ def test_resuming(tmp_path: Path) -> None:
     kept = kept_in(tmp_path)
     assert kept.column("frames", "step").tolist() == [0, 1, 2, 4, 5, 10]
     assert kept.column("validations", "step").tolist() == [5, 10]
-    with pytest.warns(UserWarning, match="is of other probe images and is begun anew"):
+    with pytest.warns(UserWarning, match="is of other probe images, a new one is started"):
         train(3, AttentionLogger(probe_images=PROBES), ckpt_path=tmp_path / "last.ckpt")
     assert kept_in(tmp_path).column("frames", "step").tolist() == [15]
 

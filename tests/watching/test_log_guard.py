@@ -40,7 +40,7 @@ def test_what_lightning_asks_of_a_logger_is_guarded() -> None:
                 logger.log_metrics({"loss": 1.0}, step)
         full.save()
     lines = [str(each.message) for each in caught]
-    assert lines == ["Full writes no more, training goes on: [Errno 28] No space left on device"]
+    assert lines == ["Full writes no more, training continues: [Errno 28] No space left on device"]
     assert full.asked == 1 and [step for step, _ in whole.metrics] == [0, 1, 2]
 
 

@@ -37,7 +37,7 @@ def report_header(study: Study, command: str, language: str) -> ReportHeader:
     if accuracy is not None:
         facts["accuracy"] = f"{accuracy.text(2, percent=True)}, n = {accuracy.n:,}"
     error = study.reconstruction_error
-    facts["proof"] = "the maps are the model's own: weights times values differ from its own attention output " + (
+    facts["proof"] = "weights times values differ from the model's own attention output " + (
         f"by at most {error:.1e}" if error else "by nothing"
     )
     if isinstance(images, ImageFolder):
@@ -53,22 +53,22 @@ def warnings_of(study: Study) -> list[str]:
     warnings = [study.output.watermark] if study.output.watermark else []
     if study.first_observation.left_out:
         names = ", ".join(study.first_observation.left_out)
-        warnings.append(f"layers whose keys cannot be placed on the image are left out: {names}")
+        warnings.append(f"layers whose keys have no known position on the image are left out: {names}")
     broken = getattr(study.target.images, "broken", {})
     unread = [f"{name} could not be read and is left out ({reason})" for name, reason in broken.items()]
     warnings += unread[:MOST_UNREAD]
     if len(unread) > MOST_UNREAD:
-        warnings.append(f"{len(unread) - MOST_UNREAD:,} more pictures could not be read and are left out")
+        warnings.append(f"{len(unread) - MOST_UNREAD:,} more images could not be read and are left out")
     return warnings
 
 
 def describe_input(format: InputFormat) -> str:
     mean, std = ([f"{value:.3g}" for value in values] for values in (format.mean, format.std))
     cut = "" if format.crop_share == 1 else f", the middle {format.crop_share:.0%} of each side"
-    origin = "" if format.stated else " (those of ImageNet, because the model states none)"
+    origin = "" if format.stated else " (those of ImageNet, because the model declares none)"
     return (
-        f"{format.size[0]} x {format.size[1]} pixels{cut}; mean {', '.join(mean)} and deviation {', '.join(std)} "
-        f"of the channels are taken out{origin}"
+        f"{format.size[0]} x {format.size[1]} pixels{cut}; channels normalised with mean {', '.join(mean)} and "
+        f"standard deviation {', '.join(std)}{origin}"
     )
 
 

@@ -55,7 +55,7 @@ def make_study(
     notes += [images.watermark] if images.watermark else []
     if observation.left_out:
         shown, num_layers = len(observation.layer_names), len(observation.layer_names) + len(observation.left_out)
-        notes.append(f"only the {shown} of {num_layers} layers whose keys have a place on the image")
+        notes.append(f"only the {shown} of {num_layers} layers whose keys have a known position on the image")
     return Study(
         target,
         Output(folder, file_format, "; ".join(notes)),
@@ -77,8 +77,8 @@ def first_observation(target: Target) -> Observation:
     except Exception as error:  # whatever the model's own forward raises
         channels, height, width = target.images.shape
         raise UserError(
-            f"{type(target.model).__name__} cannot take pictures of {height} x {width} pixels with {channels} channels "
-            f"({summary(error):.120}): in Python, say what it takes with image_size= or image_format="
+            f"{type(target.model).__name__} cannot take images of {height} x {width} pixels with {channels} channels "
+            f"({summary(error):.120}): in Python, give its input format with image_size= or image_format="
         ) from error
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attention_visualizer.support.errors import UserError
 
 NO_GEOMETRY = (
-    "it is not known where this model's tokens lie on the image: say it from Python with "
+    "the positions of this model's tokens on the image are unknown: give them from Python with "
     "geometry=Geometry(grid=(rows, columns), num_prefix_tokens=..., patch_size=(height, width))"
 )
 

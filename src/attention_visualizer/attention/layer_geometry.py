@@ -91,7 +91,7 @@ class GeometryFinder:
         for caller in layer.callers:
             name = type(caller).__name__
             if "decoder" in name.lower() and "encoder" not in name.lower():
-                return Unplaced(f"it is part of {name}: a decoder's tokens are queries, or not in their places")
+                return Unplaced(f"it is part of {name}: a decoder's tokens are queries, or not in patch order")
         return None
 
     def _without_images(self, layer: LayerShape) -> Place | None:

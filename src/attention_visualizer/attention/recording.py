@@ -94,7 +94,7 @@ class Recorder(TorchFunctionMode):
             )
         if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
             raise CaptureError(
-                f"{type(model).__name__} is or contains a TorchScript module, whose calls cannot be seen: "
+                f"{type(model).__name__} is or contains a TorchScript module, whose calls cannot be captured: "
                 "capture the module that it was made from"
             )
         self.model = model
@@ -186,11 +186,11 @@ class Recorder(TorchFunctionMode):
         self.policy.check()
         name = self.names[id(stack.modules[0])]
         if is_batched_tensor(output):
-            raise CaptureError(f"{name} computes its attention inside torch.vmap, where it cannot be seen")
+            raise CaptureError(f"{name} computes its attention inside torch.vmap, where it cannot be captured")
         if stack.is_checkpointed and self.policy.recomputes:
             raise CaptureError(
-                f"{name} runs under torch.utils.checkpoint, which repeats it in the backward pass, unwatched: "
-                "switch checkpointing off for gradients and interventions"
+                f"{name} runs under torch.utils.checkpoint, which repeats it in the backward pass, uncaptured: "
+                "disable checkpointing for gradients and interventions"
             )
         name, index = self._next_name(name, stack)
         keeps_graph = torch.is_grad_enabled() and self.policy.recomputes
@@ -250,7 +250,7 @@ class Recorder(TorchFunctionMode):
         self.frame_of_pass = None  # a frame keeps its arguments alive
         if self.num_calls == 0:
             raise CaptureError(
-                f"no attention of {type(self.model).__name__} was seen: the model was not run inside the block, or "
+                f"no attention of {type(self.model).__name__} was captured: the model was not run inside the block, or "
                 "its attention is none of scaled_dot_product_attention, multi_head_attention_forward (torch.nn."
                 "functional), and softmax(query @ key) @ value with matmul, bmm or einsum; or it ran in another thread"
             )

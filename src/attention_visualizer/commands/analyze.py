@@ -47,5 +47,5 @@ def run_job(config: DictConfig) -> None:
             command_line.fail(error)
         except SystemExit as stop:
             if stop.code in (130, 143):  # Ctrl-C, SIGTERM
-                print("interrupted: nothing was written, an earlier analysis is as it was", file=sys.stderr)
+                print("interrupted: nothing was written, an earlier analysis is unchanged", file=sys.stderr)
             raise

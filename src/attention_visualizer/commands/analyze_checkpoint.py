@@ -90,5 +90,5 @@ def output_folder(output_dir: str | None, weights: Weights) -> Path:
         return Path(name)
     output = weights.run.path / name
     if not output.resolve().is_relative_to(weights.run.path.resolve()):  # a run may come from elsewhere
-        raise UserError(f"{output} leads out of the run's folder: say where to with output_dir=")
+        raise UserError(f"{output} leads out of the run's folder: choose another with output_dir=")
     return output

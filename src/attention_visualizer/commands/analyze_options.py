@@ -41,9 +41,9 @@ FIELDS: dict[str, Any] = {
 def check_options(options: dict[str, Any]) -> None:
     """Raise UserError for fields that are not of their type, are missing, or are none; see also `check_sources`."""
     for name in options.keys() - FIELDS.keys():  # added with "+"
-        raise UserError(f"{name}: there is no such field; see --help for those there are")
+        raise UserError(f"{name}: there is no such field; see --help for all fields")
     for name in FIELDS.keys() - options.keys():  # taken away with "~"
-        raise UserError(f"{name} is needed: give a value instead of taking it away")
+        raise UserError(f"{name} is needed: give a value instead of removing it")
     for name, hint in FIELDS.items():
         if not fits(options[name], hint):
             raise UserError(f"{name}={options[name]}: {remedy(hint)}")
@@ -53,18 +53,18 @@ def check_options(options: dict[str, Any]) -> None:
 def check_sources(options: dict[str, Any]) -> None:
     """Raise UserError for fields that speak of different models or pictures."""
     if options["images"] == "":
-        raise UserError("images= is empty: name a folder of pictures")
+        raise UserError("images= is empty: name a folder of images")
     if options["runs"] is not None and (options["model_from"] is not None or options["ckpt"] == "random"):
         other = "ckpt=random" if options["ckpt"] == "random" else "model_from="
         raise UserError(f"runs= compares trained runs of this project: leave out {other} or runs=")
     if options["model_from"] is None:
         return
     if options["images"] is None:
-        raise UserError("model_from= is a model of another library: say which pictures with images=<folder>")
+        raise UserError("model_from= is a model of another library: give the images with images=<folder>")
     if options["ckpt"] in ("best", "last"):
         raise UserError(
-            f"model_from={options['model_from']}: say which weights with ckpt=<file> (.safetensors, .pth), "
+            f"model_from={options['model_from']}: give the weights with ckpt=<file> (.safetensors, .pth), "
             "ckpt=pretrained (downloads them) or ckpt=random"
         )
     if options["run"] is not None:
-        raise UserError("model_from= and run= speak of different models: leave one out")
+        raise UserError("model_from= and run= refer to different models: leave one out")

@@ -47,7 +47,7 @@ def run_job(config: DictConfig) -> float:
         return train(config, job)
     except SystemExit:  # Ctrl-C, SIGTERM
         if job is not None:
-            print("The sweep goes on where it was with the same command and resume=auto")
+            print("Resume the sweep with the same command and resume=auto")
         raise
     except Exception as error:
         if job is None:
@@ -81,12 +81,12 @@ def train(config: DictConfig, job: RunFolder | None = None) -> float:
         silence_inapplicable_warnings()
         if job is not None and job.path.parent.resolve() != Path(HydraConfig.get().sweep.dir).resolve():
             raise folders.RunExistsError(
-                f"{job.path} is not a folder of the sweep's own: leave hydra.sweep.subdir as it is"
+                f"{job.path} is outside the sweep's folder: leave hydra.sweep.subdir unchanged"
             )
         named = None
         if config.ckpt_path is not None:
             if job is not None:
-                raise UserError("ckpt_path= resumes one run: it does not go with a sweep (-m); resume=auto does")
+                raise UserError("ckpt_path= resumes one run: it cannot be combined with a sweep (-m); resume=auto can")
             named = load_chosen(Path(config.ckpt_path), keep_content=True)
             config = resuming.config_of_resumed_run(config)
         OmegaConf.set_readonly(config, True)

@@ -350,13 +350,13 @@ class ImageDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         if not isinstance(state_dict, dict):
-            raise UserError(f"the checkpoint's data are {state_dict!r:.60}: it was changed, train anew")
+            raise UserError(f"the checkpoint's data are {state_dict!r:.60}: it was edited, start a new run")
         for field, value in self._recipe().items():
             found = state_dict.get(field, value)
             if not isinstance(found, type(value)) or found != value:
                 raise UserError(
                     f"data.{field}={value}: the run to resume has {found!r:.60}: give the same, "
-                    "or start a run of its own without ckpt_path"
+                    "or start a new run without ckpt_path"
                 )
 
 
@@ -374,7 +374,7 @@ def warn_of_fallback(data_dir: Path, reason: str) -> None:
     """A banner on stderr that cannot be missed."""
     text = (
         f"MNIST was not found in {data_dir}, and {reason}.\n\n"
-        "The 1,797 digits embedded in scikit-learn take its place: 8 x 8 pixels scaled to 28 x 28. "
+        "The 1,797 digits of scikit-learn are used instead: 8 x 8 pixels scaled to 28 x 28. "
         "Their results are NOT MNIST results.\n\n"
         "To use MNIST, set data.data_dir=FOLDER or the environment variable MNIST_DIR to a folder that holds its four "
         "files. To stop here instead, set data.fallback=null."

@@ -59,7 +59,7 @@ class ImageSet(Protocol):
         """uint8 [image, channel, height, width]. Raises UserError for a picture that is broken."""
 
     def model_input(self, pictures: Tensor) -> Tensor:
-        """uint8, or floats in 0..1, [image, channel, height, width], as the model takes them: float32."""
+        """uint8, or floats in 0..1, [image, channel, height, width], as the model expects them: float32."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class InputFormat:
             stated = layout.grid[0] * layout.patch_size[0], layout.grid[1] * layout.patch_size[1]
         stated = stated or as_size(tuple(timm.get("input_size", ()))[1:])
         if stated is None:
-            raise UserError("it is not known which image size this model takes: say it with image_size=")
+            raise UserError("the image size of this model is unknown: give it with image_size=")
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
         channels = first.in_channels if first is not None else 3
         mean, std = tuple(timm.get("mean", IMAGENET_MEAN)), tuple(timm.get("std", IMAGENET_STD))
@@ -161,7 +161,7 @@ class ImageFolder:
     class_names: Sequence[str] = ()
     labels: Tensor | None = None
     watermark: str = ""
-    kind: str = "picture"
+    kind: str = "image"
     broken: dict[str, str] = field(default_factory=dict)
     has_ink: bool = False
 
@@ -192,14 +192,14 @@ class ImageFolder:
                 pictures.broken[printable(path.relative_to(folder))] = printable(f"{type(error).__name__}: {reason}")
         if not readable:
             broken = f"; {len(found)} cannot be read, such as {printable(found[0].name)}" if found else ""
-            raise UserError(f"images={folder}: there are no pictures in it (such as .png or .jpg){broken}")
+            raise UserError(f"images={folder}: it contains no images (such as .png or .jpg){broken}")
         for name in pictures.broken:
             log.warning("%s cannot be read and is left out", printable(folder / name))
         return cls(folder, format, tuple(readable), broken=pictures.broken, **known)
 
     @property
     def title(self) -> str:
-        return printable(f"pictures in {self.folder.absolute().name}")
+        return printable(f"images in {self.folder.absolute().name}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -223,7 +223,7 @@ class ImageFolder:
 def read_formatted(path: str | Path, format: InputFormat) -> Tensor:
     """Read a picture as uint8 [channel, height, width], scaled and cut as timm's and torchvision's transforms do.
 
-    Raises UserError for a file that is not a picture.
+    Raises UserError for a file that is not a readable image.
     """
     picture = read_picture(path, format.channels)
     pixels = torch.frombuffer(bytearray(fitted(picture, format).tobytes()), dtype=torch.uint8)

@@ -120,7 +120,7 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
     """A picture of any size and mode as uint8 [channel, size, size], light ink on dark as in the data set.
 
     It is made grey, transparency over white; inverted where its border is light; scaled to fit, and centred on the
-    border's colour. Raises UserError for a file that is not a picture.
+    border's colour. Raises UserError for a file that is not a readable image.
     """
     grey = np.asarray(read_picture(path, 1))
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
@@ -140,32 +140,32 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
 
 
 def read_picture(path: str | Path, channels: int) -> Image.Image:
-    """Decode a picture as `decode` does. Raises UserError for a file that is not a picture."""
+    """Decode a picture as `decode` does. Raises UserError for a file that is not a readable image."""
     try:
         return decode(path, channels)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file: give the path of a picture") from None
+        raise UserError(f"{path}: there is no such file: give the path of an image") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder: give the path of a picture") from None
+        raise UserError(f"{path}: this is a folder: give the path of an image") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture that can be read: give a PNG or JPEG file") from None
+        raise UserError(f"{path}: not a readable image: give a PNG or JPEG file") from None
     except UserError:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files
-        raise UserError(f"{path}: this picture cannot be read ({error}): save it again as PNG") from error
+        raise UserError(f"{path}: this image cannot be read ({error}): save it again as PNG") from error
 
 
 def decode(path: str | Path, channels: int) -> Image.Image:
     """Decode a picture of any mode, upright, transparency over white, as grey (one channel) or RGB.
 
-    Raises UserError for one that is too large, ValueError for values that are no shades of grey, and what Pillow
+    Raises UserError for one that is too large, ValueError for values that are not grey levels, and what Pillow
     raises.
     """
     # Not every format that Pillow knows: for some it starts another program.
     with open_file(Path(path)) as file, Image.open(file, formats=FORMATS) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             size = f"{picture.width:,} x {picture.height:,} pixels"
-            raise UserError(f"{path}: {size} are more than {MAX_PIXELS:,}: make the picture smaller")
+            raise UserError(f"{path}: {size} are more than {MAX_PIXELS:,}: make the image smaller")
         upright = ImageOps.exif_transpose(picture)
         if upright.mode.startswith(("I", "F")):  # 16 bits a pixel, or 32, of which files use 16
             upright = Image.fromarray(grey_pixels(upright))
@@ -177,13 +177,13 @@ def decode(path: str | Path, channels: int) -> Image.Image:
 
 def grey_pixels(image: Image.Image) -> np.ndarray:
     """Scale the values of a picture of more than 8 bits a pixel to uint8 [height, width]. Raises ValueError for values
-    that are no shades of grey."""
+    that are not grey levels."""
     values = np.asarray(image)
     least, most = values.min(), values.max()
     if not (np.isfinite(least) and np.isfinite(most)):
         raise ValueError("it has pixels that are NaN or infinite")
     if not 0 <= least <= most <= 65535:
-        raise ValueError(f"its values from {least:g} to {most:g} are no shades of grey")
+        raise ValueError(f"its values from {least:g} to {most:g} are not grey levels")
     top = 65535 if image.mode.startswith("I;16") or most > 255 else 255
     top = 1 if image.mode.startswith("F") and 0 < most <= 1 else top
     grey = np.empty(values.shape, np.uint8)

@@ -24,7 +24,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
-                raise UserError(f"{path}: {size:,} bytes are more than can be meant: repair or delete it")
+                raise UserError(f"{path}: {size:,} bytes are too large for this file: repair or delete it")
             return file.read(most)
     except FileNotFoundError:
         raise
@@ -38,7 +38,7 @@ def open_file(path: Path) -> BinaryIO:
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise UserError(f"{path}: no file that can be read: repair or delete it")
+    raise UserError(f"{path}: not a readable file: repair or delete it")
 
 
 def open_at_once(path: str, flags: int) -> int:

@@ -106,7 +106,7 @@ def read_torch(file: BinaryIO, path: Path, map_location: Any = "cpu") -> Any:
 def objects_refused(name: str, path: Path) -> UserError:
     which = f" ({name:.80})" if name else ""
     return UserError(
-        f"{path} holds Python objects{which} beside tensors and plain data; loading them could run code, "
+        f"{path} holds Python objects{which} besides tensors and plain data; loading them could run code, "
         "so it was refused: save a state dict instead"
     )
 
@@ -137,7 +137,7 @@ def check_zip(file: BinaryIO, path: Path) -> int:
             pickles = [member for member in members if member.filename.lower().endswith(".pkl")]
             if sum(member.file_size for member in pickles) > MAX_PICKLE_BYTES:
                 raise UserError(
-                    f"{path} holds far more beside its tensors than a checkpoint: save a state dict instead"
+                    f"{path} holds far more besides its tensors than a checkpoint: save a state dict instead"
                 )
             broken = archive.testzip()
             if broken is not None:
@@ -172,7 +172,7 @@ def declared_directory(file: BinaryIO, size: int) -> int:
         end = read(end - 20, "<4sLQL")[2]
         length, offset = read(end, "<4sQ2H2L4Q")[8:10]
         if end + 56 != size - 42:
-            raise ValueError("its end is in two places")
+            raise ValueError("its end record is ambiguous")
     if offset + length != end:
         raise ValueError("its directory is not before its end")
     return int(offset)

@@ -40,7 +40,7 @@ def explain(
     """Explain by every method that applies to `model`, for the query (None: the one that it reads out) and the class
     `target` [image] (None: the predicted one).
 
-    images: [image, channel, height, width], as the model takes them; as many at a time as MOST_BYTES allows, because
+    images: [image, channel, height, width], as the model expects them; as many at a time as MOST_BYTES allows, because
     gradients need all layers at once. The model should be in eval mode; no gradient is left in its parameters. Raise
     UserError when no layer's place on the image is known.
     """

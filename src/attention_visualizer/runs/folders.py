@@ -165,7 +165,7 @@ def check_space(folder: Path, num_parameters: int) -> None:
     if free < needed:
         raise UserError(
             f"{folder} has {free / 1e6:,.0f} MB left and a run needs about {needed / 1e6:,.0f} MB: make room, or "
-            "choose another place with runs_dir="
+            "choose another folder with runs_dir="
         )
 
 
@@ -235,7 +235,7 @@ def find_runs(root: str | Path) -> list[RunGroup]:
     try:
         paths = list(root.iterdir())
     except OSError as error:
-        raise UserError(f"cannot look for runs in {root}: {error.strerror or error}") from error
+        raise UserError(f"cannot search for runs in {root}: {error.strerror or error}") from error
     groups = []
     for path in paths:
         with suppress(PermissionError):  # somebody else's

@@ -56,7 +56,7 @@ def check_signature(name: str, values: Mapping[str, Any], target: Any) -> None:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for field in values:
         if field not in parameters and not open_ended:  # added with "+"
-            raise UserError(f"{name}.{field}: there is no such field; see --help for those there are")
+            raise UserError(f"{name}.{field}: there is no such field; see --help for all fields")
     check_fields(name, values, {field: hints[field] for field in parameters.keys() & hints.keys()})
 
 
@@ -80,9 +80,9 @@ def check_parts(config: DictConfig, group: str) -> None:
 def check_options(config: DictConfig) -> None:
     """Raise UserError for values that Lightning would take for something else, take too late, or not take at all."""
     for name in {str(key) for key in config} - TrainOptions.__dataclass_fields__.keys():  # added with "+"
-        raise UserError(f"{name}: there is no such field; see --help for those there are")
+        raise UserError(f"{name}: there is no such field; see --help for all fields")
     for name in TrainOptions.__dataclass_fields__.keys() - {str(key) for key in config}:  # taken away with "~"
-        raise UserError(f"{name} is needed: give a value instead of taking it away")
+        raise UserError(f"{name} is needed: give a value instead of removing it")
     for group in ("trainer", "model", "data"):
         arguments(config, group)
     placed = OmegaConf.merge(config, {"run_folder": config.run_folder or "runs"})  # which loggers refer to
@@ -105,7 +105,7 @@ def check_options(config: DictConfig) -> None:
     if isinstance(interval, int | float) and not interval > 0:
         raise UserError(f"trainer.val_check_interval={interval}: give a number of batches, or a share of an epoch")
     if re.search("spawn|fork|notebook", str(trainer.strategy)):
-        raise UserError(f"trainer.strategy={trainer.strategy}: this program trains in its own process; use auto")
+        raise UserError(f"trainer.strategy={trainer.strategy}: this program trains in a single process; use auto")
     if trainer.profiler == "xla":
         raise UserError("trainer.profiler=xla is for TPUs: use simple, advanced or pytorch")
     if str(trainer.precision) in ("16-true", "16"):

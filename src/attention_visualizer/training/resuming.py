@@ -1,4 +1,4 @@
-"""Going on with a run: with which settings, and which runs are of the same settings."""
+"""Resuming a run: with which settings, and which runs are of the same settings."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def read_config(path: Path) -> DictConfig:
         raise UserError(f"{path} holds no configuration")
     for name, value in leaves(OmegaConf.to_container(config, resolve=False)):
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise UserError(f"{path} holds a number for {name:.60} that no field takes: it was changed by hand")
+            raise UserError(f"{path} holds a number for {name:.60} that no field takes: it was edited by hand")
         special = any(part.startswith("_") and part != "_target_" for part in name.split("."))
         if special or "${" in f"{name}{value}":
-            raise UserError(f"{path} holds {name:.60}={value!r:.60}, which is no plain value: it was changed by hand")
+            raise UserError(f"{path} holds {name:.60}={value!r:.60}, which is no plain value: it was edited by hand")
     return config
 
 

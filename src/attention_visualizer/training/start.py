@@ -101,7 +101,7 @@ def find_unfinished(config: DictConfig, job: RunFolder | None) -> Start | None:
     start = next(filter(None, (unfinished_at(folder, config) for folder in candidates)), None)
     if start is not None:
         where = "from its start" if start.checkpoint is None else f"step {start.checkpoint.step}"
-        print_sanitised(f"Going on with {start.folder.path}, {where}")
+        print_sanitised(f"Resuming {start.folder.path}, {where}")
     return start
 
 

@@ -57,7 +57,7 @@ class SweepTable(Callback):
             config.hydra.sweep.dir = str(SweepTable.folder)
             # Each job's config is composed anew, from these.
             config.hydra.overrides.hydra.append(override("hydra.sweep.dir", SweepTable.folder))
-            print_sanitised(f"Going on with sweep {SweepTable.folder}")
+            print_sanitised(f"Resuming sweep {SweepTable.folder}")
             return
         SweepTable.folder = Path(config.hydra.sweep.dir)
         SweepTable.made = atomic.missing_folders(SweepTable.folder)

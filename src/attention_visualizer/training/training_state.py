@@ -85,7 +85,7 @@ def check_optimizer(found: Any, optimizer: Optimizer, where: str) -> None:
     for index, state in require_dictionary(found.get("state"), f"{where}.state").items():
         place = f"{where}.state.{index}"
         if type(index) is not int or not 0 <= index < len(parameters):
-            raise refusal(place, "of a parameter that there is not")
+            raise refusal(place, "of a parameter that does not exist")
         moments = {name: parameters[index] for name in MOMENTS[type(optimizer)]}
         check_like(moments | ({"step": torch.zeros(())} if "step" in moments else {}), state, place)
 
@@ -151,6 +151,6 @@ def describe(value: Any) -> str:
 
 def refusal(where: str, what: str) -> UserError:
     return UserError(
-        f"training cannot go on from this checkpoint ({where} is {what}): it was changed, or another version wrote it; "
-        "train anew"
+        f"training cannot resume from this checkpoint ({where} is {what}): it was edited, or written by another "
+        "version; start a new run"
     )

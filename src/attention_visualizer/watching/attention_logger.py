@@ -42,7 +42,7 @@ class AttentionLogger(Callback):
 
     Statistics cover the whole validation set and are measured in the validation pass's own forward. Overlays and
     head grids show a fixed probe batch: the first validation image of each class (`probe_images`
-    [probe, channel, height, width], as the model takes them, and `probe_labels` [probe] replace it). `early_frames`
+    [probe, channel, height, width], as the model expects them, and `probe_labels` [probe] replace it). `early_frames`
     adds overlays before training and after 1, 2, 4, 8 ... batches of the first epoch. `head_grids` is the number of
     probe images with a layers x heads grid, before training and at validations. Numbers go to every logger, images to
     those that take images, and both to attention_history.npz in the trainer's root folder. Weights train the same to
@@ -113,7 +113,7 @@ class AttentionLogger(Callback):
         if trainer.is_global_zero:
             if found.others:
                 others = ", ".join(found.others)
-                rank_zero_info(f'AttentionLogger watches {found.name}; others are {others} (model="..." chooses)')
+                rank_zero_info(f'AttentionLogger captures {found.name}; others are {others} (model="..." chooses)')
             self._loggers = Loggers(trainer.loggers, self.log_guard)
             self._process_settings.enter_context(self._loggers.fast_checksums())
             resumed = trainer.global_step > 0
@@ -194,7 +194,7 @@ class AttentionLogger(Callback):
     # --- what ---
 
     def _choose_probes(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
-        """Return images as the model takes them, on its device and of its type, and their labels, -1 where unknown."""
+        """Return images in the model's format, device and type, and their labels, -1 where unknown."""
         if self.probe_images is None:
             images, labels = first_of_each_class(validation_batches(trainer))
         else:
@@ -223,13 +223,13 @@ class AttentionLogger(Callback):
         try:
             history = AttentionHistory.load(path)
         except UserError as error:
-            self._warn("earlier history", f"{error}; it is begun anew")
+            self._warn("earlier history", f"{error}; a new one is started")
             return
         if all(np.array_equal(history.probe.get(name, ()), probe[name]) for name in ("images", "labels")):
             self.history = history
             self.history.discard_after(step)
         else:
-            self._warn("earlier history", f"{path} is of other probe images and is begun anew")
+            self._warn("earlier history", f"{path} is of other probe images, a new one is started")
 
     def _save_history(self, trainer: Trainer) -> None:
         entries = len(self.history.frames), len(self.history.validations)
@@ -382,4 +382,6 @@ def require_unsharded_model(trainer: Trainer) -> None:
     """Raise UserError where no process has the whole model."""
     strategy = type(trainer.strategy).__name__
     if trainer.world_size > 1 and strategy in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"):
-        raise UserError(f"AttentionLogger cannot look at a model that {strategy} spreads over processes: use ddp")
+        raise UserError(
+            f"AttentionLogger cannot capture the attention of a model that {strategy} spreads over processes: use ddp"
+        )

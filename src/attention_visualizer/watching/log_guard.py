@@ -45,7 +45,7 @@ class LogGuard(AbstractContextManager["LogGuard"]):
             # TensorBoard's thread has ended with its first OSError, and nothing more can be written.
             if kind is None or (isinstance(logger, TensorBoardLogger) and isinstance(error, OSError)):
                 self._failed.add((id(logger), None))
-                rank_zero_warn(f"{name} writes no more, training goes on: {first_cause(error)}")
+                rank_zero_warn(f"{name} writes no more, training continues: {first_cause(error)}")
             else:
                 self._failed.add((id(logger), kind))
                 rank_zero_warn(f"AttentionLogger: {name} gets no more {kind}: {summary(error)}")

@@ -36,7 +36,7 @@ def check_probes(images: Tensor, labels: Tensor | None) -> None:
         raise UserError(f"probe_labels is {given}: give whole numbers [{len(images)}], one for each probe image")
 
 
-EXPECTED = "give floating-point numbers [probe, channel, height, width], as the model takes them"
+EXPECTED = "give floating-point numbers [probe, channel, height, width], as the model expects them"
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor, Tensor] | None:

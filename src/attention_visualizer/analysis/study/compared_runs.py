@@ -130,7 +130,7 @@ def check_comparable(loaded: LoadedCheckpoint, analysed: LoadedCheckpoint) -> No
         if theirs != ours:
             raise UserError(
                 f"runs=: {loaded.path} has model.{field}={theirs}, the analysed model {ours}: "
-                "compare runs on the same pictures"
+                "compare runs on the same images"
             )
     if loaded.data is None or analysed.data is None:
         return

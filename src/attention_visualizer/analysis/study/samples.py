@@ -38,7 +38,7 @@ def find_samples(target: Target, choice: SampleChoice) -> list[Sample]:
     named = [name for name in ("image", "samples") if getattr(choice, name) is not None]
     rules = [name for name, on in (("class", choice.class_ is not None), ("wrong", choice.wrong)) if on]
     if len(named) + bool(rules) > 1:
-        raise UserError(f"{named[0]}= says which pictures: leave out {', '.join([*named[1:], *rules])}=")
+        raise UserError(f"{named[0]}= selects the images: leave out {', '.join([*named[1:], *rules])}=")
     images = target.images
     if choice.image is not None:
         return [Sample(read_sample(choice.image, images), None, printable(Path(choice.image).name))]
@@ -46,7 +46,7 @@ def find_samples(target: Target, choice: SampleChoice) -> list[Sample]:
         raise UserError(f"num_samples={choice.num_samples}: give a whole number of at least 1")
     labels = images.labels
     if labels is None and rules:
-        raise UserError(f"{rules[0]}= needs pictures whose classes are known, such as a test set: leave it out")
+        raise UserError(f"{rules[0]}= needs images whose classes are known, such as a test set: leave it out")
     classes = images.num_classes
     if choice.class_ is not None and classes is not None and not 0 <= choice.class_ < classes:
         raise UserError(f"class={choice.class_}: give a class from 0 to {classes - 1}")

@@ -36,7 +36,7 @@ class Target:
         return replace(self, model=model)
 
     def model_input(self, images: Tensor) -> Tensor:
-        """Normalise uint8 or 0..1 float images [image, channel, height, width] as the model takes them."""
+        """Normalise uint8 or 0..1 float images [image, channel, height, width] as the model expects them."""
         return self.images.model_input(images.to(self.device))
 
     def batches(self, rows: Rows | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -79,7 +79,7 @@ def check_run(loaded: LoadedCheckpoint, run: RunFolder | None) -> None:
             if isinstance(theirs, dict) and field in theirs and fixed and theirs[field] != value:
                 raise UserError(
                     f"{loaded.path} was trained with {group}{field}={value!r:.60} and {path} says "
-                    f"{theirs[field]!r:.60}: it is of another run, which is to be named with ckpt=, outside this folder"
+                    f"{theirs[field]!r:.60}: it belongs to another run: give it with ckpt=, outside this folder"
                 )
 
 
@@ -156,7 +156,7 @@ def folder_images(
     image_size: Size | int | None = None,
     skip: Callable[[Path], bool] = lambda path: False,
 ) -> ImageFolder:
-    """A folder's pictures as the model takes them. Raise UserError where there are none. skip: files to leave out."""
+    """A folder's pictures as the model expects them. Raise UserError where there are none. skip: files to leave out."""
     model = weights.model
     if isinstance(model, VisionTransformer) and image_format is None:
         data = weights.loaded.data if weights.loaded is not None else None
