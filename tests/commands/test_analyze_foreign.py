@@ -300,7 +300,7 @@ def test_the_whole_class_with_a_model_of_ones_own(place: Path) -> None:
 
 def test_what_a_model_does_not_state_can_be_said(place: Path) -> None:
     model, photos = Silent(), place / "photos"
-    with pytest.raises(UserError, match="say it with image_size="):
+    with pytest.raises(UserError, match="give it with image_size="):
         AttentionVisualizer(model=model, images=photos).study  # noqa: B018
     with pytest.raises(UserError, match=r"not known where .* geometry=Geometry"):
         AttentionVisualizer(model=nn.Sequential(nn.Identity(), Scrambled()), images=photos, image_size=24).study  # noqa: B018

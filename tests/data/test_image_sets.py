@@ -230,6 +230,6 @@ def test_what_a_model_takes_is_found_or_asked_for() -> None:
     )
     assert (InputFormat.of(hugging).size, InputFormat.of(hugging).channels) == ((40, 40), 1)
     silent = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
-    with pytest.raises(UserError, match="say it with image_size="):
+    with pytest.raises(UserError, match="give it with image_size="):
         InputFormat.of(silent)
     assert InputFormat.of(silent, 40).size == (40, 40) and InputFormat.of(silent, (40, 24)).size == (40, 24)

@@ -142,7 +142,7 @@ def test_a_pickle_that_asks_for_gigabytes_gets_none(checkpoint: Path, tmp_path: 
 def test_a_long_pickle_is_not_read(checkpoint: Path, tmp_path: Path) -> None:
     """A byte of it makes an object of 64."""
     path = with_pickle(checkpoint, tmp_path / "long.ckpt", b"(" + b"}" * 30_000_000 + b"t")
-    assert "far more beside its tensors" in limited("load_checkpoint(path)", path, 300)
+    assert "far more besides its tensors" in limited("load_checkpoint(path)", path, 300)
 
 
 def test_a_dictionary_key_that_takes_for_ever_to_hash(checkpoint: Path, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_two_that_go_on_at_once_do_not_share_a_run(tmp_path: Path) -> None:
     both = [Training(*QUICK, *BARE, "resume=auto", folder=tmp_path) for _ in range(2)]
     assert [each.end() for each in both] == [0, 0]
     assert outcome.exit_code == 0 and len(run_folders(tmp_path)) == 2
-    assert sum("Going on with" in each.output() for each in both) == 1
+    assert sum("Resuming" in each.output() for each in both) == 1
 
 
 def test_a_run_that_a_live_process_trains_is_not_resumed_by_hand(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, number: signal.Sign
     outcome = run_train(*SWEEP, "resume=auto", folder=tmp_path)
     assert outcome.exit_code == 0, outcome.err
     assert run_folders(tmp_path) == [folder] and done.stat().st_mtime_ns == written
-    assert "Done already" in outcome.out and outcome.out.count("Going on with") == 2  # the sweep, its second job
+    assert "Done already" in outcome.out and outcome.out.count("Resuming") == 2  # the sweep, its second job
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert [row["status"] for row in rows] == ["completed"] * 3
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 3
@@ -300,7 +300,7 @@ def test_a_sweep_that_a_process_works_on_is_left_to_it(sweep: Path, tmp_path: Pa
 def test_the_order_of_what_is_swept_over_counts(sweep: Path, tmp_path: Path) -> None:
     """The jobs' numbers depend on it."""
     outcome = run_train("-m", "test=false", *SHORT_SWEEP[1:], "resume=auto", folder=tmp_path)
-    assert outcome.exit_code == 0 and "Going on with" not in outcome.out and len(run_folders(tmp_path)) == 2
+    assert outcome.exit_code == 0 and "Resuming" not in outcome.out and len(run_folders(tmp_path)) == 2
 
 
 def test_hydra_s_own_record_of_a_sweep_may_be_lost(sweep: Path, tmp_path: Path) -> None:

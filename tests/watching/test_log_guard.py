@@ -63,7 +63,7 @@ def test_a_full_disk_ends_all_of_tensorboard(tmp_path: Path) -> None:
     def fail() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.warns(UserWarning, match="^TensorBoardLogger writes no more, training goes on"):
+    with pytest.warns(UserWarning, match="^TensorBoardLogger writes no more, training continues"):
         guard.attempt(logger, "images", fail)
     assert guard.attempt(logger, "numbers", lambda: 3) is None
 
