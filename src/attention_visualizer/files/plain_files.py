@@ -24,7 +24,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
-                raise UserError(f"{path}: {size:,} bytes are too large for this file: repair or delete it")
+                raise UserError(f"{path}: {size:,} bytes are too many: repair or delete it")
             return file.read(most)
     except FileNotFoundError:
         raise
