@@ -269,7 +269,7 @@ def test_random_weights_support_nothing(tmp_path: Path) -> None:
     reference: list[Evidence] = []
     for seed in range(5):
         torch.manual_seed(seed)
-        subject = study(VisionTransformer().eval(), tmp_path)
+        subject = study(VisionTransformer().eval(), tmp_path, 450)
         reference = reference or control_evidence(subject)
         found = evidence_of(subject.survey, subject.target.images.read(subject.survey.kept))
         judgements = judge(declared_claims(found)[0], found, reference)
