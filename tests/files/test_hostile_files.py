@@ -375,11 +375,11 @@ def test_a_checkpoint_does_not_say_where_data_is_downloaded_to(tmp_path: Path, c
     (tmp_path / "empty").mkdir()
     loaded = load_checkpoint(changed(checkpoint, tmp_path / "a.ckpt", point))
     os.mkfifo(tmp_path / "empty" / next(iter(FILES)))
-    with pytest.raises(UserError, match="empty/train-images-idx3-ubyte: no file"):
+    with pytest.raises(UserError, match="empty/train-images-idx3-ubyte: not a readable file"):
         load_data(loaded, str(tmp_path / "empty"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MNIST_DIR", str(tmp_path / "empty"))
-        with pytest.raises(UserError, match="empty/train-images-idx3-ubyte: no file"):
+        with pytest.raises(UserError, match="empty/train-images-idx3-ubyte: not a readable file"):
             load_data(loaded)
 
 

@@ -81,7 +81,7 @@ def test_a_move_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch: pytes
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from attention_visualizer import staging as module
+from attention_visualizer.files import staging as module
 output, target, after = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 moves = []
 def move(path, to):
