@@ -224,7 +224,7 @@ def figures_of(subject: Any, maps: dict[str, Any]) -> dict[str, PlainFigure]:
             ],
             ("attention", "rollout over patches", "change"),
             f"From shallow to deep: CLS attention, mean over heads\n{subject.verdict}",
-            [attention, ("PuOr_r", "change since the layer before")],
+            [attention, ("PuOr_r", "change from previous layer")],
         ),
         "attention_methods": PlainFigure(
             [
@@ -233,7 +233,7 @@ def figures_of(subject: Any, maps: dict[str, Any]) -> dict[str, PlainFigure]:
             ],
             ("map", "overlay"),
             f"By method: CLS attention\n{subject.verdict}",
-            [("RdBu_r", "share / even share (doublings)")],
+            [("RdBu_r", "share / uniform share (doublings)")],
         ),
     }
 

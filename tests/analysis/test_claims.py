@@ -93,7 +93,7 @@ def distance(of_layers: np.ndarray) -> Distances:
 def judged(weights: np.ndarray, of_layers: np.ndarray | None = None) -> dict[str, Judgement]:
     subject = evidence(weights, distance(np.ones(LAYERS) if of_layers is None else of_layers))
     found, missing = declared_claims(subject)
-    assert len(missing) == 1 and missing[0].startswith("Head 3 is asked about the background only")
+    assert len(missing) == 1 and missing[0].startswith("Head 3 is tested for the background only")
     return {each.claim.name: each for each in judge(found, subject, controls())}
 
 
@@ -123,7 +123,7 @@ def test_attention_on_one_kind_of_point() -> None:
 
 
 def test_the_size_of_what_was_planted() -> None:
-    """Twice the weight on a junction, of which an image has at most one: 2 / (1 + 1 / 16) - 16 / 17 of an even share,
+    """Twice the weight on a junction, of which an image has at most one: 2 / (1 + 1 / 16) - 16 / 17 of a uniform share,
     for uniform attention otherwise. Images with more junctions have a little less."""
     found = judged(np.ones((len(labels()), *SHAPE), np.float32) * (1 + feature("junctions")))
     result = found[MORE.format("Junctions")].results[0]
@@ -134,7 +134,7 @@ def test_all_points_are_attended_to_yet_recognising_is_not_decided() -> None:
     weights = noise() * (1 + feature("key points"))
     found = judged(weights)
     name = "The model recognises key points by itself"
-    assert found[name].verdict == "cannot be decided by attention alone" and "would tell" in found[name].reason
+    assert found[name].verdict == "cannot be decided by attention alone" and "could show" in found[name].reason
     assert {MORE.format(each) for each in ("End points", "Junctions", "Bends")} <= {
         name for name, each in found.items() if each.verdict == "supported"
     }
@@ -168,7 +168,7 @@ def test_a_head_of_its_own() -> None:
         "Head 3 attends to background",
     ):
         assert found[name].verdict == "supported", found[name].reason
-    assert found["Head 4 gathers everything for the answer"].verdict != "supported"
+    assert found["Head 4 gathers everything for the prediction"].verdict != "supported"
 
 
 def test_a_head_that_is_like_the_others_is_not_special() -> None:
@@ -186,8 +186,8 @@ def test_a_head_in_two_of_five_layers_is_not_in_most() -> None:
 def test_a_head_that_takes_from_everywhere_may_or_may_not_serve_the_answer() -> None:
     weights = noise()
     weights[:, :, :3] **= 6
-    found = judged(weights)["Head 4 gathers everything for the answer"]
-    assert found.verdict == "cannot be decided by attention alone" and "switching the head off" in found.reason
+    found = judged(weights)["Head 4 gathers everything for the prediction"]
+    assert found.verdict == "cannot be decided by attention alone" and "ablating the head" in found.reason
 
 
 def test_depth_as_the_claims_have_it() -> None:
@@ -208,7 +208,7 @@ def test_depth_the_other_way_round() -> None:
     weights[:, :2] *= 1 + 3 * feature("ink")
     found = judged(weights, np.array([1.0, 0.95, 0.8, 0.5, 0.4]))
     assert all(each.verdict == "not supported" for name, each in found.items() if "layers" in name)
-    assert "says the opposite" in found["Shallow layers (1-2) attend locally"].reason
+    assert "is the opposite" in found["Shallow layers (1-2) attend locally"].reason
 
 
 def test_deep_attention_on_one_stroke_is_not_the_whole_digit() -> None:
@@ -217,7 +217,7 @@ def test_deep_attention_on_one_stroke_is_not_the_whole_digit() -> None:
     weights[:, 3:] *= 1 + 50 * (first & content().inked)[:, None, None].astype(np.float32)
     weights[:, 3:] *= 1 + 3 * feature("ink")
     found = judged(weights)["Deep layers (4-5) attend to the whole digit"]
-    assert found.verdict == "not supported" and "ink that takes part" in found.reason
+    assert found.verdict == "not supported" and "effective inked patches" in found.reason
 
 
 def test_classes_beyond_what_their_ink_shows() -> None:
@@ -407,7 +407,7 @@ def test_the_last_layers_patch_queries_stay_out(tmp_path: Path) -> None:
     found = evidence_of(read.survey, read.target.images.read(read.survey.kept))
     assert found.depth == (0, 1)
     names, missing = declared_claims(found)
-    assert not any("locally" in each.name for each in names) and "locality" in missing[0]
+    assert not any("locally" in each.name for each in names) and missing[0].startswith("Locality is not tested")
     pooled = study(VisionTransformer(num_layers=3, pooling="mean").eval(), tmp_path, 120)
     found = evidence_of(pooled.survey, pooled.target.images.read(pooled.survey.kept))
     assert found.depth == (0, 1, 2) and any("locally" in each.name for each in declared_claims(found)[0])
@@ -421,12 +421,12 @@ def test_the_last_layers_patch_queries_stay_out(tmp_path: Path) -> None:
 
 
 def test_the_chapter(tmp_path: Path) -> None:
-    """One row a claim; the figure is written; numbers are JSON; twice the same."""
+    """One row per claim; the figure is written; numbers are JSON; twice the same."""
     torch.manual_seed(0)
     model = VisionTransformer(num_layers=2, num_heads=2, embed_dim=32, patch_size=14).eval()
     written = [chapter.CHAPTER(study(model, tmp_path, 200)) for _ in range(2)]
     first = written[0]
-    assert first.title == "Common claims, put to the test" and (tmp_path / first.figures[0].name).exists()
+    assert first.title == "Common claims, tested" and (tmp_path / first.figures[0].name).exists()
     names = [row[0] for row in first.tables[0].rows]
     assert len(names) == len(set(names)) == len(first.numbers["claims"])
     assert not any(name.startswith(("Head 3", "Head 4")) for name in names) and "2 heads" in first.text
@@ -460,7 +460,7 @@ def test_strokes_without_junctions(tmp_path: Path) -> None:
 
 def test_few_pictures_are_told_in_a_sentence(tmp_path: Path) -> None:
     found = chapter.CHAPTER(study(VisionTransformer(num_layers=1).eval(), tmp_path, 40))
-    assert not found.figures and "100 pictures" in found.text
+    assert not found.figures and "100 images" in found.text
 
 
 def test_digits_without_labels(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_switching_off_is_a_projection_without_the_heads_columns(
 
 @pytest.mark.parametrize(
     ("seed", "labelled", "said"),
-    [(1, True, "no better than by chance"), (2, True, "no better than by chance"), (1, False, "cannot be said")],
+    [(1, True, "not above chance"), (2, True, "not above chance"), (1, False, "cannot be determined")],
 )
 def test_nothing_is_needed_for_a_guess(seed: int, labelled: bool, said: str, tmp_path: Path) -> None:
     """Also where classes are not known, and the model's agreement with itself would pass for an answer."""
@@ -125,7 +125,7 @@ def test_too_much_work_and_too_few_images_are_left_out(
 ) -> None:
     model, pictures = planted
     much = importance_chapter.CHAPTER(study_of(model, pictures, tmp_path, 60, 1, max_cost=1e5))
-    assert "Left out" in much.text and "subset=50" in much.text and not much.figures
+    assert "Omitted" in much.text and "subset=50" in much.text and not much.figures
     few = LabelledImageSet(pictures.description, pictures.images[:20], pictures.labels[:20])  # type: ignore[index]
     assert "at least 30 images" in importance_chapter.CHAPTER(study_of(model, few, tmp_path, 60, 1)).text
 
@@ -150,7 +150,7 @@ def test_correlations_are_adjusted_together() -> None:
 def test_all_correlations_are_told(planted: tuple[VisionTransformer, LabelledImageSet], tmp_path: Path) -> None:
     chapter = importance_chapter.CHAPTER(study_of(*planted, tmp_path, 60, 1))
     told = chapter.text.split("Rank correlations")[1]
-    assert told.count("when switched off (p = ") == told.count("when averaged (p = ") == 2 and "6 heads" in told
+    assert told.count("for zero ablation (p = ") == told.count("for mean ablation (p = ") == 2 and "6 heads" in told
 
 
 def test_labels_of_points_stay_inside_their_axes(

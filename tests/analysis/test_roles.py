@@ -182,13 +182,13 @@ HEADS: list[list[tuple[Any, list[str]]]] = [
         (uniform, [NO_ROLE]),
         (partial(towards, 4.0), ["ink"]),
         (partial(towards, -4.0), ["background"]),
-        (partial(one_patch, 5), ["fixed place"]),
+        (partial(one_patch, 5), ["fixed position"]),
         (near, ["neighbours"]),
         (partial(towards, 0.12), [NO_ROLE]),
     ],
     [
         (class_token, ["class token"]),  # whose patches all get the same: no place
-        (anywhere, ["varies with the picture"]),
+        (anywhere, ["content-dependent"]),
         (near, [NO_ROLE]),
     ],
 ]
@@ -271,9 +271,9 @@ def test_the_order_of_heads_does_not_matter() -> None:
         (partial(towards, 4.0), "ink"),
         (partial(towards, -4.0), "background"),
         (class_token, "class token"),
-        (partial(one_patch, 7), "fixed place"),
+        (partial(one_patch, 7), "fixed position"),
         (near, "neighbours"),
-        (anywhere, "varies with the picture"),
+        (anywhere, "content-dependent"),
     ],
 )
 def test_no_head_has_a_role_that_random_weights_reach_as_well(head: Any, role: str) -> None:
@@ -373,8 +373,8 @@ def test_the_chapter_says_what_there_is(written: tuple[Chapter, Path]) -> None:
     found, folder = written
     assert found.numbers["roles"] == [[NO_ROLE]] * 12
     assert found.finding is not None
-    assert found.finding.text == "No head of 12 has a role that the numbers carry (n = 300)."
-    assert "Heads without a role that the numbers carry: 12 of 12." in found.text
+    assert found.finding.text == "No head of 12 has a role that the measurements support (n = 300)."
+    assert "Heads without a distinct role: 12 of 12." in found.text
     assert "nan" not in found.text and "{" not in found.text
     assert all((folder / figure.name).is_file() for figure in found.figures) and len(found.figures) == 2
     assert found.finding.figure == found.figures[0].name
@@ -406,8 +406,8 @@ def test_a_chapter_of_planted_heads(tmp_path: Path) -> None:
     assert [len(table.rows) for table in found.tables] == [9, 9]
     assert found.finding is not None
     assert found.finding.text.startswith(
-        "6 of 9 heads have a measured role (1 ink, 1 background, 1 fixed place, 1 varies with the picture, "
-        "1 class token, 1 neighbours). Head 1.3 moves most with the ink: -0.313"
+        "6 of 9 heads have a measured role (1 ink, 1 background, 1 fixed position, 1 content-dependent, "
+        "1 class token, 1 neighbours). Head 1.3 follows ink most strongly: -0.313"
     )
     # Uniform ones and those that only differ in where patches look are one cluster, and nobody is with the others.
     cluster = found.numbers["cluster"]
@@ -429,9 +429,9 @@ def test_pairs_and_groups_are_counted_apart() -> None:
 
 def test_roles_of_one_head_are_told() -> None:
     two = Heads((np.array([0, 0]), np.array([0, 1])))
-    several = replace(planted_roles(), names=[["ink", "fixed place"], ["ink"]])
+    several = replace(planted_roles(), names=[["ink", "fixed position"], ["ink"]])
     text = chapter.finding_of(replace(measured_heads(planted(), several), heads=two), "figure").text
-    assert text.startswith("2 of 2 heads have a measured role (2 ink, 1 fixed place; 1 of them has more than one).")
+    assert text.startswith("2 of 2 heads have a measured role (2 ink, 1 fixed position; 1 of them has more than one).")
 
 
 # --- border and interior ---

@@ -1,4 +1,4 @@
-"""Comparing runs: which are found and refused, heads that come again by design, random weights, settings."""
+"""Comparing runs: which are found and refused, heads that recur by design, random weights, settings."""
 
 from __future__ import annotations
 
@@ -293,8 +293,8 @@ def test_moved_heads_are_found_and_called_recurring(planted: Study) -> None:
 def test_the_chapter_on_seeds_says_what_holds_and_that_it_is_descriptive(planted: Study) -> None:
     chapter = runs_chapter.CHAPTER(planted)
     assert "3 seeds" in chapter.title
-    assert "what is said about seeds is descriptive" in chapter.text and "below 0.25" in chapter.text
-    assert "closer than unrelated heads: heads come again." in chapter.text
+    assert "statements about seeds are descriptive" in chapter.text and "below 0.25" in chapter.text
+    assert "closer than unrelated heads: heads recur." in chapter.text
     (figure,) = chapter.figures
     assert ANALYSIS_FILE_NAMES.fullmatch(figure.name) and (planted.output.folder / figure.name).is_file()
     assert chapter.finding is not None and chapter.finding.figure == figure.name
@@ -330,7 +330,7 @@ def test_random_weights_never_give_a_finding(place: Place, first: int) -> None:
     found = compare_seeds(study, surveyed)
     assert not found.heads_recur
     assert found.layer_effects.num_significant(8) == found.head_effects.num_significant(8) == 0
-    assert "not shown" in describe_heads(found)
+    assert "no evidence that heads recur" in describe_heads(found)
 
 
 def test_models_of_one_head_have_nothing_to_match(place: Place) -> None:
@@ -338,7 +338,7 @@ def test_models_of_one_head_have_nothing_to_match(place: Place) -> None:
     place.add("1", untrained(2, num_heads=1, num_layers=1), 1, settings={})
     chapter = runs_chapter.CHAPTER(place.study("runs/*", own))
     assert "nothing to match" in chapter.text and chapter.finding is not None
-    assert "come again" not in chapter.finding.text
+    assert "recur" not in chapter.finding.text
     json.dumps(chapter.numbers, allow_nan=False)
 
 
@@ -401,7 +401,7 @@ def test_settings_of_random_weights_never_stand_out(place: Place, first: int) ->
     found = compare_settings(study, surveyed).differences
     assert len(found) == 8 and not any(each.stands_out for each in found)
     told = runs_chapter.CHAPTER(study)
-    assert "No difference passes all of this." in told.text and "no better than random weights" in told.text
+    assert "No difference meets all criteria." in told.text and "no better than random weights" in told.text
     json.dumps(told.numbers, allow_nan=False)
 
 

@@ -80,7 +80,7 @@ def test_figures_show_what_was_measured(measured: Statistics) -> None:
     heads = {axis.collections[0].colorbar.ax.get_ylabel(): axis for axis in maps}
     distances = heads[LABELS["distance"]]
     assert distances.collections[0].get_array()[-1].mask.all()  # the last layer's patch queries do not count
-    assert "cannot affect the answer" in [text.get_text() for text in distances.texts]
+    assert "cannot affect the logits" in [text.get_text() for text in distances.texts]
     assert not heads[LABELS["entropy"]].collections[0].get_array().mask.any()
     assert measured.groups is not None
     by_class, by_outcome = draw_groups(measured.groups, measured.images).axes[:2]
@@ -93,7 +93,7 @@ def test_the_chapter_with_and_without_known_classes(study: Study) -> None:
     chapter = statistics_chapter.CHAPTER(study)
     assert [len(table.rows) for table in chapter.tables] == [LAYERS] * 3 and len(chapter.figures) == 3
     assert len(chapter.numbers["entropy_by_class"]) == 3 and chapter.finding is not None
-    assert chapter.finding.figure == chapter.figures[-1].name and "answers are wrong" in chapter.text
+    assert chapter.finding.figure == chapter.figures[-1].name and "images are misclassified" in chapter.text
     images = study.target.images
     assert isinstance(images, LabelledImageSet)
     unlabelled = replace(study, target=replace(study.target, images=replace(images, labels=None)))

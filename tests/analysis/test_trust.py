@@ -121,7 +121,7 @@ def test_a_map_that_beats_the_ink_and_needs_the_weights_is_trusted() -> None:
         ((0.3, 0.7), {"control": (0.33, 0.6)}, "6 of 12 comparisons"),  # 0.10 of a needed 1.5 x 0.07
         ((0.3, 0.7), {"likeness": 0.8}, "random weights is 0.80"),  # the map is the same without training
         ((0.3, 0.7), {"likeness": None}, "there is no model with random weights to compare with"),
-        ((0.3, 0.7), {"is_learnt": False}, "no better than by chance"),
+        ((0.3, 0.7), {"is_learnt": False}, "not above chance"),
     ],
 )
 def test_a_map_that_fails_in_one_respect_is_not(areas: tuple[float, float], options: dict[str, Any], said: str) -> None:

@@ -68,7 +68,7 @@ def grid_of_tiles(rows: int, columns: int, shape: tuple[int, ...] = (11, 11, 1),
         column_titles=[f"{words} head {column + 1}" for column in range(columns)],
         row_titles=[f"{words} layer {row + 1}" for row in range(rows)],
         scale=attention_scale(NUM_KEYS),
-        second_scale=difference_scale(3.0, "change since the layer before"),
+        second_scale=difference_scale(3.0, "change from previous layer"),
     ).with_watermark(f"random weights {words}")
 
 
@@ -81,7 +81,7 @@ def test_nothing_overlaps_or_leaves_the_picture(rows: int, columns: int, shape: 
     assert len(picture.images) == rows * columns + 4  # two bars and their titles
 
 
-@pytest.mark.parametrize("title", ["entropy (nats)", "attention / uniform", "change since the layer before"])
+@pytest.mark.parametrize("title", ["entropy (nats)", "attention / uniform", "change from previous layer"])
 def test_a_bar_beside_one_small_row_fits_too(title: str) -> None:
     scale = sequential_scale(0.0, 3.0, title)
     assert_tidy(tile_grid([[Tile(np.zeros((1, 1, 3), np.uint8), "", "1.00")]], "h", tile_size=56, scale=scale))

@@ -1,4 +1,4 @@
-"""Roles of heads: closed forms, planted roles, and nothing where the numbers carry nothing."""
+"""Roles of heads: closed forms, planted roles, and nothing where the measurements support none."""
 
 from __future__ import annotations
 
@@ -136,15 +136,15 @@ def named(**changes: object) -> list[str]:
         ({}, [NO_ROLE]),
         ({"follows": interval(0.2)}, ["ink"]),
         ({"follows": interval(-0.2)}, ["background"]),
-        ({"follows": interval(0.04, 0.001)}, [NO_ROLE]),  # significant, but less than the least effect
+        ({"follows": interval(0.04, 0.001)}, [NO_ROLE]),  # significant, but less than the minimum effect
         ({"follows": interval(0.06, 0.03)}, [NO_ROLE]),  # the interval reaches below it
         ({"follows": interval(0.2), "p_value": 0.2}, [NO_ROLE]),
         ({"follows": interval(0.2), "bounds": BOUNDS | {"ink": 0.25}}, [NO_ROLE]),  # random weights reach as much
-        ({"place": interval(2.0)}, ["fixed place"]),
+        ({"place": interval(2.0)}, ["fixed position"]),
         ({"place": interval(2.0), "content": interval(1.0)}, [NO_ROLE]),  # neither is most of it
-        ({"content": interval(1.5)}, ["varies with the picture"]),
+        ({"content": interval(1.5)}, ["content-dependent"]),
         ({"class_token": interval(0.6)}, ["class token"]),
-        ({"class_token": interval(0.51)}, [NO_ROLE]),  # the interval reaches below the least effect
+        ({"class_token": interval(0.51)}, [NO_ROLE]),  # the interval reaches below the minimum effect
         ({"class_token": interval(0.6), "bounds": BOUNDS | {"class token": 0.7}}, [NO_ROLE]),
         ({"class_token": interval(float("nan")), "distance": interval(float("nan"))}, [NO_ROLE]),
         ({"distance": interval(0.4)}, ["neighbours"]),
@@ -155,7 +155,7 @@ def named(**changes: object) -> list[str]:
         ({"border": interval(0.51)}, [NO_ROLE]),
         ({"border": interval(0.8), "bounds": BOUNDS | {"border": 0.9}}, [NO_ROLE]),
         ({"border": interval(float("nan"))}, [NO_ROLE]),  # where the interior is seldom empty
-        ({"follows": interval(0.2), "place": interval(2.0)}, ["ink", "fixed place"]),
+        ({"follows": interval(0.2), "place": interval(2.0)}, ["ink", "fixed position"]),
     ],
 )
 def test_a_role_is_named_where_the_numbers_carry_it(changes: dict[str, object], expected: list[str]) -> None:
@@ -218,4 +218,4 @@ def test_heads_are_alike_below_the_bound_only() -> None:
 
 
 def test_the_roles_are_named_in_one_place() -> None:
-    assert {"ink", "background", "fixed place"} <= set(head_roles.ROLES) and intervals.LEVEL == 0.05
+    assert {"ink", "background", "fixed position"} <= set(head_roles.ROLES) and intervals.LEVEL == 0.05

@@ -132,7 +132,7 @@ def common_unit(num_keys: Sequence[int]) -> int:
 def moment(epoch: float, step: int) -> str:
     """A point in training, for subtitles: as no line of its own, so that all frames of an animation have one size."""
     text = f"epoch {epoch:.3g}, step {step:,}"
-    return text if step else f"{text}: RANDOM WEIGHTS, training has not begun"
+    return text if step else f"{text}: RANDOM WEIGHTS, before training"
 
 
 def class_name(names: Sequence[str], label: int) -> str:
@@ -206,7 +206,7 @@ def layer_comparison(explained: ExplainedImage, headline: str, subtitle: str = "
     layers = range(len(explained.maps))
     tiny = np.finfo(np.float32).tiny
     logs = [np.log2(np.maximum(explained.scaled(explained.maps[layer], layer), tiny)) for layer in layers]
-    change_scale = difference_scale(3.0, "change since the layer before")
+    change_scale = difference_scale(3.0, "change from previous layer")
     rows: dict[str, list[Tile | None]] = {
         "attention": [
             Tile(picture, f"layer {layer + 1}", explained.layer_caption(layer))
@@ -235,7 +235,7 @@ def method_comparison(
     patches."""
     stacked = np.stack(list(maps.values()))
     shares = patch_share(stacked)
-    scale = replace(attention_scale(shares[0].size), title=f"share / even share (1/{shares[0].size})")
+    scale = replace(attention_scale(shares[0].size), title=f"share / uniform share (1/{shares[0].size})")
     top: list[Tile | None] = [explained.input_tile()]
     top += [Tile(scale.to_rgb(share), *two_lines(name)) for name, share in zip(maps, shares, strict=True)]
     bottom: list[Tile | None] = [None, *(Tile(picture) for picture in explained.shares_over(stacked))]

@@ -48,9 +48,9 @@ def partners_by_layer(
     for layer in layers:
         ax.scatter(layer + spread, matched[:, layer - 1].ravel(), s=12, color=TRAINED, alpha=0.5, zorder=3)
     for values, label, color, style in (
-        (matched, "partners", TRAINED, "-"),
-        (shifted, "partners in the next layer", MEDIAN, ":"),
-        (random_pairing, "paired by lot", REFERENCE, "--"),
+        (matched, "matched heads", TRAINED, "-"),
+        (shifted, "next layer's heads", MEDIAN, ":"),
+        (random_pairing, "random pairing", REFERENCE, "--"),
         (random, "random weights", CONTROL, "-."),
     ):
         if values is not None:
@@ -58,7 +58,7 @@ def partners_by_layer(
     ax.set_xticks(layers)
     ax.set_ylim(0, 0.72)
     ax.set_xlabel("layer (dots: heads of all pairs of runs)")
-    ax.set_ylabel("divergence of partners (nats)")
+    ax.set_ylabel("divergence of matched heads (nats)")
     legend_above(ax)
     return clean(ax)
 

@@ -30,7 +30,7 @@ NO_ROLE = "no distinct role"
 
 MOST_IMAGES = 2000  # for pairs of heads and for intervals of selectivity
 ALIKE = 0.1  # nats: two heads that diverge less, on average over images, are called alike
-ROLES = ("ink", "background", "fixed place", "varies with the picture", "class token", "neighbours", "border")
+ROLES = ("ink", "background", "fixed position", "content-dependent", "class token", "neighbours", "border")
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ def name_roles(
             roles.append("background")
     total = place.value + content.value
     if place.value >= bounds["place"] and place.low >= LEAST_SELECTIVE and place.value >= MOSTLY * total:
-        roles.append("fixed place")
+        roles.append("fixed position")
     if content.value >= bounds["content"] and content.low >= LEAST_SELECTIVE and content.value >= MOSTLY * total:
-        roles.append("varies with the picture")
+        roles.append("content-dependent")
     if class_token.value >= bounds["class token"] and class_token.low >= LEAST_ON_CLASS_TOKEN:
         roles.append("class token")
     if distance.value <= bounds["distance"] and distance.high <= NEAR:

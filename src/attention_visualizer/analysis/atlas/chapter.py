@@ -29,8 +29,8 @@ def write(study: Study) -> Chapter:
         [difference_table(atlas)],
         numbers_of(atlas),
         finding=finding_of(atlas, files[-1].name) if atlas.differences else None,
-        caution="Mean maps of two classes differ where their ink does. Only what is left after each place's own ink is "
-        "taken out can be attention's own, and that line through the ink is a rough model of it.",
+        caution="Mean maps of two classes differ where their ink does. Only what remains after the ink at each "
+        "position is regressed out can be due to attention itself, and a linear regression on ink is a rough model.",
     )
 
 
@@ -38,7 +38,7 @@ def save_figures(atlas: Atlas, output: Output) -> list[FigureFile]:
     files = [
         FigureFile(
             output.save(draw_maps(atlas), "attention_atlas"),
-            "Mean picture and mean attention on each patch by class (down) and layer (across), mean over heads and "
+            "Mean image and mean attention on each patch by class (down) and layer (across), mean over heads and "
             f"{atlas.images}, as a share of the attention on patches.",
         )
     ]
@@ -46,7 +46,7 @@ def save_figures(atlas: Atlas, output: Output) -> list[FigureFile]:
         files.append(
             FigureFile(
                 output.save(draw_rollouts(atlas), "attention_atlas_rollout"),
-                "Mean picture and mean attention rollout from the input up to each layer (across) by class (down), "
+                "Mean image and mean attention rollout from the input up to each layer (across) by class (down), "
                 f"mean over {atlas.images}, as a share of what reaches the patches.",
             )
         )
@@ -54,10 +54,9 @@ def save_figures(atlas: Atlas, output: Output) -> list[FigureFile]:
         FigureFile(
             output.save(draw_differences(atlas), "attention_atlas_differences"),
             "Differences between the mean maps of two classes, in shares of the attention on patches "
-            f"({of_each_class(atlas.differences)}). Ring: beyond "
-            f"chance (p < 0.05 for all places of a pair together) and at least {LEAST_SHARE:.0%}; full dot: also "
-            "without what goes with the place's ink. Last: the difference of the ink, rings where it is beyond "
-            "chance.",
+            f"({of_each_class(atlas.differences)}). Ring: significant "
+            f"(p < 0.05, corrected over all positions of a pair) and at least {LEAST_SHARE:.0%}; full dot: also with "
+            "the ink at that position regressed out. Last: the difference of the ink, rings where it is significant.",
         )
     )
     return files
@@ -118,8 +117,8 @@ def finding_of(atlas: Atlas, figure: str) -> Finding:
     most = max(differences, key=lambda each: float(np.abs(each.beyond_ink.value).max()))
     (layer, _), value = largest(most.beyond_ink)
     return Finding(
-        f"Between {len(differences)} pairs of easily confused classes, {differing} of {places} places (layer and "
-        f"patch) get different attention, {beyond} also when what goes with the place's ink is taken out; most for "
+        f"Between {len(differences)} pairs of easily confused classes, {differing} of {places} positions (layer "
+        f"and patch) get different attention, {beyond} also with the ink at that position regressed out; most for "
         f"{escape_markdown(names[most.first])} and {escape_markdown(names[most.second])} in layer {layer + 1}, "
         f"{value.text()} of the attention (n = {most.counts[0]} and {most.counts[1]}).",
         figure,
@@ -148,15 +147,15 @@ def difference_table(atlas: Atlas) -> Table:
         "images",
         "largest difference (share)",
         "where",
-        "places that differ",
-        "without their ink",
-        "of the squares, goes with ink",
+        "positions that differ",
+        "ink regressed out",
+        "of the squares, explained by ink",
         "patches whose ink differs",
     ]
     return Table(
-        "Pairs of classes: digits that look alike, then those that this model confuses most, over "
-        f"{of_each_class(atlas.differences)}, with 95 % intervals over images. The largest difference was picked for "
-        "its size, so that another test set would show somewhat less there.",
+        "Pairs of classes: similar-looking digits, then those that this model confuses most, over "
+        f"{of_each_class(atlas.differences)}, with 95 % intervals over images. The largest difference was "
+        "selected for its size, so another test set would show a somewhat smaller one there.",
         columns,
         rows,
     )
@@ -170,10 +169,10 @@ CHAPTER = ChapterWriter(
     {Need.INK: NO_CLASSES, Need.LABELS: NO_CLASSES},
 )
 
-TEXT = """Mean maps over {which}, as shares of the attention on patches. A class's mean map follows its mean
-picture, because heads that follow ink do; what classes differ in is shown twice. First as it is: places with a ring
-differ beyond chance, for all layers and patches of a pair together ({permutations} permutations of the classes'
-labels, the largest standardised difference, p < 0.05), and by at least {least:.0%} of the attention. Then without
-ink: each place's attention is predicted from its own ink by a line, and what is left is tested alike (full dots). The
-line is rough: attention may follow ink elsewhere in the picture, so a full dot is a difference that this place's ink
-does not explain, not one that no ink explains."""
+TEXT = """Mean maps over {which}, as shares of the attention on patches. A class's mean map resembles its mean
+image, because some heads follow ink; differences between classes are therefore tested twice. First as they are:
+positions with a ring differ significantly, corrected over all layers and patches of a pair ({permutations} permutations
+of the classes' labels, the largest standardised difference, p < 0.05), and by at least {least:.0%} of the attention.
+Then without ink: the attention at each position is regressed linearly on its own ink, and the residuals are tested in
+the same way (full dots). The regression is rough: attention may follow ink elsewhere in the image, so a full dot is a
+difference that the ink at this position does not explain, not one that no ink explains."""

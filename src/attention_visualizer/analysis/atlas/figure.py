@@ -49,10 +49,10 @@ def draw_classes(atlas: Atlas, maps: Array, columns: list[str], headline: str, s
         tiles,
         headline,
         subtitle,
-        column_titles=["mean picture", *columns],
+        column_titles=["mean image", *columns],
         row_titles=[f"{name} (n = {count:,})" for name, count in zip(atlas.names, atlas.counts, strict=True)],
         tile_size=84,
-        scale=replace(attention_scale(num_patches), title=f"share / even share (1/{num_patches})"),
+        scale=replace(attention_scale(num_patches), title=f"share / uniform share (1/{num_patches})"),
     )
 
 
@@ -77,7 +77,7 @@ def draw_differences(atlas: Atlas) -> PanelFigure:
     return tile_grid(
         tiles,
         "Where the maps of two classes differ",
-        "first class minus second; ring: beyond chance; full dot: also without what goes with the place's ink",
+        "first class minus second; ring: significant; full dot: also with the local ink regressed out",
         column_titles=[*layer_titles(atlas), "ink"],
         row_titles=[f"{atlas.names[each.first]} minus {atlas.names[each.second]}" for each in differences],
         tile_size=96,

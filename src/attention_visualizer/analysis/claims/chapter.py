@@ -25,7 +25,7 @@ from attention_visualizer.data.strokes import BEND
 from attention_visualizer.measures.matched_patches import num_levels
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
-TITLE = "Common claims, put to the test"
+TITLE = "Common claims, tested"
 COLUMNS = ["claim", "quantity", "value (95 % interval)", "n", "random weights", "null", "effect"]
 FEWEST_IMAGES = 100  # from which like patches can be found
 
@@ -33,7 +33,7 @@ FEWEST_IMAGES = 100  # from which like patches can be found
 def write(study: Study) -> Chapter:
     if len(study.survey.kept) < FEWEST_IMAGES:
         return Chapter(
-            TITLE, f"These claims need the maps of {FEWEST_IMAGES} pictures at least, to compare like patches."
+            TITLE, f"Testing these claims on matched patches requires the maps of at least {FEWEST_IMAGES} images."
         )
     judged = measure(study)
     name = study.output.save(draw(judged, TITLE), "attention_claims")
@@ -66,7 +66,7 @@ def claim_table(judgements: Sequence[Judgement], n: int) -> Table:
         for judgement in judgements
     ]
     caption = (
-        f"One row a claim, with the requirement that is farthest from being met, n = {n:,}. Effect: in units of the "
+        f"One row per claim, with the requirement that is farthest from being met, n = {n:,}. Effect: in units of the "
         f"minimum effect, and (d) in standard deviations over images. p: the largest of the claim's requirements, "
         f"adjusted over the {len(judgements)} claims."
     )
@@ -81,8 +81,8 @@ def requirement_table(judgements: Sequence[Judgement], n: int) -> Table:
         if len(judgement.results) > 1
         for result in judgement.results
     ]
-    caption = f"All that claims of several requirements require, n = {n:,}. p: not adjusted."
-    return Table(caption, [*COLUMNS, "p", "does it hold"], rows)
+    caption = f"All requirements of claims that have more than one, n = {n:,}. p: not adjusted."
+    return Table(caption, [*COLUMNS, "p", "holds"], rows)
 
 
 def layer_table(judged: JudgedClaims) -> Table:
@@ -90,8 +90,8 @@ def layer_table(judged: JudgedClaims) -> Table:
     columns = ["attention on", *(f"layer {layer + 1}" for layer in layers)]
     rows = [[name, *(excess[layer].text(2) for layer in layers)] for name, excess in judged.excess_by_layer.items()]
     caption = (
-        f"Layer by layer: how much more attention than like patches without it, of an even share, mean over heads, "
-        f"with 95 % intervals, n = {judged.n:,}. Below 0: less."
+        f"By layer: attention on the feature minus that on matched patches without it, in uniform shares, mean over "
+        f"heads, with 95 % intervals, n = {judged.n:,}."
     )
     return Table(caption, columns, rows)
 
@@ -121,7 +121,7 @@ def finding_text(judged: JudgedClaims) -> str:
     if np.isnan(weakest.value):
         return text
     return (
-        f"{text} {'The clearest' if supported else 'The nearest to it'}: “{clearest.claim.name}”, with "
+        f"{text} {'The clearest' if supported else 'The closest'}: “{clearest.claim.name}”, with "
         f"{weakest.value:.2f} {weakest.requirement.unit} (95 % interval {weakest.low:.2f} to {weakest.high:.2f}) for "
         f"{weakest.requirement.quantity}."
     )
@@ -164,30 +164,31 @@ def numbers(judged: JudgedClaims) -> dict[str, Any]:
     }
 
 
-NO_INK = "These claims are about digits of ink on an empty background, which these pictures are not."
+NO_INK = "These claims are about digits of ink on an empty background, which these images are not."
 CHAPTER = ChapterWriter(TITLE, write, ("attention_claims",), {Need.INK: NO_INK})
 
-TEXT = f"""Claims that are often made of a digit model's attention maps, each turned into quantities before any model
-was looked at, and judged over {{n:,}} {{kind}}. The attention is the readout query's, renormalised over the patches;
-"an even share" is what a patch gets when all get the same. Depth is told in thirds of the layers.
+TEXT = f"""Common claims about the attention maps of digit models, each expressed as quantities declared before any
+model was analysed, and tested over {{n:,}} {{kind}}. Attention is that of the readout query, renormalised over the N
+patches; a uniform share is 1/N. Shallow, middle and deep layers are thirds of the depth.
 
 **More attention than other ink.** End points, junctions (three strokes or more) and bends ({BEND:.0f}° or more) come
-from the skeleton of the ink. A patch that holds one is compared with patches at the same place, in other images, that
-hold about as much ink ({{levels}} levels at each place) but no such point; edges alike, with more edge than the median.
-Ink itself is compared with empty patches at the same place. The test permutes the feature among like patches.
+from the skeleton of the ink. A patch with one is compared with matched patches: at the same position in other images,
+with about as much ink ({{levels}} levels per position) but no such point; likewise for edges, with more edge than the
+median. Ink itself is compared with empty patches at the same position. The test permutes the feature among matched
+patches.
 
-**Heads.** A head's value is the one that a majority of layers reach, and on average over layers it must stand out from
-the mean of the layer's other heads; the test draws a head at random in each layer. Heads have no identity across seeds:
-a verdict on "head 1" is one on this model's numbering, and another training run numbers its heads anew.
+**Heads.** A head's value is the one that a majority of layers reach, and on average over layers it must exceed the mean
+of the layer's other heads; the test draws a head at random in each layer. Heads have no identity across seeds: a
+verdict on "head 1" is about this model's numbering, which does not carry over to another training run.
 
-**Verdicts.** A claim is supported where everything that it requires holds: the 95 % interval excludes no effect, p is
-below 0.05 after false discovery control over all claims, the effect reaches a minimum fixed beforehand
-({LEAST_ATTENTION:g} of an even share, {LEAST_DISTANCE:g} of the distance of uniform attention, {LEAST_SPREAD:g} of the
-patches beyond other heads, {LEAST_CLASSES:g} of the variance between classes; {WHOLE:g} of the inked patches for "the
-whole digit", {MOST:g} of all patches for "everything"), and it is {CONTROL_MARGIN:g} times as large as in any of
+**Verdicts.** A claim is supported if all its requirements hold: the 95 % interval excludes no effect, p is below 0.05
+after false discovery rate (FDR) control over all claims, the effect reaches a minimum declared in advance
+({LEAST_ATTENTION:g} of a uniform share, {LEAST_DISTANCE:g} of the distance of uniform attention, {LEAST_SPREAD:g} of
+the patches beyond other heads, {LEAST_CLASSES:g} of the variance between classes; {WHOLE:g} of the inked patches for
+"the whole digit", {MOST:g} of all patches for "everything"), and it is {CONTROL_MARGIN:g} times as large as in any of
 {{controls}} models of the same architecture with random weights. Random weights follow ink significantly, so
 significance alone never suffices. Intervals and p-values are over images of this one model.{{missing}}"""
-CAPTION = """Claims down, n = {n:,} {kind}. Of each claim the requirement that is farthest from being met, in units of
-its minimum effect. Grey: what random weights reach."""
-CAUTION = """A supported claim says where this one model's attention goes, not that its answers rest on it, and "not
-supported" is not a proof of the contrary; verdicts on numbered heads do not carry over to another training run."""
+CAPTION = """One row per claim, n = {n:,} {kind}: the requirement that is farthest from being met, in units of its
+minimum effect. Grey: the range of random weights."""
+CAUTION = """A supported claim says where this one model's attention goes, not that its predictions depend on it, and
+"not supported" does not prove the contrary; verdicts on numbered heads do not carry over to another training run."""

@@ -28,8 +28,8 @@ MOST = 0.5  # of all patches take part, for "everything"
 LEAST_CLASSES = 0.06  # of the maps' variance; Cohen (1988) calls it a medium effect
 FAR = "of the distance of uniform attention"
 LOCALITY_UNKNOWN = (
-    "Nothing is said of locality: it needs the attention distance of shallow and of deep patch queries, and the last "
-    "layer's are not read where a class token is."
+    "Locality is not tested: it needs the attention distance of shallow and deep patch queries, and the last layer's "
+    "are not used where a class token is read."
 )
 
 
@@ -63,7 +63,7 @@ def excess_requirement(feature: str, weights: Array, quantity: str) -> Requireme
     def p_value(evidence: Evidence) -> float:
         return evidence.permutation_p_value(feature, weights)
 
-    return Requirement(quantity, LEAST_ATTENTION, statistic, statistic, p_value, "permuted among like patches")
+    return Requirement(quantity, LEAST_ATTENTION, statistic, statistic, p_value, "permuted among matched patches")
 
 
 def head_requirements(
@@ -155,11 +155,11 @@ def declared_claims(evidence: Evidence) -> tuple[list[Claim], list[str]]:
     if layers > 1:
         claims += depth_claims(evidence, missing)
     else:
-        missing.append("With one layer there are no shallow and deep ones.")
+        missing.append("With one layer there are no shallow and deep layers.")
     if heads > 1:
         claims += head_claims(evidence, missing)
     else:
-        missing.append("With one head there are no others to differ from.")
+        missing.append("With one head there are no other heads to compare with.")
     claims += content_claims(evidence, missing)
     return claims, missing
 
@@ -191,7 +191,7 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
             f"Shallow layers ({layer_numbers(shallow)}) attend to edges",
             (
                 excess_requirement("edges", first, "attention on stroke edges"),
-                excess_requirement("edges", first - last, "attention on edges, shallow less deep"),
+                excess_requirement("edges", first - last, "attention on edges, shallow minus deep"),
             ),
         )
     )
@@ -201,8 +201,8 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
             Claim(
                 f"Middle layers ({layer_numbers(middle)}) integrate",
                 (distance_requirement(f"distance gained from shallow to middle{restriction(halfway, middle)}", gain),),
-                "attention reaches farther there, but what is combined is not in the weights: "
-                "reading parts of digits out of each layer's tokens would tell",
+                "attention reaches farther there, but the weights do not show what is combined: "
+                "decoding parts of digits from each layer's tokens could show it",
             )
         )
 
@@ -214,8 +214,8 @@ def depth_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
             f"Deep layers ({layer_numbers(deep)}) attend to the whole digit",
             (
                 excess_requirement("ink", last, "attention on ink"),
-                excess_requirement("ink", last - first, "attention on ink, deep less shallow"),
-                Requirement("ink that takes part", WHOLE, whole, None, unit="of the inked patches"),
+                excess_requirement("ink", last - first, "attention on ink, deep minus shallow"),
+                Requirement("effective inked patches", WHOLE, whole, None, unit="of the inked patches"),
             ),
         )
     )
@@ -238,22 +238,22 @@ def head_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
             ),
         ),
         Claim(
-            "Head 4 gathers everything for the answer",
-            head_requirements("spread", 1, 3, "patches that take part", LEAST_SPREAD, MOST, "of the patches"),
-            "it takes from everywhere, but whether the answer uses it is not in the weights: "
-            "switching the head off would tell",
+            "Head 4 gathers everything for the prediction",
+            head_requirements("spread", 1, 3, "effective patches", LEAST_SPREAD, MOST, "of the patches"),
+            "it attends everywhere, but the weights do not show whether the prediction uses it: "
+            "ablating the head could show it",
         ),
     ]
     if "border" not in evidence.values:
         why = (
             "all patches lie at the border"
             if np.isnan(evidence.emptiness)
-            else f"{evidence.emptiness:.0%} of the patches inside hold no ink, less than {OFTEN_EMPTY:.0%} "
-            f"(n = {evidence.n:,}), so that border against interior would be ink again"
+            else f"{evidence.emptiness:.0%} of the interior patches hold no ink, less than {OFTEN_EMPTY:.0%} "
+            f"(n = {evidence.n:,}), so that border against interior would compare ink again"
         )
-        missing.append(f"Head 3 is asked about the background only: {why}.")
+        missing.append(f"Head 3 is tested for the background only: {why}.")
     if evidence.num_heads < len(claims):
-        missing.append(f"The model has {evidence.num_heads} heads, so nothing is said of a head of a higher number.")
+        missing.append(f"The model has {evidence.num_heads} heads, so heads of higher index are not tested.")
     return claims[: evidence.num_heads]
 
 
@@ -264,7 +264,7 @@ def content_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
             "The model recognises key points by itself",
             (excess_requirement(KEY_POINTS, everywhere, "attention on any key point"),),
             "it attends to them, but attending is not recognising: "
-            "moving or erasing such points and watching the answer would tell",
+            "moving or erasing such points and comparing predictions could show it",
         ),
         *(
             Claim(
@@ -275,7 +275,7 @@ def content_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
         ),
     ]
     if evidence.p_classes is None:
-        missing.append("Without labels nothing is said of differences between classes.")
+        missing.append("Without labels, differences between classes are not tested.")
         return claims
 
     def share(values: dict[str, Array]) -> Array:

@@ -28,8 +28,8 @@ def draw(judged: JudgedClaims, title: str) -> Figure:
     )
     handles = [
         Line2D([], [], color=charts.REFERENCE, marker="o", linewidth=1.8, label="weakest requirement, 95 % interval"),
-        Line2D([], [], color="black", marker="|", linestyle="none", markersize=12, label="what it must reach"),
-        Patch(color=charts.BAND, label=f"what {judged.num_controls} models with random weights reach"),
+        Line2D([], [], color="black", marker="|", linestyle="none", markersize=12, label="required value"),
+        Patch(color=charts.BAND, label=f"range of {judged.num_controls} models with random weights"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     return charts.with_headline(figure, f"{title}: n = {judged.n:,} {judged.image_kind}s")

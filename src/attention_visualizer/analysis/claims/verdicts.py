@@ -21,8 +21,8 @@ Array = NDArray[Any]
 Verdict = Literal["supported", "not supported", "cannot be decided by attention alone"]
 
 TOO_FEW_HEADS = (
-    "it holds, but with so few layers and heads a head drawn at random in each layer does as well in more than "
-    f"{LEVEL:.0%} of the draws: a model with more of them could tell"
+    "it holds, but with so few layers and heads, heads drawn at random in each layer do as well in more than "
+    f"{LEVEL:.0%} of the draws: a model with more of them could decide it"
 )
 CONTROL_MARGIN = 1.5  # times the largest value that random weights reach
 
@@ -40,7 +40,7 @@ class Requirement:
     of_control: Callable[[dict[str, Array]], Array] | None
     p_value: Callable[[Evidence], float] | None = None  # None for that of the resampled images
     null: str = "images resampled"
-    unit: str = "of an even share"
+    unit: str = "of a uniform share"
     smallest_p: Callable[[Evidence], float] | None = None  # that the test can give; None where it is always small
     counted: str = ""  # the evidence's quantity whose images are counted; "" for all of them
 
@@ -74,14 +74,16 @@ class Result:
         if np.isnan(self.value):
             return "it could not be measured"
         if self.value <= -minimum and self.high < 0:
-            return f"{self.value:.3f} says the opposite"
+            return f"{self.value:.3f} is the opposite"
         if self.value < minimum:
             return f"{self.value:.3f} is below the minimum effect of {minimum:g}"
         if np.isinf(self.threshold):
             return "there is no model with random weights to compare with"
         if self.value < self.threshold:
             largest = max(map(abs, self.controls))
-            return f"{self.value:.3f} is less than {CONTROL_MARGIN:g} times what random weights reach ({largest:.3f})"
+            return (
+                f"{self.value:.3f} is less than {CONTROL_MARGIN:g} times the largest of random weights ({largest:.3f})"
+            )
         return "" if self.low > 0 else "its interval includes no effect"
 
     @property
@@ -131,7 +133,7 @@ def decide(claim: Claim, results: Sequence[Result], adjusted: float) -> tuple[Ve
         return "not supported", f"{likeliest.requirement.quantity}: p is {adjusted:.3f} after adjustment"
     if claim.undecided_by:
         return "cannot be decided by attention alone", claim.undecided_by
-    return "supported", f"all it requires holds; the weakest is {weakest.requirement.quantity}"
+    return "supported", f"all requirements hold; the weakest is {weakest.requirement.quantity}"
 
 
 def check(requirement: Requirement, measured: Evidence, controls: Sequence[Evidence]) -> Result:

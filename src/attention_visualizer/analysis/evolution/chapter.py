@@ -30,7 +30,7 @@ CHAPTER = ChapterWriter(
     {Need.HISTORY: "This checkpoint comes without the history of a training run."},
 )
 
-TEXT = """{frames} looks at the same probe images, the first before training, most within the first epoch, where most
-of the change is. Solid lines are means over the whole validation set (thin ones single heads), dotted lines the probe
-images only; in the animation, each row is a probe image and each column a layer. Where a class token is read out, the
-last layer's distance is left out: its patch queries cannot affect the logits."""
+TEXT = """Attention on the same probe images at {frames} steps, the first before training, most within the first epoch,
+where most of the change occurs. Solid lines are means over the whole validation set (thin ones single heads), dotted
+lines the probe images only; in the animation, each row is a probe image and each column a layer. Where a class token is
+read out, the last layer's distance is omitted: its patch queries cannot affect the logits."""

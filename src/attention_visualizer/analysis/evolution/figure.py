@@ -39,7 +39,7 @@ def draw(history: AttentionHistory) -> Figure:
             # The last layer's patch queries cannot affect the logits.
             values[:, -1], probe_values[:, -1] = np.nan, np.nan
         charts.lines_over_training(steps, values, label, axis, reference, probe_steps, probe_values)
-    return charts.with_headline(figure, "Attention while the model trained")
+    return charts.with_headline(figure, "Attention during training")
 
 
 def draw_frames(history: AttentionHistory) -> Iterator[PanelFigure]:

@@ -23,5 +23,5 @@ def write(study: Study) -> Chapter:
 
 CHAPTER = ChapterWriter("Attention by head", write, ("attention_heads_sample_#",))
 
-TEXT = """Heads stand in the order of their index: a head has no identity across training runs, and nothing says what
-it is for. All panels share one scale, so a pale head really is close to uniform."""
+TEXT = """Heads are in the order of their index: a head has no identity across training runs, and the index does not
+say what it is for. All panels share one scale, so a pale head really is close to uniform."""

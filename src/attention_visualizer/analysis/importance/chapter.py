@@ -17,7 +17,7 @@ from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Ta
 def write(study: Study) -> Chapter:
     title = CHAPTER.title
     if len(study.target.images) < LEAST_IMAGES:
-        return Chapter(title, f"Left out: it takes at least {LEAST_IMAGES} images to say what an answer needs.")
+        return Chapter(title, f"Omitted: head importance needs at least {LEAST_IMAGES} images.")
     rows = study.affordable_rows(num_passes(study))
     if rows is None:
         return Chapter(title, TOO_MUCH.format(passes=num_passes(study)))
@@ -29,16 +29,16 @@ def write(study: Study) -> Chapter:
         [
             FigureFile(
                 figure,
-                f"Change of the {measured.class_source} class's score without each head (last column: without the "
-                f"whole layer), in percent of the score, over {measured.images}. Below: the loss beside the head's "
-                "entropy and confidence, one point a head with its 95 % interval.",
+                f"Change of the {measured.class_source} class's score with each head ablated (last column: the "
+                f"whole layer), in percent of the score, over {measured.images}. Below: the loss against the head's "
+                "entropy and confidence, one point per head with its 95 % interval.",
             )
         ],
         [importance_table(measured)],
         numbers_of(measured),
         finding=Finding(headline(measured), figure),
-        caution="A head whose loss is small may still do something: others can do the same work (one head is taken "
-        "away at a time, with all others in place).",
+        caution="A head whose loss is small may still have a function that others share (one head is ablated at a "
+        "time, with all others intact).",
     )
 
 
@@ -47,20 +47,20 @@ def headline(measured: Importance) -> str:
     count, needed, n = len(measured.heads), measured.num_mattering("zero"), measured.score.n
     if not measured.is_learnt and measured.class_source == "predicted":
         return (
-            "Which heads the answer needs cannot be said where true classes are not known; how the model's own answer "
-            f"changes without each of {count} heads is shown (n = {n:,})."
+            "Without true classes, head importance cannot be determined; the figure shows how the model's predictions "
+            f"change without each of {count} heads (n = {n:,})."
         )
     if not measured.is_learnt:
-        return f"The model answers no better than by chance, so no head can be needed (n = {n:,})."
+        return f"The model's accuracy is not above chance, so no head can matter (n = {n:,})."
     loss = measured.loss("zero")
     most_needed = int(loss.value.argmax())
     accuracy_loss = measured.accuracy_changes["zero"][measured.heads.index][most_needed].times(-100)
-    accuracy = "accuracy" if measured.class_source == "true" else "agreement with itself"
+    accuracy = "accuracy" if measured.class_source == "true" else "agreement with its own predictions"
     return (
-        f"{needed or 'None'} of {count} heads {'is' if needed < 2 else 'are'} needed alone, that is, worth more than "
-        f"{LEAST_PART:.0%} of the class's score when switched off. The most needed, head "
+        f"{needed or 'None'} of {count} heads {'is' if needed < 2 else 'are'} needed alone: zero ablation costs more "
+        f"than {LEAST_PART:.0%} of the class's score. The most important, head "
         f"{measured.heads.labels[most_needed]}, costs {loss[most_needed].text(2)} of {measured.score.text(2)} logits "
-        f"and {accuracy_loss.text(2)} points of {accuracy} (n = {n:,})."
+        f"and {accuracy_loss.text(2)} percentage points of {accuracy} (n = {n:,})."
     )
 
 
@@ -87,7 +87,7 @@ def correlations_text(measured: Importance) -> str:
     told = [
         f"{label.split(' (')[0]} "
         + ", ".join(
-            f"{value.text(2)} when {ABLATIONS[ablation].short_name} (p = {correlation.p_value[ablation]:.3f})"
+            f"{value.text(2)} for {ABLATIONS[ablation].short_name} (p = {correlation.p_value[ablation]:.3f})"
             for ablation, value in correlation.value.items()
         )
         for label, correlation in measured.correlations.items()
@@ -133,13 +133,13 @@ def numbers_of(measured: Importance) -> dict[str, Any]:
 
 
 def importance_table(measured: Importance) -> Table:
-    right = "accuracy" if measured.class_source == "true" else "same answer"
+    right = "accuracy" if measured.class_source == "true" else "same prediction"
     columns = [
         "without",
-        "score, switched off (logits)",
-        "score, averaged (logits)",
-        f"{right}, switched off (points)",
-        f"{right}, averaged (points)",
+        "score, zero ablation (logits)",
+        "score, mean ablation (logits)",
+        f"{right}, zero ablation (points)",
+        f"{right}, mean ablation (points)",
         "matters",
     ]
     num_layers = len(measured.score_changes["zero"].value)
@@ -157,35 +157,36 @@ def importance_table(measured: Importance) -> Table:
         for place, name in places
     ]
     return Table(
-        f"Change without a head or a layer, with 95 % intervals over {measured.score.n:,} images; points: of a hundred "
-        "answers (interval: Newcombe, 1998). Zero: switched off, mean: averaged over pictures.",
+        f"Change without a head or a layer, with 95 % intervals over {measured.score.n:,} images; points: "
+        "percentage points (interval: Newcombe, 1998).",
         columns,
         rows,
     )
 
 
-NO_SCORES = "The model gives no class scores, so there is nothing that could change without a head."
-CHAPTER = ChapterWriter("What the answer needs", write, ("attention_importance",), {Need.CLASSIFIER: NO_SCORES})
+NO_SCORES = "The model gives no class scores, so the effect of a head on them cannot be measured."
+CHAPTER = ChapterWriter("Head importance", write, ("attention_importance",), {Need.CLASSIFIER: NO_SCORES})
 
-TEXT = """Over {who}, each head is taken away in two ways, all others in place: **switched off** (its weights are 0),
-and **averaged** (it attends on every picture as it does on average, so that only what depends on the picture is lost).
-What changes is the score of the {classes} class (its logit relative to the mean logit), {score} with all heads, and
-the share of answers that are the {classes} class, {accuracy}. A head is said to matter if the whole interval of its
-loss lies beyond {part:.0%} of the score, {least:.2f}: {zero} of {count} heads when switched off, {mean} when
-averaged.{chance}{fixed}{correlations}"""
+TEXT = """Over {who}, each head is ablated in two ways, all others intact: **zero ablation** (its weights are set to 0)
+and **mean ablation** (its weights are replaced by their mean over images, so that only its dependence on the image is
+lost). Measured are the score of the {classes} class (its logit relative to the mean logit), {score} with all heads, and
+the fraction of predictions that are the {classes} class, {accuracy}. A head matters if the whole interval of its loss
+lies beyond {part:.0%} of the score, {least:.2f}: {zero} of {count} heads in zero ablation, {mean} in mean
+ablation.{chance}{fixed}{correlations}"""
 
-TOO_MUCH = """Left out: it takes {passes:,} passes over each image, which is long for a model of this size. `subset=50`
-does it for 50 images."""
+TOO_MUCH = """Omitted: it takes {passes:,} passes over each image, which is slow for a model of this size. `subset=50`
+runs it on 50 images."""
 
-CHANCE = """ These answers are no better than chance, so that no head can be needed for them."""
+CHANCE = """ The accuracy is not above chance, so no head can matter."""
 
-UNKNOWN = """ The true classes are not known, and a model always agrees with itself: that none is said to matter is no
-finding."""
+UNKNOWN = (
+    """ The true classes are not known, and a model always agrees with itself, so no head is reported to matter."""
+)
 
-FIXED = """ Of {count} heads at least nine tenths of the loss is gone when they are averaged instead: what they add is
-much the same on every picture ({names})."""
+FIXED = """ For {count} heads mean ablation removes at least nine tenths of the loss: their contribution is nearly the
+same for every image ({names})."""
 
 CORRELATIONS = """
 
-Rank correlations of the loss over the {count} heads, with 95 % intervals over heads and p by permutation (false
-discovery control over all of them): {told}."""
+Rank correlations of the loss over the {count} heads, with 95 % intervals over heads and p by permutation
+(FDR-adjusted over all of them): {told}."""

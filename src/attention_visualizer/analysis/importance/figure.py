@@ -28,7 +28,7 @@ def draw(measured: Importance) -> Figure:
         draw_losses(axis, measured, correlation)
         axis.set_xlabel(label)
     axes[0].set_ylabel("loss of the class's score (logits)")
-    return charts.with_headline(figure, f"What the answer needs, {measured.images}")
+    return charts.with_headline(figure, f"Head importance, {measured.images}")
 
 
 def draw_changes(figure: SubFigure, measured: Importance) -> None:
@@ -43,7 +43,7 @@ def draw_changes(figure: SubFigure, measured: Importance) -> None:
     axes = figure.subplots(1, len(percent))
     for axis, (ablation, values) in zip(axes, percent.items(), strict=True):
         charts.changes(values, "change of the class's score (%)", axis, reach, columns, axis is axes[-1])
-        axis.set_title(f"each head {ABLATIONS[ablation].name}", fontsize=11)
+        axis.set_title(f"{ABLATIONS[ablation].short_name}: {ABLATIONS[ablation].name}", fontsize=11)
 
 
 def draw_losses(axis: Axes, measured: Importance, correlation: Correlation) -> None:
@@ -52,7 +52,7 @@ def draw_losses(axis: Axes, measured: Importance, correlation: Correlation) -> N
         loss = measured.loss(ablation)
         axis.vlines(correlation.quantity, loss.low, loss.high, color=color, linewidth=1)
         label = (
-            f"{ABLATIONS[ablation].name}: rank correlation {correlation.value[ablation].text(2)}, "
+            f"{ABLATIONS[ablation].short_name}: rank correlation {correlation.value[ablation].text(2)}, "
             f"p = {correlation.p_value[ablation]:.3f}"
         )
         axis.scatter(correlation.quantity, loss.value, color=color, s=28, zorder=3, label=label)

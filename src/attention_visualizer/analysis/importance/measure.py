@@ -39,8 +39,8 @@ class Ablation:
 
 
 ABLATIONS = {
-    "zero": Ablation("switched off", "switched off", lambda layer, head, mean: switch_off(layer, head)),
-    "mean": Ablation("averaged", "averaged over pictures", replace_by_mean),
+    "zero": Ablation("zero ablation", "weights set to zero", lambda layer, head, mean: switch_off(layer, head)),
+    "mean": Ablation("mean ablation", "weights replaced by their mean", replace_by_mean),
 }
 
 

@@ -25,9 +25,9 @@ def write(study: Study) -> Chapter:
 
 CHAPTER = ChapterWriter("From shallow to deep", write, ("layer_comparison_sample_#",))
 
-TEXT = """Top: the map of each layer. {middle} Bottom: the change of the map since the layer before, in doublings."""
+TEXT = """Top: the map of each layer. {middle} Bottom: the change of the map from the previous layer, in doublings."""
 
-ROLLOUT = """Middle: attention rollout (Abnar and Zuidema, 2020; {options}), which follows attention through the
-residual stream from the input up to that layer, renormalised over the patches."""
+ROLLOUT = """Middle: attention rollout (Abnar and Zuidema, 2020; {options}), which propagates attention through
+the residual stream from the input up to that layer, renormalised over the patches."""
 
-NO_ROLLOUT = """There is no rollout: this model's layers do not all work on the same tokens."""
+NO_ROLLOUT = """There is no rollout: this model's layers do not all share the same tokens."""

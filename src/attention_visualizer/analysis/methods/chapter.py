@@ -51,17 +51,17 @@ def describe_rollout(options: RolloutOptions) -> str:
     return f"{options.fusion} over heads{cut}"
 
 
-CHAPTER = ChapterWriter("Method by method", write, ("attention_methods_sample_#",))
+CHAPTER = ChapterWriter("Methods compared", write, ("attention_methods_sample_#",))
 
-INTRODUCTION = """The same image and query by several methods, each renormalised over the patches, so that white is an
-even share."""
+INTRODUCTION = """The same image and query by several methods, each renormalised over the patches, so that white is
+the uniform share."""
 SENTENCES = {
     "attention": "**Attention** of the last layer, mean over heads.",
-    "value-weighted": "**Value-weighted** attention (Kobayashi et al., 2020): the length of what each patch adds, "
-    "A v W_O (A v where the model's output projection is not known); attention alone also counts a patch that carries "
-    "nothing.",
-    "rollout": "**Rollout** (Abnar and Zuidema, 2020; {rollout}) follows attention through all layers.",
+    "value-weighted": "**Value-weighted** attention (Kobayashi et al., 2020): the length of the vector that each patch "
+    "contributes, A v W_O (A v where the model's output projection is not known); plain attention also counts a patch "
+    "that contributes nothing.",
+    "rollout": "**Rollout** (Abnar and Zuidema, 2020; {rollout}) propagates attention through all layers.",
     "gradient": "**Gradient x attention** keeps what raises the score of the predicted class.",
     "relevance": "**Relevance** (Chefer et al., ICCV 2021) does so through all layers.",
 }
-CONCLUSION = """They can disagree: none of them is a proof of what the answer rests on."""
+CONCLUSION = """They can disagree: none of them proves what the prediction depends on."""

@@ -24,8 +24,8 @@ def write(study: Study) -> Chapter:
 
 CHAPTER = ChapterWriter("Attention by layer", write, ("attention_pattern_sample_#",))
 
-TEXT = """Each column is a layer, from shallow to deep; the colour is the {query}, averaged over heads, relative to a
-query that prefers nothing: white is uniform, each step of red doubles it and each step of blue halves it. H is the
-entropy in nats{self_note}."""
+TEXT = """Each column is a layer, from shallow to deep; the colour is the {query}, averaged over heads, relative to
+uniform attention (white): each step of red doubles it and each step of blue halves it. H is the entropy in
+nats{self_note}."""
 
-SELF_NOTE = ', "self" the share that the class token keeps for itself'
+SELF_NOTE = ', "self" the share that the class token gives to itself'

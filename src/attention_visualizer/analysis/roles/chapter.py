@@ -24,7 +24,7 @@ from attention_visualizer.measures.head_roles import (
 )
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
-TWO_DIGITS = ("place (nats)", "content (nats)", "border - interior (even shares)")
+TWO_DIGITS = ("position (nats)", "content (nats)", "border - interior (uniform shares)")
 
 
 def write(study: Study) -> Chapter:
@@ -39,22 +39,22 @@ def write(study: Study) -> Chapter:
             FigureFile(
                 roles_file,
                 "Left: how much more a head gives to inked patches than its mean map would, with 95 % intervals over "
-                f"{measured.num_images:,} test images; grey: what heads with random weights reach; dashed: the bound "
-                "for a role. Middle: of the attention on patches, what it looks at on every picture (place), and what "
-                f"changes with the picture (content), means over {roles.selectivity.place.n:,} images. Right: the "
-                "roles that the numbers carry.",
+                f"{measured.num_images:,} test images; grey: the range of heads with random weights; dashed: the "
+                "threshold for a role. Middle: selectivity on patches, split into the part that is the same for every "
+                f"image (position) and the part that changes with it (content), means over "
+                f"{roles.selectivity.place.n:,} images. Right: the roles that the measurements support.",
             ),
             FigureFile(
                 redundancy_file,
                 f"Jensen-Shannon divergence between heads, mean over {len(measured.redundancy.of_images):,} test "
-                "images, ordered by likeness; boxes hold groups of heads that are alike.",
+                "images, ordered by similarity; boxes mark clusters of similar heads.",
             ),
         ],
         [ink_table(roles, heads), place_table(roles, heads)],
         numbers_of(measured),
         finding=finding_of(measured, roles_file),
         caution="A role describes where a head's weights go on this test set. It does not say what the head is for, "
-        "and head numbers mean nothing in another run.",
+        "and head indices mean nothing in another run.",
     )
 
 
@@ -71,9 +71,9 @@ def ink_table(roles: Roles, heads: Heads) -> Table:
         for place, label, names in zip(heads, heads.labels, roles.names, strict=True)
     ]
     return Table(
-        f"What each head follows, over {roles.on_ink.n:,} test images, with 95 % intervals: shares of the attention on "
-        f"patches. A uniform head gives inked patches {roles.uniform.text()}.",
-        ["head", "on inked patches", "beyond place", "d", "p (adjusted)", "role"],
+        f"Attention on ink by head, over {roles.on_ink.n:,} test images, with 95 % intervals: shares of the attention "
+        f"on patches. A uniform head gives inked patches {roles.uniform.text()}.",
+        ["head", "on inked patches", "beyond position", "d", "p (adjusted)", "role"],
         rows,
     )
 
@@ -82,19 +82,19 @@ def place_table(roles: Roles, heads: Heads) -> Table:
     place, content = roles.selectivity.place, roles.selectivity.content
     columns = {
         "entropy (nats)": roles.entropy,
-        "place (nats)": place,
+        "position (nats)": place,
         "content (nats)": content,
         "class token": roles.class_token,
         "distance / uniform": roles.distance,
     }
     caption = (
-        f"Where each head looks, with 95 % intervals over {roles.entropy.n:,} test images (place and content: of the "
-        f"attention on patches, {place.n:,} of the images)."
+        f"What each head attends to, with 95 % intervals over {roles.entropy.n:,} test images (position and content: "
+        f"of the attention on patches, {place.n:,} of the images)."
     )
     if roles.compares_border:
-        columns["border - interior (even shares)"] = roles.border
+        columns["border - interior (uniform shares)"] = roles.border
         caption += (
-            f" Border: empty patches there less empty ones inside, {roles.border.n:,} images that have both; heads "
+            f" Border: empty patches there minus empty interior ones, {roles.border.n:,} images that have both; heads "
             f"with random weights reach {roles.reached['border']:.2f}."
         )
     rows = [
@@ -137,7 +137,7 @@ def finding_of(measured: MeasuredHeads, figure: str) -> Finding:
     counts = role_counts(roles)
     with_role = len(heads) - counts[NO_ROLE]
     if not with_role:
-        return Finding(f"No head of {len(heads)} has a role that the numbers carry (n = {n:,}).", figure)
+        return Finding(f"No head of {len(heads)} has a role that the measurements support (n = {n:,}).", figure)
     listed = ", ".join(f"{count} {role}" for role, count in counts.items() if count and role != NO_ROLE)
     several = sum(len(names) > 1 for names in roles.names)
     if several:
@@ -145,8 +145,8 @@ def finding_of(measured: MeasuredHeads, figure: str) -> Finding:
     follows = roles.follows_ink[heads.index]
     strongest = int(np.argmax(np.abs(follows.value)))
     return Finding(
-        f"{with_role} of {len(heads)} heads have a measured role ({listed}). Head {heads.labels[strongest]} moves most "
-        f"with the ink: {follows[strongest].text()} of its attention beyond what its usual places explain "
+        f"{with_role} of {len(heads)} heads have a measured role ({listed}). Head {heads.labels[strongest]} "
+        f"follows ink most strongly: {follows[strongest].text()} of its attention beyond its usual positions "
         f"(n = {n:,}).",
         figure,
     )
@@ -169,7 +169,7 @@ def text_of(measured: MeasuredHeads) -> str:
             token=roles.bounds["class token"],
         ),
         border_text(roles),
-        f"Heads without a role that the numbers carry: {role_counts(roles)[NO_ROLE]} of {len(roles.names)}.",
+        f"Heads without a distinct role: {role_counts(roles)[NO_ROLE]} of {len(roles.names)}.",
         redundancy_text(measured.redundancy),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -206,32 +206,32 @@ def redundancy_text(redundancy: Redundancy) -> str:
 
 
 NO_INK = "Roles are measured against ink, so they need a test set of digits on an empty background."
-CHAPTER = ChapterWriter("What each head does", write, ("attention_roles", "attention_redundancy"), {Need.INK: NO_INK})
+CHAPTER = ChapterWriter("Head roles", write, ("attention_roles", "attention_redundancy"), {Need.INK: NO_INK})
 
-TEXT = """Over {n:,} test images. A head that spread its attention evenly would give inked patches {uniform} of it.
-Most of what heads give to ink beyond that is **place**: the middle of the picture is mostly inked. So each head is
-compared with itself, with what its own mean map would give to the ink of each picture. The difference is 0 for a head
-that always looks at the same places; its p-value comes from giving pictures each other's ink (999 permutations, false
-discovery control over all heads). How far a head is from uniform on the patches is split in two: what its mean map
-shows (place) and what changes from picture to picture (content). What a head gives to the class token counts apart.
+TEXT = """Over {n:,} test images. A head with uniform attention would give inked patches {uniform} of it. Most of what
+heads give to ink beyond that is due to **position**: the middle of the image is mostly inked. So each head is compared
+with what its own mean map would give to the ink of each image. The difference is 0 for a head that always attends to
+the same positions; its p-value comes from permuting the ink maps among images (999 permutations, FDR-adjusted over all
+heads). How far a head is from uniform on the patches is split in two: what its mean map shows (position) and what
+changes from image to image (content). Attention to the class token is counted separately.
 
-A role is named only where the value is beyond the least effect that was stated beforehand *and* beyond {beyond} times
-what any head of {controls} models with random weights reaches. Following ink or background: {ink:.3f} of the attention
-on patches (least effect {least}). Fixed place: {place:.2f} nats, varies with the picture: {content:.2f} nats, each with
-{mostly:.0%} of the head's selectivity. Class token: {token:.2f} of the row. Neighbours: a mean distance below
-{near:.2f} of uniform attention's; that of a last layer that only the class token leaves is not counted."""
+A role requires a value beyond the minimum effect declared in advance *and* beyond {beyond} times the largest value of
+any head of {controls} models with random weights. Ink or background: {ink:.3f} of the attention on patches (minimum
+effect {least}). Fixed position: {place:.2f} nats, content-dependent: {content:.2f} nats, each with {mostly:.0%} of the
+head's selectivity. Class token: {token:.2f} of the row. Neighbours: a mean distance below {near:.2f} of uniform
+attention's, without a last layer of which only the class token is read."""
 
-BORDER = """Empty patches at the border are compared with empty ones of the interior, of whose patches {empty} hold no
-ink (mean over {n:,} images). Border: {bound:.2f} of an even share more there (least effect {least})."""
+BORDER = """Empty patches at the border are compared with empty interior ones; {empty} of the interior patches hold no
+ink (mean over {n:,} images). Border: {bound:.2f} of a uniform share more there (minimum effect {least})."""
 
-SELDOM_EMPTY = """The border is not compared with the interior here: only {empty} of the interior's patches hold no ink
+SELDOM_EMPTY = """The border is not compared with the interior here: only {empty} of the interior patches hold no ink
 (mean over {n:,} images). With less than {often:.0%}, the comparison would rest on a few patches of unusual digits."""
 
 NO_INTERIOR = """The border is not compared with the interior: all patches lie at the border."""
 
 REDUNDANCY = """Between two heads the divergence is {mean} nats on average over {pairs} pairs and {n:,} images (0: the
-same map on every picture, 0.69: no patch in common). {count} of the pairs {verb} by less than {alike} nats; joined by
-likeness, heads form {groups} (boxes in the figure).{control}"""
+same map on every image, 0.69: no patch in common). {count} of the pairs {verb} by less than {alike} nats; clustered by
+similarity, heads form {groups} (boxes in the figure).{control}"""
 
 CONTROL_DIVERGENCE = """ Between heads with random weights, all of them close to uniform, it is {mean} over {n:,} of
 the images."""

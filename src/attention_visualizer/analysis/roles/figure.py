@@ -23,7 +23,7 @@ def draw_roles(measured: MeasuredHeads) -> Figure:
     left.set_yticks(heights, heads.labels)
     left.set_ylabel("layer.head")
     place, content = (each[heads.index].value for each in (roles.selectivity.place, roles.selectivity.content))
-    middle.barh(heights, place, color=charts.PLACE, height=0.7, label="place")
+    middle.barh(heights, place, color=charts.PLACE, height=0.7, label="position")
     middle.barh(heights, content, left=place, color=charts.CONTENT, height=0.7, label="content")
     most = f"ln {measured.num_patches} = {np.log(measured.num_patches):.2f}"
     middle.set_xlabel(f"selectivity (nats, at most {most})")
@@ -35,18 +35,18 @@ def draw_roles(measured: MeasuredHeads) -> Figure:
         axis.set_ylim(-0.7, count - 0.3)
         for row in np.flatnonzero(np.diff(heads.index[0])):  # between layers
             axis.axhline(heights[row] - 0.5, color="#cccccc", linewidth=0.7)
-    return charts.with_headline(figure, f"What each head does, {measured.num_images:,} test images")
+    return charts.with_headline(figure, f"Head roles, {measured.num_images:,} test images")
 
 
 def draw_followed_ink(roles: Roles, heads: Heads, heights: np.ndarray, axis: Axes) -> None:
     """Draw how much more inked patches get than by place alone, what random weights reach, and the bound for a role."""
     reached, bound = roles.reached["ink"], roles.bounds["ink"]
     axis.axvspan(-reached, reached, color=charts.BAND, zorder=0, label="heads with random weights")
-    for position, label in ((-bound, ""), (bound, "bound for a role")):
+    for position, label in ((-bound, ""), (bound, "threshold for a role")):
         axis.axvline(position, color=charts.REFERENCE, linestyle="--", linewidth=1, label=label)
     follows = roles.follows_ink[heads.index]
     charts.forest(heights, follows.value, follows.low, follows.high, axis)
-    axis.set_xlabel("more attention on inked patches than by place alone (share)")
+    axis.set_xlabel("attention on inked patches beyond position (share)")
 
 
 def write_names(roles: Roles, heights: np.ndarray, axis: Axes) -> None:
@@ -77,5 +77,5 @@ def draw_redundancy(measured: MeasuredHeads) -> Figure:
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         if end - start > 1:
             charts.box(axis, start, end)
-    axis.set_xlabel("layer.head, ordered by likeness")
-    return charts.with_headline(figure, f"How alike heads are, {len(redundancy.of_images):,} test images")
+    axis.set_xlabel("layer.head, ordered by similarity")
+    return charts.with_headline(figure, f"Similarity of heads, {len(redundancy.of_images):,} test images")

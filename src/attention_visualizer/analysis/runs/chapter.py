@@ -17,10 +17,10 @@ def write(study: Study) -> Chapter:
     return settings_chapter.write(study, surveyed)
 
 
-NO_RUNS = """No other run was looked at: `python analyze.py runs=<glob>`, such as `runs='runs/*'` or a sweep's folder,
+NO_RUNS = """No other run was compared: `python analyze.py runs=<glob>`, such as `runs='runs/*'` or a sweep's folder,
 compares several seeds of one model, or the jobs of a sweep."""
 
-NO_LABELS = """Runs are compared on a test set with known classes, which these pictures are not."""
+NO_LABELS = """Runs are compared on a test set with known classes, which these images are not."""
 
 CHAPTER = ChapterWriter(
     "Comparing runs",

@@ -22,9 +22,9 @@ def run_table(surveyed: Sequence[SurveyedRun]) -> Table:
                 "–" if accuracy is None else accuracy.text(2, percent=True),
             ]
         )
-    n = "" if surveyed[0].right is None else f", over {len(surveyed[0].right):,} pictures with its 95 % interval"
+    n = "" if surveyed[0].right is None else f", over {len(surveyed[0].right):,} images with its 95 % interval"
     return Table(
-        f"The runs: validation accuracy as the run recorded it, accuracy on the pictures here{n}.",
+        f"The runs: validation accuracy as the run recorded it, accuracy on these images{n}.",
         ["run", "seed", "settings that differ", "validation accuracy", "accuracy here"],
         rows,
     )
@@ -48,4 +48,4 @@ def run_numbers(surveyed: Sequence[SurveyedRun]) -> list[dict[str, Any]]:
 def describe_remarks(surveyed: Sequence[SurveyedRun]) -> str:
     """Say what was left out, and why, as a paragraph of its own; nothing if nothing was."""
     remarks = [remark for each in surveyed for remark in each.run.remarks]
-    return f"\n\nOf what was matched: {'; '.join(remarks)}." if remarks else ""
+    return f"\n\nRemarks: {'; '.join(remarks)}." if remarks else ""

@@ -56,8 +56,9 @@ def caption_of_heads(measured: Statistics) -> str:
 def caption_of_groups(groups: Groups) -> str:
     smallest, largest = groups.class_sizes
     return (
-        f"Entropy by class ({smallest:,} to {largest:,} images) and layer, mean over heads; and how much it differs "
-        f"between the {groups.num_wrong:,} wrong and the {groups.num_right:,} right answers, with 95 % intervals."
+        f"Entropy by class ({smallest:,} to {largest:,} images) and layer, mean over heads; and its difference "
+        f"between {groups.num_wrong:,} misclassified and {groups.num_right:,} correctly classified images, with 95 % "
+        "intervals."
     )
 
 
@@ -96,7 +97,7 @@ def text_of(measured: Statistics) -> str:
         trends = "; ".join(
             f"{LABELS[name].split(' (')[0]} {trend.text(3)} {UNITS[name]}" for name, trend in measured.trends.items()
         )
-        unread = " (the last layer left out of the distance)" if survey.reads_class_token else ""
+        unread = " (distance without the last layer)" if survey.reads_class_token else ""
         text += "\n\n" + TRENDS.format(told=trends, unread=unread)
     if groups is not None:
         text += "\n\n" + OUTCOMES.format(wrong=groups.num_wrong, right=groups.num_right)
@@ -116,7 +117,7 @@ def finding_of(survey: Survey, figure: str) -> Finding:
     )
     keys = survey.geometries[-1].num_tokens
     text = (
-        f"The readout's attention is broadest in layer {broadest + 1}, {broad} effective tokens of {keys}, and "
+        f"The readout query's attention is broadest in layer {broadest + 1}, {broad} effective tokens of {keys}, and "
         f"sharpest in layer {sharpest + 1}, {sharp}: means over heads and {survey.num_images:,} images."
     )
     return Finding(text, figure)
@@ -137,7 +138,7 @@ def layer_table(survey: Survey, images: str) -> Table:
         rows.append(row)
     return Table(
         f"Mean over {images} and the layer's heads ({head_counts(survey)}), with the range of the middle 90 % of "
-        "images x heads; how sure the means are is in the next table.",
+        "images x heads; intervals of the means are in the next table.",
         columns,
         rows,
     )
@@ -187,8 +188,8 @@ def outcome_table(groups: Groups) -> Table:
         for layer in range(len(groups.wrong_minus_right["entropy"].value))
     ]
     return Table(
-        f"Wrong answers (n = {groups.num_wrong:,}) minus right ones (n = {groups.num_right:,}), mean over heads, with "
-        "95 % intervals over images.",
+        f"Misclassified (n = {groups.num_wrong:,}) minus correctly classified images (n = {groups.num_right:,}), mean "
+        "over heads, with 95 % intervals over images.",
         ["layer", *(LABELS[name] for name in OUTCOME_MEASURES)],
         rows,
     )
@@ -222,15 +223,15 @@ CHAPTER = ChapterWriter(
 )
 
 TEXT = """Over {n:,} {kind}{accuracy}, for {who}: the largest and the mean weight on a patch, and the entropy of the
-whole row of weights{highest}. The mean weight is what prefix tokens leave to the image, divided by the number of
-patches. The mean attention distance is that of the patch queries; where a class token is read out, the last layer's
+whole row of weights{highest}. The mean weight is the share that prefix tokens leave to the image, divided by the number
+of patches. The mean attention distance is that of the patch queries; where a class token is read out, the last layer's
 patch queries cannot affect the logits, so their distance says nothing about the prediction. Sink strength is the share
-of all queries' attention that the most attended key draws; the divergence of a head is its mean Jensen-Shannon
+of all queries' attention that the most attended key receives; the divergence of a head is its mean Jensen-Shannon
 divergence from the layer's other heads, 0 for a copy and 0.693 for heads that have no key in common."""
 
 TRENDS = """With depth, the last third of the layers minus the first third, mean over heads{unread}: {told}."""
 
-OUTCOMES = """{wrong:,} answers are wrong and {right:,} right. They are answers to other images, and harder ones, so the
-differences between them do not say that attention made an answer wrong."""
+OUTCOMES = """{wrong:,} images are misclassified and {right:,} correctly classified. The misclassified ones are
+different, harder images, so the differences do not show that attention caused the errors."""
 
-LEFT_OUT = """Left out, because their keys cannot be placed on the image: {count} layers ({names})."""
+LEFT_OUT = """Omitted, because their keys have no known position on the image: {count} layers ({names})."""

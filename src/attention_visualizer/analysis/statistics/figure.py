@@ -55,7 +55,7 @@ def draw_heads(measured: Statistics) -> Figure:
     for axis, name in zip(axes, names, strict=False):
         charts.heat_map(means[name], LABELS[name], axis)
         if name == "distance" and masks_distance:
-            axis.text(num_heads / 2, num_layers - 0.5, "cannot affect the answer", ha="center", va="center", fontsize=9)
+            axis.text(num_heads / 2, num_layers - 0.5, "cannot affect the logits", ha="center", va="center", fontsize=9)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
     charts.with_headline(figure, f"By layer and head, means over {measured.images}")
@@ -79,6 +79,6 @@ def draw_groups(groups: Groups, images: str) -> Figure:
     right.set_ylim(-0.7, num_layers - 0.3)
     right.set_ylabel("layer")
     counts = f"(n = {groups.num_wrong:,} and {groups.num_right:,})"
-    right.set_xlabel(f"entropy when wrong minus when right (nats)\n{counts}")
+    right.set_xlabel(f"entropy, misclassified minus correct (nats)\n{counts}")
     charts.clean(right, "x")
     return charts.with_headline(figure, f"By class and by outcome, {images}")

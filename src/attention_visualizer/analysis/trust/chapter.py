@@ -24,9 +24,7 @@ from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Ta
 def write(study: Study) -> Chapter:
     rows = study.affordable_rows(PASSES)
     if rows is None:
-        return Chapter(
-            CHAPTER.title, "Left out: it is long for a model of this size. `subset=50` does it for 50 images."
-        )
+        return Chapter(CHAPTER.title, "Omitted: it is slow for a model of this size. `subset=50` runs it on 50 images.")
     result = measure(study, rows)
     figure = study.output.save(draw(result), "attention_trust")
     return Chapter(
@@ -36,20 +34,20 @@ def write(study: Study) -> Chapter:
             FigureFile(
                 figure,
                 "Above: probability of the predicted class as patches are removed (deletion) or restored (insertion), "
-                f"most relevant first, mean over {result.num_images:,} test images; grey: rankings that know nothing, "
-                "or only the ink. Below: the area gained over those three (trust needs each point right of the dashed "
-                f"line, and of the bar of its colour, {BEYOND_CONTROLS:g} times what the same method's map of random "
-                "weights gains), and the likeness of each map to that of ever more random weights, over "
-                f"{result.num_control_images} images.",
+                f"most relevant first, mean over {result.num_images:,} test images; grey: random and "
+                "ink-only baseline rankings. Below: the area gained over these three (trust requires each point right "
+                f"of the dashed line, and of the bar of its colour, {BEYOND_CONTROLS:g} times the gain of the method's "
+                "map with random weights), and the similarity of each map to its map as more and more layers are "
+                f"randomised, over {result.num_control_images} images.",
             )
         ],
         [value_table(result), gain_table(result), control_table(result)],
         numbers_of(result),
         finding=Finding(headline(result), figure),
-        caution="Where a map was found not to be trusted, it still shows truly where the weights go; it is only no "
-        "explanation of the answer."
+        caution="A map that is not trusted still shows correctly where the attention weights go; it just does not "
+        "explain the prediction."
         if not result.trusted
-        else "Trust is for the ranking of patches over many images, not for a single picture's map.",
+        else "Trust applies to the ranking of patches over many images, not to the map of a single image.",
     )
 
 
@@ -59,8 +57,8 @@ def headline(result: TrustResult) -> str:
     if result.trusted:
         who = f"Of the maps, {', '.join(result.trusted)} {'is' if len(result.trusted) == 1 else 'are'}"
     return (
-        f"{who} to be trusted as an explanation of this checkpoint's answers. What counts is the class's probability "
-        f"gained over rankings that know nothing or only the ink; the best map, {best.name}, does worst in "
+        f"{who} to be trusted as an explanation of this checkpoint's predictions. The criterion is the class "
+        f"probability gained over random and ink-only rankings; the best map, {best.name}, is weakest in "
         f"{best.worst.text} (n = {result.num_images:,})."
     )
 
@@ -82,9 +80,9 @@ def value_table(result: TrustResult) -> Table:
     columns = [
         "ranking by",
         *(f"{direction}, {OPERATOR_NAMES[operator]}" for operator in OPERATORS for direction in DIRECTIONS),
-        "highest patch holds ink",
+        "top-ranked patch is inked",
         "mass on inked patches",
-        "likeness, all weights random (largest)",
+        "similarity, all weights random (largest)",
     ]
     rows = [
         [
@@ -98,9 +96,9 @@ def value_table(result: TrustResult) -> Table:
     ]
     return Table(
         f"Area under deletion curves (low is good) and insertion curves (high is good), over {result.num_images:,} "
-        f"test images (likeness: {result.num_control_images}; {result.num_controls} models with "
-        "random weights), with 95 % intervals. The last three rows are the baselines; the first of them has an even "
-        "map.",
+        f"test images (similarity: {result.num_control_images}; {result.num_controls} models with "
+        "random weights), with 95 % intervals. The last three rows are the baselines; the first of them has a "
+        "uniform map.",
         columns,
         rows,
     )
@@ -112,11 +110,11 @@ def gain_table(result: TrustResult) -> Table:
         [gain.comparison, gain.baseline, *(each.gains[index].value.text() for each in result.methods)]
         for index, gain in enumerate(result.methods[0].gains)
     ]
-    rows.append(["verdict", "", *("trust" if each.is_trusted else "do not trust" for each in result.methods)])
+    rows.append(["verdict", "", *("trusted" if each.is_trusted else "not trusted" for each in result.methods)])
     return Table(
-        f"Probability gained over the rankings that know nothing or only the ink, paired over {result.num_images:,} "
-        f"images; trust needs at least {LEAST_GAIN} and {BEYOND_CONTROLS:g} times the value in the next table in every "
-        "row, with the interval above 0.",
+        f"Probability gained over the random and ink-only rankings, paired over {result.num_images:,} "
+        f"images; trust requires at least {LEAST_GAIN} and {BEYOND_CONTROLS:g} times the value in the next table in "
+        "every row, with the interval above 0.",
         ["gain", "against", *(each.name for each in result.methods)],
         rows,
     )
@@ -129,7 +127,7 @@ def control_table(result: TrustResult) -> Table:
         for index, gain in enumerate(result.methods[0].gains)
     ]
     return Table(
-        f"The same where the map is that of random weights, and the answers are the checkpoint's: the largest of "
+        f"The same for maps with random weights, on the checkpoint's predictions: the largest of "
         f"{result.num_controls} models, {result.num_control_images} images.",
         ["gain", "against", *(each.name for each in result.methods)],
         rows,
@@ -180,25 +178,24 @@ def numbers_or_null(value: Interval | None) -> dict[str, Any] | None:
     return None if value is None else value.numbers()
 
 
-NO_INK = "Maps are put to the test against ink, on a test set of digits whose classes are known."
-OTHER_MODEL = "Maps are put to the test for this project's Vision Transformer only."
+NO_INK = "Maps are tested against ink, on a test set of digits whose classes are known."
+OTHER_MODEL = "Maps are tested for this project's Vision Transformer only."
 CHAPTER = ChapterWriter(
-    "Is the map an explanation?",
+    "Is the map a faithful explanation?",
     write,
     ("attention_trust",),
     {Need.INK: NO_INK, Need.LABELS: NO_INK, Need.OWN_MODEL: OTHER_MODEL},
 )
 
-TEXT = """Patches are taken from {n:,} test images in the order of a map, and put back in it; a map that shows what the
-answer rests on makes the probability of the predicted class fall early and rise early. On digits this mostly measures
-ink: black patches are background, and removing them removes nothing. So every map has to beat three rankings that know
-nothing or only the ink, all patches in random order, inked patches in random order and patches by the amount of ink, in
-deletion and in insertion, with patches painted as background and with their tokens left out: by at least {least} in
-mean probability each time, the interval above 0. It has to gain by what was learnt: the same method's maps of
-{controls} models with random weights are put to the same test, on this model's answers to {randomised} of the images,
-and it needs {beyond:g} times the most that any of them gains. And it has to depend on the weights: with all of them
-random, its rank correlation with the trained map may be {likeness} at most, for each of the random weights. A map of
-random weights may well find what moves a random answer, so nothing is trusted where the model answers no better than by
-chance, or than random weights do.
+TEXT = """Patches are removed from {n:,} test images, and restored, in the order of a map; a map that shows what the
+prediction depends on makes the probability of the predicted class fall early and rise early. On digits this mostly
+measures ink: black patches are background, and removing them changes nothing. So every map has to beat three baseline
+rankings, all patches in random order, inked patches in random order and patches by the amount of ink, in deletion and
+in insertion, with patches filled with background and with their tokens dropped: by at least {least} in mean probability
+each time, the interval above 0. The gain must come from what was learnt: the method's maps of {controls} models with
+random weights are tested on this model's predictions for {randomised} of the images, and the gain must be {beyond:g}
+times the largest of theirs. And the map must depend on the weights: its rank correlation with the map of each model
+with random weights may be at most {likeness}. A map of random weights may be faithful to random predictions, so nothing
+is trusted unless the model's accuracy is above chance and above that of random weights.
 
 {reasons}"""

@@ -34,7 +34,7 @@ def draw(result: TrustResult) -> Figure:
     left, right = lower.subplots(1, 2, width_ratios=(1.5, 1))
     draw_gains(left, result)
     draw_likeness(right, result)
-    return charts.with_headline(figure, f"Is the map an explanation? {result.num_images:,} test images")
+    return charts.with_headline(figure, f"Is the map a faithful explanation? {result.num_images:,} test images")
 
 
 def draw_curves(figure: SubFigure, result: TrustResult) -> None:
@@ -78,7 +78,7 @@ def draw_gains(axis: Axes, result: TrustResult) -> None:
         axis.text(0, at[first] + 0.75, name, transform=place, fontsize=10, fontweight="bold")
     axis.set_ylim(at[-1] - 0.6, at[0] + 1.2)
     axis.tick_params(axis="y", labelsize=9)
-    axis.set_xlabel("probability gained over that ranking (mean over shares); bars: what random weights ask for")
+    axis.set_xlabel("probability gained over that ranking (mean over shares); bars: required by random weights")
     charts.clean(axis, "x")
 
 
@@ -95,6 +95,6 @@ def draw_likeness(axis: Axes, result: TrustResult) -> None:
     axis.axhline(MOST_LIKENESS, color=charts.REFERENCE, linestyle="--", linewidth=1)
     axis.axhline(0, color=charts.REFERENCE, linewidth=1)
     axis.set_xticks(range(len(result.stages) + 1), ["trained", *result.stages], rotation=45, ha="right", fontsize=9)
-    axis.set_xlabel("weights made random, from the output down to")
+    axis.set_xlabel("weights randomised, from the output down to")
     axis.set_ylabel("rank correlation with the trained map")
     charts.clean(axis)

@@ -59,7 +59,7 @@ class Gain:
         """Where, and how much: "deletion, background fill, against amount of ink, +0.031 (...), needs 0.02"."""
         value, low, high = (float(each) for each in (self.value.value, self.value.low, self.value.high))
         return (
-            f"{self.comparison}, against {self.baseline}: {value:+.3f} ({low:+.3f} to {high:+.3f}), trust needs "
+            f"{self.comparison}, against {self.baseline}: {value:+.3f} ({low:+.3f} to {high:+.3f}), required "
             f"{self.needed:.3f}"
         )
 
@@ -107,23 +107,23 @@ class MethodTrust:
         """The verdict in one plain sentence."""
         refused = f"Do not trust {self.name} here:"
         if not self.is_learnt:
-            return f"{refused} the model answers no better than by chance or random weights do, so nothing was learnt."
+            return f"{refused} the accuracy is not above chance and that of random weights, so nothing was learnt."
         failing = sum(not gain.is_enough for gain in self.gains)
         if failing:
             return (
-                f"{refused} in {failing} of {len(self.gains)} comparisons with rankings that know nothing or only the "
-                f"ink, it does not gain what trust needs (furthest from it: {self.worst.text})."
+                f"{refused} in {failing} of {len(self.gains)} comparisons with random and ink-only rankings it "
+                f"misses the required gain (worst: {self.worst.text})."
             )
         if self.closest_control is None:
             return f"{refused} there is no model with random weights to compare with."
         if not self.is_sensitive:
             return (
-                f"{refused} its likeness to the map of random weights is {self.closest_control.text(2)}, so it is not "
-                "about what was learnt."
+                f"{refused} its similarity to the map of random weights is {self.closest_control.text(2)}, so it does "
+                "not depend on what was learnt."
             )
         return (
-            f"Trust {self.name} here, for which patches the answer rests on: it beats every ranking that knows nothing "
-            f"or only the ink (nearest to failing: {self.worst.text}) and is lost with the weights."
+            f"Trust {self.name} here, as to which patches the prediction depends on: it beats every random and "
+            f"ink-only ranking (weakest: {self.worst.text}) and changes when the weights are randomised."
         )
 
 

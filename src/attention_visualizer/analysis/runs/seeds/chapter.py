@@ -49,8 +49,8 @@ def describe_power(num_seeds: int) -> str:
         f"{smallest_sign_flip_p(num_seeds):.3g}"
     )
     if num_seeds < ENOUGH_SEEDS:
-        return f"With fewer than {ENOUGH_SEEDS} seeds, what is said about seeds is descriptive: {smallest}."
-    return f"The unit of every test is the seed, pictures are nested in it; {smallest}."
+        return f"With fewer than {ENOUGH_SEEDS} seeds, statements about seeds are descriptive: {smallest}."
+    return f"The unit of every test is the seed, with images nested in it; {smallest}."
 
 
 def describe_heads(comparison: SeedComparison) -> str:
@@ -63,14 +63,14 @@ def describe_heads(comparison: SeedComparison) -> str:
     if comparison.random:
         unrelated.append(f"{format_gains(comparison.random)} for random weights")
     verdict = (
-        "In every pair of runs partners are closer than unrelated heads: heads come again."
+        "In every pair of runs matched heads are closer than unrelated heads: heads recur."
         if comparison.heads_recur
-        else "Not every pair of runs reaches it: that heads come again is not shown."
+        else "Not every pair of runs reaches it, so there is no evidence that heads recur."
     )
     return (
-        f"**Heads.** Partners in another seed are {np.mean(gains):.0%} closer (pairs of runs: {min(gains):.0%} to "
-        f"{max(gains):.0%}) than heads of the same layer paired by lot. With unrelated heads the best partners reach "
-        f"{' and '.join(unrelated) or 'nothing, as there are none'}. What was asked for beforehand is at least "
+        f"**Heads.** Matched heads of two seeds are {np.mean(gains):.0%} closer (pairs of runs: {min(gains):.0%} to "
+        f"{max(gains):.0%}) than heads of the same layer paired at random. Matching unrelated heads reaches "
+        f"{' and '.join(unrelated) or 'nothing, as there are none'}. The criterion declared in advance is at least "
         f"{MINIMUM_GAIN:.0%} and {CONTROL_FACTOR:g} times the largest of these, so {comparison.limit:.0%}, and a "
         f"permutation test. {verdict} {describe_close_heads(comparison)}"
     )
@@ -79,7 +79,7 @@ def describe_heads(comparison: SeedComparison) -> str:
 def describe_close_heads(comparison: SeedComparison) -> str:
     """Single heads may come again where most do not."""
     close, total = count_close(comparison.pairs)
-    sentence = f"Of single heads, {close} of {total} (heads x pairs of runs) have a partner within {CLOSE:g} nats"
+    sentence = f"Of single heads, {close} of {total} (heads x pairs of runs) have a match within {CLOSE:g} nats"
     if not comparison.shifted:
         return f"{sentence}."
     close, total = count_close(comparison.shifted)
@@ -103,12 +103,12 @@ def describe_effects(comparison: SeedComparison) -> str:
         f"**What each seed shows.** By layer, {layers.num_in_every_seed} of {layers.size} differences from random "
         f"weights have one sign in all {count} seeds and exceed the minimum effect in each ({by_quantity(layers)}). "
         f"By head, after matching, {heads.num_in_every_seed} of {heads.size} differences from the layer's mean do, "
-        f"beyond what matching alone brings about ({by_quantity(heads)})."
+        f"beyond the effect of matching alone ({by_quantity(heads)})."
     )
     if count >= ENOUGH_SEEDS:
         return (
-            f"{every_seed} With false discovery control over each family, {layers.num_significant(count)} of "
-            f"{layers.size} layers' and {heads.num_significant(count)} of {heads.size} heads' differences hold at "
+            f"{every_seed} With false discovery rate (FDR) control over each family, {layers.num_significant(count)} "
+            f"of {layers.size} layers' and {heads.num_significant(count)} of {heads.size} heads' differences hold at "
             f"{LEVEL:g}."
         )
     smallest = [
@@ -140,10 +140,10 @@ def finding_text(comparison: SeedComparison) -> str:
     else:
         gain = np.mean([pair.gain for pair in comparison.pairs])
         unrelated = max((pair.gain for pair in (*comparison.shifted, *comparison.random)), default=0.0)
-        recur = "come again" if comparison.heads_recur else "do not come again recognisably"
+        recur = "recur" if comparison.heads_recur else "do not recur recognisably"
         heads = (
-            f"Over {count} seeds heads {recur}: best partners are {gain:.0%} closer than by lot, unrelated heads up to "
-            f"{unrelated:.0%} ({images}). "
+            f"Over {count} seeds heads {recur}: matched heads are {gain:.0%} closer than at random, unrelated heads up "
+            f"to {unrelated:.0%} ({images}). "
         )
     basis = f"adjusted p at most {LEVEL:g}" if tested else f"descriptive: fewer than {ENOUGH_SEEDS} seeds"
     return (
@@ -165,8 +165,8 @@ def quantity_table(comparison: SeedComparison) -> Table:
         rows.append([quantity.label, *agreements, profile, f"{count} (by at least {quantity.minimum:g})"])
     return Table(
         "Agreement between seeds: rank correlations, mean over pairs of models (and range), of matched heads within "
-        "their layers, and of layers' means; and in how many layers every seed lies on one side of random weights.",
-        ["quantity", "partners", "partners in the next layer", "random weights", "layers' means", "one side"],
+        "their layers, and of layer means; and in how many layers every seed lies on one side of random weights.",
+        ["quantity", "matched heads", "next layer's heads", "random weights", "layer means", "one side"],
         rows,
     )
 
@@ -192,9 +192,9 @@ def head_table(comparison: SeedComparison) -> Table:
             ]
         )
     return Table(
-        "Heads of the first run (layer.head) and their partners in the others, in the order of the runs: the partner, "
-        "its divergence (nats), the mean divergence of heads paired by lot, and each quantity in every run.",
-        ["head", "partners", "divergence", "by lot", *comparison.aligned],
+        "Heads of the first run (layer.head) and the matched heads of the others, in the order of the runs: the match, "
+        "its divergence (nats), the mean divergence under random pairing, and each quantity in every run.",
+        ["head", "matched heads", "divergence", "random pairing", *comparison.aligned],
         rows,
     )
 
@@ -245,14 +245,14 @@ def numbers(comparison: SeedComparison) -> dict[str, Any]:
 
 CAPTION = """{count} runs that differ in the seed only, over {n:,} {kind}s. First panel: the Jensen-Shannon divergence
 between the readout rows of matched heads, 0 for copies. Next: the runs' layers against random weights. Last: whether
-partners that differ from their layer's mean do so alike; dots are pairs of runs."""
+matched heads deviate from their layer's mean in the same way; dots are pairs of runs."""
 
-TEXT = """{count} runs with the same settings and different seeds, over the same {n:,} {kind}s, beside {controls} models
-with random weights. Heads have no identity across seeds: within each layer, the heads of two runs are paired so that
-the Jensen-Shannon divergence of their readout rows on the same pictures is least in total (Hungarian matching). Such
-partners are found for any heads, so the same is done with heads that cannot correspond: those of the next layer, and
-those of random weights. Entropy and attention distance are relative to uniform attention, attention to ink is relative
-to a head that attends to all patches alike. {seeds}"""
+TEXT = """{count} runs with the same settings and different seeds, over the same {n:,} {kind}s, compared with {controls}
+models with random weights. Heads have no identity across seeds: within each layer, the heads of two runs are paired so
+that the total Jensen-Shannon divergence of their readout rows on the same images is minimal (Hungarian matching).
+Matching pairs any heads, so it is also applied to heads that cannot correspond: those of the next layer, and those of
+random weights. Entropy and attention distance are relative to uniform attention, attention to ink is relative to a head
+with uniform attention. {seeds}"""
 
-CAUTION = """Partners are chosen by what they attend to, so they agree to some degree whatever the heads are: read their
-agreement against that of heads of the next layer, never alone."""
+CAUTION = """Heads are matched by what they attend to, so they always agree to some degree: compare their agreement with
+that of the next layer's heads."""

@@ -28,8 +28,8 @@ def draw(comparison: SeedComparison) -> Figure:
         run_charts.layers_by_run(values, names, comparison.controls[name], QUANTITIES[name].label, axis, reference)
     run_charts.legend_above(axes[1], columns=4)
     groups = {
-        "partners": comparison.pairs,
-        "partners in the next layer": comparison.shifted,
+        "matched heads": comparison.pairs,
+        "next layer's heads": comparison.shifted,
         "random weights": comparison.random,
     }
     quantities = list(comparison.values)
@@ -40,7 +40,7 @@ def draw(comparison: SeedComparison) -> Figure:
             if pairs
         },
         quantities,
-        "rank correlation of partners",
+        "rank correlation of matched heads",
         axes[-1],
     )
     for axis in axes[len(quantities) + 1 : -1]:

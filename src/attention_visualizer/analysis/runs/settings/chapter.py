@@ -55,13 +55,13 @@ def describe_samples(comparison: SettingComparison) -> str:
     """Say how many runs a setting has, and what that leaves open."""
     fewest = fewest_runs(comparison.settings)
     if fewest == 1:
-        text = "One run is one sample: a difference between single runs mixes the knob with the seed."
+        text = "One run is one sample: in a difference between single runs, hyperparameter and seed are confounded."
     else:
         text = f"Each setting is the mean of its runs, {fewest} or more, drawn as small dots."
     if fewest < ENOUGH_SEEDS:
-        text += f" With fewer than {ENOUGH_SEEDS} seeds a setting, what is said about settings is descriptive."
+        text += f" With fewer than {ENOUGH_SEEDS} seeds per setting, statements about settings are descriptive."
     if len(comparison.varied) > 1:
-        text += " The runs differ in several settings, so that a difference may belong to any of them."
+        text += " The runs differ in several settings, so a difference may be due to any of them."
     return text
 
 
@@ -70,14 +70,14 @@ def describe_differences(differences: Sequence[SettingDifference]) -> str:
     outstanding = [each for each in differences if each.stands_out]
     untrained = "" if all(each.learnt for each in differences) else f" {NOT_LEARNT}"
     if not outstanding:
-        return f"No difference passes all of this.{untrained}"
+        return f"No difference meets all criteria.{untrained}"
     named = "; ".join(
         f"{each.setting.name}: {each.quantity.label.split(' (')[0]} {signed(each)}"
         for each in outstanding[:MOST_NAMED_DIFFERENCES]
     )
     unnamed = len(outstanding) - MOST_NAMED_DIFFERENCES
     more = f"; {unnamed} more are in the table" if unnamed > 0 else ""
-    return f"{len(outstanding)} of {len(differences)} differences pass all of this: {named}{more}.{untrained}"
+    return f"{len(outstanding)} of {len(differences)} differences meet all criteria: {named}{more}.{untrained}"
 
 
 def signed(difference: SettingDifference) -> str:
@@ -89,7 +89,7 @@ def signed(difference: SettingDifference) -> str:
 def finding_text(comparison: SettingComparison) -> str:
     differences, first = comparison.differences, comparison.settings[0].name
     fewest = fewest_runs(comparison.settings)
-    sample = "one run each, so the seed is mixed in" if fewest == 1 else f"{fewest} or more runs each"
+    sample = "one run each, so setting and seed are confounded" if fewest == 1 else f"{fewest} or more runs each"
     of_accuracy = [each for each in differences if each.quantity.name == "accuracy"]
     count = sum(each.stands_out for each in differences)
     text = (
@@ -122,7 +122,7 @@ def setting_table(comparison: SettingComparison) -> Table:
             cells.append(cell)
         rows.append([label, str(len(setting.runs)), *cells])
     return Table(
-        "Each setting with the 95 % interval over pictures; then the paired difference from the first, with a star "
+        "Each setting with the 95 % interval over images; then the paired difference from the first, with a star "
         "where it stands out.",
         ["setting", "runs", *(quantity.label for quantity in QUANTITIES)],
         rows,
@@ -159,18 +159,18 @@ def numbers(comparison: SettingComparison) -> dict[str, Any]:
     }
 
 
-NOT_LEARNT = "Runs that classify no better than random weights are left out of this."
+NOT_LEARNT = "Runs that classify no better than random weights are excluded."
 CAPTION = """{runs} runs: accuracy over {total:,} {kind}, all else over {n:,}, means over layers and heads. Below, the
 paired differences from {first}. A low divergence between a layer's heads means that they are redundant."""
 
 TEXT = """{runs} runs that differ in {varied}, over the same {kind} ({total:,} for accuracy, {n:,} for attention).
-Entropy and attention distance are relative to uniform attention, because models with other patches have another number
-of keys; where a class token is read, the last layer has no distance. The divergence between a layer's heads
-(Jensen-Shannon) is low where heads are redundant. {seeds} A difference from {first} stands out when its bootstrap
-p-value over the pictures, adjusted over all {size} differences, is at most 0.05, when it exceeds the minimum effect
-(0.2 points of accuracy, 0.05 of uniform attention, 0.035 nats) and, for attention, 1.5 times the largest difference
-between {controls} models with random weights of each architecture; where settings have several runs, all of one must
-lie on one side of all of the other."""
+Entropy and attention distance are relative to uniform attention, because the number of keys depends on the patch size;
+where a class token is read, the last layer has no distance. The divergence between a layer's heads (Jensen-Shannon) is
+low where heads are redundant. {seeds} A difference from {first} stands out when its bootstrap p-value over images,
+adjusted over all {size} differences, is at most 0.05, when it exceeds the minimum effect (0.2 percentage points of
+accuracy, 0.05 of uniform attention, 0.035 nats) and, for attention, 1.5 times the largest difference between {controls}
+models with random weights of each architecture; where settings have several runs, all of one must lie on one side of
+all of the other."""
 
-CAUTION = """Intervals in the comparison of runs speak of other pictures, not of other seeds: the same setting trained
-again gives other numbers."""
+CAUTION = """Intervals in the comparison of runs are over images, not over seeds: training the same setting again gives
+other values."""

@@ -30,12 +30,12 @@ def draw(comparison: SettingComparison) -> Figure:
     for column, quantity in enumerate(quantities):
         draw_quantity(comparison, quantity, axes[0, column], axes[1, column])
     handles = [
-        Line2D([], [], color=run_charts.TRAINED, marker="o", label="runs, with the 95 % interval over pictures"),
+        Line2D([], [], color=run_charts.TRAINED, marker="o", label="runs, with the 95 % interval over images"),
         Line2D([], [], color=run_charts.CONTROL, marker="x", linestyle="", label="random weights"),
         Patch(color=run_charts.TOO_SMALL, label="below the minimum effect"),
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=10)
-    headline = f"What goes with {name_varied(comparison.varied)}: {len(comparison.runs)} runs"
+    headline = f"Comparison by {name_varied(comparison.varied)}: {len(comparison.runs)} runs"
     return charts.with_headline(figure, headline)
 
 
@@ -57,7 +57,7 @@ def draw_quantity(comparison: SettingComparison, quantity: Quantity, above: Axes
     run_charts.by_setting(
         [each.interval for each in comparison.differences if each.quantity is quantity],
         names[1:],
-        "difference in points" if is_accuracy else "difference",
+        "difference (percentage points)" if is_accuracy else "difference",
         below,
         minimum=quantity.minimum,
         scale=scale,
