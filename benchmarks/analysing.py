@@ -42,8 +42,8 @@ DPI = 100
 def study_in(folder: str, num_images: int, num_samples: int) -> Any:
     """What `analyze.py ckpt=random` makes, over `num_images` of 10,000 digits."""
     from attention_visualizer.analysis.preparation import make_study
+    from attention_visualizer.analysis.study.analysed_weights import Weights, random_model
     from attention_visualizer.analysis.study.samples import SampleChoice
-    from attention_visualizer.analysis.study.weights import Weights, random_model
     from attention_visualizer.data.datamodule import ImageDataModule
     from attention_visualizer.data.image_sets import LabelledImageSet
 

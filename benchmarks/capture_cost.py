@@ -161,14 +161,14 @@ def passes(way: str, setup: Setup, model: Any, totals: Any) -> Callable[[Any], N
 def measure_here(way: str, setup: Setup) -> Cost:
     import torch
 
-    from attention_visualizer.measures.streaming import ALL_MEASURES, AttentionStatistics
+    from attention_visualizer.measures.streaming import REPORTED_MEASURES, AttentionStatistics
 
     torch.set_num_threads(1)
     model = build_model(setup, fused=way != "usual")
     with torch.inference_mode():
         warm_up = torch.randn(1, setup.channels, setup.image_size, setup.image_size)
-        passes(way, setup, model, AttentionStatistics(ALL_MEASURES))(warm_up)
-        totals = AttentionStatistics(ALL_MEASURES)
+        passes(way, setup, model, AttentionStatistics(REPORTED_MEASURES))(warm_up)
+        totals = AttentionStatistics(REPORTED_MEASURES)
         run = passes(way, setup, model, totals)
         images = torch.randn(setup.batch_size, setup.channels, setup.image_size, setup.image_size)
         began = time.process_time()

@@ -32,7 +32,7 @@ from tables import machine, spread, table, versions
 
 PROJECT = Path(__file__).resolve().parent.parent
 PARTS = ("commands", "imports")
-LEAST_SHARE = 0.03  # of the imports; what takes less is summed up
+MIN_SHARE = 0.03  # of the imports; what takes less is summed up
 
 HYDRA = """
 import hydra
@@ -148,7 +148,7 @@ def imports_table(command: str, markdown: bool) -> str:
         times[module.split(".")[0]] += int(own)
     total = times.total()
     rows = [(name, f"{own / 1e6:.2f}", f"{own / total:.0%}") for name, own in times.most_common()]
-    shown = rows[: sum(own >= LEAST_SHARE * total for own in times.values())]
+    shown = rows[: sum(own >= MIN_SHARE * total for own in times.values())]
     rest = total - sum(own for _, own in times.most_common(len(shown)))
     shown += [("all others", f"{rest / 1e6:.2f}", f"{rest / total:.0%}"), ("together", f"{total / 1e6:.2f}", "")]
     return table((f"imports of {command}", "seconds", "share"), shown, markdown)

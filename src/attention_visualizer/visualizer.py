@@ -22,16 +22,16 @@ from attention_visualizer.analysis.patterns import chapter as patterns_chapter
 from attention_visualizer.analysis.preparation import check_output, choose_device, make_study
 from attention_visualizer.analysis.statistics.chapter import records
 from attention_visualizer.analysis.statistics.figure import draw_layers
-from attention_visualizer.analysis.study.samples import Sample, SampleChoice, check_sample, find_samples
-from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.analysis.study.survey import survey_model
-from attention_visualizer.analysis.study.weights import (
+from attention_visualizer.analysis.study.analysed_weights import (
     Weights,
     find_weights,
     folder_images,
     random_model,
     test_images,
 )
+from attention_visualizer.analysis.study.samples import Sample, SampleChoice, check_sample, find_samples
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.survey import survey_model
 from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import ImageSet, InputFormat

@@ -130,8 +130,8 @@ def test_it_is_said_which_images_a_mean_is_of(monkeypatch: pytest.MonkeyPatch) -
     survey.num_images = 50_000
     expected = "1,234 test images of 50,000, each class in its share"
     assert describe_images(survey, "test image") == expected  # type: ignore[arg-type]
-    monkeypatch.setattr(atlas_measure, "MOST_OF_CLASS", 50)
-    monkeypatch.setattr(atlas_chapter, "MOST_OF_CLASS", 50)
+    monkeypatch.setattr(atlas_measure, "MAX_OF_CLASS", 50)
+    monkeypatch.setattr(atlas_chapter, "MAX_OF_CLASS", 50)
     found = measure_difference(*noise(0), 0, 1)
     assert found.counts == (50, 50) and atlas_chapter.of_each_class([found]) == "the first 50 images of each class"
 

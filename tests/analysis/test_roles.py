@@ -37,7 +37,7 @@ from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import ImageFolder, ImageSet, InputFormat, LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.data.ink import border_patches, in_patches, inked_patches
-from attention_visualizer.measures.head_roles import BEYOND_CONTROLS, LEAST_INK, NO_ROLE
+from attention_visualizer.measures.head_roles import CONTROL_FACTOR, MIN_INK, NO_ROLE
 from attention_visualizer.measures.intervals import Interval
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.report.chapter import Chapter
@@ -235,7 +235,7 @@ def test_what_is_measured_of_planted_heads_is_their_closed_form() -> None:
 def test_a_weak_follower_is_significant_and_has_no_role() -> None:
     found = planted_roles()
     weak = found.follows_ink[0, 5]
-    assert found.p_value[0, 5] < 0.01 and 0 < weak.low and weak.high < LEAST_INK and found.names[5] == [NO_ROLE]
+    assert found.p_value[0, 5] < 0.01 and 0 < weak.low and weak.high < MIN_INK and found.names[5] == [NO_ROLE]
 
 
 def test_heads_that_never_look_elsewhere_are_not_significant() -> None:
@@ -290,7 +290,7 @@ def test_bounds_are_the_least_effects_or_twice_what_controls_reach() -> None:
     assert role_bounds(nothing) == least
     reached = {"ink": 0.06, "place": 0.7, "content": 0.1, "class token": 0.3, "distance": 0.3, "border": 0.4}
     expected = {"ink": 0.12, "place": 1.4, "content": 0.5, "class token": 0.6, "distance": 0.4, "border": 0.8}
-    assert BEYOND_CONTROLS == 2 and role_bounds(reached) == pytest.approx(expected)
+    assert CONTROL_FACTOR == 2 and role_bounds(reached) == pytest.approx(expected)
 
 
 def test_distances_are_relative_to_uniform_attention() -> None:
@@ -519,12 +519,12 @@ def test_the_figures_name_every_head_and_its_roles() -> None:
 def test_the_figure_shows_what_random_weights_reach_not_the_bound() -> None:
     study, control = planted(), study_of(Planted([partial(towards, 0.12)], [uniform]), controls=0, geometry=GEOMETRY)
     found = roles_of(study, (control,))
-    assert found.bounds["ink"] == LEAST_INK and found.reached["ink"] == pytest.approx(found.follows_ink.value[0, 5])
+    assert found.bounds["ink"] == MIN_INK and found.reached["ink"] == pytest.approx(found.follows_ink.value[0, 5])
     left = draw_roles(measured_heads(study, found)).axes[0]
     (band,) = [patch for patch in left.patches if patch.get_label() == "heads with random weights"]
     assert band.get_extents().transformed(left.transData.inverted()).xmax == pytest.approx(found.reached["ink"])
     dashed = [line.get_xdata()[0] for line in left.lines if line.get_linestyle() == "--"]
-    assert {-LEAST_INK, LEAST_INK} <= set(dashed)
+    assert {-MIN_INK, MIN_INK} <= set(dashed)
 
 
 def test_one_head_alone_has_a_chapter(tmp_path: Path) -> None:

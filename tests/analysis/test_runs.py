@@ -23,13 +23,13 @@ from attention_visualizer.analysis.runs.seeds.measure import measure as compare_
 from attention_visualizer.analysis.runs.settings.figure import draw as draw_settings
 from attention_visualizer.analysis.runs.settings.measure import QUANTITIES, mean_over_layers
 from attention_visualizer.analysis.runs.settings.measure import measure as compare_settings
-from attention_visualizer.analysis.runs.survey import survey_runs
+from attention_visualizer.analysis.runs.surveyed_runs import survey_runs
+from attention_visualizer.analysis.study.analysed_weights import find_weights
 from attention_visualizer.analysis.study.budget import Budget
 from attention_visualizer.analysis.study.compared_runs import find_compared_runs
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.analysis.study.weights import find_weights
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.files.atomic import write_json

@@ -92,7 +92,7 @@ def test_only_as_many_maps_are_kept_as_fit(
 ) -> None:
     whole = survey_of(model, images, 6)
     one = (whole.maps.nbytes + (whole.rollouts.nbytes if whole.rollouts is not None else 0)) // N
-    monkeypatch.setattr(module, "MOST_BYTES", 10 * one)
+    monkeypatch.setattr(module, "MAX_BYTES", 10 * one)
     few = survey_of(model, images, 6)
     assert len(few.kept) == len(few.maps) == 10 and few.rollouts is not None and len(few.rollouts) == 10
     np.testing.assert_allclose(few.maps, whole.maps[few.kept], atol=1e-6)
@@ -130,7 +130,7 @@ def test_a_model_without_a_head_is_neither_right_nor_wrong(images: Tensor) -> No
 def test_some_picture_is_kept_however_large_its_maps_are(
     model: VisionTransformer, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MOST_BYTES", 1)
+    monkeypatch.setattr(module, "MAX_BYTES", 1)
     found = survey_of(model, images, 6)
     assert len(found.kept) == len(found.maps) == 1 and found.num_images == N
     assert found.rollouts is not None and found.rollouts.shape == (1, 3, 9)  # though most batches gave nothing

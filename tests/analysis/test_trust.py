@@ -28,7 +28,7 @@ from attention_visualizer.analysis.trust.verdict import (
     BASELINES,
     DIRECTIONS,
     INKED,
-    LEAST_GAIN,
+    MIN_GAIN,
     RANDOM,
     ControlMap,
     MethodTrust,
@@ -133,13 +133,13 @@ def test_the_control_that_comes_furthest_counts() -> None:
     found = planted((0.3, 0.7), control=(0.35, 0.6))
     deletion, insertion = (next(gain for gain in found.gains if gain.direction == way) for way in DIRECTIONS)
     assert deletion.needed == pytest.approx(1.5 * 0.05, abs=0.01) and deletion.control is not None
-    assert deletion.control.n == 30 and insertion.needed == pytest.approx(LEAST_GAIN, abs=0.005)
+    assert deletion.control.n == 30 and insertion.needed == pytest.approx(MIN_GAIN, abs=0.005)
     assert found.is_trusted
 
 
 def test_significance_alone_never_suffices() -> None:
     found = planted((0.39, 0.61))
-    assert all(gain.value.low > 0 and gain.value.value < LEAST_GAIN for gain in found.gains)
+    assert all(gain.value.low > 0 and gain.value.value < MIN_GAIN for gain in found.gains)
 
 
 def test_controls_cost_no_more_than_the_rest() -> None:
@@ -269,7 +269,7 @@ def test_blocks_of_pictures_change_nothing(
 ) -> None:
     study = study_of(random_model(5), digits, tmp_path, 40, 2)
     whole = measure(study, study.stratified_rows(20))
-    monkeypatch.setattr(trust_measure, "MOST_TOKENS", 7 * 16)
+    monkeypatch.setattr(trust_measure, "MAX_TOKENS", 7 * 16)
     sizes: list[int] = []
     handle = study.target.model.patch_embed.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))  # type: ignore[union-attr, operator]
     curves_of_blocks = measure(study, study.stratified_rows(20)).curves

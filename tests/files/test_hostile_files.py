@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from attention_visualizer.analysis.study.weights import find_weights, load_data
+from attention_visualizer.analysis.study.analysed_weights import find_weights, load_data
 from attention_visualizer.commands import command_line
 from attention_visualizer.data.image_sets import ImageFolder, InputFormat
 from attention_visualizer.data.images import DatasetDescription, read_image

@@ -264,7 +264,7 @@ def test_batches_give_what_single_images_give(build: Any, monkeypatch: pytest.Mo
     together = explain(model, images)
     assert sizes == [1, 8]
     target = torch.from_numpy(together.target)
-    monkeypatch.setattr(explanations, "MOST_BYTES", 1)
+    monkeypatch.setattr(explanations, "MAX_BYTES", 1)
     alone = explain(model, images)
     assert sizes[2:] == [1] * 9
     assert together.maps.keys() == alone.maps.keys() and together.target.tolist() == alone.target.tolist()

@@ -209,7 +209,7 @@ def test_without_two_heads_there_is_no_tree(heads: int) -> None:
 
 
 def test_heads_are_alike_below_the_bound_only() -> None:
-    just_below, just_above = 0.98 * head_roles.ALIKE, 1.02 * head_roles.ALIKE
+    just_below, just_above = 0.98 * head_roles.MAX_DIVERGENCE, 1.02 * head_roles.MAX_DIVERGENCE
     divergence = np.array([[0, just_below, 0.6], [just_below, 0, 0.6], [0.6, 0.6, 0]])
     cluster = clustered(divergence)[1]
     assert cluster[0] == cluster[1] != cluster[2]

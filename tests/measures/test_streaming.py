@@ -18,9 +18,9 @@ from torch import Tensor
 from attention_visualizer.attention.capture import AttentionLayer
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.measures.streaming import (
-    ALL_MEASURES,
-    MEASURES,
+    LOGGED_MEASURES,
     NUM_BINS,
+    REPORTED_MEASURES,
     AttentionStatistics,
     Distribution,
     MeasureSummary,
@@ -89,7 +89,7 @@ def reference(weights: list[Tensor], geometry: Geometry = GEOMETRY) -> dict[str,
 
 
 def test_the_measures_are_those_promised() -> None:
-    assert tuple(measure.name for measure in MEASURES) == NAMES
+    assert tuple(measure.name for measure in LOGGED_MEASURES) == NAMES
     assert tuple(AttentionStatistics().distributions) == NAMES
 
 
@@ -285,10 +285,10 @@ def test_images_of_another_size_are_left_out_and_named() -> None:
 def test_layers_of_other_grids_and_heads_stand_side_by_side() -> None:
     """What a layer lacks is NaN and without counts; the others are as if they were alone."""
     first, second = random_weights()[0], random_weights(geometry=OTHER_GRID, heads=2)[0]
-    both = AttentionStatistics(ALL_MEASURES)
+    both = AttentionStatistics(REPORTED_MEASURES)
     both.update(layer_of(0, first))
     both.update(layer_of(1, second, OTHER_GRID))
-    alone = AttentionStatistics(ALL_MEASURES)
+    alone = AttentionStatistics(REPORTED_MEASURES)
     alone.update(layer_of(1, second, OTHER_GRID))
     for name, summary in both.compute().items():
         expected = alone.compute()[name]
@@ -303,7 +303,7 @@ def test_layers_of_other_grids_and_heads_stand_side_by_side() -> None:
 def test_windows_of_an_image_count_once() -> None:
     geometry = Geometry((4, 6), 0, (2, 2), window=(2, 3))
     weights = torch.rand(5 * 4, HEADS, 6, 6).softmax(dim=-1)
-    statistics = AttentionStatistics(ALL_MEASURES)
+    statistics = AttentionStatistics(REPORTED_MEASURES)
     statistics.update(layer_of(0, weights, geometry))
     summary = statistics.compute()["entropy"]
     assert summary.n == 5
@@ -313,7 +313,7 @@ def test_windows_of_an_image_count_once() -> None:
 
 def test_measures_that_do_not_apply_are_nan() -> None:
     """A pooling query has no place, and a single head no others to differ from."""
-    statistics = AttentionStatistics(ALL_MEASURES)
+    statistics = AttentionStatistics(REPORTED_MEASURES)
     statistics.update(layer_of(0, random_weights(heads=1)[0][:, :, :1]))
     summaries = statistics.compute()
     for name in ("distance", "divergence"):

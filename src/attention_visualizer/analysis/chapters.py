@@ -31,7 +31,7 @@ from attention_visualizer.support.errors import UserError
 
 log = logging.getLogger(__name__)
 
-LONGEST_REASON = 300  # characters
+MAX_REASON_LENGTH = 300  # characters
 
 CHAPTERS: dict[str, ChapterWriter] = {
     "patterns": patterns_chapter.CHAPTER,
@@ -114,4 +114,4 @@ def progress_bar() -> Progress:
 def reason_of(error: Exception) -> str:
     """Why a chapter is missing, in one line."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:LONGEST_REASON]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[:MAX_REASON_LENGTH]}" if text else type(error).__name__

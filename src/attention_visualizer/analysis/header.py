@@ -16,7 +16,7 @@ from attention_visualizer.report.markdown import ReportHeader
 from attention_visualizer.runs import folders
 
 SOFTWARE = ("attention-visualizer", "torch", "numpy")
-MOST_UNREAD = 5  # pictures that are named
+MAX_UNREAD = 5  # pictures that are named
 
 
 def report_header(study: Study, command: str, language: str) -> ReportHeader:
@@ -56,9 +56,9 @@ def warnings_of(study: Study) -> list[str]:
         warnings.append(f"layers whose keys have no known position on the image are left out: {names}")
     broken = getattr(study.target.images, "broken", {})
     unread = [f"{name} could not be read and is left out ({reason})" for name, reason in broken.items()]
-    warnings += unread[:MOST_UNREAD]
-    if len(unread) > MOST_UNREAD:
-        warnings.append(f"{len(unread) - MOST_UNREAD:,} more images could not be read and are left out")
+    warnings += unread[:MAX_UNREAD]
+    if len(unread) > MAX_UNREAD:
+        warnings.append(f"{len(unread) - MAX_UNREAD:,} more images could not be read and are left out")
     return warnings
 
 

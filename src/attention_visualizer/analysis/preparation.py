@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from attention_visualizer.analysis.study.analysed_weights import Weights
 from attention_visualizer.analysis.study.budget import QUICK, Budget
 from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.output import FileFormat, Output
 from attention_visualizer.analysis.study.samples import SampleChoice, find_samples
 from attention_visualizer.analysis.study.study import HeadLayers, Study
 from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.analysis.study.weights import Weights
 from attention_visualizer.attention.capture import CaptureError
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import ImageSet

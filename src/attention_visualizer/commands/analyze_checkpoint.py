@@ -12,10 +12,16 @@ from hydra.core.hydra_config import HydraConfig
 
 from attention_visualizer.analysis.chapters import CHAPTERS, check_chapters, is_analysis_file
 from attention_visualizer.analysis.preparation import check_output, make_study
+from attention_visualizer.analysis.study.analysed_weights import (
+    Weights,
+    find_weights,
+    folder_images,
+    test_images,
+    timm_weights,
+)
 from attention_visualizer.analysis.study.budget import FULL, QUICK
 from attention_visualizer.analysis.study.compared_runs import ComparedRun, find_compared_runs
 from attention_visualizer.analysis.study.samples import SampleChoice
-from attention_visualizer.analysis.study.weights import Weights, find_weights, folder_images, test_images, timm_weights
 from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.files import atomic

@@ -18,7 +18,7 @@ Array = NDArray[Any]
 BOX, MEDIAN, REFERENCE, NOTE = "#9ecae1", "#b2182b", "#555555", "#be141e"
 BAND, PLACE, CONTENT = "#e3e3e3", "#9ecae1", "#e08214"
 VERDICTS = {"supported": "#1b7837", "not supported": "#b2182b"}  # others in grey
-MOST_ANNOTATED = 160  # cells of a heat map that still have room for their number
+MAX_ANNOTATED = 160  # cells of a heat map that still have room for their number
 
 
 def new_axes() -> Axes:
@@ -107,7 +107,7 @@ def heat_map(
         vmin=low,
         vmax=high,
         cmap="viridis",
-        annot=values.size <= MOST_ANNOTATED,
+        annot=values.size <= MAX_ANNOTATED,
         fmt=".2f",
         annot_kws={"fontsize": 9},
         linewidths=0.5,
@@ -309,7 +309,7 @@ def changes(
         vmin=-reach,
         vmax=reach,
         cmap="RdBu",
-        annot=values.size <= MOST_ANNOTATED,
+        annot=values.size <= MAX_ANNOTATED,
         fmt="z.1f",  # no "-0.0"
         annot_kws={"fontsize": 9},
         linewidths=0.5,

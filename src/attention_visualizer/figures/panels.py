@@ -246,8 +246,8 @@ class Tile:
 
 
 MARGIN, GAP = 14, 6
-LEAST_WIDTH = 640  # usual headlines fit, so that all frames of an animation have one size
-LEAST_BAR_HEIGHT, MOST_BAR_HEIGHT = 7 * 14, 260  # seven ticks fit
+MIN_WIDTH = 640  # usual headlines fit, so that all frames of an animation have one size
+MIN_BAR_HEIGHT, MAX_BAR_HEIGHT = 7 * 14, 260  # seven ticks fit
 HEADLINE, SUBTITLE, LABEL, CAPTION = 17, 13, 13, 11
 LINE_SPACING = 7
 
@@ -316,9 +316,9 @@ def tile_grid(
             columns.place_texts(figure, captions, y, caption_size, tile_size + GAP, GREY)
             y += caption_size + 5
         y += 3
-    bottom = max(y - 6, top + LEAST_BAR_HEIGHT)
+    bottom = max(y - 6, top + MIN_BAR_HEIGHT)
     for each in scales:
-        place_bar(figure, each, right, top, min(bottom - top, MOST_BAR_HEIGHT))
+        place_bar(figure, each, right, top, min(bottom - top, MAX_BAR_HEIGHT))
         right += bar_width(each)
     figure.height = bottom + MARGIN
     return figure
@@ -329,7 +329,7 @@ def place_headline(figure: PanelFigure, headline: str, subtitle: str) -> int:
     lines = [(headline, HEADLINE, True, INK)]
     lines += [(subtitle, SUBTITLE, False, GREY)] if subtitle else []
     text_needs = max(text_width(text, size, bold) for text, size, bold, _ in lines) + 2 * MARGIN
-    figure.width = max(figure.width, text_needs, LEAST_WIDTH)
+    figure.width = max(figure.width, text_needs, MIN_WIDTH)
     figure.header = MARGIN - 2
     for text, size, bold, color in lines:
         figure.texts.append(PlacedText(MARGIN, figure.header, text, size, "la", color, bold))

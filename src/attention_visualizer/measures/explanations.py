@@ -18,7 +18,7 @@ from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import RolloutOptions
 from attention_visualizer.support.errors import UserError
 
-MOST_BYTES = 16 * 2**20  # of weights and values at once; their gradients and the graph take some times that
+MAX_BYTES = 16 * 2**20  # of weights and values at once; their gradients and the graph take some times that
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def explain(
     """Explain by every method that applies to `model`, for the query (None: the one that it reads out) and the class
     `target` [image] (None: the predicted one).
 
-    images: [image, channel, height, width], as the model expects them; as many at a time as MOST_BYTES allows, because
+    images: [image, channel, height, width], as the model expects them; as many at a time as MAX_BYTES allows, because
     gradients need all layers at once. The model should be in eval mode; no gradient is left in its parameters. Raise
     UserError when no layer's place on the image is known.
     """
@@ -57,7 +57,7 @@ def explain(
         maps.append(batch_maps)
         targets.append(batch_target)
         start += size
-        size = max(1, MOST_BYTES * size // num_bytes) if size == 1 else size
+        size = max(1, MAX_BYTES * size // num_bytes) if size == 1 else size
     return Explanations(
         {method: torch.cat([each[method] for each in maps]).cpu().numpy() for method in maps[0]},
         torch.cat(targets).cpu().numpy(),

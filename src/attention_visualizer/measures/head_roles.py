@@ -16,20 +16,22 @@ Array = NDArray[Any]
 
 # Declared before anything was measured: what a role needs at least. A share of 0.05 is one patch's worth of uniform
 # attention on a 4 x 4 grid; a nat is a factor of 2.7 in the number of patches.
-LEAST_INK = 0.05  # share of the attention on patches
-LEAST_SELECTIVE = 0.5  # nats
-LEAST_ON_CLASS_TOKEN = 0.5  # share of the row
-LEAST_ON_BORDER = 0.5  # of a uniform share, more than empty patches of the interior get
+MIN_INK = 0.05  # share of the attention on patches
+MIN_SELECTIVITY = 0.5  # nats
+MIN_ON_CLASS_TOKEN = 0.5  # share of the row
+MIN_ON_BORDER = 0.5  # of a uniform share, more than empty patches of the interior get
 OFTEN_EMPTY = 0.5  # share of the interior's patches without ink, from which border and interior are compared
 NEAR = 0.5  # of the distance that uniform attention has
 MOSTLY = 0.8  # the part of a head's selectivity that one cause must have to give it its name
 # Times the largest of any head with random weights. At 1.5, 2 to 3 % of other models with random weights would have a
 # head beyond three of them; at 2, fewer than 1 in 100.
-BEYOND_CONTROLS = 2.0
+CONTROL_FACTOR = 2.0
 NO_ROLE = "no distinct role"
 
-MOST_IMAGES = 2000  # for pairs of heads and for intervals of selectivity
-ALIKE = 0.1  # nats: two heads that diverge less, on average over images, are called alike
+MAX_IMAGES = 2000  # for pairs of heads and for intervals of selectivity
+# Nats of at most 0.69 between two heads, on average over images: a reader would take maps that diverge less for one
+# head's.
+MAX_DIVERGENCE = 0.1
 ROLES = ("ink", "background", "fixed position", "content-dependent", "class token", "neighbours", "border")
 
 
@@ -115,20 +117,20 @@ def name_roles(
     """
     roles = []
     if abs(follows.value) >= bounds["ink"] and p_value < intervals.LEVEL:
-        if follows.low >= LEAST_INK:
+        if follows.low >= MIN_INK:
             roles.append("ink")
-        elif follows.high <= -LEAST_INK:
+        elif follows.high <= -MIN_INK:
             roles.append("background")
     total = place.value + content.value
-    if place.value >= bounds["place"] and place.low >= LEAST_SELECTIVE and place.value >= MOSTLY * total:
+    if place.value >= bounds["place"] and place.low >= MIN_SELECTIVITY and place.value >= MOSTLY * total:
         roles.append("fixed position")
-    if content.value >= bounds["content"] and content.low >= LEAST_SELECTIVE and content.value >= MOSTLY * total:
+    if content.value >= bounds["content"] and content.low >= MIN_SELECTIVITY and content.value >= MOSTLY * total:
         roles.append("content-dependent")
-    if class_token.value >= bounds["class token"] and class_token.low >= LEAST_ON_CLASS_TOKEN:
+    if class_token.value >= bounds["class token"] and class_token.low >= MIN_ON_CLASS_TOKEN:
         roles.append("class token")
     if distance.value <= bounds["distance"] and distance.high <= NEAR:
         roles.append("neighbours")
-    if border.value >= bounds["border"] and border.low >= LEAST_ON_BORDER:
+    if border.value >= bounds["border"] and border.low >= MIN_ON_BORDER:
         roles.append("border")
     return roles or [NO_ROLE]
 
@@ -171,7 +173,7 @@ def clustered(divergence: Array) -> tuple[Array, Array]:
     """Return the order of heads along a tree, and the cluster of each: [head, head] -> [head] twice.
 
     The tree is of average linkage on the square root of the divergence, which is a distance (Endres and Schindelin,
-    2003); clusters are joined while the mean distance between their heads is at most the square root of ALIKE.
+    2003); clusters are joined while the mean distance between their heads is at most the square root of MAX_DIVERGENCE.
     """
     from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
     from scipy.spatial.distance import squareform
@@ -181,4 +183,4 @@ def clustered(divergence: Array) -> tuple[Array, Array]:
     distance = np.sqrt(np.clip((divergence + divergence.T) / 2, 0, None))
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
-    return leaves_list(tree), fcluster(tree, np.sqrt(ALIKE), "distance")
+    return leaves_list(tree), fcluster(tree, np.sqrt(MAX_DIVERGENCE), "distance")

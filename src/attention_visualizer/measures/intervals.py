@@ -22,7 +22,7 @@ PERMUTATIONS = 999
 LEVEL = 0.05  # of tests and, as 1 - LEVEL, of intervals
 PERMUTATION_BATCH = 64  # permutations at once: bounds memory
 NORMAL = NormalDist().inv_cdf(1 - LEVEL / 2)  # 1.96
-MOST_EXACT = 14  # units of which all sign flips are counted
+MAX_EXACT_UNITS = 14  # units of which all sign flips are counted
 
 
 @dataclass(frozen=True)
@@ -254,15 +254,15 @@ def sign_flip_test(values: Array) -> Array:
     """Return the two-sided p-value that the mean of a few units (seeds) is 0: [unit, ...] -> [...], NaN where any unit
     is.
 
-    From the sums under all ways to give the units signs (Fisher, 1935). Exact up to MOST_EXACT units, beyond by
-    2^MOST_EXACT - 1 random ways.
+    From the sums under all ways to give the units signs (Fisher, 1935). Exact up to MAX_EXACT_UNITS units, beyond by
+    2^MAX_EXACT_UNITS - 1 random ways.
     """
     n = len(values)
     flat = np.asarray(values, dtype=np.float64).reshape(n, -1)
-    if n <= MOST_EXACT:
+    if n <= MAX_EXACT_UNITS:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
     else:
-        signs = np.random.default_rng(0).choice([-1, 1], (2**MOST_EXACT, n))
+        signs = np.random.default_rng(0).choice([-1, 1], (2**MAX_EXACT_UNITS, n))
         signs[0] = 1
     distance = np.abs(flat.sum(axis=0)) * (1 - 1e-9)
     p_values = (np.abs(signs @ flat) >= distance).mean(axis=0)
@@ -272,7 +272,7 @@ def sign_flip_test(values: Array) -> Array:
 
 def smallest_sign_flip_p(num_units: int) -> float:
     """Return the smallest p-value that `sign_flip_test` can return for so many units: all on one side."""
-    return 2.0 ** (1 - min(num_units, MOST_EXACT + 1))
+    return 2.0 ** (1 - min(num_units, MAX_EXACT_UNITS + 1))
 
 
 def permuted_products(

@@ -22,7 +22,7 @@ from attention_visualizer.models.vision_transformer import VisionTransformer
 Array = NDArray[Any]
 Operator = Literal["fill", "drop"]
 OPERATORS: tuple[Operator, ...] = ("fill", "drop")
-MOST_STEPS = 16
+MAX_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def ranking_of(maps: Array, seed: int = 0) -> Array:
 
 def step_sizes(num_patches: int) -> Array:
     """The number of patches that are gone at each step, from none to all."""
-    return np.unique(np.linspace(0, num_patches, min(num_patches, MOST_STEPS) + 1).round().astype(np.int64))
+    return np.unique(np.linspace(0, num_patches, min(num_patches, MAX_STEPS) + 1).round().astype(np.int64))
 
 
 class Perturbation:

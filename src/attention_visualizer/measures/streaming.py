@@ -120,12 +120,12 @@ class Measure:
     applies: Callable[[Tensor, Geometry], bool] = lambda weights, geometry: True  # whether a layer has it
 
 
-def _longest_distance(geometry: Geometry) -> float:
+def _max_distance(geometry: Geometry) -> float:
     centers = geometry.patch_centers()
     return max(float(torch.linalg.vector_norm(centers[-1] - centers[0])), 1.0)
 
 
-MEASURES = (
+LOGGED_MEASURES = (
     Measure(
         "entropy",
         "attention entropy",
@@ -146,13 +146,13 @@ MEASURES = (
         "mean attention distance",
         "pixels",
         map_measures.mean_attention_distance,
-        _longest_distance,
+        _max_distance,
         map_measures.is_self_attention,
     ),
 )
 # Together with those that cost more, for what is measured once.
-ALL_MEASURES = (
-    *MEASURES,
+REPORTED_MEASURES = (
+    *LOGGED_MEASURES,
     Measure(
         "effective_tokens",
         "effective tokens",
@@ -190,7 +190,7 @@ class AttentionStatistics:
     """
 
     def __init__(
-        self, chosen: Sequence[Measure] = MEASURES, also: Callable[[str, int, Tensor], None] | None = None
+        self, chosen: Sequence[Measure] = LOGGED_MEASURES, also: Callable[[str, int, Tensor], None] | None = None
     ) -> None:
         self.measures = tuple(chosen)
         self.also = also

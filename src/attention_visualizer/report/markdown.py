@@ -23,7 +23,7 @@ REPORT = "attention_analysis_report.md"
 PAGE = "attention_analysis_report.html"
 STATISTICS = "attention_statistics"
 SCHEMA = 2  # of attention_statistics.json: docs/report.md
-MOST_FINDINGS = 5
+MAX_FINDINGS = 5
 PLACEHOLDER = re.compile(r"(?<!\\)\{(\w+)(?::([^{}]*))?\}")
 SHOWN = (".png", ".webp")  # kinds of figures that stand in the page; others are linked
 THUMBNAIL_WIDTH = 240  # pixels, in Markdown
@@ -183,7 +183,7 @@ def contents(summary: ReportHeader, parts: list[Part]) -> dict[str, Any]:
         "summary": summary,
         "parts": parts,
         # Those of the last chapters: they ask what the first ones only describe.
-        "findings": [part for part in parts if part.chapter.finding is not None][-MOST_FINDINGS:],
+        "findings": [part for part in parts if part.chapter.finding is not None][-MAX_FINDINGS:],
         "cautions": [part for part in parts if part.chapter.caution],
         "missing": [part for part in parts if part.chapter.missing],
         "shown": lambda figure: figure.name.endswith(SHOWN),

@@ -21,7 +21,7 @@ from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.model_search import FoundModel, find_model
 from attention_visualizer.figures import attention_figures as figures
 from attention_visualizer.measures.observation import Observation, observe
-from attention_visualizer.measures.streaming import MEASURES, AttentionStatistics
+from attention_visualizer.measures.streaming import LOGGED_MEASURES, AttentionStatistics
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError, summary
 from attention_visualizer.support.eval_mode import eval_mode
@@ -305,7 +305,7 @@ class AttentionLogger(Callback):
             return
         summaries = statistics.compute()
         scalars: dict[str, float] = {}
-        for measure in MEASURES:
+        for measure in LOGGED_MEASURES:
             for layer, means in enumerate(summaries[measure.name].mean, start=1):
                 heads = {head: float(mean) for head, mean in enumerate(means, start=1) if not np.isnan(mean)}
                 if not heads:

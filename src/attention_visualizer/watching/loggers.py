@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from numpy.typing import NDArray
 
 from attention_visualizer.figures.panels import PanelFigure, encode_png
-from attention_visualizer.measures.streaming import MEASURES, MeasureSummary
+from attention_visualizer.measures.streaming import LOGGED_MEASURES, MeasureSummary
 from attention_visualizer.watching.lightning_internals import add_summary
 from attention_visualizer.watching.log_guard import LogGuard
 
@@ -122,5 +122,5 @@ def chart_layout(num_layers: int) -> dict[str, dict[str, list[Any]]]:
                 for layer in range(1, num_layers + 1)
             },
         }
-        for measure in MEASURES
+        for measure in LOGGED_MEASURES
     }

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention_visualizer.analysis.atlas.figure import draw_differences, draw_maps, draw_rollouts
-from attention_visualizer.analysis.atlas.measure import LEAST_SHARE, MOST_OF_CLASS, Atlas, Difference, measure
+from attention_visualizer.analysis.atlas.measure import MAX_OF_CLASS, MIN_SHARE, Atlas, Difference, measure
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.study import Study
@@ -24,7 +24,7 @@ def write(study: Study) -> Chapter:
     files = save_figures(atlas, study.output)
     return Chapter(
         CHAPTER.title,
-        TEXT.format(which=atlas.images, least=LEAST_SHARE, permutations=intervals.PERMUTATIONS),
+        TEXT.format(which=atlas.images, least=MIN_SHARE, permutations=intervals.PERMUTATIONS),
         files,
         [difference_table(atlas)],
         numbers_of(atlas),
@@ -55,7 +55,7 @@ def save_figures(atlas: Atlas, output: Output) -> list[FigureFile]:
             output.save(draw_differences(atlas), "attention_atlas_differences"),
             "Differences between the mean maps of two classes, in shares of the attention on patches "
             f"({of_each_class(atlas.differences)}). Ring: significant "
-            f"(p < 0.05, corrected over all positions of a pair) and at least {LEAST_SHARE:.0%}; full dot: also with "
+            f"(p < 0.05, corrected over all positions of a pair) and at least {MIN_SHARE:.0%}; full dot: also with "
             "the ink at that position regressed out. Last: the difference of the ink, rings where it is significant.",
         )
     )
@@ -98,9 +98,7 @@ def rounded_interval(interval: Interval) -> dict[str, Any]:
 def of_each_class(differences: list[Difference]) -> str:
     """Return which images of a class its mean is over."""
     most = max((count for each in differences for count in each.counts), default=0)
-    return (
-        f"the first {MOST_OF_CLASS:,} images of each class" if most == MOST_OF_CLASS else "all images of both classes"
-    )
+    return f"the first {MAX_OF_CLASS:,} images of each class" if most == MAX_OF_CLASS else "all images of both classes"
 
 
 def largest(interval: Interval) -> tuple[tuple[int, int], Interval]:

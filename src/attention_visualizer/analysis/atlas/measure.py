@@ -18,11 +18,11 @@ from attention_visualizer.measures.intervals import Interval
 Array = NDArray[Any]
 
 ALIKE_DIGITS = (("4", "9"), ("3", "5"), ("3", "8"), ("7", "9"))
-MOST_CONFUSED = 2  # pairs that this model confuses most, besides
-MOST_OF_CLASS = 1000  # images of one class in a permutation test: bounds memory
+MAX_CONFUSED_PAIRS = 2  # pairs that this model confuses most, besides
+MAX_OF_CLASS = 1000  # images of one class in a permutation test: bounds memory
 IMAGES_AT_ONCE = 500  # while resampling: bounds memory
 NO_SPREAD = 1e-12  # variance of a patch's ink, below which nothing can be predicted from it
-LEAST_SHARE = 0.01  # declared beforehand: a difference of less than this share of the attention is not shown as one
+MIN_SHARE = 0.01  # declared beforehand: a difference of less than this share of the attention is not shown as one
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Difference:
 
     def differs(self) -> Array:
         """bool [layer, patch]"""
-        return np.asarray((self.p_value < intervals.LEVEL) & (np.abs(self.attention.value) >= LEAST_SHARE))
+        return np.asarray((self.p_value < intervals.LEVEL) & (np.abs(self.attention.value) >= MIN_SHARE))
 
     def differs_beyond_ink(self) -> Array:
         """bool [layer, patch]"""
-        return np.asarray((self.beyond_ink_p_value < intervals.LEVEL) & (np.abs(self.beyond_ink.value) >= LEAST_SHARE))
+        return np.asarray((self.beyond_ink_p_value < intervals.LEVEL) & (np.abs(self.beyond_ink.value) >= MIN_SHARE))
 
     def ink_differs(self) -> Array:
         """bool [patch]"""
@@ -130,7 +130,7 @@ def chosen_pairs(names: list[str], labels: Array, predicted: Array) -> list[tupl
     both = np.triu(confused + confused.T, 1)
     order = np.argsort(-both, axis=None, kind="stable")
     most_confused = [(int(each // len(names)), int(each % len(names))) for each in order if both.flat[each] > 0]
-    return pairs + [pair for pair in most_confused if pair not in pairs][:MOST_CONFUSED]
+    return pairs + [pair for pair in most_confused if pair not in pairs][:MAX_CONFUSED_PAIRS]
 
 
 def without_ink(maps: Array, amount: Array) -> Array:
@@ -152,7 +152,7 @@ def without_ink(maps: Array, amount: Array) -> Array:
 
 def measure_difference(maps: Array, amount: Array, labels: Array, first: int, second: int) -> Difference:
     """Compare two classes. maps: [image, layer, patch]; amount: ink, [image, patch]; labels: [image]."""
-    rows = [np.flatnonzero(labels == each)[:MOST_OF_CLASS] for each in (first, second)]
+    rows = [np.flatnonzero(labels == each)[:MAX_OF_CLASS] for each in (first, second)]
     both = np.concatenate(rows)
     residuals = without_ink(maps[both], amount[both])
     count = len(rows[0])

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from attention_visualizer.analysis.claims.declared import (
-    LEAST_ATTENTION,
-    LEAST_CLASSES,
-    LEAST_DISTANCE,
-    LEAST_SPREAD,
+    MIN_ATTENTION,
+    MIN_DISTANCE,
+    MIN_SPREAD,
+    MIN_VARIANCE,
     MOST,
     WHOLE,
 )
 from attention_visualizer.analysis.claims.figure import draw
 from attention_visualizer.analysis.claims.measure import JudgedClaims, measure
-from attention_visualizer.analysis.claims.verdicts import CONTROL_MARGIN, Judgement, Result
+from attention_visualizer.analysis.claims.verdicts import CONTROL_FACTOR, Judgement, Result
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.data.strokes import BEND
@@ -27,13 +27,13 @@ from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Ta
 
 TITLE = "Common claims, tested"
 COLUMNS = ["claim", "quantity", "value (95 % interval)", "n", "random weights", "null", "effect"]
-FEWEST_IMAGES = 100  # from which like patches can be found
+MIN_IMAGES = 100  # from which like patches can be found
 
 
 def write(study: Study) -> Chapter:
-    if len(study.survey.kept) < FEWEST_IMAGES:
+    if len(study.survey.kept) < MIN_IMAGES:
         return Chapter(
-            TITLE, f"Testing these claims on matched patches requires the maps of at least {FEWEST_IMAGES} images."
+            TITLE, f"Testing these claims on matched patches requires the maps of at least {MIN_IMAGES} images."
         )
     judged = measure(study)
     name = study.output.save(draw(judged, TITLE), "attention_claims")
@@ -183,9 +183,9 @@ verdict on "head 1" is about this model's numbering, which does not carry over t
 
 **Verdicts.** A claim is supported if all its requirements hold: the 95 % interval excludes no effect, p is below 0.05
 after false discovery rate (FDR) control over all claims, the effect reaches a minimum declared in advance
-({LEAST_ATTENTION:g} of a uniform share, {LEAST_DISTANCE:g} of the distance of uniform attention, {LEAST_SPREAD:g} of
-the patches beyond other heads, {LEAST_CLASSES:g} of the variance between classes; {WHOLE:g} of the inked patches for
-"the whole digit", {MOST:g} of all patches for "everything"), and it is {CONTROL_MARGIN:g} times as large as in any of
+({MIN_ATTENTION:g} of a uniform share, {MIN_DISTANCE:g} of the distance of uniform attention, {MIN_SPREAD:g} of
+the patches beyond other heads, {MIN_VARIANCE:g} of the variance between classes; {WHOLE:g} of the inked patches for
+"the whole digit", {MOST:g} of all patches for "everything"), and it is {CONTROL_FACTOR:g} times as large as in any of
 {{controls}} models of the same architecture with random weights. Random weights follow ink significantly, so
 significance alone never suffices. Intervals and p-values are over images of this one model.{{missing}}"""
 CAPTION = """One row per claim, n = {n:,} {kind}: the requirement that is farthest from being met, in units of its

@@ -20,12 +20,12 @@ Array = NDArray[Any]
 
 # The smallest effects that count, fixed before any model was surveyed. With enough images everything is significant; an
 # effect below these would not be called one by somebody who looks at the maps.
-LEAST_ATTENTION = 0.1  # of a uniform share: a tenth more attention than if all patches got the same
-LEAST_DISTANCE = 0.1  # of the distance of uniform attention
-LEAST_SPREAD = 0.1  # of the patches, more than the other heads
+MIN_ATTENTION = 0.1  # of a uniform share: a tenth more attention than if all patches got the same
+MIN_DISTANCE = 0.1  # of the distance of uniform attention
+MIN_SPREAD = 0.1  # of the patches, more than the other heads
 WHOLE = 0.75  # of the inked patches take part, for "the whole digit"
 MOST = 0.5  # of all patches take part, for "everything"
-LEAST_CLASSES = 0.06  # of the maps' variance; Cohen (1988) calls it a medium effect
+MIN_VARIANCE = 0.06  # of the maps' variance; Cohen (1988) calls it a medium effect
 FAR = "of the distance of uniform attention"
 LOCALITY_UNKNOWN = (
     "Locality is not tested: it needs the attention distance of shallow and deep patch queries, and the last layer's "
@@ -63,7 +63,7 @@ def excess_requirement(feature: str, weights: Array, quantity: str) -> Requireme
     def p_value(evidence: Evidence) -> float:
         return evidence.permutation_p_value(feature, weights)
 
-    return Requirement(quantity, LEAST_ATTENTION, statistic, statistic, p_value, "permuted among matched patches")
+    return Requirement(quantity, MIN_ATTENTION, statistic, statistic, p_value, "permuted among matched patches")
 
 
 def head_requirements(
@@ -71,7 +71,7 @@ def head_requirements(
     sign: int,
     head: int,
     quantity: str,
-    minimum: float = LEAST_ATTENTION,
+    minimum: float = MIN_ATTENTION,
     least: float | None = None,
     unit: str = Requirement.unit,
 ) -> tuple[Requirement, Requirement]:
@@ -139,7 +139,7 @@ def distance_gain(values: dict[str, Array], later: Sequence[int], earlier: Seque
 
 
 def distance_requirement(quantity: str, statistic: Callable[[dict[str, Array]], Array]) -> Requirement:
-    return Requirement(quantity, LEAST_DISTANCE, statistic, statistic, unit=FAR, counted="distance")
+    return Requirement(quantity, MIN_DISTANCE, statistic, statistic, unit=FAR, counted="distance")
 
 
 def restriction(used: Sequence[int], layers: range) -> str:
@@ -239,7 +239,7 @@ def head_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
         ),
         Claim(
             "Head 4 gathers everything for the prediction",
-            head_requirements("spread", 1, 3, "effective patches", LEAST_SPREAD, MOST, "of the patches"),
+            head_requirements("spread", 1, 3, "effective patches", MIN_SPREAD, MOST, "of the patches"),
             "it attends everywhere, but the weights do not show whether the prediction uses it: "
             "ablating the head could show it",
         ),
@@ -283,7 +283,7 @@ def content_claims(evidence: Evidence, missing: list[str]) -> list[Claim]:
 
     requirement = Requirement(
         "variance of the maps between classes, ink regressed out",
-        LEAST_CLASSES,
+        MIN_VARIANCE,
         share,
         share,
         lambda evidence: 1.0 if evidence.p_classes is None else evidence.p_classes,

@@ -24,7 +24,7 @@ TOO_FEW_HEADS = (
     "it holds, but with so few layers and heads, heads drawn at random in each layer do as well in more than "
     f"{LEVEL:.0%} of the draws: a model with more of them could decide it"
 )
-CONTROL_MARGIN = 1.5  # times the largest value that random weights reach
+CONTROL_FACTOR = 1.5  # times the largest value that random weights reach
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Result:
         if self.value < self.threshold:
             largest = max(map(abs, self.controls))
             return (
-                f"{self.value:.3f} is less than {CONTROL_MARGIN:g} times the largest of random weights ({largest:.3f})"
+                f"{self.value:.3f} is less than {CONTROL_FACTOR:g} times the largest of random weights ({largest:.3f})"
             )
         return "" if self.low > 0 else "its interval includes no effect"
 
@@ -106,7 +106,7 @@ class Judgement:
 
 def judge(claims: Sequence[Claim], measured: Evidence, controls: Sequence[Evidence]) -> list[Judgement]:
     """Judge each claim: it is supported where each requirement has an interval without 0, an adjusted p-value below
-    LEVEL, its minimum effect, and CONTROL_MARGIN times what any control reaches. Without a control none is."""
+    LEVEL, its minimum effect, and CONTROL_FACTOR times what any control reaches. Without a control none is."""
     results_by_claim = []
     for claim in claims:
         results = [check(requirement, measured, controls) for requirement in claim.requirements]
@@ -145,7 +145,7 @@ def check(requirement: Requirement, measured: Evidence, controls: Sequence[Evide
     if requirement.of_control is not None:
         of_controls = [np.ravel(requirement.of_control(control.values)) for control in controls]
         reached = tuple(float(each) for values in of_controls for each in values if not np.isnan(each))
-        threshold = max(threshold, CONTROL_MARGIN * max(map(abs, reached), default=np.inf))
+        threshold = max(threshold, CONTROL_FACTOR * max(map(abs, reached), default=np.inf))
     p_value = bootstrap_p_value(replicates) if requirement.p_value is None else requirement.p_value(measured)
     n = measured.counts.get(requirement.counted, measured.n)
     deviation = float(replicates.std()) * np.sqrt(n)

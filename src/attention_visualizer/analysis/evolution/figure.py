@@ -17,7 +17,7 @@ from attention_visualizer.measures.map_measures import uniform_entropy
 from attention_visualizer.runs.history import AttentionHistory
 
 FRAME_MILLISECONDS = 600
-MOST_FRAMES = 300  # they are in memory together
+MAX_FRAMES = 300  # they are in memory together
 
 
 def draw(history: AttentionHistory) -> Figure:
@@ -43,8 +43,8 @@ def draw(history: AttentionHistory) -> Figure:
 
 
 def draw_frames(history: AttentionHistory) -> Iterator[PanelFigure]:
-    """One figure for each captured frame of the probe images, at most MOST_FRAMES, the last one among them."""
-    step = -(-len(history.frames) // MOST_FRAMES)
+    """One figure for each captured frame of the probe images, at most MAX_FRAMES, the last one among them."""
+    step = -(-len(history.frames) // MAX_FRAMES)
     for frame in history.frames[::-step][::-1]:
         yield probe_sheet(history.probe, frame, moment(float(frame["epoch"]), int(frame["step"])))
 

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 
 from attention_visualizer.analysis.importance.figure import draw
-from attention_visualizer.analysis.importance.measure import ABLATIONS, LEAST_PART, Importance, measure, num_passes
+from attention_visualizer.analysis.importance.measure import ABLATIONS, MIN_PART, Importance, measure, num_passes
 from attention_visualizer.analysis.needs import ChapterWriter, Need
-from attention_visualizer.analysis.study.budget import LEAST_IMAGES
+from attention_visualizer.analysis.study.budget import MIN_IMAGES
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
 
 def write(study: Study) -> Chapter:
     title = CHAPTER.title
-    if len(study.target.images) < LEAST_IMAGES:
-        return Chapter(title, f"Omitted: head importance needs at least {LEAST_IMAGES} images.")
+    if len(study.target.images) < MIN_IMAGES:
+        return Chapter(title, f"Omitted: head importance needs at least {MIN_IMAGES} images.")
     rows = study.affordable_rows(num_passes(study))
     if rows is None:
         return Chapter(title, TOO_MUCH.format(passes=num_passes(study)))
@@ -58,7 +58,7 @@ def headline(measured: Importance) -> str:
     accuracy = "accuracy" if measured.class_source == "true" else "agreement with its own predictions"
     return (
         f"{needed or 'None'} of {count} heads {'is' if needed < 2 else 'are'} needed alone: zero ablation costs more "
-        f"than {LEAST_PART:.0%} of the class's score. The most important, head "
+        f"than {MIN_PART:.0%} of the class's score. The most important, head "
         f"{measured.heads.labels[most_needed]}, costs {loss[most_needed].text(2)} of {measured.score.text(2)} logits "
         f"and {accuracy_loss.text(2)} percentage points of {accuracy} (n = {n:,})."
     )
@@ -72,7 +72,7 @@ def text_of(measured: Importance) -> str:
         score=measured.score.text(2),
         accuracy=measured.accuracy.text(2, percent=True),
         least=measured.least_loss,
-        part=LEAST_PART,
+        part=MIN_PART,
         zero=measured.num_mattering("zero"),
         mean=measured.num_mattering("mean"),
         count=len(measured.heads),

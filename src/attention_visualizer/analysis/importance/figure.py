@@ -12,7 +12,7 @@ from attention_visualizer.analysis.importance.measure import ABLATIONS, Correlat
 from attention_visualizer.figures import charts
 
 COLORS = {"zero": charts.MEDIAN, "mean": charts.PLACE}
-MOST_LABELLED = 3  # heads of the largest losses
+MAX_LABELLED = 3  # heads of the largest losses
 
 
 def draw(measured: Importance) -> Figure:
@@ -68,7 +68,7 @@ def label_largest(axis: Axes, measured: Importance, correlation: Correlation) ->
     """Name the heads of the largest losses, towards the middle of the axis."""
     quantity, loss = correlation.quantity, measured.loss("zero").value
     middle = np.mean([quantity.min(), quantity.max()])
-    for position in np.argsort(loss)[-MOST_LABELLED:]:
+    for position in np.argsort(loss)[-MAX_LABELLED:]:
         inward = -1 if quantity[position] > middle else 1
         axis.annotate(
             measured.heads.labels[position],

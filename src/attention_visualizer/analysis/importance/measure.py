@@ -24,7 +24,7 @@ from attention_visualizer.support.parallel import on_all_cores
 Array = NDArray[Any]
 
 # Declared beforehand: a head matters if, without it, the class's score falls by at least this part of what it is.
-LEAST_PART = 0.05
+MIN_PART = 0.05
 # Declared beforehand: a head works alike on every image if at most this part of its loss is left when it is averaged.
 CONSTANT_PART = 0.1
 
@@ -82,7 +82,7 @@ class Importance:
     @property
     def least_loss(self) -> float:
         """The least loss of the score without a head that matters."""
-        return LEAST_PART * abs(float(self.score.value))
+        return MIN_PART * abs(float(self.score.value))
 
     def matters(self, ablation: str) -> Array:
         """Whether the whole interval lies beyond the least loss: bool [layer, head + 1]."""

@@ -13,10 +13,10 @@ from attention_visualizer.analysis.study.heads import Heads
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.head_roles import (
-    ALIKE,
-    BEYOND_CONTROLS,
-    LEAST_INK,
-    LEAST_ON_BORDER,
+    CONTROL_FACTOR,
+    MAX_DIVERGENCE,
+    MIN_INK,
+    MIN_ON_BORDER,
     MOSTLY,
     NO_ROLE,
     OFTEN_EMPTY,
@@ -160,10 +160,10 @@ def text_of(measured: MeasuredHeads) -> str:
             uniform=roles.uniform.text(),
             controls=measured.num_controls,
             ink=roles.bounds["ink"],
-            least=LEAST_INK,
+            least=MIN_INK,
             place=roles.bounds["place"],
             content=roles.bounds["content"],
-            beyond=BEYOND_CONTROLS,
+            beyond=CONTROL_FACTOR,
             mostly=MOSTLY,
             near=roles.bounds["distance"],
             token=roles.bounds["class token"],
@@ -181,7 +181,7 @@ def border_text(roles: Roles) -> str:
     emptiness = roles.emptiness.text(1, percent=True)
     if not roles.compares_border:
         return SELDOM_EMPTY.format(empty=emptiness, n=roles.emptiness.n, often=OFTEN_EMPTY)
-    return BORDER.format(empty=emptiness, n=roles.emptiness.n, bound=roles.bounds["border"], least=LEAST_ON_BORDER)
+    return BORDER.format(empty=emptiness, n=roles.emptiness.n, bound=roles.bounds["border"], least=MIN_ON_BORDER)
 
 
 def redundancy_text(redundancy: Redundancy) -> str:
@@ -189,14 +189,14 @@ def redundancy_text(redundancy: Redundancy) -> str:
     if len(redundancy.divergence) < 2:
         return ""
     pairs = redundancy.divergence[np.triu_indices(len(redundancy.divergence), 1)]
-    num_alike = int((pairs < ALIKE).sum())
+    num_alike = int((pairs < MAX_DIVERGENCE).sum())
     sizes = sorted((int(size) for size in np.bincount(redundancy.cluster) if size > 1), reverse=True)
     groups = "groups" if len(sizes) > 1 else "group"
     control = redundancy.control
     return REDUNDANCY.format(
         n=len(redundancy.of_images),
         mean=intervals.bootstrap_mean(redundancy.of_images).text(),
-        alike=ALIKE,
+        alike=MAX_DIVERGENCE,
         count=num_alike,
         verb="diverges" if num_alike == 1 else "diverge",
         pairs=len(pairs),

@@ -15,11 +15,11 @@ from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.data import ink
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.head_roles import (
-    BEYOND_CONTROLS,
-    LEAST_INK,
-    LEAST_ON_BORDER,
-    LEAST_ON_CLASS_TOKEN,
-    LEAST_SELECTIVE,
+    CONTROL_FACTOR,
+    MIN_INK,
+    MIN_ON_BORDER,
+    MIN_ON_CLASS_TOKEN,
+    MIN_SELECTIVITY,
     NEAR,
     OFTEN_EMPTY,
     Selectivity,
@@ -188,15 +188,15 @@ def reached_by(controls: Sequence[tuple[Survey, Array]]) -> dict[str, float]:
 
 
 def role_bounds(reached: dict[str, float]) -> dict[str, float]:
-    """Return what each value must reach: the least effect, or BEYOND_CONTROLS times what random weights reach;
+    """Return what each value must reach: the least effect, or CONTROL_FACTOR times what random weights reach;
     "distance" must lie below its bound."""
     least = {
-        "ink": LEAST_INK,
-        "place": LEAST_SELECTIVE,
-        "content": LEAST_SELECTIVE,
-        "class token": LEAST_ON_CLASS_TOKEN,
+        "ink": MIN_INK,
+        "place": MIN_SELECTIVITY,
+        "content": MIN_SELECTIVITY,
+        "class token": MIN_ON_CLASS_TOKEN,
         "distance": 1 - NEAR,
-        "border": LEAST_ON_BORDER,
+        "border": MIN_ON_BORDER,
     }
-    bounds = {name: max(least[name], BEYOND_CONTROLS * reached[name]) for name in least}
+    bounds = {name: max(least[name], CONTROL_FACTOR * reached[name]) for name in least}
     return bounds | {"distance": 1 - bounds["distance"]}

@@ -2,9 +2,9 @@
 
 Hands out the chapter.
 
-    chapter.py    seeds or settings?
-    run_table.py  the compared runs as a table and as JSON
-    seeds/        runs that differ in the seed only
-    settings/     runs that differ in their settings
-    survey.py     the compared runs, each surveyed with the same images
+    chapter.py        seeds or settings?
+    run_table.py      the compared runs as a table and as JSON
+    seeds/            runs that differ in the seed only
+    settings/         runs that differ in their settings
+    surveyed_runs.py  the compared runs, each surveyed with the same images
 """

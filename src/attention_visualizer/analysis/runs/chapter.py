@@ -5,7 +5,7 @@ from __future__ import annotations
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.runs.seeds import chapter as seeds_chapter
 from attention_visualizer.analysis.runs.settings import chapter as settings_chapter
-from attention_visualizer.analysis.runs.survey import survey_runs
+from attention_visualizer.analysis.runs.surveyed_runs import survey_runs
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.report.chapter import Chapter
 
@@ -22,9 +22,11 @@ compares several seeds of one model, or the jobs of a sweep."""
 
 NO_LABELS = """Runs are compared on a test set with known classes, which these images are not."""
 
+NO_INK = """Runs are compared on a test set of digits, by attention to their ink, which these images do not have."""
+
 CHAPTER = ChapterWriter(
     "Comparing runs",
     write,
     ("attention_across_seeds", "attention_across_runs"),
-    {Need.SEVERAL_RUNS: NO_RUNS, Need.LABELS: NO_LABELS, Need.INK: NO_LABELS},
+    {Need.SEVERAL_RUNS: NO_RUNS, Need.LABELS: NO_LABELS, Need.INK: NO_INK},
 )

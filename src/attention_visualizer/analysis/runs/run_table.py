@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from attention_visualizer.analysis.runs.survey import SurveyedRun
+from attention_visualizer.analysis.runs.surveyed_runs import SurveyedRun
 from attention_visualizer.report.chapter import Table
 
 

@@ -12,10 +12,10 @@ from attention_visualizer.analysis.statistics.measure import OUTCOME_MEASURES, G
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
 from attention_visualizer.measures.intervals import share_interval
-from attention_visualizer.measures.streaming import ALL_MEASURES, MeasureSummary
+from attention_visualizer.measures.streaming import REPORTED_MEASURES, MeasureSummary
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table, escape_markdown
 
-UNITS = {each.name: each.unit for each in ALL_MEASURES}
+UNITS = {each.name: each.unit for each in REPORTED_MEASURES}
 
 
 def write(study: Study) -> Chapter:

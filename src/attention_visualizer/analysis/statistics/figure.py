@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 from attention_visualizer.analysis.statistics.measure import Groups, Statistics
 from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.figures import charts
-from attention_visualizer.measures.streaming import ALL_MEASURES
+from attention_visualizer.measures.streaming import REPORTED_MEASURES
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BY_LAYER = ("maximum", "mean", "entropy")
 BY_HEAD = ("entropy", "distance", "sink", "divergence", "confidence", "content")
-LABELS = {measure.name: f"{measure.label} ({measure.unit})" for measure in ALL_MEASURES}
+LABELS = {measure.name: f"{measure.label} ({measure.unit})" for measure in REPORTED_MEASURES}
 LABELS["content"] = "content dependence (nats)"
 HEADS_IN_ROW = 2  # heat maps side by side
 
@@ -48,7 +48,7 @@ def draw_heads(measured: Statistics) -> Figure:
     means["content"] = survey.selectivity.content.value
     names = [name for name in BY_HEAD if not np.isnan(means[name]).all()]
     rows = -(-len(names) // HEADS_IN_ROW)
-    cell = 0.62 if num_layers * num_heads <= charts.MOST_ANNOTATED else 0.3
+    cell = 0.62 if num_layers * num_heads <= charts.MAX_ANNOTATED else 0.3
     width = max(11.0, HEADS_IN_ROW * (cell * num_heads + 1.8))
     figure = Figure(figsize=(width, rows * max(2.8, 0.36 * num_layers + 1.2) + 0.4), layout="constrained")
     axes = figure.subplots(rows, HEADS_IN_ROW, squeeze=False).flatten()

@@ -2,13 +2,13 @@
 
 Hands out Study and the objects in it.
 
-    budget.py         how much may be spent on a chapter
-    compared_runs.py  the runs that `runs=` names, checked
-    heads.py          which heads a model has
-    output.py         where figures go, and their watermark
-    samples.py        which single images the figures show
-    study.py          Study: all of it together
-    survey.py         one pass over all images: statistics and maps
-    target.py         the model, the images and how attention is read
-    weights.py        which weights, and their test images
+    analysed_weights.py  which weights, and their test images
+    budget.py            how much may be spent on a chapter
+    compared_runs.py     the runs that `runs=` names, checked
+    heads.py             which heads a model has
+    output.py            where figures go, and their watermark
+    samples.py           which single images the figures show
+    study.py             Study: all of it together
+    survey.py            one pass over all images: statistics and maps
+    target.py            the model, the images and how attention is read
 """

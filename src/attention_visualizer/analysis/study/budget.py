@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LEAST_IMAGES = 30  # with fewer, intervals say nothing
+MIN_IMAGES = 30  # with fewer, intervals say nothing
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Budget:
         if self.max_cost is None:
             return count
         count = min(count, int(self.max_cost / cost_of_image))
-        return None if count < LEAST_IMAGES else count
+        return None if count < MIN_IMAGES else count
 
 
 # The default model costs 1.4e7 an image and pass; two cores do about 5e10 of them in a second.

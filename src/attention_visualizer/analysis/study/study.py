@@ -31,7 +31,7 @@ from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.parallel import on_all_cores
 
 HeadLayers = Literal["all", "last"]
-LARGEST_DRAWN = 224  # pixels a side, twice those of a tile
+MAX_THUMBNAIL_SIDE = 224  # pixels a side, twice those of a tile
 CONTROL_IMAGES = 1000  # that each control model is surveyed on
 FIRST_CONTROL = 1000  # the seed of the first control: no run is likely to have it
 
@@ -186,7 +186,7 @@ def save_for_samples(
 def thumbnail(image: Tensor) -> np.ndarray:
     """uint8 [channel, height, width] to [height, width, channel], no larger than it is drawn."""
     picture = image.permute(1, 2, 0).contiguous().numpy()
-    share = LARGEST_DRAWN / max(picture.shape[:2])
+    share = MAX_THUMBNAIL_SIDE / max(picture.shape[:2])
     if share >= 1:
         return picture
     size = max(1, round(picture.shape[1] * share)), max(1, round(picture.shape[0] * share))

@@ -16,15 +16,15 @@ from attention_visualizer.attention.capture import AttentionLayer, capture
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.outputs import has_head, predict
 from attention_visualizer.measures import map_measures
-from attention_visualizer.measures.head_roles import MOST_IMAGES, Selectivity, nan_mean, selectivity
+from attention_visualizer.measures.head_roles import MAX_IMAGES, Selectivity, nan_mean, selectivity
 from attention_visualizer.measures.intervals import BootstrapMeans, Interval, stratified
 from attention_visualizer.measures.observation import Observation, ObservationCollector, RolloutOptions
-from attention_visualizer.measures.streaming import ALL_MEASURES, AttentionStatistics, MeanWeights, MeasureSummary
+from attention_visualizer.measures.streaming import REPORTED_MEASURES, AttentionStatistics, MeanWeights, MeasureSummary
 
 Array = NDArray[Any]
 Batch = tuple[Tensor, Tensor | None]
-MOST_BYTES = 64 * 2**20  # of the maps that are kept
-MEASURE_NAMES = tuple(measure.name for measure in ALL_MEASURES)
+MAX_BYTES = 64 * 2**20  # of the maps that are kept
+MEASURE_NAMES = tuple(measure.name for measure in REPORTED_MEASURES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,8 @@ class Survey:
 
     @property
     def subsample(self) -> Array:
-        """Positions of at most MOST_IMAGES of the kept images, evenly spaced."""
-        return np.unique(np.linspace(0, len(self.kept) - 1, min(len(self.kept), MOST_IMAGES)).astype(np.int64))
+        """Positions of at most MAX_IMAGES of the kept images, evenly spaced."""
+        return np.unique(np.linspace(0, len(self.kept) - 1, min(len(self.kept), MAX_IMAGES)).astype(np.int64))
 
     @cached_property
     def selectivity(self) -> Selectivity:
@@ -175,7 +175,7 @@ class SurveyAccumulator:
         self.labels = labels
         self.batch_values: dict[tuple[str, int], Tensor] = {}  # (measure, layer) -> [image, head]
         self.statistics = AttentionStatistics(
-            ALL_MEASURES, lambda name, layer, values: self.batch_values.update({(name, layer): values})
+            REPORTED_MEASURES, lambda name, layer, values: self.batch_values.update({(name, layer): values})
         )
         self.mean_weights = MeanWeights()
         self.means = BootstrapMeans()
@@ -200,7 +200,7 @@ class SurveyAccumulator:
         observation = collector.observation(predicted, probability, attention.reconstruction_error)
         start, end = self.num_images, self.num_images + len(batch)
         if self.kept is None:
-            self.kept = stratified(self.labels, max(1, MOST_BYTES // bytes_of_image(observation, len(batch))))
+            self.kept = stratified(self.labels, max(1, MAX_BYTES // bytes_of_image(observation, len(batch))))
         rows = self.kept[(self.kept >= start) & (self.kept < end)] - start
         self.observations.append(select_images(observation, rows))
         self._update_means(predicted, self.labels[start:end], observation.head_maps.shape[1:3])

@@ -9,10 +9,10 @@ from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.trust.figure import draw
 from attention_visualizer.analysis.trust.measure import PASSES, TrustResult, measure
 from attention_visualizer.analysis.trust.verdict import (
-    BEYOND_CONTROLS,
+    CONTROL_FACTOR,
     DIRECTIONS,
-    LEAST_GAIN,
-    MOST_LIKENESS,
+    MAX_LIKENESS,
+    MIN_GAIN,
     OPERATOR_NAMES,
     Gain,
 )
@@ -36,7 +36,7 @@ def write(study: Study) -> Chapter:
                 "Above: probability of the predicted class as patches are removed (deletion) or restored (insertion), "
                 f"most relevant first, mean over {result.num_images:,} test images; grey: random and "
                 "ink-only baseline rankings. Below: the area gained over these three (trust requires each point right "
-                f"of the dashed line, and of the bar of its colour, {BEYOND_CONTROLS:g} times the gain of the method's "
+                f"of the dashed line, and of the bar of its colour, {CONTROL_FACTOR:g} times the gain of the method's "
                 "map with random weights), and the similarity of each map to its map as more and more layers are "
                 f"randomised, over {result.num_control_images} images.",
             )
@@ -66,9 +66,9 @@ def headline(result: TrustResult) -> str:
 def text_of(result: TrustResult) -> str:
     return TEXT.format(
         n=result.num_images,
-        least=LEAST_GAIN,
-        likeness=MOST_LIKENESS,
-        beyond=BEYOND_CONTROLS,
+        least=MIN_GAIN,
+        likeness=MAX_LIKENESS,
+        beyond=CONTROL_FACTOR,
         controls=result.num_controls,
         randomised=result.num_control_images,
         reasons="\n".join(f"- {each.reason}" for each in result.methods),
@@ -113,7 +113,7 @@ def gain_table(result: TrustResult) -> Table:
     rows.append(["verdict", "", *("trusted" if each.is_trusted else "not trusted" for each in result.methods)])
     return Table(
         f"Probability gained over the random and ink-only rankings, paired over {result.num_images:,} "
-        f"images; trust requires at least {LEAST_GAIN} and {BEYOND_CONTROLS:g} times the value in the next table in "
+        f"images; trust requires at least {MIN_GAIN} and {CONTROL_FACTOR:g} times the value in the next table in "
         "every row, with the interval above 0.",
         ["gain", "against", *(each.name for each in result.methods)],
         rows,
@@ -144,9 +144,9 @@ def numbers_of(result: TrustResult) -> dict[str, Any]:
         "images_randomised": result.num_control_images,
         "controls": result.num_controls,
         "stages": result.stages,
-        "least_gain": LEAST_GAIN,
-        "beyond_controls": BEYOND_CONTROLS,
-        "most_likeness": MOST_LIKENESS,
+        "least_gain": MIN_GAIN,
+        "beyond_controls": CONTROL_FACTOR,
+        "most_likeness": MAX_LIKENESS,
         "rankings": {
             each.name: {
                 "areas": {

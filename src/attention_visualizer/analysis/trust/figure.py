@@ -14,8 +14,8 @@ from attention_visualizer.analysis.trust.verdict import (
     BASELINES,
     DIRECTIONS,
     INKED,
-    LEAST_GAIN,
-    MOST_LIKENESS,
+    MAX_LIKENESS,
+    MIN_GAIN,
     OPERATOR_NAMES,
     RANDOM,
 )
@@ -59,7 +59,7 @@ def draw_curves(figure: SubFigure, result: TrustResult) -> None:
 
 def draw_gains(axis: Axes, result: TrustResult) -> None:
     """A row for each comparison: each method's gain with its interval, and a bar where random weights make it need
-    more than LEAST_GAIN."""
+    more than MIN_GAIN."""
     gains = result.methods[0].gains
     # Comparisons of one direction and operator stand together.
     at = -(np.arange(len(gains)) + np.arange(len(gains)) // len(BASELINES) * 0.9)
@@ -69,9 +69,9 @@ def draw_gains(axis: Axes, result: TrustResult) -> None:
         values, low, high = (np.array([getattr(one, end) for one in intervals]) for end in ("value", "low", "high"))
         charts.forest(heights, values, low, high, axis, color)
         needed = np.array([gain.needed for gain in method.gains])
-        more = needed > LEAST_GAIN
+        more = needed > MIN_GAIN
         axis.vlines(needed[more], heights[more] - 0.09, heights[more] + 0.09, color=color, linewidth=3)
-    axis.axvline(LEAST_GAIN, color=charts.REFERENCE, linestyle="--", linewidth=1)
+    axis.axvline(MIN_GAIN, color=charts.REFERENCE, linestyle="--", linewidth=1)
     axis.set_yticks(at, [f"against {gain.baseline}" for gain in gains])
     for first in range(0, len(gains), len(BASELINES)):
         name, place = gains[first].comparison, axis.get_yaxis_transform()
@@ -92,7 +92,7 @@ def draw_likeness(axis: Axes, result: TrustResult) -> None:
             axis.fill_between(
                 steps[1:], method.likeness.low, method.likeness.high, color=color, alpha=0.15, linewidth=0
             )
-    axis.axhline(MOST_LIKENESS, color=charts.REFERENCE, linestyle="--", linewidth=1)
+    axis.axhline(MAX_LIKENESS, color=charts.REFERENCE, linestyle="--", linewidth=1)
     axis.axhline(0, color=charts.REFERENCE, linewidth=1)
     axis.set_xticks(range(len(result.stages) + 1), ["trained", *result.stages], rotation=45, ha="right", fontsize=9)
     axis.set_xlabel("weights randomised, from the output down to")

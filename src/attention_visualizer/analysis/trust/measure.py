@@ -38,8 +38,8 @@ from attention_visualizer.support.parallel import on_all_cores
 Array = NDArray[Any]
 
 LAST_LAYER = "attention, last layer"  # what `explain` calls it
-MOST_CONTROL_IMAGES, LEAST_CONTROL_IMAGES = 60, 10  # whose maps are made again with random weights
-MOST_TOKENS = 10_000  # at once
+MAX_CONTROL_IMAGES, MIN_CONTROL_IMAGES = 60, 10  # whose maps are made again with random weights
+MAX_TOKENS = 10_000  # at once
 PASSES = 600  # over each image: 7 rankings, 2 operators and 30 steps, then gradients with other weights
 CONTROL_PASSES = 240  # over each control image, with each control's maps: 4 rankings, 2 operators and 30 steps
 
@@ -132,14 +132,14 @@ def measure(study: Study, rows: Array, seed: int = 0) -> TrustResult:
 def choose_control_rows(num_images: int, num_controls: int) -> Array:
     """Evenly spaced rows, so many that all controls together cost no more than the model's own maps."""
     affordable = num_images * PASSES // (CONTROL_PASSES * max(1, num_controls))
-    count = min(num_images, MOST_CONTROL_IMAGES, max(LEAST_CONTROL_IMAGES, affordable))
+    count = min(num_images, MAX_CONTROL_IMAGES, max(MIN_CONTROL_IMAGES, affordable))
     return np.arange(count) * num_images // count
 
 
 def memory_bounded_slices(study: Study, num_images: int) -> Iterator[slice]:
     """Slices of the images for one pass each."""
     num_patches = int(np.prod(own_model(study).grid_size))
-    size = min(batch_size(study.target.images.shape), max(1, MOST_TOKENS // num_patches))
+    size = min(batch_size(study.target.images.shape), max(1, MAX_TOKENS // num_patches))
     return (slice(start, start + size) for start in range(0, num_images, size))
 
 

@@ -20,9 +20,9 @@ DIRECTIONS = ("deletion", "insertion")
 OPERATOR_NAMES = {"fill": "background fill", "drop": "tokens dropped"}
 
 # Declared beforehand: what trust needs at least.
-LEAST_GAIN = 0.02  # of the class's probability, mean over the shares of patches: two points in a hundred
-MOST_LIKENESS = 0.5  # rank correlation with the map of random weights: a map that stays is not about the weights
-BEYOND_CONTROLS = 1.5  # times the largest gain of the same method's maps of random weights, for these answers
+MIN_GAIN = 0.02  # of the class's probability, mean over the shares of patches: two points in a hundred
+MAX_LIKENESS = 0.5  # rank correlation with the map of random weights: a map that stays is not about the weights
+CONTROL_FACTOR = 1.5  # times the largest gain of the same method's maps of random weights, for these answers
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Gain:
 
     @property
     def needed(self) -> float:
-        return LEAST_GAIN if self.control is None else max(LEAST_GAIN, BEYOND_CONTROLS * float(self.control.value))
+        return MIN_GAIN if self.control is None else max(MIN_GAIN, CONTROL_FACTOR * float(self.control.value))
 
     @property
     def comparison(self) -> str:
@@ -96,7 +96,7 @@ class MethodTrust:
     @property
     def is_sensitive(self) -> bool:
         """Whether the map depends on the weights."""
-        return self.closest_control is not None and bool(self.closest_control.high <= MOST_LIKENESS)
+        return self.closest_control is not None and bool(self.closest_control.high <= MAX_LIKENESS)
 
     @property
     def is_trusted(self) -> bool:

@@ -10,20 +10,20 @@ import numpy as np
 from attention_visualizer.analysis.runs.run_table import describe_remarks, run_numbers, run_table
 from attention_visualizer.analysis.runs.seeds.figure import divergences, draw
 from attention_visualizer.analysis.runs.seeds.measure import (
-    CLOSE,
-    MINIMUM_GAIN,
+    MIN_GAIN,
     QUANTITIES,
     Pair,
     SeedComparison,
     SeedEffects,
     measure,
 )
-from attention_visualizer.analysis.runs.survey import CONTROL_FACTOR, ENOUGH_SEEDS, SurveyedRun
+from attention_visualizer.analysis.runs.surveyed_runs import CONTROL_FACTOR, ENOUGH_SEEDS, SurveyedRun
 from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.measures.head_roles import MAX_DIVERGENCE
 from attention_visualizer.measures.intervals import LEVEL, smallest_sign_flip_p
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
-MOST_LISTED = 5  # runs whose values a cell of the table holds one by one
+MAX_LISTED = 5  # runs whose values a cell of the table holds one by one
 
 
 def write(study: Study, surveyed: list[SurveyedRun]) -> Chapter:
@@ -71,7 +71,7 @@ def describe_heads(comparison: SeedComparison) -> str:
         f"**Heads.** Matched heads of two seeds are {np.mean(gains):.0%} closer (pairs of runs: {min(gains):.0%} to "
         f"{max(gains):.0%}) than heads of the same layer paired at random. Matching unrelated heads reaches "
         f"{' and '.join(unrelated) or 'nothing, as there are none'}. The criterion declared in advance is at least "
-        f"{MINIMUM_GAIN:.0%} and {CONTROL_FACTOR:g} times the largest of these, so {comparison.limit:.0%}, and a "
+        f"{MIN_GAIN:.0%} and {CONTROL_FACTOR:g} times the largest of these, so {comparison.limit:.0%}, and a "
         f"permutation test. {verdict} {describe_close_heads(comparison)}"
     )
 
@@ -79,7 +79,9 @@ def describe_heads(comparison: SeedComparison) -> str:
 def describe_close_heads(comparison: SeedComparison) -> str:
     """Single heads may come again where most do not."""
     close, total = count_close(comparison.pairs)
-    sentence = f"Of single heads, {close} of {total} (heads x pairs of runs) have a match within {CLOSE:g} nats"
+    sentence = (
+        f"Of single heads, {close} of {total} (heads x pairs of runs) have a match within {MAX_DIVERGENCE:g} nats"
+    )
     if not comparison.shifted:
         return f"{sentence}."
     close, total = count_close(comparison.shifted)
@@ -89,7 +91,7 @@ def describe_close_heads(comparison: SeedComparison) -> str:
 def count_close(pairs: Sequence[Pair]) -> tuple[int, int]:
     """Count the heads that are close to their partners, and all heads."""
     matched = divergences(pairs)
-    return int((matched <= CLOSE).sum()), matched.size
+    return int((matched <= MAX_DIVERGENCE).sum()), matched.size
 
 
 def format_gains(pairs: Sequence[Pair]) -> str:
@@ -200,10 +202,10 @@ def head_table(comparison: SeedComparison) -> Table:
 
 
 def format_values(values: Any) -> str:
-    """List up to MOST_LISTED values; summarise longer lists as mean (min to max)."""
+    """List up to MAX_LISTED values; summarise longer lists as mean (min to max)."""
     if np.isnan(values).any():
         return "–"
-    if len(values) > MOST_LISTED:
+    if len(values) > MAX_LISTED:
         return mean_and_range(values)
     return ", ".join(f"{value:.2f}" for value in values)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_visualizer.analysis.runs.survey import (
+from attention_visualizer.analysis.runs.surveyed_runs import (
     CONTROL_FACTOR,
     ENOUGH_SEEDS,
     SURVEY_IMAGES,
@@ -27,9 +27,7 @@ from attention_visualizer.measures.intervals import LEVEL, false_discovery_contr
 
 Array = NDArray[Any]
 # Partners must be closer than randomly paired heads by this share of their divergence: a quarter of the way to a copy.
-MINIMUM_GAIN = 0.25
-# Nats of at most 0.69 between a head and its partner, from which a reader would take their maps for one head's.
-CLOSE = 0.1
+MIN_GAIN = 0.25
 # Minimum effects: a twentieth of what uniform attention has, a twentieth of all attention, a tenth of a uniform head's
 # attention to ink.
 QUANTITIES = {
@@ -113,9 +111,9 @@ class SeedComparison:
 
     @property
     def limit(self) -> float:
-        """The gain that partners must exceed: MINIMUM_GAIN, and CONTROL_FACTOR times what unrelated heads reach."""
+        """The gain that partners must exceed: MIN_GAIN, and CONTROL_FACTOR times what unrelated heads reach."""
         unrelated = [pair.gain for pair in (*self.shifted, *self.random)]
-        return max(MINIMUM_GAIN, CONTROL_FACTOR * max(unrelated, default=0.0))
+        return max(MIN_GAIN, CONTROL_FACTOR * max(unrelated, default=0.0))
 
     @cached_property
     def heads_recur(self) -> bool:

@@ -14,11 +14,11 @@ from attention_visualizer.analysis.runs.settings.measure import (
     SettingDifference,
     measure,
 )
-from attention_visualizer.analysis.runs.survey import ENOUGH_SEEDS, SurveyedRun
+from attention_visualizer.analysis.runs.surveyed_runs import ENOUGH_SEEDS, SurveyedRun
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
-MOST_NAMED_DIFFERENCES = 6  # in the text
+MAX_NAMED_DIFFERENCES = 6  # in the text
 
 
 def write(study: Study, surveyed: list[SurveyedRun]) -> Chapter:
@@ -73,9 +73,9 @@ def describe_differences(differences: Sequence[SettingDifference]) -> str:
         return f"No difference meets all criteria.{untrained}"
     named = "; ".join(
         f"{each.setting.name}: {each.quantity.label.split(' (')[0]} {signed(each)}"
-        for each in outstanding[:MOST_NAMED_DIFFERENCES]
+        for each in outstanding[:MAX_NAMED_DIFFERENCES]
     )
-    unnamed = len(outstanding) - MOST_NAMED_DIFFERENCES
+    unnamed = len(outstanding) - MAX_NAMED_DIFFERENCES
     more = f"; {unnamed} more are in the table" if unnamed > 0 else ""
     return f"{len(outstanding)} of {len(differences)} differences meet all criteria: {named}{more}.{untrained}"
 

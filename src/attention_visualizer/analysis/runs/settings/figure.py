@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from attention_visualizer.analysis.runs.settings.measure import (
-    MOST_NAMED,
+    MAX_NAMED,
     QUANTITIES,
     Quantity,
     Setting,
@@ -19,7 +19,7 @@ from attention_visualizer.analysis.runs.settings.measure import (
 )
 from attention_visualizer.figures import charts, run_charts
 
-MOST_TICKS = 6  # settings whose values are printed at the axis where several vary
+MAX_TICKS = 6  # settings whose values are printed at the axis where several vary
 
 
 def draw(comparison: SettingComparison) -> Figure:
@@ -62,7 +62,7 @@ def draw_quantity(comparison: SettingComparison, quantity: Quantity, above: Axes
         minimum=quantity.minimum,
         scale=scale,
     )
-    below.set_xlabel(name_varied(varied) if len(varied) <= MOST_NAMED else "setting (see the table)")
+    below.set_xlabel(name_varied(varied) if len(varied) <= MAX_NAMED else "setting (see the table)")
     below.set_title(f"difference from {settings[0].name}", fontsize=11)
 
 
@@ -74,7 +74,7 @@ def has_values(settings: Sequence[Setting], quantity: Quantity) -> bool:
 
 def name_varied(varied: Sequence[str]) -> str:
     """Name the settings that vary: "embed_dim and num_heads", or "3 settings"."""
-    return join_names(varied) if len(varied) <= MOST_NAMED else f"{len(varied)} settings"
+    return join_names(varied) if len(varied) <= MAX_NAMED else f"{len(varied)} settings"
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -85,6 +85,6 @@ def tick_labels(settings: Sequence[Setting], num_varied: int) -> list[str]:
     """Label with values alone where one setting varies; with rows of the table where there is too much to print."""
     if num_varied == 1:
         return [setting.label.partition("=")[2] for setting in settings]
-    if num_varied <= MOST_NAMED and len(settings) <= MOST_TICKS:
+    if num_varied <= MAX_NAMED and len(settings) <= MAX_TICKS:
         return [setting.label.replace(", ", "\n") for setting in settings]
     return [str(row + 1) for row in range(len(settings))]

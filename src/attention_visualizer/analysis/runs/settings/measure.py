@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_visualizer.analysis.runs.survey import (
+from attention_visualizer.analysis.runs.surveyed_runs import (
     CONTROL_FACTOR,
     SURVEY_IMAGES,
     Quantity,
@@ -31,7 +31,7 @@ from attention_visualizer.runs.config_fields import is_architecture
 
 Array = NDArray[Any]
 
-MOST_NAMED = 2  # varied settings that the name of a setting holds
+MAX_NAMED = 2  # varied settings that the name of a setting holds
 QUANTITIES = (
     # Twenty of 10,000 test images: more than another seed brings about in the default model (12 over three seeds).
     Quantity("accuracy", "accuracy", 0.002),
@@ -162,7 +162,7 @@ def group_by_setting(surveyed: Sequence[SurveyedRun], controls: Sequence[Sequenc
         settings.append(
             Setting(
                 label,
-                label if len(parts) <= MOST_NAMED else f"setting {len(settings) + 1}",
+                label if len(parts) <= MAX_NAMED else f"setting {len(settings) + 1}",
                 [surveyed[position].run for position in positions],
                 {name: mean_value([values[name] for values in trained]) for name in trained[0]},
                 {name: [values[name].mean for values in trained] for name in trained[0]},
