@@ -265,7 +265,7 @@ def test_layers_without_a_known_grid_are_left_out_and_named() -> None:
     statistics = AttentionStatistics()
     weights = random_weights()
     statistics.update(layer_of(0, weights[0], geometry=None))
-    with pytest.raises(UserError, match=r"not known where .* geometry=Geometry"):
+    with pytest.raises(UserError, match=r"are unknown: .* geometry=Geometry"):
         statistics.compute()
     statistics.update(layer_of(1, weights[1]))
     assert list(statistics.left_out) == ["blocks.0.attn"] and statistics.layer_names == ["blocks.1.attn"]
