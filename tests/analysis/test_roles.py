@@ -407,7 +407,7 @@ def test_a_chapter_of_planted_heads(tmp_path: Path) -> None:
     assert found.finding is not None
     assert found.finding.text.startswith(
         "6 of 9 heads have a measured role (1 ink, 1 background, 1 fixed position, 1 content-dependent, "
-        "1 class token, 1 neighbours). Head 1.3 follows ink most strongly: -0.313"
+        "1 class token, 1 neighbours). Head 1.3 responds most strongly to ink: -0.313"
     )
     # Uniform ones and those that only differ in where patches look are one cluster, and nobody is with the others.
     cluster = found.numbers["cluster"]

@@ -227,7 +227,7 @@ def names(folder: Path) -> list[tuple[str, str]]:
 MISTAKES = {
     ("model_from=timm:test_vit", "ckpt=random"): "give the images with images=<folder>",
     (SMALL, "images=photos"): "give the weights with ckpt=<file>",
-    (SMALL, "images=photos", "ckpt=random", "run=runs/one"): "speak of different models",
+    (SMALL, "images=photos", "ckpt=random", "run=runs/one"): "refer to different models",
     (SMALL, "images=''", "ckpt=random"): "images= is empty",
     ("images=photos", "ckpt=best"): "no checkpoint yet in runs/",
     (SMALL, "images=photos/china.png", "ckpt=random"): "this is a file, not a folder",
@@ -302,7 +302,7 @@ def test_what_a_model_does_not_state_can_be_said(place: Path) -> None:
     model, photos = Silent(), place / "photos"
     with pytest.raises(UserError, match="give it with image_size="):
         AttentionVisualizer(model=model, images=photos).study  # noqa: B018
-    with pytest.raises(UserError, match=r"not known where .* geometry=Geometry"):
+    with pytest.raises(UserError, match=r"positions of this model.* geometry=Geometry"):
         AttentionVisualizer(model=nn.Sequential(nn.Identity(), Scrambled()), images=photos, image_size=24).study  # noqa: B018
     given = Geometry((3, 4), 0, (8, 4))
     visualizer = AttentionVisualizer(

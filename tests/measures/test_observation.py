@@ -184,7 +184,7 @@ def test_what_cannot_be_asked() -> None:
 
 def test_a_model_whose_grid_is_not_known_is_refused() -> None:
     blocks: Any = oblong_model().blocks
-    with pytest.raises(UserError, match=r"not known where .* geometry=Geometry"):
+    with pytest.raises(UserError, match=r"positions of this model.* geometry=Geometry"):
         observe(blocks, torch.randn(IMAGES, 56, 21))
 
 

@@ -83,7 +83,7 @@ def test_whatever_is_changed_is_refused(saved: Saved) -> None:
             for value in WRONG:
                 if path[-1] == "state_dict" and value == {} or (path[-1] == "lr_lambdas" and value == []):
                     continue
-                with pytest.raises(UserError, match="training cannot go on"):
+                with pytest.raises(UserError, match="training cannot resume"):
                     saved.check(saved.changed(path, value))
                     pytest.fail(f"{path} = {value!r}")
 
@@ -103,7 +103,7 @@ def test_whatever_is_missing_is_refused(saved: Saved) -> None:
         flag = isinstance(value, bool | None) and path[0] != "loops"  # which other versions of PyTorch may not have
         if flag or path[-2:-1] == ("state",) or path[-1] == "combined_loader":  # of a parameter without a gradient yet
             continue
-        with pytest.raises(UserError, match="training cannot go on"):
+        with pytest.raises(UserError, match="training cannot resume"):
             saved.check(saved.changed(path, ...))
             pytest.fail(f"without {path}")
 
@@ -133,7 +133,7 @@ def test_a_moment_must_fill_its_memory(saved: Saved) -> None:
     behind = torch.ones(place.numel())[-1:].expand(place.numel()).view(1, -1).expand(1, -1)
     behind = torch.as_strided(behind, place.shape, [0] * place.ndim)
     assert behind.shape == place.shape
-    with pytest.raises(UserError, match="training cannot go on"):
+    with pytest.raises(UserError, match="training cannot resume"):
         saved.check(saved.changed(moment(saved), behind))
 
 

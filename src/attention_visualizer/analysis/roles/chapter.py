@@ -146,7 +146,7 @@ def finding_of(measured: MeasuredHeads, figure: str) -> Finding:
     strongest = int(np.argmax(np.abs(follows.value)))
     return Finding(
         f"{with_role} of {len(heads)} heads have a measured role ({listed}). Head {heads.labels[strongest]} "
-        f"follows ink most strongly: {follows[strongest].text()} of its attention beyond its usual positions "
+        f"responds most strongly to ink: {follows[strongest].text()} of its attention beyond its usual positions "
         f"(n = {n:,}).",
         figure,
     )
