@@ -244,7 +244,7 @@ MISTAKES = {
     (SMALL, "images=photos", "ckpt=random", "query=[10,0]"): "outside the 10 x 10 patch grid",
     (SMALL, "images=photos", "ckpt=random", "rollout_fusion=median"): "choose one of mean, max, min",
     (SMALL, "images=photos", "ckpt=random", "rollout_discard=1"): "give a share from 0",
-    (SMALL, "images=photos", "ckpt=random", "rollout_discard=all"): "give a number",
+    (SMALL, "images=photos", "ckpt=random", "rollout_discard=all"): "give a share from 0",
     ("model_from=timm:nothing_at_all", "images=photos", "ckpt=random"): "timm has no such model",
     ("model_from=timm:resnet18", "images=photos", "ckpt=random"): "no attention of ResNet was captured",
     ("model_from=timm:swin_tiny_patch4_window7_224", "images=photos", "ckpt=random", "query=[0,0]"): "inside windows",
