@@ -37,11 +37,11 @@ from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import ImageSet, InputFormat
 from attention_visualizer.files import atomic
 from attention_visualizer.files.digests import model_digest
+from attention_visualizer.runs.folders import ANALYSIS
 from attention_visualizer.support.errors import UserError
 
 log = logging.getLogger(__name__)
 
-OUTPUT = "attention_analysis"
 OWNER = "model.json"  # inside an output folder: whose analysis it holds
 
 
@@ -205,7 +205,7 @@ class AttentionVisualizer:
     def _output_folder(self) -> Path:
         if self._asked_output is not None:
             return self._asked_output
-        parts = [OUTPUT, self.model_path.stem, self.model_path.absolute().parent.name]
+        parts = [ANALYSIS, self.model_path.stem, self.model_path.absolute().parent.name]
         # attention_analysis, attention_analysis_<model>, ..._<folder>, then numbered: the first that is nobody else's.
         named = (Path("_".join(parts[: length + 1])) for length in range(len(parts)))
         numbered = (Path("_".join([*parts, str(number)])) for number in itertools.count(2))

@@ -10,7 +10,7 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from torch import nn
 
-from attention_visualizer.attention.geometry import Geometry, find_geometry
+from attention_visualizer.attention.geometry import Geometry, declared_layout
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.support.errors import UserError
 
@@ -63,19 +63,19 @@ def test_it_cannot_be_changed() -> None:
 def test_the_models_geometry_is_found_also_inside_a_wrapper(pooling: str, prefix: int) -> None:
     model = VisionTransformer(img_size=15, patch_size=3, num_layers=1, pooling=pooling)  # type: ignore[arg-type]
     expected = Geometry((5, 5), prefix, (3, 3))
-    assert find_geometry(model) == expected
-    assert find_geometry(nn.Sequential(nn.Identity(), model)) == expected
+    assert declared_layout(model).geometry == expected
+    assert declared_layout(nn.Sequential(nn.Identity(), model)).geometry == expected
 
 
 def test_timms_geometry_is_found_with_registers_and_an_oblong_image() -> None:
     model = timm_vit.VisionTransformer(
         img_size=(15, 55), patch_size=(5, 11), embed_dim=8, depth=1, num_heads=2, num_classes=3, reg_tokens=4
     )
-    assert find_geometry(model) == Geometry((3, 5), 5, (5, 11))
+    assert declared_layout(model).geometry == Geometry((3, 5), 5, (5, 11))
 
 
 def test_a_model_that_states_none_has_none() -> None:
-    assert find_geometry(nn.TransformerEncoderLayer(8, 2, 16)) is None
+    assert declared_layout(nn.TransformerEncoderLayer(8, 2, 16)).geometry is None
 
 
 # --- windows ---

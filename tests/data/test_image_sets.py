@@ -221,9 +221,9 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 def test_what_a_model_takes_is_found_or_asked_for() -> None:
     tiny = InputFormat.of(timm.create_model("vit_tiny_patch16_224", img_size=(64, 32), in_chans=1))
-    assert (tiny.size, tiny.channels, tiny.mean, tiny.stated) == ((64, 32), 1, (0.5,), True)
+    assert (tiny.size, tiny.channels, tiny.mean, tiny.declares_mean) == ((64, 32), 1, (0.5,), True)
     torchvisions = InputFormat.of(torchvision.models.VisionTransformer(64, 16, 1, 2, 8, 8))
-    assert (torchvisions.size, torchvisions.mean, torchvisions.stated) == ((64, 64), IMAGENET_MEAN, False)
+    assert (torchvisions.size, torchvisions.mean, torchvisions.declares_mean) == ((64, 64), IMAGENET_MEAN, False)
     transformers = pytest.importorskip("transformers")
     hugging = transformers.ViTForImageClassification(
         transformers.ViTConfig(image_size=40, patch_size=8, num_channels=1, hidden_size=24, num_hidden_layers=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, tzinfo
@@ -69,22 +68,6 @@ def test_a_broken_manifest_is_one_clear_line(tmp_path: Path, text: str) -> None:
     run.manifest_path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"run\.json .*repair or delete it"):
         run.read_manifest()
-
-
-def test_commit_of_a_checkout_and_of_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert folders.git_commit(tmp_path) is None
-    assert folders.git_commit(tmp_path / "nowhere") is None
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    (tmp_path / "code.py").write_text("1")
-    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
-        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
-    head = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    assert folders.git_commit(tmp_path) == head.stdout.strip()
-    (tmp_path / "code.py").write_text("2")
-    assert folders.git_commit(tmp_path) == head.stdout.strip() + "-dirty"
-    monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
-    assert folders.git_commit(tmp_path) is None
 
 
 def make_run(path: Path, **manifest: object) -> RunFolder:

@@ -13,7 +13,7 @@ from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import ImageFolder, InputFormat
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.report.markdown import ReportHeader
-from attention_visualizer.runs import folders
+from attention_visualizer.support import machine
 
 SOFTWARE = ("attention-visualizer", "torch", "numpy")
 MAX_UNREAD = 5  # pictures that are named
@@ -42,7 +42,7 @@ def report_header(study: Study, command: str, language: str) -> ReportHeader:
     )
     if isinstance(images, ImageFolder):
         facts["input"] = describe_input(images.format)
-    versions = ", ".join(f"{name} {folders.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
+    versions = ", ".join(f"{name} {machine.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
     facts["software"] = f"{versions}, Python {platform.python_version()}"
     headline = [facts["model"], facts["data"], *([f"accuracy {facts['accuracy']}"] if accuracy is not None else [])]
     return ReportHeader("Attention analysis", facts, warnings_of(study), command, language, headline)
@@ -65,7 +65,7 @@ def warnings_of(study: Study) -> list[str]:
 def describe_input(format: InputFormat) -> str:
     mean, std = ([f"{value:.3g}" for value in values] for values in (format.mean, format.std))
     cut = "" if format.crop_share == 1 else f", the middle {format.crop_share:.0%} of each side"
-    origin = "" if format.stated else " (those of ImageNet, because the model declares none)"
+    origin = "" if format.declares_mean else " (those of ImageNet, because the model declares none)"
     return (
         f"{format.size[0]} x {format.size[1]} pixels{cut}; channels normalised with mean {', '.join(mean)} and "
         f"standard deviation {', '.join(std)}{origin}"

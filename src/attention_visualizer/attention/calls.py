@@ -46,7 +46,9 @@ class AttentionCall:
     product: Tensor  # weights @ values, dropout left out here and in `expected`, or included in both
     expected: Tensor  # the same product as the model computed it
     magnitude: float  # of the numbers that are summed, to judge a difference by
-    replay: Callable[[Tensor], Tensor]  # other weights of that shape -> what the model goes on with, dropout included
+    replay: Callable[
+        [Tensor], Tensor
+    ]  # other weights of that shape -> the output passed on to the model, dropout included
 
 
 def largest(values: Tensor) -> float:

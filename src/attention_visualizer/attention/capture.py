@@ -90,7 +90,7 @@ def _recording(recorder: Recorder) -> Iterator[None]:
 
 
 class _ForceEager:
-    """Let compiled modules run their original code inside: what torch.compile has fused cannot be seen.
+    """Let compiled modules run their original code inside: what torch.compile has fused cannot be captured.
 
     The setting belongs to the whole process, so the first of several blocks makes it, and the last one ends it.
     """

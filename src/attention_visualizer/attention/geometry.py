@@ -18,7 +18,7 @@ NO_GEOMETRY = (
 
 Size = tuple[int, int]  # height, width
 ClassToken = Literal["read", "unread", "absent"]
-LARGEST_CHANNELS = 16  # of images; a convolution of more works on features
+MAX_CHANNELS = 16  # of images; a convolution of more works on features
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,12 @@ class DeclaredLayout:
     grid: Size | None
     class_token: ClassToken = "read"
 
-
-def find_geometry(model: nn.Module) -> Geometry | None:
-    """Return the geometry that `model`, or the first Vision Transformer inside it, declares; None without one."""
-    layout = declared_layout(model)
-    if layout.grid is None or layout.patch_size is None or layout.num_prefix_tokens is None:
-        return None
-    return Geometry(layout.grid, layout.num_prefix_tokens, layout.patch_size, class_token=layout.class_token)
+    @property
+    def geometry(self) -> Geometry | None:
+        """The geometry of the whole grid; None where a part of it is not declared."""
+        if self.grid is None or self.patch_size is None or self.num_prefix_tokens is None:
+            return None
+        return Geometry(self.grid, self.num_prefix_tokens, self.patch_size, class_token=self.class_token)
 
 
 def declared_layout(model: nn.Module) -> DeclaredLayout:
@@ -135,7 +134,7 @@ def size_of_patch(module: nn.Module) -> Size | None:
     convolution = module if isinstance(module, nn.Conv2d) else None
     for name in ("proj", "projection"):
         convolution = convolution or getattr(module, name, None)
-    if isinstance(convolution, nn.Conv2d) and convolution.in_channels <= LARGEST_CHANNELS:
+    if isinstance(convolution, nn.Conv2d) and convolution.in_channels <= MAX_CHANNELS:
         if convolution.stride != (1, 1):
             return as_size(convolution.stride)
     declared = as_size(getattr(module, "patch_size", None))

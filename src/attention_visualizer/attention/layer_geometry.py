@@ -97,10 +97,9 @@ class GeometryFinder:
     def _without_images(self, layer: LayerShape) -> Place | None:
         if layer.images is not None:
             return None
-        layout, prefix = self.declared, self.declared.num_prefix_tokens
-        if self.is_dynamic or layout.grid is None or layout.patch_size is None or prefix is None:
+        geometry = self.declared.geometry
+        if self.is_dynamic or geometry is None:
             return Unplaced("the model was called without images, and declares no grid of patches")
-        geometry = Geometry(layout.grid, prefix, layout.patch_size, class_token=layout.class_token)
         if geometry.num_tokens == layer.keys:
             return geometry
         return Unplaced(f"it has {layer.keys} keys, but the model declares {geometry.num_tokens} tokens")

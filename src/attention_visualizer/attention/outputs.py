@@ -25,7 +25,9 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def has_head(model: nn.Module) -> bool:
-    """False where the model declares no classes or its head was removed: its features would look like scores."""
+    """Whether the model has a classification head.
+
+    Where it declares no classes or its head was removed, its features would look like scores."""
     is_removed = any(isinstance(getattr(model, name, None), nn.Identity) for name in CLASSIFIER_NAMES)
     return not is_removed and getattr(model, "num_classes", None) != 0
 

@@ -13,15 +13,14 @@ from attention_visualizer.attention.calls import ERROR_BOUND, AttentionCall, lar
 from attention_visualizer.attention.layers import AttentionLayer, CaptureError, Edit, is_named
 from attention_visualizer.attention.torch_internals import DisableTorchFunction, TensorDictionary, version_of
 
-# The layer that an intervention put in place of the model's own, by the output that the model went on with; for blocks
-# inside it.
+# The layer of an intervention by the output that it passed on to the model, for captures inside its block.
 edited_layers: Any = TensorDictionary()  # Tensor -> AttentionLayer
 
 
 class Capture:
     """Hand each layer to a consumer, cut off from the model's computation."""
 
-    recomputes = False  # whether the model goes on with an output that is computed again, from weights of our own
+    recomputes = False  # whether the output passed on to the model is recomputed from weights of ours
 
     def __init__(self, consume: Callable[[AttentionLayer], None]) -> None:
         self.consume = consume
@@ -34,7 +33,7 @@ class Capture:
         return weights.detach(), values.detach()
 
     def receive(self, layer: AttentionLayer) -> Tensor | None:
-        """Hand the layer to the user's code; return the weights that the model goes on with, None for its own.
+        """Hand the layer to the user's code; return the weights to use in place of the model's own, None to keep those.
 
         Whatever that code raises is the user's.
         """
@@ -42,7 +41,7 @@ class Capture:
         return None
 
     def replay(self, layer: AttentionLayer, weights: Tensor, call: AttentionCall, output: Tensor) -> Tensor:
-        """Return what the model goes on with, given `weights` and the output that it had computed itself."""
+        """Return the output passed on to the model, given `weights` and the output that it had computed itself."""
         return output
 
     def finish(self, names: Sequence[str]) -> None:
@@ -79,7 +78,7 @@ class CaptureWithGradients(Capture):
 
 
 class Intervention(Capture):
-    """Let the model go on with what an edit makes of the weights."""
+    """Replace the model's weights by what an edit makes of them."""
 
     recomputes = True
 

@@ -57,10 +57,10 @@ from attention_visualizer.support.errors import UserError, summary
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 
 
-class OwnWork:
-    """Context in which any error is one of capturing itself, and becomes an InternalCaptureError that names the layer.
+class InternalErrors:
+    """Context manager that turns any error inside into an InternalCaptureError that names the layer.
 
-    A CaptureError or UserError is meant as it is.
+    A CaptureError or UserError passes unchanged.
     """
 
     def __init__(self, model: nn.Module, names: Mapping[int, str]) -> None:
@@ -103,10 +103,10 @@ class Recorder(TorchFunctionMode):
         self.names = {
             id(module): without_wrappers(name) or type(model).__name__ for name, module in model.named_modules()
         }
-        self.own_work = OwnWork(model, self.names)
+        self.internal_errors = InternalErrors(model, self.names)
         convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
         self.image_channels = {1, 3, 4} if convolution is None else {1, 3, 4, convolution.in_channels}
-        with self.own_work:
+        with self.internal_errors:
             self.geometries = GeometryFinder(model, geometry)
             self.by_hand = HandWrittenAttention()
         self.num_calls = 0
@@ -122,7 +122,7 @@ class Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         call = FunctionCall(function, args, kwargs)
         if function is F.scaled_dot_product_attention:
-            with self.own_work:
+            with self.internal_errors:
                 repeats = self.policy.recomputes and fused_dropout(call) > 0
                 before = random_state(next(call.tensors()).device) if repeats else None
             output = call()
@@ -132,7 +132,7 @@ class Recorder(TorchFunctionMode):
         try:  # which costs nothing, unlike a context, at each call of a model
             known = self.by_hand.before(call)
         except Exception as error:
-            raise self.own_work.failure(error) from error
+            raise self.internal_errors.failure(error) from error
         output = call()
         if isinstance(known, HandWrittenProduct):
             product = known
@@ -140,19 +140,19 @@ class Recorder(TorchFunctionMode):
         try:
             self.by_hand.after(call, known, output)
         except Exception as error:
-            raise self.own_work.failure(error) from error
+            raise self.internal_errors.failure(error) from error
         return output
 
     def _multi_head(self, call: FunctionCall, frame: FrameType) -> Any:
         """Run multi_head_attention_forward and return what the model gets when nothing is captured.
 
-        The attention inside it is seen like any other.
+        The attention inside it is captured like any other.
         """
         with self:
             output = multi_head_body(*call.args, **call.kwargs)
         if self.policy.recomputes:
             return output
-        with self.own_work:
+        with self.internal_errors:
             fast = fast_path_output(multi_head_frame(frame), self.names)
             if fast is None:
                 return output
@@ -161,9 +161,9 @@ class Recorder(TorchFunctionMode):
         return fast
 
     def _record(self, output: Tensor, describe: Callable[[DeclaredHeads], AttentionCall], frame: FrameType) -> Tensor:
-        """Record the attention call that returned `output`, and return what the model goes on with."""
+        """Record the attention call that returned `output`, and return the output passed on to the model."""
         began = time.perf_counter()
-        with self.own_work:
+        with self.internal_errors:
             recorded = self._layer(output, describe, frame)
         if recorded is None:
             return output
@@ -171,7 +171,7 @@ class Recorder(TorchFunctionMode):
         self.num_calls += 1
         weights = self.policy.receive(layer)
         if weights is not None:
-            with self.own_work, DisableTorchFunction():
+            with self.internal_errors, DisableTorchFunction():
                 output = self.policy.replay(layer, weights, call, output)
         self.attention.seconds += time.perf_counter() - began
         return output
@@ -179,7 +179,7 @@ class Recorder(TorchFunctionMode):
     def _layer(
         self, output: Tensor, describe: Callable[[DeclaredHeads], AttentionCall], frame: FrameType
     ) -> tuple[AttentionLayer, AttentionCall] | None:
-        """Return an attention call as a layer, proved; None for somebody else's attention."""
+        """Return an attention call as a layer, proved; None for the attention of another model."""
         stack = calling_stack(self.names, self.image_channels, frame)
         if not stack.modules:
             return None

@@ -166,7 +166,7 @@ def _asks_for_modes(function: Any) -> bool:
 def _body_of(function: Any) -> Any:
     """Return a copy of `function` that runs although a function mode is active.
 
-    Its own first lines would hand the call back to the mode, for ever. What it calls is seen by the mode like any
+    Its own first lines would hand the call back to the mode, for ever. What it calls reaches the mode like any
     model's calls.
     """
     names = function.__globals__ | {"has_torch_function": lambda tensors: False}

@@ -26,6 +26,7 @@ from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.files import atomic
 from attention_visualizer.measures.observation import RolloutOptions
+from attention_visualizer.runs.folders import ANALYSIS
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import print_sanitised
 from attention_visualizer.training.overrides import override
@@ -91,7 +92,7 @@ def output_folder(output_dir: str | None, weights: Weights) -> Path:
         if not output_dir:
             raise UserError("output_dir= is empty: name a folder")
         return Path(output_dir)
-    name = "attention_analysis_random" if weights.random else "attention_analysis"
+    name = f"{ANALYSIS}_random" if weights.random else ANALYSIS
     if weights.run is None:
         return Path(name)
     output = weights.run.path / name

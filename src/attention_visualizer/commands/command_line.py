@@ -19,7 +19,7 @@ from attention_visualizer.support import errors
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import printable
 
-LONGEST_LINE = 800  # characters; a value given may have any number
+MAX_LINE_LENGTH = 800  # characters; a value given may have any number
 
 
 def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Callable[[], None] | None = None) -> None:
@@ -69,7 +69,7 @@ def fail(error: Exception) -> NoReturn:
 def harmless(text: str) -> str:
     """Return `text` without what a terminal would obey, and no longer than can be read."""
     text = printable(text)
-    return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 160]} [...] {text[-150:]}"
+    return text if len(text) <= MAX_LINE_LENGTH else f"{text[: MAX_LINE_LENGTH - 160]} [...] {text[-150:]}"
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""How the commands import half a million objects: quickly, and interrupted without a traceback."""
+"""Import the libraries without garbage collection, and let Ctrl-C end the process without a traceback."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def augment_batch(
     shear: float,
     elastic: float,
 ) -> Tensor:
-    """Moves each image [batch, channel, height, width] in its own way; float32 in 0..1, zeros outside.
+    """Move each image [batch, channel, height, width] in its own way; float32 in 0..1, zeros outside.
 
     Each amount but the last is the bound of a uniform draw to either side: rotation in degrees, translation in pixels
     along each axis, scaling as a share of the size, shear as pixels sideways for each pixel down. `elastic` is the
@@ -51,7 +51,7 @@ def augment_batch(
 def elastic_displacement(
     batch: int, size: tuple[int, int], deviation: float, generator: torch.Generator, device: torch.device
 ) -> Tensor:
-    """A smooth random field [batch, height, width, 2], across and down, in `grid_sample`'s units: half a side is 1.
+    """Draw a smooth random field [batch, height, width, 2], across and down, in units of half a side.
 
     Normal draws at control points are joined by cubic B-splines, one matrix product for the whole batch. Over all
     pixels the displacement has `deviation` in pixels.
@@ -64,7 +64,7 @@ def elastic_displacement(
 
 @functools.cache
 def spline_basis(height: int, width: int, device: torch.device) -> Tensor:
-    """What each control point adds at each pixel: [control point, pixel], for draws of deviation 1 the same."""
+    """Return what each control point adds at each pixel: [control point, pixel], for draws of deviation 1 the same."""
 
     def along(length: int) -> Tensor:
         places = torch.linspace(0, CONTROL_POINTS - 1, length)[:, None]
@@ -77,6 +77,6 @@ def spline_basis(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def to_device(draws: Tensor, device: torch.device) -> Tensor:
-    """A few numbers from the CPU, without waiting for what a GPU is still doing."""
+    """Copy a few numbers from the CPU, without waiting for what a GPU is still doing."""
     pins = device.type == "cuda" and draws.device.type == "cpu"
     return draws.pin_memory().to(device, non_blocking=True) if pins else draws.to(device)

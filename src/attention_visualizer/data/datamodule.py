@@ -54,7 +54,7 @@ DEFAULTS = {"mnist": DatasetDefaults(batch_size=128, epochs=10), "digits": Datas
 
 
 def stratified_split(labels: np.ndarray, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
-    """Disjoint random indices into `labels` [image], ascending, `sizes[name]` for each name.
+    """Draw disjoint random indices into `labels` [image], ascending, `sizes[name]` for each name.
 
     Every part has each class in its share of the whole, to within one image or two.
     """
@@ -71,10 +71,10 @@ def stratified_split(labels: np.ndarray, sizes: Mapping[str, int], seed: int) ->
 
 
 def load_splits(name: str, data_dir: Path, split_seed: int) -> Splits:
-    """The data set's images and labels as "train", "validation" and "test".
+    """Load the data set's images and labels as "train", "validation" and "test".
 
     MNIST: 55,000 and 5,000 of its 60,000 training images, and its own 10,000 test images. Digits: 1,297, 200 and
-    300. Raises UserError for damaged files and MnistUnavailable.
+    300. Raise UserError for damaged files and MnistUnavailable.
     """
     if name == "mnist":
         files = load_mnist(data_dir)
@@ -91,7 +91,7 @@ def load_splits(name: str, data_dir: Path, split_seed: int) -> Splits:
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1,797 scans of 8 x 8 pixels, scaled to uint8 [1797, 28, 28], and their labels [1797]."""
+    """Load scikit-learn's 1,797 scans of 8 x 8 pixels, scaled to uint8 [1797, 28, 28], and their labels [1797]."""
     import sklearn.datasets  # slow to import, and needed only here
 
     digits = sklearn.datasets.load_digits()
@@ -105,7 +105,7 @@ def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def describe(name: str, splits: Splits) -> DatasetDescription:
-    """The description of ten classes of digits, with the statistics of the training split."""
+    """Return the description of ten classes of digits, with the statistics of the training split."""
     images, _ = splits["train"]
     counts = torch.bincount(images.flatten(), minlength=256).double()
     levels = torch.arange(256, dtype=torch.float64) / 255
@@ -119,7 +119,7 @@ def describe(name: str, splits: Splits) -> DatasetDescription:
 
 
 def generator_for(*key: int | str) -> torch.Generator:
-    """A CPU generator that is a function of `key`, with unrelated streams for different keys."""
+    """Return a CPU generator that is a function of `key`, with unrelated streams for different keys."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -157,7 +157,7 @@ class ImageDataModule(LightningDataModule):
     scaling (share of the size) and shear (pixels sideways for each pixel down), to either side, and by a smooth
     displacement of deviation elastic (pixels). fade: the last part of training, as a share, in which all of these
     fall to zero.
-    Raises UserError for values that make no sense.
+    Raise UserError for values that make no sense.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class ImageDataModule(LightningDataModule):
         self._resident: Splits = {}  # the splits where the batches are made
 
     def load(self) -> None:
-        """Brings the images into memory, once. Raises UserError."""
+        """Read the images into memory, once. Raise UserError."""
         if self.splits:
             return
         name: str = self.name
@@ -266,7 +266,7 @@ class ImageDataModule(LightningDataModule):
         return self.batches_in(None if self.trainer is None else self.trainer.limit_train_batches)
 
     def batches_in(self, limit: int | float | None) -> int:
-        """Training batches an epoch under Lightning's `limit_train_batches`: a number, or a share."""
+        """Count the training batches of an epoch under Lightning's `limit_train_batches`: a number, or a share."""
         batches = len(self.train_dataloader())
         if limit is None:
             return batches
@@ -282,7 +282,7 @@ class ImageDataModule(LightningDataModule):
         return training_progress.batches_done(self.trainer)
 
     def training_batches(self, batches_done: int) -> Iterator[Batch]:
-        """The batches that remain of an epoch, `batches_done` after the start of training.
+        """Yield the batches that remain of an epoch, `batches_done` after the start of training.
 
         A function of integers: each epoch's order of (seed, epoch), each batch's augmentation of
         (seed, epoch, batch, rank); so it can begin anywhere.
@@ -303,14 +303,14 @@ class ImageDataModule(LightningDataModule):
             yield normalise(pixels, self.description), labels[chosen]
 
     def strength(self, batches_done: int) -> float:
-        """Of the augmentation: 1, and falling to 0 in the last `fade` of a training whose length is known."""
+        """Return the augmentation's strength: 1, falling to 0 in the last `fade` of a training of known length."""
         total = None if self.trainer is None else training_progress.total_batches(self.trainer, self.batches_per_epoch)
         if total is None or self.fade == 0.0:
             return 1.0
         return min(1.0, max(0.0, (1.0 - batches_done / total) / self.fade))
 
     def evaluation_batches(self, split: str) -> Iterator[Batch]:
-        """All images of a split in their order; each process has every world-size-th of them."""
+        """Yield all images of a split in their order; each process has every world-size-th of them."""
         world_size, rank = self._processes
         images, labels = (tensor[rank::world_size] for tensor in self._resident[split])
         for pixels, truth in zip(images.split(self.eval_batch_size), labels.split(self.eval_batch_size), strict=True):
@@ -334,7 +334,7 @@ class ImageDataModule(LightningDataModule):
         return BatchLoader(length, lambda: self.evaluation_batches(split))
 
     def _recipe(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to go on with the same sequence of batches."""
+        """Return what must be the same for a resumed run to go on with the same sequence of batches."""
         return {
             "name": self.description.name,
             "batch_size": self.batch_size,
@@ -346,7 +346,7 @@ class ImageDataModule(LightningDataModule):
         return {"batches_done": self.batches_done, **self._recipe()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compares only: the position itself is the trainer's own count. Raises UserError before a muddled resume."""
+        """Compare only: the position itself is the trainer's own count. Raise UserError before a muddled resume."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         if not isinstance(state_dict, dict):
@@ -361,7 +361,7 @@ class ImageDataModule(LightningDataModule):
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on an accelerator; 0 for the CPU, where the images are already."""
+    """Return the bytes that are free on an accelerator; 0 for the CPU, where the images are already."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -371,7 +371,7 @@ def free_memory(device: torch.device) -> float:
 
 @rank_zero_only
 def warn_of_fallback(data_dir: Path, reason: str) -> None:
-    """A banner on stderr that cannot be missed."""
+    """Print a banner on stderr that cannot be missed."""
     text = (
         f"MNIST was not found in {data_dir}, and {reason}.\n\n"
         "The 1,797 digits of scikit-learn are used instead: 8 x 8 pixels scaled to 28 x 28. "

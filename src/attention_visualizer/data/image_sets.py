@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 Fit = Literal["center", "squash", "border"]
-LONGEST = 100  # times the other side: of a longer picture only the middle is scaled, as it might not fit the memory
+MAX_ASPECT = 100  # times the other side: of a longer picture only the middle is scaled, as it might not fit the memory
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -53,13 +53,13 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, number: int) -> str:
-        """What one picture is called in a report."""
+        """Return what one picture is called in a report."""
 
     def read(self, numbers: Iterable[int]) -> Tensor:
-        """uint8 [image, channel, height, width]. Raises UserError for a picture that is broken."""
+        """Read uint8 [image, channel, height, width]. Raise UserError for a picture that is broken."""
 
     def model_input(self, pictures: Tensor) -> Tensor:
-        """uint8, or floats in 0..1, [image, channel, height, width], as the model expects them: float32."""
+        """Convert uint8, or floats in 0..1, [image, channel, height, width], as the model expects them: float32."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class LabelledImageSet:
 @dataclass(frozen=True)
 class InputFormat:
     """What a model of any origin takes: pixels as (height, width), the share of a picture's shorter side that is cut
-    out of its middle, and the mean and deviation of each channel in 0..1 units, with whether the model states them.
+    out of its middle, the mean and deviation of each channel in 0..1 units, and whether the model declares the mean.
 
     fit: how a picture of another shape is brought to the model's: its middle is cut out ("center"), it is stretched
     ("squash"), or all of it is shown on a ground of the mean colour ("border").
@@ -123,22 +123,22 @@ class InputFormat:
     std: tuple[float, ...]
     crop_share: float = 1.0
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    stated: bool = True
+    declares_mean: bool = True
     fit: Fit = "center"
 
     @classmethod
     def of(cls, model: nn.Module, size: Size | int | None = None) -> InputFormat:
-        """From what timm's models, Hugging Face's and torchvision's state; `size` overrides theirs.
+        """Read it from what timm's models, Hugging Face's and torchvision's declare; `size` overrides theirs.
 
-        Raises UserError where no size is stated. Normalisation that is not stated is that of ImageNet.
+        Raise UserError where no size is declared. Undeclared normalisation is that of ImageNet.
         """
         timm: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         layout = declared_layout(model)
-        stated = as_size(size) if size is not None else None
-        if stated is None and layout.grid is not None and layout.patch_size is not None:
-            stated = layout.grid[0] * layout.patch_size[0], layout.grid[1] * layout.patch_size[1]
-        stated = stated or as_size(tuple(timm.get("input_size", ()))[1:])
-        if stated is None:
+        declared = as_size(size) if size is not None else None
+        if declared is None and layout.grid is not None and layout.patch_size is not None:
+            declared = layout.grid[0] * layout.patch_size[0], layout.grid[1] * layout.patch_size[1]
+        declared = declared or as_size(tuple(timm.get("input_size", ()))[1:])
+        if declared is None:
             raise UserError("the image size of this model is unknown: give it with image_size=")
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
         channels = first.in_channels if first is not None else 3
@@ -147,7 +147,7 @@ class InputFormat:
             mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
         smooth: Literal["bicubic", "bilinear"] = "bilinear" if timm.get("interpolation") == "bilinear" else "bicubic"
         fit: Any = timm.get("crop_mode") if timm.get("crop_mode") in get_args(Fit) else "center"
-        return cls(stated, channels, mean, std, float(timm.get("crop_pct", 1.0)), smooth, "mean" in timm, fit)
+        return cls(declared, channels, mean, std, float(timm.get("crop_pct", 1.0)), smooth, "mean" in timm, fit)
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ class ImageFolder:
     def find(
         cls, folder: str | Path, format: InputFormat, skip: Callable[[Path], bool] = lambda path: False, **known: Any
     ) -> ImageFolder:
-        """Raises UserError for a folder without pictures. Files that cannot be read are named in `broken`.
+        """Find the pictures of a folder. Raise UserError where it has none.
 
-        skip: for files that are not to be looked at.
+        Files that cannot be read are named in `broken`. skip: whether to leave out a file.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -223,7 +223,7 @@ class ImageFolder:
 def read_formatted(path: str | Path, format: InputFormat) -> Tensor:
     """Read a picture as uint8 [channel, height, width], scaled and cut as timm's and torchvision's transforms do.
 
-    Raises UserError for a file that is not a readable image.
+    Raise UserError for a file that is not a readable image.
     """
     picture = read_picture(path, format.channels)
     pixels = torch.frombuffer(bytearray(fitted(picture, format).tobytes()), dtype=torch.uint8)
@@ -231,11 +231,11 @@ def read_formatted(path: str | Path, format: InputFormat) -> Tensor:
 
 
 def fitted(picture: Image.Image, format: InputFormat) -> Image.Image:
-    """The picture in the model's size."""
+    """Return the picture in the model's size."""
     height, width = format.size
     wanted = int(width / format.crop_share), int(height / format.crop_share)
-    if format.fit == "center" and max(picture.size) > LONGEST * min(picture.size):
-        longest = LONGEST * min(picture.size)
+    if format.fit == "center" and max(picture.size) > MAX_ASPECT * min(picture.size):
+        longest = MAX_ASPECT * min(picture.size)
         picture = ImageOps.fit(picture, (min(picture.width, longest), min(picture.height, longest)))
     shares = wanted[0] / picture.width, wanted[1] / picture.height
     if format.fit != "squash":

@@ -22,7 +22,7 @@ from attention_visualizer.support.text import printable
 log = logging.getLogger(__name__)
 
 DatasetName = Literal["mnist", "digits"]
-LONGEST_NAME = 100
+MAX_NAME_LENGTH = 100
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000
 TITLES: dict[str, str] = {"mnist": "MNIST", "digits": "scikit-learn digits (not MNIST)"}
@@ -59,12 +59,12 @@ class DatasetDescription:
         return len(self.class_names)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain scalars, lists and dicts, fit for a checkpoint that is loaded with `weights_only=True`."""
+        """Return plain scalars, lists and dicts, fit for a checkpoint that is loaded with `weights_only=True`."""
         return {**dataclasses.asdict(self), "class_names": list(self.class_names)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DatasetDescription:
-        """The inverse of `to_dict`. Raises UserError for anything but what it writes."""
+        """Invert `to_dict`. Raise UserError for anything but what it writes."""
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, Mapping) or set(values) != names:
             raise UserError(f"data set description: its fields must be exactly {', '.join(sorted(names))}")
@@ -80,7 +80,7 @@ class DatasetDescription:
         require(
             "class_names",
             isinstance(class_names, list) and class_names != [] and all(is_name(item) for item in class_names),
-            f"a list of names of 1 to {LONGEST_NAME} printable characters",
+            f"a list of names of 1 to {MAX_NAME_LENGTH} printable characters",
         )
         require("mean", is_number(values["mean"], 0.0, 1.0), "a number from 0 to 1")
         require("std", is_number(values["std"], 0.0, 1.0) and values["std"] > 0, "a number above 0 and up to 1")
@@ -95,7 +95,7 @@ class DatasetDescription:
 
 
 def is_name(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME_LENGTH and value.isprintable()
 
 
 def is_whole(value: object, least: int) -> bool:
@@ -107,20 +107,20 @@ def is_number(value: object, least: float, most: float) -> bool:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 to float32 in 0..1; floats, which are there already, pass."""
+    """Convert uint8 to float32 in 0..1; floats, which are there already, pass."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def normalise(images: Tensor, description: DatasetDescription) -> Tensor:
-    """uint8, or floats in 0..1, to the float32 that the model is trained on, of the same shape."""
+    """Normalise uint8, or floats in 0..1, to the float32 that the model is trained on, of the same shape."""
     return (to_unit(images) - description.mean) / description.std
 
 
 def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
-    """A picture of any size and mode as uint8 [channel, size, size], light ink on dark as in the data set.
+    """Read a picture of any size and mode as uint8 [channel, size, size], light ink on dark as in the data set.
 
     It is made grey, transparency over white; inverted where its border is light; scaled to fit, and centred on the
-    border's colour. Raises UserError for a file that is not a readable image.
+    border's colour. Raise UserError for a file that is not a readable image.
     """
     grey = np.asarray(read_picture(path, 1))
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
@@ -140,7 +140,7 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
 
 
 def read_picture(path: str | Path, channels: int) -> Image.Image:
-    """Decode a picture as `decode` does. Raises UserError for a file that is not a readable image."""
+    """Decode a picture as `decode` does. Raise UserError for a file that is not a readable image."""
     try:
         return decode(path, channels)
     except FileNotFoundError:
@@ -158,7 +158,7 @@ def read_picture(path: str | Path, channels: int) -> Image.Image:
 def decode(path: str | Path, channels: int) -> Image.Image:
     """Decode a picture of any mode, upright, transparency over white, as grey (one channel) or RGB.
 
-    Raises UserError for one that is too large, ValueError for values that are not grey levels, and what Pillow
+    Raise UserError for one that is too large, ValueError for values that are not grey levels, and what Pillow
     raises.
     """
     # Not every format that Pillow knows: for some it starts another program.
@@ -176,7 +176,7 @@ def decode(path: str | Path, channels: int) -> Image.Image:
 
 
 def grey_pixels(image: Image.Image) -> np.ndarray:
-    """Scale the values of a picture of more than 8 bits a pixel to uint8 [height, width]. Raises ValueError for values
+    """Scale the values of a picture of more than 8 bits a pixel to uint8 [height, width]. Raise ValueError for values
     that are not grey levels."""
     values = np.asarray(image)
     least, most = values.min(), values.max()

@@ -33,7 +33,7 @@ FILES = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 RAW = ("MNIST", "raw")  # where torchvision has them, too
-LARGEST_FILE = 47_040_016  # bytes
+MAX_FILE_BYTES = 47_040_016  # bytes
 LOCK_SECONDS = 600.0  # longer than the four downloads that another process may be at
 
 
@@ -42,10 +42,10 @@ class MnistUnavailable(Exception):
 
 
 def load_mnist(data_dir: Path) -> dict[str, np.ndarray]:
-    """All four files by name, uint8: images [n, 28, 28], labels [n].
+    """Load all four files by name, uint8: images [n, 28, 28], labels [n].
 
-    Looks in `data_dir/MNIST/raw`, then in `data_dir` itself; what is missing is downloaded. Raises UserError for a
-    file that is there but not the right one, MnistUnavailable where there is none and none can be had.
+    Looks in `data_dir/MNIST/raw`, then in `data_dir` itself; what is missing is downloaded. Raise UserError for a
+    file whose hash is not the expected one, MnistUnavailable where there is none and none can be had.
     """
     folder = find_folder(data_dir)
     arrays = {name: read_file(folder / name) for name in FILES if _exists(folder / name)}
@@ -60,7 +60,7 @@ def load_mnist(data_dir: Path) -> dict[str, np.ndarray]:
 
 
 def find_folder(data_dir: Path) -> Path:
-    """The folder that holds MNIST files, or else the one that they shall be downloaded to."""
+    """Return the folder that holds MNIST files, or else the one that they shall be downloaded to."""
     raw = data_dir.joinpath(*RAW)
     holds_files = (folder for folder in (raw, data_dir) if any(_exists(folder / name) for name in FILES))
     return next(holds_files, raw)
@@ -83,9 +83,9 @@ def _exists(path: Path) -> bool:
 
 
 def read_file(path: Path) -> np.ndarray:
-    """One extracted file, checked by its hash."""
+    """Read one extracted file, checked by its hash."""
     try:
-        content = read_bytes(path, LARGEST_FILE + 1)
+        content = read_bytes(path, MAX_FILE_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): repair or delete it") from error
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
@@ -98,7 +98,7 @@ def read_file(path: Path) -> np.ndarray:
 
 
 def parse_idx(content: bytes, source: str) -> np.ndarray:
-    """IDX bytes to a uint8 array: two zero bytes, type 8, number of axes, their big-endian sizes, then the values."""
+    """Parse IDX bytes (two zero bytes, type 8, number of axes, big-endian sizes, values) to a uint8 array."""
     axes = content[3] if len(content) >= 4 and content[:3] == b"\0\0\x08" else 0
     header = 4 + 4 * axes
     if axes == 0 or len(content) < header:
@@ -119,10 +119,10 @@ def download(
     timeout: float = 10.0,
     deadline: float = 120.0,
 ) -> None:
-    """Downloads gzip `archives` (name, MD5) and extracts each into `folder`, unless it is there by then.
+    """Download gzip `archives` (name, MD5) and extract each into `folder`, unless it is there by then.
 
     One process at a time does so, the others wait. timeout: seconds of silence, deadline: seconds in all for one
-    file from one mirror. A file appears under its name only when it is complete. Raises MnistUnavailable.
+    file from one mirror. A file appears under its name only when it is complete. Raise MnistUnavailable.
     """
     try:
         with locked(folder):
@@ -136,7 +136,7 @@ def download(
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` this process's own. Nothing of that stays, nor the folder and its new parents if it is empty."""
+    """Make `folder` this process's own. Nothing of that stays, nor the folder and its new parents if it is empty."""
     end = time.monotonic() + LOCK_SECONDS
     lock = filelock.FileLock(folder / ".download.lock")
     ours = [folder, folder.parent] if folder.parts[-2:] == RAW else []  # who waits did not make them itself
@@ -154,7 +154,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _fetch(archive: str, md5: str, mirrors: Sequence[str], timeout: float, deadline: float) -> bytes:
-    """The archive's bytes from the first mirror that has them right."""
+    """Fetch the archive's bytes from the first mirror that has them with the correct hash."""
     failures = []
     for mirror in mirrors:
         url = mirror.rstrip("/") + "/" + archive
@@ -170,8 +170,10 @@ def _fetch(archive: str, md5: str, mirrors: Sequence[str], timeout: float, deadl
 
 
 def within(seconds: float, work: Callable[[], bytes]) -> bytes:
-    """What `work` returns; TimeoutError if it takes longer, where it is left to itself: a mirror that sends its headers
-    byte by byte, or redirect after redirect, is never silent for long."""
+    """Return what `work` returns; raise TimeoutError if it takes longer, and leave its thread behind.
+
+    A mirror that sends its headers byte by byte, or redirect after redirect, is never silent for long.
+    """
     done: list[bytes] = []
     errors: list[Exception] = []
 
@@ -192,7 +194,7 @@ def within(seconds: float, work: Callable[[], bytes]) -> bytes:
 
 
 def _fetch_url(url: str, timeout: float, deadline: float) -> bytes:
-    """The body at `url`; TimeoutError after `timeout` seconds of silence or `deadline` seconds in all."""
+    """Fetch the body at `url`; TimeoutError after `timeout` seconds of silence or `deadline` seconds in all."""
     end = time.monotonic() + deadline
     columns = (*Progress.get_default_columns(), DownloadColumn())
     with (
@@ -207,19 +209,22 @@ def _fetch_url(url: str, timeout: float, deadline: float) -> bytes:
             progress.advance(task, len(chunk))
             if time.monotonic() > end:
                 raise TimeoutError(f"not complete after {deadline:g} seconds")
-            if sum(map(len, chunks)) > LARGEST_FILE:
+            if sum(map(len, chunks)) > MAX_FILE_BYTES:
                 raise ValueError("more bytes than any file of MNIST has")
     return b"".join(chunks)
 
 
 def _write(target: Path, content: bytes) -> None:
-    """Writes beside the target and renames, so that the name never stands for part of a file."""
-    partial = target.with_name(f"{target.name}.partial")  # one name will do: the lock is held
+    """Write beside the target and rename, so that the name never stands for part of a file.
+
+    Not by `atomic_path`: after a kill, the next download replaces this temporary file, and an OSError stays one.
+    """
+    temporary = target.with_name(f"{target.name}.partial")  # one name will do: the lock is held
     try:
-        with open(partial, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, target)
+        os.replace(temporary, target)
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

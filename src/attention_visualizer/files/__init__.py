@@ -2,7 +2,7 @@
 
 Hands out functions that write atomically and readers that refuse hostile files. May use support.
 
-The threat: a checkpoint, run folder or picture from somebody else, made to run code, to exhaust memory or time, to be
+The threat: a checkpoint, run folder or picture from elsewhere, made to run code, to exhaust memory or time, to be
 written where it should not be, or broken on its way. Each reader checks before it believes and raises one line that
 names the file. What is promised, and what is not, stands in SECURITY.md.
 

@@ -19,7 +19,7 @@ PARTIAL = ".{stem}.partial-{token}{suffix}"  # a file that is being written
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, with its suffix; what was written there becomes `path` at the end.
+    """Yield a temporary path beside `path`, with its suffix; what was written there becomes `path` at the end.
 
     Readers see the old file or the new one, never a part, whatever kills the writer. An exception removes the
     temporary file and leaves `path` as it was. An OSError (disk full, read-only folder) becomes a UserError.
@@ -42,7 +42,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """`folder` and its parents, as far as they are not there yet: what `remove_empty` takes back."""
+    """Return those of `folder` and its parents that do not exist yet, for `remove_empty`."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
@@ -53,7 +53,7 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until the file or folder at `path` would survive a power cut."""
+    """Wait until the file or folder at `path` would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,18 +62,18 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` atomically as UTF-8."""
+    """Write `text` atomically as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Writes `data` atomically as JSON; NaN and infinity, which JSON lacks, become null."""
+    """Write `data` atomically as JSON; NaN and infinity, which JSON lacks, become null."""
     write_text(path, json.dumps(json_ready(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Raises UserError for a file that is not there, or is not JSON."""
+    """Read JSON. Raise UserError for a file that is missing or is not JSON."""
     try:
         return plain_files.read_json(path)
     except FileNotFoundError as error:
@@ -81,13 +81,13 @@ def read_json(path: str | Path) -> Any:
 
 
 def short_path(path: Path) -> Path:
-    """Relative to the current folder where it lies inside."""
+    """Return `path` relative to the current folder where it lies inside, else absolute."""
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def json_ready(value: Any) -> Any:
-    """`value` in JSON's own types: paths become strings, arrays and tensors lists, NaN and infinity None."""
+    """Convert `value` to JSON's own types: paths become strings, arrays and tensors lists, NaN and infinity None."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Small text files from anywhere: never more of them than can be meant, and nothing that is looked up or made."""
+"""Read small JSON and YAML files within size and depth limits; no tags, no aliases."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import yaml
 
 from attention_visualizer.support.errors import UserError
 
-LARGEST_JSON = 16_000_000  # bytes; an analysis of a large model writes 1 MB
-LARGEST_YAML = 100_000  # a run's configuration has 2,000
-DEEPEST_YAML = 30  # YAML's reader takes quadratic time for what is nested deeply
+MAX_BYTES_JSON = 16_000_000  # bytes; an analysis of a large model writes 1 MB
+MAX_BYTES_YAML = 100_000  # a run's configuration has 2,000
+MAX_DEPTH_YAML = 30  # YAML's reader takes quadratic time for what is nested deeply
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """The whole file. Raises UserError for one of more than `most` bytes and for what is no file: a pipe would never
-    answer, a device never end. FileNotFoundError where there is none."""
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read the whole file. Raise UserError for one of more than `max_bytes` bytes and for what is no file: a pipe
+    would never answer, a device never end. Raise FileNotFoundError where there is none."""
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
-            if size > most:
+            if size > max_bytes:
                 raise UserError(f"{path}: {size:,} bytes are too many: repair or delete it")
-            return file.read(most)
+            return file.read(max_bytes)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -33,7 +33,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """The regular file at `path`. Raises UserError for a pipe or a device, OSError as `open` does."""
+    """Open the regular file at `path`. Raise UserError for a pipe or a device, OSError as `open` does."""
     file = open(path, "rb", opener=open_at_once)
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
@@ -42,14 +42,14 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def open_at_once(path: str, flags: int) -> int:
-    """A pipe that nobody writes to would be waited for."""
+    """Open without waiting for a pipe that nobody writes to."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def read_json(path: str | Path, most: int = LARGEST_JSON) -> Any:
-    """Raises UserError for a file that is not JSON; FileNotFoundError where there is none."""
+def read_json(path: str | Path, max_bytes: int = MAX_BYTES_JSON) -> Any:
+    """Read JSON. Raise UserError for a file that is not JSON, FileNotFoundError where there is none."""
     try:
-        return json.loads(read_bytes(Path(path), most).decode("utf-8"))
+        return json.loads(read_bytes(Path(path), max_bytes).decode("utf-8"))
     except (UserError, FileNotFoundError):
         raise
     except (ValueError, RecursionError) as error:  # ValueError: broken JSON or UTF-8
@@ -57,10 +57,10 @@ def read_json(path: str | Path, most: int = LARGEST_JSON) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Plain values: no tags, and no part that stands for another, with which a kilobyte says more than any memory
-    holds. Raises UserError."""
+    """Read plain values. Raise UserError for tags and for aliases, with which a kilobyte of YAML can expand beyond any
+    memory."""
     try:
-        text = read_bytes(path, LARGEST_YAML).decode("utf-8")
+        text = read_bytes(path, MAX_BYTES_YAML).decode("utf-8")
         depth = 0
         for token in yaml.scan(text):
             if isinstance(token, yaml.AliasToken):
@@ -69,7 +69,7 @@ def read_yaml(path: Path) -> Any:
             opens |= isinstance(token, yaml.BlockSequenceStartToken | yaml.BlockMappingStartToken)
             closes = isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken | yaml.BlockEndToken)
             depth += opens - closes
-            if depth > DEEPEST_YAML:
+            if depth > MAX_DEPTH_YAML:
                 raise UserError(f"{path} cannot be read: it is nested too deeply for a configuration")
         return yaml.safe_load(text)
     except UserError:

@@ -22,7 +22,7 @@ LOCK, NEW, EARLIER, PLAN = "lock", "new", "earlier", "plan.json"
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder on `folder`'s file system for what shall go there: see `move_in`. It is gone afterwards,
+    """Yield an empty folder on `folder`'s file system for what shall go there: see `move_in`. It is gone afterwards,
     whatever happens; what a killed process left of its own goes now, and what it had begun to move is undone.
 
     An OSError becomes a UserError.
@@ -58,7 +58,7 @@ def prefix_of(folder: Path) -> str:
 
 
 def open_stage(beside: Path, prefix: str) -> tuple[filelock.FileLock, Path]:
-    """A new folder and the lock that shows, also to other machines, that its process lives."""
+    """Make a new folder, and the lock that shows, also to other machines, that its process lives."""
     while True:
         stage = beside / f"{prefix}{secrets.token_hex(4)}"
         stage.mkdir()
@@ -71,7 +71,7 @@ def open_stage(beside: Path, prefix: str) -> tuple[filelock.FileLock, Path]:
 
 
 def clear_leftovers(folder: Path, beside: Path, own: Path) -> None:
-    """Removes the stages of processes that are no more, after undoing what they had begun to move."""
+    """Remove the stages of processes that are no more, after undoing what they had begun to move."""
     for stage in beside.glob(f"{glob.escape(prefix_of(folder))}*"):
         if stage == own or stage.is_symlink() or not stage.is_dir():
             continue
@@ -79,7 +79,7 @@ def clear_leftovers(folder: Path, beside: Path, own: Path) -> None:
         try:
             lock.acquire(timeout=0)
         except (OSError, filelock.Timeout):
-            continue  # somebody is at work
+            continue  # its process is at work
         try:
             undo(stage, folder)
         except OSError as error:
@@ -90,10 +90,10 @@ def clear_leftovers(folder: Path, beside: Path, own: Path) -> None:
 
 
 def move_in(new: Path, folder: Path, names: Sequence[str], obsolete: Sequence[str] = ()) -> None:
-    """Moves files `names` from `new` (of `staging`) into `folder`, in this order, and removes the `obsolete` ones.
+    """Move files `names` from `new` (of `staging`) into `folder`, in this order, and remove the `obsolete` ones.
 
     If anything fails on the way, `folder` is as it was before; where the process is killed on the way, it is so again
-    when the next `staging` begins. Raises UserError for an OSError.
+    when the next `staging` begins. Raise UserError for an OSError.
     """
     stage = new.parent
     try:
@@ -142,9 +142,9 @@ def move(path: Path, to: Path) -> None:
 
 
 def undo(stage: Path, folder: Path) -> None:
-    """What `move_in` had begun: earlier files come back, new ones that had no forerunner go.
+    """Undo what `move_in` had begun: restore earlier files, remove new ones that replaced none.
 
-    Raises UserError for a plan of anything but files in `folder` or one beside it: folders that come from elsewhere may
+    Raise UserError for a plan of anything but files in `folder` or one beside it: folders that come from elsewhere may
     hold a stage that was made by hand."""
     if not (stage / PLAN).is_file():
         return
@@ -155,7 +155,7 @@ def undo(stage: Path, folder: Path) -> None:
     plain = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
     if not plain or target.parent != folder.resolve().parent or target.is_symlink():
         raise UserError(f"{stage} was left by no process of this program: delete it")
-    if not target.is_dir():  # somebody removed it since
+    if not target.is_dir():  # it was removed since
         return
     for name in names:
         if not (stage / EARLIER / name).exists() and not (stage / NEW / name).exists():

@@ -41,7 +41,7 @@ TENSOR_NAME = re.compile(r"torch\.(_utils\._rebuild_|_tensor\.|serialization\._g
 
 
 def existing_file(path: str | Path) -> Path:
-    """Return `path` if it is a file that is not empty. Raises UserError otherwise."""
+    """Return `path` if it is a file that is not empty. Raise UserError otherwise."""
     if re.match(r"[a-z]{2,}:/", str(path), re.IGNORECASE):  # Path makes one slash of two
         raise UserError(f"{path} is an address: download the checkpoint and give the file's path")
     path = Path(path)
@@ -68,7 +68,7 @@ class TensorFile:
 
 
 def read_tensor_file(path: Path, kind: str = "checkpoint") -> TensorFile:
-    """Read a torch archive or a safetensors file. Raises UserError for any that is broken, unsafe or not a `kind`."""
+    """Read a torch archive or a safetensors file. Raise UserError for any that is broken, unsafe or not a `kind`."""
     try:
         with path.open("rb") as file:  # one handle: a run that is still training may replace the file meanwhile
             start = file.read(9)
@@ -87,7 +87,7 @@ def read_tensor_file(path: Path, kind: str = "checkpoint") -> TensorFile:
 
 
 def read_torch(file: BinaryIO, path: Path, map_location: Any = "cpu") -> Any:
-    """Read an intact torch zip that holds nothing but tensors and plain data. Raises UserError, which names `path`,
+    """Read an intact torch zip that holds nothing but tensors and plain data. Raise UserError, which names `path`,
     for any other file."""
     size = check_zip(file, path)
     file.seek(0)
@@ -112,7 +112,7 @@ def objects_refused(name: str, path: Path) -> UserError:
 
 
 def check_zip(file: BinaryIO, path: Path) -> int:
-    """Return the file's size in bytes. Raises UserError unless every byte of every member is as it was written, nothing
+    """Return the file's size in bytes. Raise UserError unless every byte of every member is as it was written, nothing
     can unpack to more, and its pickle makes nothing but tensors and plain data.
 
     torch.load itself checks no sums: one flipped bit can give wrong weights without a word.
@@ -157,7 +157,7 @@ def check_zip(file: BinaryIO, path: Path) -> int:
 
 def declared_directory(file: BinaryIO, size: int) -> int:
     """Return the offset at which a zip archive declares that its directory begins. zipfile finds the directory from
-    the end, torch by its declared offset: where these differ, they read different files. Raises struct.error or
+    the end, torch by its declared offset: where these differ, they read different files. Raise struct.error or
     ValueError for other endings."""
 
     def read(offset: int, form: str) -> tuple[Any, ...]:
@@ -250,7 +250,7 @@ def check_tensor(tensor: Tensor, path: Path) -> None:
 
 def read_safetensors(path: Path) -> dict[str, Any]:
     """Read tensors with their metadata, in the layout of a `.ckpt` where `export_safetensors` wrote the file, else of
-    a `.pth`. Raises UserError where the file is broken, or its own hash does not fit."""
+    a `.pth`. Raise UserError where the file is broken, or its own hash does not fit."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

@@ -18,7 +18,7 @@ WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def bare_names(state_dict: Any, path: Path) -> dict[str, Tensor]:
-    """Return the tensors under the names that they have inside the model. Raises UserError, which names `path`."""
+    """Return the tensors under the names that they have inside the model. Raise UserError, which names `path`."""
     if not isinstance(state_dict, Mapping) or not state_dict:
         raise UserError(f"{path} holds no dictionary of weights")
     weights: dict[str, Tensor] = {}
@@ -53,7 +53,7 @@ def check_weights(
 
 
 def finite_weights(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the weights as float32. Raises UserError if one is NaN or infinite."""
+    """Return the weights as float32. Raise UserError if one is NaN or infinite."""
     converted = {name: tensor.detach().to(torch.float32) for name, tensor in weights.items()}
     for name, tensor in converted.items():
         if not tensor.isfinite().all():

@@ -1,4 +1,4 @@
-"""Models of other libraries by name, with weights from a file that is checked before it is used."""
+"""Build timm's models by name, with weights from a file that is checked before it is used."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ NESTED = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_em
 
 
 def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
-    """The model `timm:<name>` in eval mode on the CPU, as many classes as its weights have.
+    """Build the model `timm:<name>` in eval mode on the CPU, as many classes as its weights have.
 
     ckpt: a file of weights (.safetensors, .pth, .ckpt), "random" for untrained ones, or "pretrained" for those that
-    timm downloads. Raises UserError for an unknown name and for weights that do not fit it exactly.
+    timm downloads. Raise UserError for an unknown name and for weights that do not fit it exactly.
     """
     library, _, name = model_from.partition(":")
     if library != "timm" or not name:
@@ -52,7 +52,7 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            options = {} if weights is None else options_told_by(weights, timm.create_model, name)
+            options = {} if weights is None else options_shown_by(weights, timm.create_model, name)
             model: nn.Module = timm.create_model(name, **options)
         except Exception as error:  # whatever a model's own constructor raises
             raise UserError(f"model_from={model_from}: timm cannot build this model ({summary(error):.120})") from error
@@ -63,8 +63,10 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """Without a network, Hugging Face's client tries again for a minute and prints each time: it then gets to use what
-    is in its cache alone, as with HF_HUB_OFFLINE=1."""
+    """Where the hub cannot be reached, use Hugging Face's cache alone, as with HF_HUB_OFFLINE=1.
+
+    Without this its client retries for a minute and prints each attempt.
+    """
     logger = logging.getLogger("huggingface_hub")
     constants: Any = sys.modules.get("huggingface_hub.constants")
     before = logger.level, getattr(constants, "HF_HUB_OFFLINE", None)
@@ -80,7 +82,7 @@ def offline_if_unreachable() -> Iterator[None]:
 
 
 def reaches_hub(address: str) -> bool:
-    """False where the name of the hub cannot be looked up, and no proxy does so instead."""
+    """Whether DNS resolves the name of the hub, or a proxy may do so."""
     if any(name.lower() in ("https_proxy", "http_proxy", "all_proxy") for name in os.environ):
         return True
     try:
@@ -91,7 +93,7 @@ def reaches_hub(address: str) -> bool:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a checked file by name. Raises UserError for one that is broken, unsafe, or holds none."""
+    """Read the tensors of a checked file by name. Raise UserError for one that is broken, unsafe, or holds none."""
     path = existing_file(path)
     with path.open("rb") as start:
         if start.read(len(LEGACY)) == LEGACY:
@@ -115,8 +117,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return finite_weights(weights, path)
 
 
-def options_told_by(weights: Mapping[str, Tensor], create: Any, name: str) -> dict[str, Any]:
-    """Arguments of timm's constructor that the weights show: classes and input channels."""
+def options_shown_by(weights: Mapping[str, Tensor], create: Any, name: str) -> dict[str, Any]:
+    """Return the arguments of timm's constructor that the weights show: classes and input channels."""
     with torch.device("meta"):
         plain = create(name)
     options: dict[str, Any] = {}
@@ -144,18 +146,18 @@ def options_told_by(weights: Mapping[str, Tensor], create: Any, name: str) -> di
 
 
 def translated(weights: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    """The names of a model's first publication as timm's, as timm does for its own downloads."""
+    """Rename weights from a model's original publication to timm's names, as timm does for its downloads."""
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if translate is None or weights.keys() == model.state_dict().keys():
         return weights
     try:
         return translate(dict(weights), model)
-    except Exception:  # it knows the layouts that it knows; what does not fit is told when it is loaded
+    except Exception:  # an unknown layout: `load` reports what does not fit
         return weights
 
 
 def load(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raises UserError with the first differences unless the weights fit the model exactly."""
+    """Load the weights. Raise UserError with the first differences unless they fit the model exactly."""
     weights = translated(weights, model)
     expected = model.state_dict()
     for name, tensor in expected.items():

@@ -11,7 +11,7 @@ from attention_visualizer.models.vision_transformer import VisionTransformer
 
 
 def random_weights(model: nn.Module, seed: int) -> nn.Module:
-    """`model` as before any training, in eval mode on its device; the global random state stays as it is.
+    """Return `model` as before any training, in eval mode on its device; the global random state stays as it is.
 
     This project's model is initialised as for training. Of any other, modules that can reset themselves do, and the
     numbers of each remaining parameter (class token, positions) are shuffled, so that their size stays.
@@ -30,7 +30,7 @@ def random_weights(model: nn.Module, seed: int) -> nn.Module:
 
 
 def reset(module: nn.Module) -> None:
-    """A module's own parameters, those of modules inside it left alone."""
+    """Reset a module's own parameters, those of modules inside it left alone."""
     own = list(module.parameters(recurse=False))
     method = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
     if not own:

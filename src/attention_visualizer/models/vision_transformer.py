@@ -93,7 +93,7 @@ GENERATOR = ThreadsGenerator()
 
 @contextmanager
 def random_numbers_from(seed: int) -> Iterator[None]:
-    """Dropout of this thread draws from a generator of its own, whatever other threads draw."""
+    """Draw the dropout of this thread from a generator of its own, inside, whatever other threads draw."""
     GENERATOR.own = np.random.SFC64(seed)
     try:
         yield
@@ -103,7 +103,7 @@ def random_numbers_from(seed: int) -> Iterator[None]:
 
 @torch.compiler.disable  # the generator is NumPy's
 def random_bits(shape: torch.Size) -> Tensor:
-    """Uniform int16 of a shape, from the thread's generator or from one that PyTorch's seeds."""
+    """Draw uniform int16 of a shape, from the thread's generator or from one that PyTorch's seeds."""
     generator = GENERATOR.own or np.random.SFC64(int(torch.randint(2**63 - 1, ())))
     words = generator.random_raw(-(-shape.numel() // 4))
     return torch.from_numpy(words.view(np.int16)[: shape.numel()]).view(shape)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """The fused attention [batch, head, query, head_dim]; on the CPU at least in float32.
+    """Compute the fused attention [batch, head, query, head_dim]; on the CPU at least in float32.
 
     There, its backward pass in bfloat16 takes ten times as long and would be most of a training step.
     """
@@ -184,7 +184,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Images [batch, channel, height, width] -> logits [batch, class].
 
-    Takes a ViTConfig, or its fields by keyword, or both: then the fields replace the config's. Raises UserError for
+    Takes a ViTConfig, or its fields by keyword, or both: then the fields replace the config's. Raise UserError for
     fields that make no model.
     """
 
@@ -227,7 +227,7 @@ class VisionTransformer(nn.Module):
         return self.config["attention_dropout"] == 0.0
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images to tokens with positions: [batch, channel, height, width] -> [batch, token, embed]."""
+        """Embed images as tokens with positions: [batch, channel, height, width] -> [batch, token, embed]."""
         tokens = self.patch_embed(images)
         if self.cls_token is not None:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
@@ -239,7 +239,7 @@ class VisionTransformer(nn.Module):
         return self.classify(self.embed(images))
 
     def classify(self, tokens: Tensor) -> Tensor:
-        """Tokens, all or some of them (the class token first), to logits: [batch, token, embed] -> [batch, class]."""
+        """Map tokens, all or some (the class token first), to logits: [batch, token, embed] -> [batch, class]."""
         for block in self.blocks[:-1]:
             tokens = block(tokens)
         # Only the class token leaves the last block: while training, its other queries are not computed. In eval mode
@@ -251,7 +251,7 @@ class VisionTransformer(nn.Module):
 
 
 def sincos_positions(grid: tuple[int, int], embed_dim: int) -> Tensor:
-    """Fixed two-dimensional sine-cosine positions (He et al., 2022, "MAE"): [patch, embed]."""
+    """Return fixed two-dimensional sine-cosine positions (He et al., 2022, "MAE"): [patch, embed]."""
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(embed_dim // 4) / (embed_dim / 4))
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     angles = [coordinate.flatten()[:, None] * frequencies for coordinate in (columns, rows)]
@@ -259,7 +259,7 @@ def sincos_positions(grid: tuple[int, int], embed_dim: int) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Xavier uniform weights and zero biases, as in the ViT paper's code: they follow the width.
+    """Draw Xavier uniform weights and zero biases, as in the ViT paper's code: they follow the width.
 
     The deviation of 0.02 that is common for widths of 768 learns far slower at 128.
     """

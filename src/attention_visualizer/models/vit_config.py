@@ -18,7 +18,7 @@ MAX_LAYERS = 1_000
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """The checked fields of a model. Raises UserError, naming the field, for what makes none."""
+    """The checked fields of a model. Raise UserError, naming the field, for what makes none."""
 
     img_size: int = 28  # pixels of a square
     patch_size: int = 7  # pixels of a square
@@ -40,7 +40,7 @@ class ViTConfig:
         check_combinations(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, as a checkpoint holds them."""
+        """Return the fields as plain values, as a checkpoint holds them."""
         return dataclasses.asdict(self)
 
     @property
@@ -83,7 +83,7 @@ class ViTConfig:
 
 
 def linear(inputs: int, outputs: int) -> int:
-    """The number of weights and biases of a linear map."""
+    """Return the number of weights and biases of a linear map."""
     return (inputs + 1) * outputs
 
 

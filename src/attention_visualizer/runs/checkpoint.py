@@ -81,7 +81,7 @@ def block_for(
 def load_checkpoint(path: str | Path, keep_content: bool = False) -> LoadedCheckpoint:
     """Read a `.ckpt` of this project, a `.pth` of {"model_state_dict", "config"}, a bare state dict, or safetensors.
 
-    The last two may lack a configuration; they are then taken for VisionTransformer's defaults. Raises UserError
+    The last two may lack a configuration; they are then taken for VisionTransformer's defaults. Raise UserError
     with the reason for any file that is broken, unsafe, or of another architecture. (Safetensors files carry no
     checksum, but for those that `export.export_safetensors` writes: in others a flipped bit cannot be noticed.)
     """
@@ -102,7 +102,7 @@ def load_checkpoint(path: str | Path, keep_content: bool = False) -> LoadedCheck
 
 def interpret(content: Any, path: Path) -> dict[str, Any]:
     """Return LoadedCheckpoint's fields, unchecked weights and model configuration among them, from any of the known
-    layouts. Raises UserError for others."""
+    layouts. Raise UserError for others."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__} where a dictionary of weights was expected")
     if CHECKPOINT_KEY in content:
@@ -159,7 +159,7 @@ def interpret_block(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def check_architecture(weights: Mapping[str, Tensor], fields: Mapping[str, Any], path: Path) -> ViTConfig:
-    """Return the model configuration of these fields. Raises UserError with the first difference between `weights` and
+    """Return the model configuration of these fields. Raise UserError with the first difference between `weights` and
     the model that it describes."""
     for field, value in fields.items():
         if not isinstance(value, int | float | str):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from attention_visualizer.files.tensor_files import existing_file
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint, load_checkpoint
-from attention_visualizer.runs.folders import RunFolder, RunGroup, find_runs, group_at
+from attention_visualizer.runs.folders import BEST, RunFolder, RunGroup, find_runs, group_at
 from attention_visualizer.support.errors import UserError
 
 
@@ -28,15 +28,13 @@ class Candidate:
 
     @cached_property
     def loaded(self) -> LoadedCheckpoint:
-        """The checkpoint. Raises UserError for a broken one."""
+        """The checkpoint. Raise UserError for a broken one."""
         return load_checkpoint(self.path)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What the run's run.json records; empty where there is none, or none that can be read."""
-        with suppress(UserError):
-            return self.run.read_manifest()
-        return {}
+        return self.run.manifest_or_empty()
 
     @cached_property
     def accuracy(self) -> float | None:
@@ -67,7 +65,7 @@ class Candidate:
 
     @property
     def remark(self) -> str:
-        if self.accuracy is None or self.path.name != "best.ckpt":  # the run's accuracy is that of its best
+        if self.accuracy is None or self.path.name != BEST:  # the run's accuracy is that of its best
             return ""
         return f" (validation accuracy {self.accuracy:.4f})"
 
@@ -102,7 +100,7 @@ class Choice:
 
 
 def choose_checkpoint(ckpt: str = "best", run: str | None = None, root: str | Path = "runs") -> Choice:
-    """Choose the checkpoint that the command line asks for. Raises UserError if there is none.
+    """Choose the checkpoint that the command line asks for. Raise UserError if there is none.
 
     ckpt: "best" or "last" of a run, or the path of a checkpoint, of a run folder or of a sweep folder (its best).
     run: None for the newest that has one; "all" for the best of all that share the newest one's data set; else the
@@ -140,7 +138,7 @@ def refuse_without(file_name: str, place: str) -> NoReturn:
 def choice_at(path: Path) -> Choice:
     """Choose the checkpoint at `path`, or the best of the run or sweep whose folder it is."""
     if group := group_at(path):
-        return choice_in(group, "best.ckpt") or refuse_without("best.ckpt", f"{path}/")
+        return choice_in(group, BEST) or refuse_without(BEST, f"{path}/")
     try:
         existing_file(path)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Where things are kept: files written whole or not at all, run folders and their manifest."""
+"""Run folders: their names, manifest and locks, and how they are found."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,14 @@ import filelock
 from attention_visualizer.files import plain_files
 from attention_visualizer.files.atomic import PARTIAL, missing_folders, remove_empty, write_json
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.machine import git_commit, installed_version
 
 TIME_FORMAT = "%Y-%m-%d_%H-%M-%S-%f"  # no "=" and no ":", which command lines and file systems dislike
 TIME_PATTERN = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{1,6}")
 
-
+BEST, LAST = "best.ckpt", "last.ckpt"  # checkpoints, in the folder `checkpoints`
+HISTORY = "attention_history.npz"
+ANALYSIS = "attention_analysis"  # the folder of a report
 LOG_BYTES = 20_000_000  # events, history and figures of a run
 
 
@@ -40,7 +41,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: str | Path) -> RunFolder:
-        """Makes a folder under `root`, named after the time, that no other run has. Raises UserError if it cannot."""
+        """Make a folder under `root`, named after the time, that no other run has. Raise UserError if it cannot."""
         made: list[Path] = []
         try:
             made = missing_folders(Path(root))
@@ -70,11 +71,11 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        return self.checkpoints / "best.ckpt"
+        return self.checkpoints / BEST
 
     @property
     def last(self) -> Path:
-        return self.checkpoints / "last.ckpt"
+        return self.checkpoints / LAST
 
     @property
     def manifest_path(self) -> Path:
@@ -86,7 +87,7 @@ class RunFolder:
 
     @property
     def history_path(self) -> Path:
-        return self.path / "attention_history.npz"
+        return self.path / HISTORY
 
     @property
     def exists(self) -> bool:
@@ -94,7 +95,7 @@ class RunFolder:
         return self.manifest_path.is_file() or self.checkpoints.is_dir()
 
     def lock(self) -> filelock.BaseFileLock:
-        """Makes the run this process's own until the lock is released or the process ends, however it does. Raises
+        """Lock the run for this process until the lock is released or the process ends, however it does. Raise
         UserError if another one trains it, or if nothing can be written."""
         self.refuse_links_out()
         for folder in (self.path, self.checkpoints):
@@ -108,14 +109,14 @@ class RunFolder:
         return lock
 
     def refuse_links_out(self) -> None:
-        """Raises UserError for a link to what is outside: a run that comes from elsewhere would be written there."""
+        """Raise UserError for a link to what is outside: a run that comes from elsewhere would be written there."""
         inside = self.path.resolve()
         for path in self.path.rglob("*"):
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
                 raise UserError(f"{path} leads out of the run's folder: put the files themselves there")
 
     def read_manifest(self) -> dict[str, Any]:
-        """What run.json says; empty if there is none. Raises UserError if it is no JSON object."""
+        """Return what run.json holds; empty if there is none. Raise UserError if it is no JSON object."""
         try:
             manifest = plain_files.read_json(self.manifest_path)
         except FileNotFoundError:
@@ -124,13 +125,20 @@ class RunFolder:
             raise UserError(f"{self.manifest_path} holds no JSON object: repair or delete it")
         return manifest
 
+    def manifest_or_empty(self) -> dict[str, Any]:
+        """Return what run.json holds; empty also where it cannot be read."""
+        try:
+            return self.read_manifest()
+        except UserError:
+            return {}
+
     def update_manifest(self, **fields: Any) -> None:
-        """Adds `fields` to run.json or replaces them there."""
+        """Add `fields` to run.json or replace them there."""
         write_json(self.manifest_path, self.read_manifest() | fields)
 
 
 def start_manifest(folder: RunFolder, **fields: Any) -> None:
-    """Writes a starting run's run.json: status "running", when, by which versions, and `fields`.
+    """Write a starting run's run.json: status "running", when, by which versions, and `fields`.
 
     A resumed run keeps the time at which it was created; all else is written anew.
     """
@@ -144,19 +152,8 @@ def start_manifest(folder: RunFolder, **fields: Any) -> None:
     write_json(folder.manifest_path, manifest | fields)
 
 
-def check_memory(num_parameters: int) -> None:
-    """Raises UserError where a model of so many parameters cannot be trained in this machine's memory."""
-    # Weights, gradients and Adam's two moments in float32.
-    needed, there = 4 * 4 * num_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise UserError(
-            f"a model of {num_parameters:,} parameters needs {needed / 1e9:,.0f} GB of memory to train, and this "
-            f"machine has {there / 1e9:,.0f}: lower model.embed_dim, model.mlp_dim or model.num_layers"
-        )
-
-
 def check_space(folder: Path, num_parameters: int) -> None:
-    """Raises UserError where a run's files would not fit into the file system of `folder`, which need not exist."""
+    """Raise UserError where a run's files would not fit into the file system of `folder`, which need not exist."""
     while not folder.exists():
         folder = folder.absolute().parent
     # Weights, averages and Adam's two moments in float32; best, last, and a third while it is being written.
@@ -169,24 +166,8 @@ def check_space(folder: Path, num_parameters: int) -> None:
         )
 
 
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # used from a folder on the path, not installed
-        return None
-
-
-def git_commit(folder: Path) -> str | None:
-    """Commit of the checkout that `folder` lies in, with "-dirty" after it if files differ; else None."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def lock_folder(path: Path) -> filelock.BaseFileLock:
-    """Holds the folder until the lock is released or the process ends. Raises UserError if another one holds it."""
+    """Lock the folder until the lock is released or the process ends. Raise UserError if another one holds it."""
     lock = filelock.FileLock(path / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -210,7 +191,7 @@ class RunGroup:
 
 
 def group_at(path: Path) -> RunGroup | None:
-    """The run or sweep whose folder is `path`; None if it is neither."""
+    """Return the run or sweep whose folder is `path`; None if it is neither."""
     run = RunFolder(path)
     if run.exists:
         return RunGroup(path, (run,))
@@ -222,13 +203,13 @@ def group_at(path: Path) -> RunGroup | None:
 
 
 def job_number(job: RunFolder) -> float:
-    """The number that a sweep job's folder name starts with, so that 10_... comes after 9_..."""
+    """Return the number that a sweep job's folder name starts with, so that 10_... comes after 9_..."""
     digits = re.match(r"\d+", job.name)
     return int(digits.group()) if digits else math.inf
 
 
 def find_runs(root: str | Path) -> list[RunGroup]:
-    """The runs and sweeps directly under `root`, newest first; none if there is no such folder."""
+    """Return the runs and sweeps directly under `root`, newest first; none if there is no such folder."""
     root = Path(root)
     if not root.is_dir():
         return []
@@ -238,14 +219,14 @@ def find_runs(root: str | Path) -> list[RunGroup]:
         raise UserError(f"cannot search for runs in {root}: {error.strerror or error}") from error
     groups = []
     for path in paths:
-        with suppress(PermissionError):  # somebody else's
+        with suppress(PermissionError):  # another user's
             if group := group_at(path):
                 groups.append(group)
     return sorted(groups, key=lambda group: (created_at(group), group.path.name), reverse=True)
 
 
 def created_at(group: RunGroup) -> float:
-    """Seconds since 1970, from the folder's name; else, if it was renamed, from a manifest; else its own time."""
+    """Return its creation time in seconds since 1970, by the folder's name, a manifest, or the folder's own time."""
     with suppress(ValueError):
         if stamp := TIME_PATTERN.match(group.path.name):
             return datetime.strptime(stamp.group(), TIME_FORMAT).timestamp()

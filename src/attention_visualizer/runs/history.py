@@ -22,8 +22,8 @@ AXES = {
     **{"images": (0, 4), "labels": (1,), "class_names": (1,), "num_keys": (0, 1), "query": (0,)},
     **{"data": (0,), "maps": (4,), "rollout": (3,), "predicted": (1,), "probability": (1,)},
 }
-LARGEST = 500_000_000  # bytes, unpacked; 1,000 looks at the default model have 10,000,000
-MOST_ENTRIES = 100_000
+MAX_BYTES = 500_000_000  # bytes, unpacked; 1,000 frames of the default model have 10,000,000
+MAX_ENTRIES = 100_000
 
 
 @dataclass
@@ -32,7 +32,7 @@ class AttentionHistory:
 
     probe: images [probe, height, width, channel] uint8, labels [probe], class_names [class], num_keys [],
         query []
-    frames, one for each look at the probe images: step, epoch, maps [probe, layer, grid height, grid width] (the
+    frames, one for each observation of the probe images: step, epoch, maps [probe, layer, grid height, grid width] (the
         readout query's attention, mean over heads), rollout [probe, grid height, grid width], entropy and distance
         [layer, head], predicted and probability [probe]
     validations, one for each pass over the validation set: step, epoch, images, and each measure [layer, head]
@@ -43,12 +43,12 @@ class AttentionHistory:
     validations: list[dict[str, NDArray[Any]]] = field(default_factory=list)
 
     def discard_after(self, step: int) -> None:
-        """Forgets what a resumed run is about to repeat."""
+        """Forget what a resumed run is about to repeat."""
         self.frames = [frame for frame in self.frames if frame["step"] <= step]
         self.validations = [entry for entry in self.validations if entry["step"] <= step]
 
     def column(self, part: str, name: str) -> NDArray[Any]:
-        """All entries of one name in "frames" or "validations", stacked: [time, ...]."""
+        """Return all entries of one name in "frames" or "validations", stacked: [time, ...]."""
         return np.stack([entry[name] for entry in getattr(self, part)])
 
     def save(self, path: Path) -> None:
@@ -61,13 +61,13 @@ class AttentionHistory:
 
     @classmethod
     def load(cls, path: Path) -> AttentionHistory:
-        """Raises UserError when the file is not a whole history."""
+        """Read a history. Raise UserError where the file is not a whole one."""
         history = cls()
         try:
-            content = io.BytesIO(read_bytes(Path(path), LARGEST))
+            content = io.BytesIO(read_bytes(Path(path), MAX_BYTES))
             with zipfile.ZipFile(content) as archive:  # before anything is unpacked
-                if sum(member.file_size for member in archive.infolist()) > LARGEST:
-                    raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
+                if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+                    raise ValueError(f"it unpacks to more than {MAX_BYTES:,} bytes")
             with np.load(content, allow_pickle=False) as arrays:
                 for key in arrays.files:
                     part, name = key.split("/")
@@ -88,7 +88,7 @@ class AttentionHistory:
 
 
 def check_array(part: str, name: str, array: NDArray[Any]) -> None:
-    """Raises ValueError for an array that no history has."""
+    """Raise ValueError for an array that no history has."""
     if part not in PARTS:
         raise ValueError(f"{part!r:.60} is no part of it")
     if array.dtype.kind not in "biufU":
@@ -97,7 +97,7 @@ def check_array(part: str, name: str, array: NDArray[Any]) -> None:
         axes = AXES.get(name, (array.ndim,))
     else:
         axes = tuple(1 + number for number in AXES.get(name, (2,)))
-        if array.ndim and not 0 < len(array) <= MOST_ENTRIES:
+        if array.ndim and not 0 < len(array) <= MAX_ENTRIES:
             raise ValueError(f"{name!r:.60} has {len(array):,} entries")
     if array.ndim not in axes or (array.size == 0 and name != "class_names"):
         raise ValueError(f"{name!r:.60} is of shape {list(array.shape)}")

@@ -1,4 +1,4 @@
-"""Freed memory stays in the process: a training step frees and asks for the same blocks again and again."""
+"""Keep freed memory in the process: a training step frees and asks for the same blocks again and again."""
 
 from __future__ import annotations
 

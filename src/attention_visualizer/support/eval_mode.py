@@ -19,6 +19,6 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
         module.eval()
         yield
     finally:
-        rng.__exit__(None, None, None)  # told of an exception, Lightning's would not restore them
+        rng.__exit__(None, None, None)  # given an exception, Lightning's would not restore them
         for part in training:
             part.training = True

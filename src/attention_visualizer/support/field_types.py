@@ -37,7 +37,7 @@ def at_least(least: int) -> Bound:
 
 
 def between(unit: str, least: float, most: float) -> Bound:
-    """A range with both ends, in `unit`, such as "pixels". NaN is outside."""
+    """Return the bound of a range with both ends, in `unit`, such as "pixels". NaN is outside."""
     return Bound(lambda value: least <= value <= most, f"{unit} from {least:g} to {most:g}")
 
 

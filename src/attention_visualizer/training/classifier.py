@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from attention_visualizer.files.tensor_files import CHECKPOINT_KEY
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.field_types import SHARE, Bound, check_arguments
 from attention_visualizer.support.training_progress import batches_done
@@ -188,7 +189,7 @@ class Classifier(LightningModule):
         if self.checkpoint_block is None:
             return
         accuracy = self.trainer.callback_metrics.get("validation/accuracy")
-        checkpoint["attention_visualizer"] = {
+        checkpoint[CHECKPOINT_KEY] = {
             **self.checkpoint_block,
             "precision": str(self.trainer.precision),
             "validation_accuracy": None if accuracy is None else float(accuracy),
@@ -198,10 +199,10 @@ class Classifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the saved optimiser's settings by this classifier's: a resumed run may change them."""
-        block = checkpoint.get("attention_visualizer", {})
-        right, images = (block.get(name) for name in ("train_right", "train_images"))
-        if isinstance(right, int) and isinstance(images, int):
-            self.train_right, self.train_images = torch.tensor(right), images
+        block = checkpoint.get(CHECKPOINT_KEY, {})
+        correct, images = (block.get(name) for name in ("train_right", "train_images"))
+        if isinstance(correct, int) and isinstance(images, int):
+            self.train_right, self.train_images = torch.tensor(correct), images
         for state in checkpoint.get("optimizer_states", ()):
             for part in state.get("parts", [state]):  # of Muon with AdamW
                 for group in part["param_groups"]:

@@ -11,8 +11,8 @@ from attention_visualizer.attention.model_search import find_model
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.models.vit_config import ViTConfig
-from attention_visualizer.runs import checkpoint, folders
-from attention_visualizer.support import allocator
+from attention_visualizer.runs import checkpoint
+from attention_visualizer.support import allocator, machine
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.eval_mode import eval_mode
 from attention_visualizer.training.classifier import Classifier
@@ -38,7 +38,7 @@ def build_components(config: DictConfig) -> Components:
     seed_everything(config.seed, verbose=False)
     data = ImageDataModule(**arguments(config, "data"), seed=config.seed)
     architecture = ViTConfig(**arguments(config, "model"))
-    folders.check_memory(architecture.num_parameters)
+    machine.check_memory(architecture.num_parameters)
     model = VisionTransformer(architecture)
     recipe = arguments(config, "optimizer")
     data.load()
@@ -72,7 +72,7 @@ def check_model_fits_data(model: VisionTransformer, data: ImageDataModule) -> No
 
 
 def check_watched_part(config: DictConfig, classifier: Classifier, data: ImageDataModule) -> None:
-    """Raise UserError where the attention logger is told to watch what has no attention."""
+    """Raise UserError where the attention logger is to watch a model without attention."""
     name = OmegaConf.select(config, "callbacks.attention_logger.model")
     if name is not None:
         images, _ = next(data.evaluation_batches("validation"))

@@ -51,7 +51,7 @@ def check_signature(name: str, values: Mapping[str, Any], target: Any) -> None:
     parameters = inspect.signature(target).parameters
     try:
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    except (NameError, TypeError):  # somebody's class, with annotations for type checkers only
+    except (NameError, TypeError):  # a user's class, with annotations for type checkers only
         hints = {}
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for field in values:

@@ -111,13 +111,13 @@ def is_before(text: str | None, step: int) -> bool:
 
 @contextmanager
 def recorded(folder: RunFolder) -> Iterator[None]:
-    """Whatever ends a run early, its manifest says so, and the user how to go on."""
+    """Record in the manifest what ends a run early, and tell the user how to go on."""
     try:
         yield
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         reason = STOPPED_BY.get(error.code) if isinstance(error, SystemExit) else None
-        with suppress(UserError):  # on a full disk; what ended the run is what is to be told
+        with suppress(UserError):  # on a full disk; what ended the run is what is to be reported
             folder.update_manifest(
                 status="interrupted" if interrupted else "failed",
                 error=reason or f"{type(error).__name__}: {error}".rstrip(": "),
@@ -131,7 +131,7 @@ def recorded(folder: RunFolder) -> Iterator[None]:
 
 
 def fit(trainer: Trainer, classifier: Classifier, data: ImageDataModule, ckpt_path: str | None) -> dict[str, Any]:
-    """Trains and returns the metrics. Raises UserError where nothing was validated."""
+    """Train and return the metrics. Raise UserError where nothing was validated."""
     began = time.perf_counter()
     trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
     saver = trainer.checkpoint_callback
@@ -148,7 +148,7 @@ def fit(trainer: Trainer, classifier: Classifier, data: ImageDataModule, ckpt_pa
 def test_best(
     trainer: Trainer, classifier: Classifier, data: ImageDataModule, folder: RunFolder, log_guard: LogGuard
 ) -> dict[str, Any]:
-    """Tests best.ckpt, once: accuracy over all images and by class, and the confusion matrix [true][predicted]."""
+    """Test best.ckpt, once: accuracy over all images and by class, and the confusion matrix [true][predicted]."""
     logs, trainer.loggers = trainer.loggers, []  # Lightning would log it at the last step of training
     scores = trainer.test(classifier, data, ckpt_path=folder.best, weights_only=True, verbose=False)[0]
     trainer.loggers = logs
@@ -173,13 +173,13 @@ def test_best(
 
 
 def step_behind(trainer: Trainer) -> int:
-    """The step at which a run's end is logged: behind all checkpoints, so that a run that goes on from one begins its
-    charts before it."""
+    """Return the step at which a run's end is logged: after all checkpoints, so that a resumed run's charts begin
+    before it."""
     return trainer.global_step + 1
 
 
 def log_hyperparameters(trainer: Trainer, parameters: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """Writes the run's settings to every logger, for TensorBoard together with how well they did."""
+    """Write the run's settings to every logger, for TensorBoard together with how well they did."""
     scores = {f"hparams/{name}": value for name, value in metrics.items() if name.endswith("_accuracy")}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -191,7 +191,7 @@ def log_hyperparameters(trainer: Trainer, parameters: dict[str, Any], metrics: d
 
 
 def print_report(folder: RunFolder, description: DatasetDescription, metrics: dict[str, Any]) -> None:
-    """The end of a run on the terminal: how good, where, and what to do next, each command ready to paste."""
+    """Print the end of a run: how good, where, and what to do next, each command ready to paste."""
     table = Table(title=Text(printable(f"{folder.path.name} on {description.title}")), title_justify="left")
     table.add_column("")
     table.add_column("accuracy", justify="right")

@@ -1,7 +1,7 @@
-"""A training batch on the CPU in two halves, each through the whole model on a thread of its own and half of the cores.
+"""Compute a training batch on the CPU in two halves, each on its own thread with half of the cores.
 
-Operations of a small model are too short to be shared: cores that share each of them wait for each other after every
-one, while halves meet once a step. The gradients are the same sums, up to rounding.
+The operations of a small model are too short to be spread over cores, which would synchronise after each of them;
+halves synchronise once a step. The gradients are the same sums, up to rounding.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and labels: their mean
 
 
 class Halves:
-    """The two threads. They are started by the first batch and share the cores that PyTorch has then."""
+    """The two threads, started by the first batch; each gets half of the cores that PyTorch uses at that time."""
 
     def __init__(self) -> None:
         self._threads: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> Any:
-        """Make a copy start its own threads: threads cannot be copied, and a module that has them can."""
+        """Copy without the threads, which cannot be copied: the copy starts its own."""
         return Halves, ()
 
     def applies_to(self, model: nn.Module, images: Tensor) -> bool:
-        """Whether there are cores to share, and threads draw the same random numbers at each repetition."""
+        """Whether there are at least two cores, and dropout per thread is reproducible with this model."""
         ready = getattr(model, "draws_by_thread", False)
         return ready and images.device.type == "cpu" and len(images) > 1 and torch.get_num_threads() > 1
 
@@ -44,7 +44,7 @@ class Halves:
 
 
 class _MeanLoss(torch.autograd.Function):
-    """Forward and backward pass at once: the halves then need not wait for each other between the two."""
+    """Forward and backward pass in one, so that the halves need not wait for each other in between."""
 
     @staticmethod
     def forward(

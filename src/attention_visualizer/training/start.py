@@ -111,7 +111,7 @@ def unfinished_at(folder: RunFolder, config: DictConfig) -> Start | None:
         return None
     try:
         lock = folder.lock()
-    except UserError:  # somebody trains it, or nothing may be written there
+    except UserError:  # another process trains it, or nothing may be written there
         return None
     with suppress(UserError):
         if folder.read_manifest().get("status") == "completed":

@@ -28,7 +28,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         return self
 
     def install_handlers(self) -> None:
-        """Handle the signals, also if somebody else has done so meanwhile; a job in the background ignores Ctrl-C."""
+        """Handle the signals, also if other code has done so meanwhile; a job in the background ignores Ctrl-C."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread alone
         for number in SIGNALS:

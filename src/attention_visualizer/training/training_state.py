@@ -1,6 +1,6 @@
 """Check what training goes on from beside the weights, before Lightning and PyTorch use it.
 
-They check little of it themselves: beyond the end of a moment smaller than its parameter, a fused optimiser writes on.
+They check little of it themselves: a fused optimiser writes out of bounds if a moment is smaller than its parameter.
 """
 
 from __future__ import annotations

@@ -8,5 +8,5 @@ Hands out AttentionLogger. May use report and below, but none of our own data, m
     log_guard.py            LogGuard: a logger that cannot write costs a warning, not the training
     loggers.py              what each of Lightning's loggers gets
     probes.py               the images that are observed again and again
-    validation.py           attention statistics from somebody's own validation pass
+    validation.py           attention statistics from the user's own validation pass
 """

@@ -22,6 +22,7 @@ from attention_visualizer.attention.model_search import FoundModel, find_model
 from attention_visualizer.figures import attention_figures as figures
 from attention_visualizer.measures.observation import Observation, observe
 from attention_visualizer.measures.streaming import LOGGED_MEASURES, AttentionStatistics
+from attention_visualizer.runs.folders import HISTORY
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError, summary
 from attention_visualizer.support.eval_mode import eval_mode
@@ -30,8 +31,6 @@ from attention_visualizer.watching.log_guard import LogGuard
 from attention_visualizer.watching.loggers import Loggers
 from attention_visualizer.watching.probes import check_probes, displayable, first_of_each_class, validation_batches
 from attention_visualizer.watching.validation import ValidationWatch, ran_out_of_memory
-
-HISTORY_NAME = "attention_history.npz"
 
 
 class AttentionLogger(Callback):
@@ -83,7 +82,7 @@ class AttentionLogger(Callback):
         self._forget_training()
 
     def _forget_training(self) -> None:
-        """What belongs to one training: a callback may serve several, one after the other."""
+        """Reset what belongs to one training: a callback may serve several, one after the other."""
         self.history = AttentionHistory()
         self._saved = (0, 0)  # numbers of frames and validations in the history's file
         self._found: FoundModel | None = None  # None: nothing is watched
@@ -336,7 +335,7 @@ class AttentionLogger(Callback):
     # --- and training goes on ---
 
     def _attempt(self, kind: str, work: Callable[[], None], before_training: bool = False) -> None:
-        """Do `work`. An error is warned of, once for each `kind` of thing that is then missing, and goes no further.
+        """Do `work`; turn an error into a warning, once for each `kind` of output that is missing because of it.
 
         Raise UserError `before_training`, when the user can still correct it.
         """
@@ -368,7 +367,7 @@ class AttentionLogger(Callback):
 
 
 def history_path(trainer: Trainer) -> Path:
-    return Path(trainer.default_root_dir) / HISTORY_NAME
+    return Path(trainer.default_root_dir) / HISTORY
 
 
 def progress_in_epochs(trainer: Trainer) -> float:

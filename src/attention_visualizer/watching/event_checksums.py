@@ -23,7 +23,7 @@ def masked_crc32c(data: bytes) -> int:
 
 @contextmanager
 def fast_checksums() -> Iterator[None]:
-    """Inside, all event files of this process are written with the library; the files are the same, byte for byte."""
+    """Write all event files of this process with the library inside; the bytes stay the same."""
     if google_crc32c.implementation != "c":
         yield
         return

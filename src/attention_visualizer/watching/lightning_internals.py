@@ -94,16 +94,3 @@ def replace_checksums(checksum: Callable[[bytes], int]) -> Callable[[bytes], int
     earlier = record_writer.masked_crc32c
     record_writer.masked_crc32c = checksum
     return earlier
-
-
-def missing_for_watching() -> list[str]:
-    """Name the parts above that the installed PyTorch and TensorBoard do not have."""
-    from tensorboard.summary.writer import event_file_writer, record_writer
-    from torch.utils.tensorboard import SummaryWriter
-
-    parts = (
-        (SummaryWriter, "_get_file_writer"),
-        (event_file_writer, "_AsyncWriterThread"),
-        (record_writer, "masked_crc32c"),
-    )
-    return [f"{owner.__name__}.{name}" for owner, name in parts if not hasattr(owner, name)]

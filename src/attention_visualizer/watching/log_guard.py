@@ -40,7 +40,7 @@ class LogGuard(AbstractContextManager["LogGuard"]):
             return None
         try:
             return write()
-        except Exception as error:  # of somebody's service: its network, its disk, its version
+        except Exception as error:  # of a logging service: its network, its disk, its version
             name = type(logger).__name__
             # TensorBoard's thread has ended with its first OSError, and nothing more can be written.
             if kind is None or (isinstance(logger, TensorBoardLogger) and isinstance(error, OSError)):

@@ -30,7 +30,7 @@ class Loggers:
 
     @contextmanager
     def fast_checksums(self) -> Iterator[None]:
-        """Inside, TensorBoard's event files are written without its slow checksums."""
+        """Write TensorBoard's event files without its slow checksums, inside the block."""
         with ExitStack() as stack:
             if any(isinstance(logger, TensorBoardLogger) for logger in self.loggers):
                 with suppress(ImportError, AttributeError):  # of another TensorBoard, whose own are slower, no more
@@ -70,12 +70,12 @@ def flush(loggers: Sequence[Logger]) -> None:
 
 
 def takes_images(logger: Logger) -> bool:
-    """TensorBoard, MLflow, and the loggers with Lightning's log_image (Weights & Biases and others)."""
+    """Whether it takes images, as TensorBoard, MLflow and loggers with Lightning's log_image do."""
     return isinstance(logger, TensorBoardLogger | MLFlowLogger) or hasattr(logger, "log_image")
 
 
 def log_image(logger: Any, tag: str, rgb: NDArray[np.uint8], step: int) -> None:
-    """rgb: [height, width, 3]."""
+    """Log an image, `rgb`: [height, width, 3]."""
     if isinstance(logger, TensorBoardLogger):
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 

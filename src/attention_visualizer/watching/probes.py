@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attention_visualizer.support.errors import UserError
 
-MOST_PROBES = 10
+MAX_PROBES = 10
 IMAGES = ("pixel_values", "image", "images")  # in batches that are dictionaries
 LABELS = ("labels", "label", "targets", "target")
 
@@ -75,11 +75,11 @@ def first_of_each_class(batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
             if int(label) not in by_class and image.shape != next(iter(by_class.values()), image).shape:
                 raise UserError("AttentionLogger: validation images are of different sizes: pass probe_images=")
             by_class.setdefault(int(label), image)
-        if len(by_class) >= MOST_PROBES:
+        if len(by_class) >= MAX_PROBES:
             break
     if not by_class:
         raise UserError("AttentionLogger: there is no validation data to choose images from: pass probe_images=")
-    labels = sorted(by_class)[:MOST_PROBES]
+    labels = sorted(by_class)[:MAX_PROBES]
     return torch.stack([by_class[label] for label in labels]), torch.tensor(labels)
 
 

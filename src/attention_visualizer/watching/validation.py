@@ -1,4 +1,4 @@
-"""Attention statistics of a model over somebody's validation pass, measured in its own forward, whatever it does."""
+"""Attention statistics of a model over the user's validation pass, measured in its forward passes."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class ValidationWatch:
         try:
             self._capture.close()
         except Exception as error:
-            nothing_seen = isinstance(error, CaptureError | UserError) and not isinstance(error, InternalCaptureError)
-            if self._runs or not nothing_seen:  # else `remarks` tells
+            not_capturable = isinstance(error, CaptureError | UserError) and not isinstance(error, InternalCaptureError)
+            if self._runs or not not_capturable:  # else `remarks` says why
                 self.give_up(error)
 
     def remarks(self) -> dict[str, str]:

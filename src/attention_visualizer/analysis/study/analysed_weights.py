@@ -63,11 +63,9 @@ def check_run(loaded: LoadedCheckpoint, run: RunFolder | None) -> None:
     if run is None:
         return
     config: Any = {}
-    manifest: Any = {}
     with suppress(OSError, UserError):
         config = read_yaml(run.config_path)
-    with suppress(UserError):
-        manifest = run.read_manifest()
+    manifest = run.manifest_or_empty()
     trained_on = {} if loaded.data is None else loaded.data.to_dict()
     architecture = loaded.model_config.to_dict()
     for group, path, theirs, mine in (

@@ -14,7 +14,7 @@ from attention_visualizer.files.plain_files import read_yaml
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.runs.checkpoint_choice import candidates_in
 from attention_visualizer.runs.config_fields import field_named
-from attention_visualizer.runs.folders import RunFolder, RunGroup, group_at
+from attention_visualizer.runs.folders import BEST, LAST, RunFolder, RunGroup, group_at
 from attention_visualizer.support.errors import UserError
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".safetensors")
@@ -60,7 +60,7 @@ def find_compared_runs(
     """
     if not pattern:
         raise UserError("runs= is empty: give a pattern of run folders, such as runs=runs/*_sweep")
-    file_name = analysed.path.name if analysed.path.name in ("best.ckpt", "last.ckpt") else "best.ckpt"
+    file_name = analysed.path.name if analysed.path.name in (BEST, LAST) else BEST
     matches, remarks = match_checkpoints(pattern, file_name)
     if not matches:
         raise UserError(f"runs={pattern} matches no run, no sweep and no checkpoint{in_parentheses(remarks)}")
@@ -110,7 +110,7 @@ def load_group(group: RunGroup, file_name: str, remarks: list[str]) -> list[Matc
     Add a remark for each run that has no checkpoint, or not the one of this name.
     """
     matches = []
-    other = "last.ckpt" if file_name == "best.ckpt" else "best.ckpt"
+    other = LAST if file_name == BEST else BEST
     for run in group.runs:
         candidate = next(itertools.chain(candidates_in([run], file_name), candidates_in([run], other)), None)
         if candidate is None:
@@ -160,7 +160,8 @@ def describe_runs(matches: Sequence[MatchedCheckpoint], analysed: int) -> list[C
     labels = [match.label for match in matches]
     runs = []
     for position, (match, each) in enumerate(zip(matches, settings, strict=True)):
-        seed = each.get("seed", read_manifest(match.run).get("seed"))
+        manifest = {} if match.run is None else match.run.manifest_or_empty()
+        seed = each.get("seed", manifest.get("seed"))
         runs.append(
             ComparedRun(
                 match.label if labels.count(match.label) == 1 else str(match.loaded.path),
@@ -207,14 +208,6 @@ def flatten_config(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
                 yield from flatten_config(value, f"{name}.{key}" if name else str(key))
     elif name:
         yield name, content
-
-
-def read_manifest(run: RunFolder | None) -> dict[str, Any]:
-    """Read what run.json says; empty where there is none, or a broken one: it is a convenience here."""
-    try:
-        return {} if run is None else run.read_manifest()
-    except UserError:
-        return {}
 
 
 def short_name(setting: str) -> str:
