@@ -93,7 +93,7 @@ class AttentionVisualizer:
         self._digest = ""  # of a given model's weights
 
     def load_optimal_model(self) -> nn.Module:
-        """The model, in eval mode on the device; read once."""
+        """Return the model, in eval mode on the device; read once."""
         return self.study.target.model
 
     @property
@@ -119,25 +119,26 @@ class AttentionVisualizer:
         )
 
     def get_test_samples(self, num_samples: int = 8) -> list[tuple[Tensor, int | None]]:
-        """Images float32 [channel, height, width] in 0..1 with their classes (None where they are not known), by the
-        report's fixed rule."""
+        """Return images, float32 [channel, height, width] in 0..1, with their classes (None where they are not known),
+        by the report's fixed rule."""
         samples = find_samples(self.study.target, SampleChoice(num_samples))
         return [(sample.image.float() / 255, sample.label) for sample in samples]
 
     def visualize_attention_patterns(self, image: Any, label: int | None, i: int = 0) -> Figure:
-        """Attention by layer, alone and over the image; saved as attention_pattern_sample_<i>.png."""
+        """Draw attention by layer, alone and over the image; saved as attention_pattern_sample_<i>.png."""
         return self._draw(patterns_chapter, "attention_pattern", image, label, i)
 
     def analyze_attention_heads(self, image: Any, label: int | None, i: int = 0) -> Figure:
-        """Layers x heads; saved as attention_heads_sample_<i>.png."""
+        """Draw layers x heads; saved as attention_heads_sample_<i>.png."""
         return self._draw(heads_chapter, "attention_heads", image, label, i)
 
     def create_layer_comparison(self, image: Any, label: int | None, i: int = 0) -> Figure:
-        """From shallow to deep; saved as layer_comparison_sample_<i>.png."""
+        """Draw attention from shallow to deep layers; saved as layer_comparison_sample_<i>.png."""
         return self._draw(layers_chapter, "layer_comparison", image, label, i)
 
     def create_attention_statistics(self, samples: Sequence[tuple[Any, int | None]]) -> tuple[Figure, pd.DataFrame]:
-        """Statistics over `samples`, saved as attention_statistics.png; and a row for each measure, layer, head."""
+        """Draw statistics over `samples`, saved as attention_statistics.png. Return the figure and a table with a row
+        for each measure, layer and head."""
         if not samples:
             raise UserError("there are no samples to make statistics of: give a list of (image, label)")
         given = [as_sample(image, label, i) for i, (image, label) in enumerate(samples)]
@@ -155,9 +156,11 @@ class AttentionVisualizer:
         return figure, pd.DataFrame(records(survey))
 
     def run_comprehensive_analysis(self, model_path: str | Path | None = None) -> Path:
-        """Every figure, the statistics over the whole test set and the report, in Markdown and HTML; returns the first
-        one's path. A chapter that fails is named on stderr and in the report, which then may lie in
-        <output>_incomplete: see `write_analysis`.
+        """Write every figure, the statistics over the whole test set and the report, in Markdown and HTML. Return the
+        path of the Markdown report.
+
+        A chapter that fails is named on stderr and in the report, which then may lie in <output>_incomplete: see
+        `write_analysis`.
 
         Another `model_path` than before switches to that model.
         """
@@ -188,18 +191,13 @@ class AttentionVisualizer:
     def _read_weights(self) -> Weights:
         if self._model is not None:
             self._digest = model_digest(self._model)
-            return Weights(self._model.eval(), f"{type(self._model).__name__} as given, sha256 {self._digest}")
+            text = f"{type(self._model).__name__} as given, sha256 {self._digest}"
+            return Weights(self._model.eval(), text, digest=self._digest)
         if not self.model_path.exists():
             message = f"{self.model_path} does not exist: RANDOM WEIGHTS are used, which have learnt nothing"
             warnings.warn(message, UserWarning, stacklevel=4)
             log.warning(message)
-            return Weights(
-                random_model(),
-                f"random weights ({self.model_path} does not exist)",
-                None,
-                None,
-                random=True,
-            )
+            return Weights(random_model(), f"random weights ({self.model_path} does not exist)", random=True)
         return find_weights(str(self.model_path), None, "runs")
 
     def _output_folder(self) -> Path:
@@ -230,8 +228,8 @@ def as_sample(image: Any, label: int | None, number: int) -> Sample:
 
 
 def as_bytes(image: Any) -> Tensor:
-    """A picture as uint8 [channel, height, width], from uint8 0..255 or floats in 0..1, with or without a batch or
-    channel axis. Raise UserError for other values."""
+    """Convert an image to uint8 [channel, height, width], from uint8 0..255 or floats in 0..1, with or without a batch
+    or channel axis. Raise UserError for other values."""
     tensor = torch.as_tensor(np.asarray(image) if not isinstance(image, Tensor) else image).detach().cpu()
     while tensor.ndim > 3 and tensor.shape[0] == 1:
         tensor = tensor[0]

@@ -65,13 +65,14 @@ def make_study(
         history,
         compared_runs,
         head_layers,
+        weights_digest=weights.digest,
     )
 
 
 def first_observation(target: Target) -> Observation:
-    """Of one image. Mistakes in the query, unknown layouts and images of a wrong size surface here."""
+    """Observe one image. Mistakes in the query, unknown layouts and images of a wrong size surface here."""
     try:
-        return target.observe(target.images.read([0]))
+        return target.first_observation
     except (UserError, CaptureError):
         raise
     except Exception as error:  # whatever the model's own forward raises

@@ -45,10 +45,10 @@ def write_analysis(
         missing = {name: chapter.missing for name, chapter in written.items() if chapter.missing}
         target = study.output.folder
         earlier = EarlierAnalysis.of(target)
-        if missing and earlier is not None and earlier.reported and earlier.identity == identity(study.weights):
+        if missing and earlier is not None and earlier.reported and earlier.identity == identity(study):
             target = target.with_name(f"{target.name}_incomplete")
             earlier = EarlierAnalysis.of(target)
-        same = earlier is not None and earlier.identity == identity(study.weights)
+        same = earlier is not None and earlier.identity == identity(study)
         figures = sorted(figure.name for chapter in written.values() for figure in chapter.figures)
         old = analysis_files(target, earlier)
         # Figures of an earlier analysis of the same weights stay; of others, they would mislead.
@@ -79,7 +79,7 @@ class EarlierAnalysis:
             if content["schema"] > 1:
                 named |= {figure["name"] for each in content["chapters"].values() for figure in each["figures"]}
             reported = (folder / markdown_report.REPORT).is_file()
-            return cls(identity(content["facts"]["weights"]), reported, frozenset(named))
+            return cls(reported_identity(content["facts"]["weights"]), reported, frozenset(named))
         except (UserError, LookupError, TypeError, AttributeError):
             return None
 
@@ -108,7 +108,12 @@ def discard(folder: Path) -> None:
             folder.rmdir()
 
 
-def identity(weights: str) -> str:
-    """The part of a description of weights, as reports hold it, that does not depend on how they were asked for."""
-    digest = re.search(r"sha256 \w+", weights)
-    return digest.group() if digest else weights
+def identity(study: Study) -> str:
+    """Return what tells the study's weights from others, however they were asked for."""
+    return f"sha256 {study.weights_digest}" if study.weights_digest else study.weights
+
+
+def reported_identity(weights: str) -> str:
+    """Return the `identity` in a report's description of its weights."""
+    digests = re.findall(r"sha256 \w+", weights)
+    return str(digests[-1]) if digests else weights

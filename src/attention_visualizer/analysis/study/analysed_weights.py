@@ -35,6 +35,7 @@ class Weights:
     loaded: LoadedCheckpoint | None = None
     run: RunFolder | None = None
     random: bool = False
+    digest: str | None = None  # the first 16 hex digits of SHA-256, of the file or of a given model's tensors
 
 
 def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> Weights:
@@ -45,7 +46,7 @@ def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> We
         check_run(loaded, choice.run)
         origin = f"{choice.reason}; {short_path(choice.path)}, sha256 {loaded.sha256}"
         trained = "" if loaded.epoch is None else f", epoch {loaded.epoch + 1}, step {loaded.step}"
-        return Weights(loaded.build_model(), origin + trained, loaded, choice.run)
+        return Weights(loaded.build_model(), origin + trained, loaded, choice.run, digest=loaded.sha256)
     try:
         choice = choose_checkpoint("best", run, runs_dir)
     except UserError:
@@ -95,7 +96,8 @@ def timm_weights(model_from: str, ckpt: str) -> Weights:
         return Weights(model, f"random weights, no training, {model_from}", random=True)
     if ckpt == "pretrained":
         return Weights(model, f"{model_from}, pretrained weights as published")
-    return Weights(model, f"{model_from}; {short_path(Path(ckpt))}, sha256 {file_digest(Path(ckpt))}")
+    digest = file_digest(Path(ckpt))
+    return Weights(model, f"{model_from}; {short_path(Path(ckpt))}, sha256 {digest}", digest=digest)
 
 
 def load_data(loaded: LoadedCheckpoint | None, data_dir: str | None = None) -> ImageDataModule:

@@ -66,6 +66,7 @@ class Study:
     compared_runs: Sequence[ComparedRun] = ()  # this one among them; empty where none were asked for
     head_layers: HeadLayers = "all"
     progress: ProgressMessages = field(default_factory=ProgressMessages)
+    weights_digest: str | None = None  # the first 16 hex digits of the weights' SHA-256, where it is known
     errors: list[float] = field(default_factory=list)  # reconstruction errors that the captures of this study measured
 
     @property
@@ -81,8 +82,9 @@ class Study:
 
     @cached_property
     def first_observation(self) -> Observation:
-        """Of one image: which layers there are and how their tokens lie."""
-        return self.observe(self.target.images.read([0]))
+        """The target's, its error counted among this study's."""
+        self.errors.append(self.target.first_observation.reconstruction_error)
+        return self.target.first_observation
 
     @cached_property
     def explained_images(self) -> list[ExplainedImage]:

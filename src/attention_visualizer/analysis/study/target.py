@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -56,6 +57,11 @@ class Target:
     def observe(self, images: Tensor) -> Observation:
         """Capture the attention on uint8 images [image, channel, height, width]."""
         return observe(self.model, self.model_input(images), self.query, self.geometry, self.rollout)
+
+    @cached_property
+    def first_observation(self) -> Observation:
+        """One image's: which layers there are and how their tokens lie."""
+        return self.observe(self.images.read([0]))
 
     def survey(self, rows: Rows | None = None) -> Survey:
         """Survey the images of these rows, None for all; `Survey.kept` are positions in `rows`."""
