@@ -365,7 +365,7 @@ def test_what_goes_with_a_setting(place: Place, trained: VisionTransformer) -> N
     found = {each.quantity.name: each for each in comparison.differences}
     assert found["entropy"].stands_out and float(found["entropy"].interval.value) < -0.1
     # Paired over the pictures: the same numbers from each picture's own difference.
-    rights = [each.right for each in sorted(surveyed, key=lambda each: not each.run.is_analysed)]
+    rights = [each.correct for each in sorted(surveyed, key=lambda each: not each.run.is_analysed)]
     assert rights[0] is not None and rights[1] is not None
     gaps = rights[1].astype(float) - rights[0]
     accuracy = found["accuracy"].interval

@@ -65,12 +65,12 @@ def test_trends_leave_out_a_last_layer_that_only_the_class_token_leaves(study: S
 
 def test_groups_are_by_true_class_and_by_outcome(measured: Statistics) -> None:
     survey, groups = measured.survey, measured.groups
-    assert groups is not None and survey.right is not None and groups.class_sizes == (7, 8)
-    assert (groups.num_right, groups.num_wrong) == (survey.right.sum(), (~survey.right).sum())
+    assert groups is not None and survey.correct is not None and groups.class_sizes == (7, 8)
+    assert (groups.num_correct, groups.num_wrong) == (survey.correct.sum(), (~survey.correct).sum())
     sizes = np.array([8, 8, 7])
     means = np.stack([interval.value for interval in groups.entropy])
     np.testing.assert_allclose((sizes[:, None] * means).sum(axis=0) / N, survey.mean_of("entropy").value[:, -1])
-    assert set(groups.wrong_minus_right) == {"entropy", "effective_tokens", "maximum", "distance"}
+    assert set(groups.wrong_minus_correct) == {"entropy", "effective_tokens", "maximum", "distance"}
 
 
 def test_figures_show_what_was_measured(measured: Statistics) -> None:
@@ -86,7 +86,7 @@ def test_figures_show_what_was_measured(measured: Statistics) -> None:
     by_class, by_outcome = draw_groups(measured.groups, measured.images).axes[:2]
     assert [label.get_text() for label in by_class.get_yticklabels()] == list(CLASSES)
     points = np.asarray(by_outcome.lines[-1].get_xdata())
-    np.testing.assert_allclose(points, measured.groups.wrong_minus_right["entropy"].value)
+    np.testing.assert_allclose(points, measured.groups.wrong_minus_correct["entropy"].value)
 
 
 def test_the_chapter_with_and_without_known_classes(study: Study) -> None:

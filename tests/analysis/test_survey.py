@@ -103,7 +103,7 @@ def test_only_as_many_maps_are_kept_as_fit(
 
 def test_without_labels_there_are_no_groups(model: VisionTransformer, images: Tensor) -> None:
     found = survey_of(model, images, 8, None)
-    assert found.right is None and found.accuracy is None and (found.labels == -1).all()
+    assert found.correct is None and found.accuracy is None and (found.labels == -1).all()
     assert np.isnan(found.means_by_class.of_group(0).value).all() and found.means_by_class.of_group(0).n == 0
     assert [found.means_by_outcome.of_group(outcome).n for outcome in (0, 1)] == [0, 0]
 
@@ -113,7 +113,7 @@ def test_pictures_of_unknown_class_are_in_no_group(model: VisionTransformer, ima
     found = survey_of(model, images, 5, labels)
     assert sum(found.means_by_class.of_group(label).n for label in range(5)) == N - 6
     assert sum(found.means_by_outcome.of_group(outcome).n for outcome in (0, 1)) == N - 6
-    assert found.right is None  # not of all
+    assert found.correct is None  # not of all
 
 
 def test_a_model_without_a_head_is_neither_right_nor_wrong(images: Tensor) -> None:
@@ -122,7 +122,7 @@ def test_a_model_without_a_head_is_neither_right_nor_wrong(images: Tensor) -> No
     headless = timm.create_model("vit_tiny_patch16_224", num_heads=2, num_classes=0, **sizes).eval()
     found = survey_model(headless, [(part, None) for part in images.split(9)], LABELS, N)
     assert (found.predicted == -1).all() and np.isnan(found.probability).all()
-    assert found.right is None and found.accuracy is None
+    assert found.correct is None and found.accuracy is None
     assert [found.means_by_outcome.of_group(outcome).n for outcome in (0, 1)] == [0, 0]
     assert [found.means_by_class.of_group(label).n for label in range(5)] == [5, 5, 5, 4, 4]
 

@@ -186,7 +186,8 @@ def overlay(image: Rgb, attention: Array, num_keys: int) -> Rgb:
     are those of the scale everywhere else. Returns uint8 [..., height, width, 3].
     """
     height, width = image.shape[:2]
-    ink = np.clip(strokes(image), LIGHTEST_INK, 1)[..., None].repeat(3, axis=2)  # NumPy is slow at widening a last axis
+    # Repeated beforehand: NumPy is slow at widening a last axis.
+    ink = np.clip(ink_transmission(image), LIGHTEST_INK, 1)[..., None].repeat(3, axis=2)
     colors = attention_scale(num_keys).to_rgb(attention)
     grids = colors.reshape(-1, *colors.shape[-3:])
     if height >= grids.shape[1] and width >= grids.shape[2]:
@@ -197,20 +198,21 @@ def overlay(image: Rgb, attention: Array, num_keys: int) -> Rgb:
     return darkened.reshape(*colors.shape[:-3], height, width, 3)
 
 
-def strokes(image: Rgb) -> NDArray[np.float32]:
-    """How much light an image's ink leaves: [height, width, 1 or 3] -> [height, width], 1 where there is no ink."""
-    return _strokes(image.tobytes(), image.shape)
+def ink_transmission(image: Rgb) -> NDArray[np.float32]:
+    """Return the share of light that an image's ink lets through, 1 where there is none: [height, width, 1 or 3] ->
+    [height, width]."""
+    return _ink_transmission(image.tobytes(), image.shape)
 
 
 @lru_cache(maxsize=32)  # the probe images of a training run are the same each time
-def _strokes(pixels: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _ink_transmission(pixels: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
     image = np.frombuffer(pixels, np.uint8).reshape(shape)
-    ink = _drawn_strokes(image)
+    ink = _compute_ink_transmission(image)
     ink.flags.writeable = False
     return ink
 
 
-def _drawn_strokes(image: Rgb) -> NDArray[np.float32]:
+def _compute_ink_transmission(image: Rgb) -> NDArray[np.float32]:
     luminance = image.mean(axis=2, dtype=np.float32) / 255
     ground = np.median(np.concatenate([luminance[0], luminance[-1], luminance[:, 0], luminance[:, -1]]))
     if (image == image[..., :1]).all() and not 0.25 < ground < 0.75:  # grey on a plain ground: a drawing

@@ -1,4 +1,4 @@
-"""Measures of single heads: what they follow, what they always attend to, which are alike; and their roles."""
+"""Measures of single heads: what each follows and always attends to, which are alike, and the roles that result."""
 
 from __future__ import annotations
 

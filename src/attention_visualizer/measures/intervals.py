@@ -1,4 +1,5 @@
-"""Bootstrap intervals, permutation tests, effect sizes and multiple-testing correction over images.
+"""Statistics over images: bootstrap and other intervals, effect sizes, rank correlations, permutation, bootstrap and
+sign-flip tests, multiple-testing correction, stratified subsets, and the accuracy from which a model counts as trained.
 
 The unit is the image: an interval says how another draw of test images would move a value of this one model. How
 another training run would move it, it does not say.
@@ -278,8 +279,8 @@ def smallest_sign_flip_p(num_units: int) -> float:
 def permuted_products(
     attention: Array, content: Array, permutations: int = PERMUTATIONS, seed: int = 0
 ) -> tuple[Array, Array]:
-    """Return the statistic of whether attention goes with what is in a place, beyond the place itself: [head], and that
-    of permuted images: [permutation, head].
+    """Return how far attention follows the content of places beyond the places themselves, [head], and the same of
+    permuted images, [permutation, head].
 
     attention: [image, head, patch]; content: [image, patch]. The statistic is the mean over images of
     sum_p attention_p content_p. In each permutation, images get another image's content, so that places keep their

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from attention_visualizer.analysis.claims.content import KEY_POINTS, POINTS
 from attention_visualizer.analysis.claims.evidence import Evidence
 from attention_visualizer.analysis.claims.verdicts import Claim, Requirement
-from attention_visualizer.analysis.study.survey import nan_mean
-from attention_visualizer.measures.head_roles import OFTEN_EMPTY
+from attention_visualizer.measures.head_roles import OFTEN_EMPTY, nan_mean
 from attention_visualizer.measures.intervals import PERMUTATIONS
 
 Array = NDArray[Any]
@@ -94,7 +93,7 @@ def head_requirements(
             lambda values: of_heads(values)[..., head],
             of_heads if least is None else None,
             unit=unit,
-            counted=name,
+            n_from=name,
         ),
         Requirement(
             f"{quantity} beyond the other heads, mean over layers",
@@ -139,7 +138,7 @@ def distance_gain(values: dict[str, Array], later: Sequence[int], earlier: Seque
 
 
 def distance_requirement(quantity: str, statistic: Callable[[dict[str, Array]], Array]) -> Requirement:
-    return Requirement(quantity, MIN_DISTANCE, statistic, statistic, unit=FAR, counted="distance")
+    return Requirement(quantity, MIN_DISTANCE, statistic, statistic, unit=FAR, n_from="distance")
 
 
 def restriction(used: Sequence[int], layers: range) -> str:

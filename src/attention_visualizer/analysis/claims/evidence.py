@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from attention_visualizer.analysis.claims.content import Content
-from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey, nan_mean
+from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
 from attention_visualizer.data import ink
-from attention_visualizer.measures.head_roles import OFTEN_EMPTY, border_excess
+from attention_visualizer.measures.head_roles import OFTEN_EMPTY, border_excess, nan_mean
 from attention_visualizer.measures.intervals import PERMUTATION_BATCH, PERMUTATIONS, REPLICATES
 from attention_visualizer.measures.matched_patches import excess, permuted_excess
 

@@ -9,7 +9,7 @@ from attention_visualizer.analysis.claims.declared import declared_claims
 from attention_visualizer.analysis.claims.evidence import Evidence, evidence_of
 from attention_visualizer.analysis.claims.verdicts import Judgement, judge
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.analysis.study.survey import nan_mean
+from attention_visualizer.measures.head_roles import nan_mean
 from attention_visualizer.measures.intervals import Interval, percentiles
 
 

@@ -42,7 +42,7 @@ class Requirement:
     null: str = "images resampled"
     unit: str = "of a uniform share"
     smallest_p: Callable[[Evidence], float] | None = None  # that the test can give; None where it is always small
-    counted: str = ""  # the evidence's quantity whose images are counted; "" for all of them
+    n_from: str = ""  # the evidence's quantity whose images are counted; "" for all of them
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check(requirement: Requirement, measured: Evidence, controls: Sequence[Evide
         reached = tuple(float(each) for values in of_controls for each in values if not np.isnan(each))
         threshold = max(threshold, CONTROL_FACTOR * max(map(abs, reached), default=np.inf))
     p_value = bootstrap_p_value(replicates) if requirement.p_value is None else requirement.p_value(measured)
-    n = measured.counts.get(requirement.counted, measured.n)
+    n = measured.counts.get(requirement.n_from, measured.n)
     deviation = float(replicates.std()) * np.sqrt(n)
     return Result(
         requirement,

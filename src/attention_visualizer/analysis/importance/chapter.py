@@ -84,7 +84,7 @@ def text_of(measured: Importance) -> str:
 
 def correlations_text(measured: Importance) -> str:
     """All known correlations; empty where there are none."""
-    told = [
+    correlations = [
         f"{label.split(' (')[0]} "
         + ", ".join(
             f"{value.text(2)} for {ABLATIONS[ablation].short_name} (p = {correlation.p_value[ablation]:.3f})"
@@ -93,7 +93,7 @@ def correlations_text(measured: Importance) -> str:
         for label, correlation in measured.correlations.items()
         if not all(np.isnan(value.value) for value in correlation.value.values())
     ]
-    return CORRELATIONS.format(count=len(measured.heads), told="; ".join(told)) if told else ""
+    return CORRELATIONS.format(count=len(measured.heads), pairs="; ".join(correlations)) if correlations else ""
 
 
 def chance_text(measured: Importance) -> str:
@@ -133,13 +133,13 @@ def numbers_of(measured: Importance) -> dict[str, Any]:
 
 
 def importance_table(measured: Importance) -> Table:
-    right = "accuracy" if measured.class_source == "true" else "same prediction"
+    quantity = "accuracy" if measured.class_source == "true" else "same prediction"
     columns = [
         "without",
         "score, zero ablation (logits)",
         "score, mean ablation (logits)",
-        f"{right}, zero ablation (points)",
-        f"{right}, mean ablation (points)",
+        f"{quantity}, zero ablation (points)",
+        f"{quantity}, mean ablation (points)",
         "matters",
     ]
     num_layers = len(measured.score_changes["zero"].value)
@@ -189,4 +189,4 @@ same for every image ({names})."""
 CORRELATIONS = """
 
 Rank correlations of the loss over the {count} heads, with 95 % intervals over heads and p by permutation
-(FDR-adjusted over all of them): {told}."""
+(FDR-adjusted over all of them): {pairs}."""

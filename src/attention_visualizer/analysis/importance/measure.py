@@ -113,7 +113,7 @@ def num_passes(study: Study) -> int:
 def measure(study: Study, rows: Array) -> Importance:
     """Ablate each head and each layer over the images of these rows. Raise ValueError for a model without scores."""
     survey, heads, places = study.survey, Heads.of(study.survey), ablated_places(study)
-    classes = (survey.predicted if survey.right is None else survey.labels)[rows]
+    classes = (survey.predicted if survey.correct is None else survey.labels)[rows]
     logits = logits_of_rows(study, rows)
     score, is_right = relative_score(logits, classes), logits.argmax(axis=1) == classes
     score_changes, accuracy_changes = {}, {}
@@ -129,7 +129,7 @@ def measure(study: Study, rows: Array) -> Importance:
     return Importance(
         heads=heads,
         images=f"{len(rows):,} {study.target.images.kind}s",
-        class_source="predicted" if survey.right is None else "true",
+        class_source="predicted" if survey.correct is None else "true",
         score=intervals.bootstrap_mean(score),
         accuracy=intervals.share_interval(is_right.sum(), len(is_right)),
         score_changes=score_changes,

@@ -32,17 +32,17 @@ class SurveyedRun:
 
     run: ComparedRun
     survey: Survey
-    #: Whether each image is classified right, bool [image]: for a run of all images of the study, for random weights of
-    #: those of the survey. None where classes are not known.
-    right: Array | None
+    #: Whether each image is classified correctly, bool [image]: for a run of all images of the study, for random
+    #: weights of those of the survey. None where classes are not known.
+    correct: Array | None
 
     @cached_property
     def accuracies(self) -> BootstrapMeans | None:
-        if self.right is None:
+        if self.correct is None:
             return None
         means = BootstrapMeans()
-        for start in range(0, len(self.right), IMAGES_AT_ONCE):
-            means.update(self.right[start : start + IMAGES_AT_ONCE].astype(np.float64))
+        for start in range(0, len(self.correct), IMAGES_AT_ONCE):
+            means.update(self.correct[start : start + IMAGES_AT_ONCE].astype(np.float64))
         return means
 
     @property
@@ -60,7 +60,7 @@ def survey_runs(study: Study) -> list[SurveyedRun]:
         target = replace(study.target, model=model, images=images_as_trained(run, study))
         survey = target.survey(rows)
         study.errors.append(survey.reconstruction_error)
-        surveyed.append(SurveyedRun(run, survey, classified_right(target)))
+        surveyed.append(SurveyedRun(run, survey, classified_correctly(target)))
     return surveyed
 
 
@@ -73,18 +73,18 @@ def images_as_trained(run: ComparedRun, study: Study) -> LabelledImageSet:
     return replace(images, description=run.loaded.data)
 
 
-def classified_right(target: Target) -> Array | None:
-    """Classify all images: whether each is right, bool [image]; None where classes or logits are not known."""
+def classified_correctly(target: Target) -> Array | None:
+    """Classify all images: whether each is correct, bool [image]; None where classes or logits are not known."""
     if target.images.labels is None:
         return None
-    right = []
+    correct = []
     with torch.no_grad():
         for batch, labels in target.batches():
             logits = logits_of(target.model(batch))
             if logits is None or labels is None:
                 return None
-            right.append((logits.argmax(dim=1) == labels).cpu().numpy())
-    return np.concatenate(right)
+            correct.append((logits.argmax(dim=1) == labels).cpu().numpy())
+    return np.concatenate(correct)
 
 
 def uniform_values(survey: Survey, measure: str) -> Array:

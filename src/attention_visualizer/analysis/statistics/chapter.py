@@ -57,7 +57,7 @@ def caption_of_groups(groups: Groups) -> str:
     smallest, largest = groups.class_sizes
     return (
         f"Entropy by class ({smallest:,} to {largest:,} images) and layer, mean over heads; and its difference "
-        f"between {groups.num_wrong:,} misclassified and {groups.num_right:,} correctly classified images, with 95 % "
+        f"between {groups.num_wrong:,} misclassified and {groups.num_correct:,} correctly classified images, with 95 % "
         "intervals."
     )
 
@@ -77,7 +77,7 @@ def numbers_of(measured: Statistics) -> dict[str, Any]:
         "entropy_by_class": None if groups is None else [interval.numbers() for interval in groups.entropy],
         "wrong_minus_right": None
         if groups is None
-        else {name: difference.numbers() for name, difference in groups.wrong_minus_right.items()},
+        else {name: difference.numbers() for name, difference in groups.wrong_minus_correct.items()},
     }
 
 
@@ -90,7 +90,7 @@ def text_of(measured: Statistics) -> str:
         who="the CLS token" if survey.reads_class_token else "the patch queries (mean over them)",
         accuracy=""
         if groups is None
-        else f" (accuracy {share_interval(groups.num_right, survey.num_images).text(2, percent=True)})",
+        else f" (accuracy {share_interval(groups.num_correct, survey.num_images).text(2, percent=True)})",
         highest="" if uniform is None else f", which is {uniform:.3f} nats when it is uniform",
     )
     if measured.trends:
@@ -98,9 +98,9 @@ def text_of(measured: Statistics) -> str:
             f"{LABELS[name].split(' (')[0]} {trend.text(3)} {UNITS[name]}" for name, trend in measured.trends.items()
         )
         unread = " (distance without the last layer)" if survey.reads_class_token else ""
-        text += "\n\n" + TRENDS.format(told=trends, unread=unread)
+        text += "\n\n" + TRENDS.format(trends=trends, unread=unread)
     if groups is not None:
-        text += "\n\n" + OUTCOMES.format(wrong=groups.num_wrong, right=groups.num_right)
+        text += "\n\n" + OUTCOMES.format(wrong=groups.num_wrong, right=groups.num_correct)
     if survey.left_out:
         names = ", ".join(map(escape_markdown, survey.left_out))
         text += "\n\n" + LEFT_OUT.format(count=len(survey.left_out), names=names)
@@ -182,14 +182,14 @@ def mean_table(survey: Survey, images: str) -> Table:
 
 
 def outcome_table(groups: Groups) -> Table:
-    differences = groups.wrong_minus_right.values()
+    differences = groups.wrong_minus_correct.values()
     rows = [
         [str(layer + 1), *(difference[layer].text() for difference in differences)]
-        for layer in range(len(groups.wrong_minus_right["entropy"].value))
+        for layer in range(len(groups.wrong_minus_correct["entropy"].value))
     ]
     return Table(
-        f"Misclassified (n = {groups.num_wrong:,}) minus correctly classified images (n = {groups.num_right:,}), mean "
-        "over heads, with 95 % intervals over images.",
+        f"Misclassified (n = {groups.num_wrong:,}) minus correctly classified images (n = {groups.num_correct:,}), "
+        "mean over heads, with 95 % intervals over images.",
         ["layer", *(LABELS[name] for name in OUTCOME_MEASURES)],
         rows,
     )
@@ -229,7 +229,7 @@ patch queries cannot affect the logits, so their distance says nothing about the
 of all queries' attention that the most attended key receives; the divergence of a head is its mean Jensen-Shannon
 divergence from the layer's other heads, 0 for a copy and 0.693 for heads that have no key in common."""
 
-TRENDS = """With depth, the last third of the layers minus the first third, mean over heads{unread}: {told}."""
+TRENDS = """With depth, the last third of the layers minus the first third, mean over heads{unread}: {trends}."""
 
 OUTCOMES = """{wrong:,} images are misclassified and {right:,} correctly classified. The misclassified ones are
 different, harder images, so the differences do not show that attention caused the errors."""

@@ -64,7 +64,7 @@ def draw_heads(measured: Statistics) -> Figure:
 
 def draw_groups(groups: Groups, images: str) -> Figure:
     """Draw entropy by class and layer, and wrong against right answers."""
-    difference = groups.wrong_minus_right["entropy"]
+    difference = groups.wrong_minus_correct["entropy"]
     num_layers = len(difference.value)
     size = max(11.0, 0.62 * num_layers + 8), max(4.2, 0.36 * len(groups.class_names) + 1.6)
     figure = Figure(figsize=size, layout="constrained")
@@ -78,7 +78,7 @@ def draw_groups(groups: Groups, images: str) -> Figure:
     right.set_yticks(heights, [str(layer + 1) for layer in range(num_layers)])
     right.set_ylim(-0.7, num_layers - 0.3)
     right.set_ylabel("layer")
-    counts = f"(n = {groups.num_wrong:,} and {groups.num_right:,})"
+    counts = f"(n = {groups.num_wrong:,} and {groups.num_correct:,})"
     right.set_xlabel(f"entropy, misclassified minus correct (nats)\n{counts}")
     charts.clean(right, "x")
     return charts.with_headline(figure, f"By class and by outcome, {images}")

@@ -38,9 +38,9 @@ class Groups:
     class_names: list[str]
     class_sizes: tuple[int, int]  # images of the smallest class that has any, and of the largest
     entropy: list[Interval]  # of each class, [layer]
-    wrong_minus_right: dict[str, Interval]  # measure -> [layer]
+    wrong_minus_correct: dict[str, Interval]  # measure -> [layer]
     num_wrong: int
-    num_right: int
+    num_correct: int
 
 
 def measure(study: Study) -> Statistics:
@@ -68,11 +68,11 @@ def deep_minus_shallow(measure_index: int, layers: Array, means: Array) -> Array
 
 
 def measure_groups(survey: Survey, class_names: list[str]) -> Groups | None:
-    if survey.right is None:
+    if survey.correct is None:
         return None
     sizes = np.bincount(survey.labels)
     between_outcomes = survey.means_by_outcome.difference(0, 1)
-    num_right = int(survey.right.sum())
+    num_correct = int(survey.correct.sum())
     return Groups(
         class_names,
         (int(sizes[sizes > 0].min()), int(sizes.max())),
@@ -81,6 +81,6 @@ def measure_groups(survey: Survey, class_names: list[str]) -> Groups | None:
             for label in range(survey.means_by_class.groups)
         ],
         {name: between_outcomes[MEASURE_NAMES.index(name)] for name in OUTCOME_MEASURES},
-        survey.num_images - num_right,
-        num_right,
+        survey.num_images - num_correct,
+        num_correct,
     )

@@ -138,21 +138,21 @@ class Study:
 
     @cached_property
     def accuracy(self) -> Interval | None:
-        """The share of all images that are classified right; None where that is not known, or would cost more than the
-        budget allows."""
+        """The share of all images that are classified correctly; None where that is not known, or would cost more than
+        the budget allows."""
         target, labels = self.target, self.target.images.labels
         if labels is None or not has_head(target.model):
             return None
         if "survey" in self.__dict__:
-            right = self.survey.right
+            correct = self.survey.correct
         elif self.cost_of_image(passes=1) * len(target.images) <= (self.budget.max_cost or np.inf):
             with torch.no_grad():
                 answers = [predict(target.model(batch), len(batch))[0] for batch, _ in target.batches()]
             predicted = np.concatenate(answers)
-            right = None if (predicted < 0).any() else predicted == labels.cpu().numpy()
+            correct = None if (predicted < 0).any() else predicted == labels.cpu().numpy()
         else:
-            right = None
-        return None if right is None else share_interval(int(right.sum()), len(right))
+            correct = None
+        return None if correct is None else share_interval(int(correct.sum()), len(correct))
 
     def cost_of_image(self, passes: int) -> float:
         """What so many passes over one image cost: see `Budget`."""

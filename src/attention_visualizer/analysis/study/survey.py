@@ -41,7 +41,7 @@ class Survey:
     probability: Array  # [image], of the predicted class, NaN where nothing is classified
     means: BootstrapMeans  # of each measure, [measure, layer, head + 1]; the last column is the mean over heads
     means_by_class: BootstrapMeans  # a group for each class, [measure, layer]
-    means_by_outcome: BootstrapMeans  # group 0 wrong, group 1 right, [measure, layer]
+    means_by_outcome: BootstrapMeans  # group 0 wrong, group 1 correct, [measure, layer]
     kept: Array  # positions of the images whose maps are kept
     grid: tuple[int, int]  # the finest, (height, width)
     maps: Array  # [kept, layer, head, patch], the readout query's attention, not renormalised, on the finest grid
@@ -81,13 +81,13 @@ class Survey:
         return Interval(measured.value / uniform, measured.low / uniform, measured.high / uniform, measured.n)
 
     @property
-    def right(self) -> Array | None:
-        """Whether each image was classified right; None where classes are not known."""
+    def correct(self) -> Array | None:
+        """Whether each image was classified correctly; None where classes are not known."""
         return None if (self.labels < 0).any() or (self.predicted < 0).any() else self.labels == self.predicted
 
     @property
     def accuracy(self) -> float | None:
-        return None if self.right is None else float(self.right.mean())
+        return None if self.correct is None else float(self.correct.mean())
 
     @cached_property
     def shares(self) -> Array:

@@ -110,8 +110,8 @@ class SettingComparison:
     @property
     def num_classified(self) -> int:
         """The number of images that accuracy is of."""
-        right = self.runs[0].right
-        return self.num_images if right is None else len(right)
+        correct = self.runs[0].correct
+        return self.num_images if correct is None else len(correct)
 
     @property
     def varied(self) -> list[str]:
@@ -141,7 +141,7 @@ def survey_random_weights(study: Study, surveyed: Sequence[SurveyedRun]) -> list
                 for index in range(study.budget.controls)
             ]
             surveys = [study.target.with_model(model).survey(rows) for model in models]
-            by_architecture[architecture] = [SurveyedRun(each.run, survey, survey.right) for survey in surveys]
+            by_architecture[architecture] = [SurveyedRun(each.run, survey, survey.correct) for survey in surveys]
         controls.append(by_architecture[architecture])
     return controls
 
