@@ -74,17 +74,17 @@ def finish(folder: Path, overrides: list[str]) -> Path:
 
 
 def check_settings(run: Path, overrides: list[str]) -> None:
-    """Ends the program if a run that is there was of other settings: its number would stand beside this command."""
+    """End the program if the run has other settings than this command, beside which its accuracy would be printed."""
     import yaml
 
-    stated = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
-    other = {each for each in stated if not each.startswith("runs_dir=")} ^ {*SAME, *overrides}
+    given = yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())
+    other = {each for each in given if not each.startswith("runs_dir=")} ^ {*SAME, *overrides}
     if other:
         raise SystemExit(f"{run} differs in {', '.join(sorted(other))}: give another --folder")
 
 
 def tested(run: Path) -> dict[str, Any]:
-    """Of the last weights: accuracy on the test and the validation set. Kept, so that nothing is tested twice."""
+    """Return the last weights' accuracy on the test and the validation set, tested once and kept in a file."""
     kept = run / "last_weights.json"
     manifest = json.loads((run / "run.json").read_text())
     if not kept.is_file():
@@ -99,8 +99,8 @@ def tested(run: Path) -> dict[str, Any]:
         found: dict[str, Any] = {"parameters": sum(each.numel() for each in model.parameters())}
         for split in ("validation", "test"):
             with torch.inference_mode():
-                right = [(model(images).argmax(dim=1) == labels) for images, labels in data.evaluation_batches(split)]
-            found[split] = float(torch.cat(right).float().mean())
+                correct = [(model(images).argmax(dim=1) == labels) for images, labels in data.evaluation_batches(split)]
+            found[split] = float(torch.cat(correct).float().mean())
         kept.write_text(json.dumps(found))
     return (
         json.loads(kept.read_text())

@@ -33,7 +33,7 @@ WATCHED = """
 import json, os, runpy, sys, time
 from pathlib import Path
 from lightning import LightningModule
-from attention_visualizer.history import AttentionHistory
+from attention_visualizer.runs.history import AttentionHistory
 record, sys.argv = open(sys.argv[1], "w"), sys.argv[2:]
 seconds = [0.0]
 def save(self, path, save=AttentionHistory.save):

@@ -6,7 +6,7 @@
 Each model runs on random images in eval mode and float32. `error` is the largest difference between what the captured
 weights and values give and the model's own output; `agreement` the largest difference between the captured weights and
 those of the model's own explicit path, which is read without `capture`. Exits with 1 if one of them is above 1e-5, if
-a layer has no counterpart, or if nothing was seen.
+a layer has no counterpart, or if nothing was captured.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ def measure(example: Example) -> Result:
             twin = example.build(True).eval()
             twin.load_state_dict(copy.deepcopy(model.state_dict()))
             explicit = explicit_weights(example, twin, images)
-    problems = [] if layers else ["no attention was seen"]
+    problems = [] if layers else ["no attention was captured"]
     error = attention.reconstruction_error
     if not error <= BOUND:
         problems.append(f"the reconstruction error is {error:.1e}")
@@ -340,7 +340,7 @@ def measure(example: Example) -> Result:
     if explicit is not None:
         differences = [0.0]
         if len(explicit) != len(layers):
-            problems.append(f"{len(layers)} layers were seen, the explicit path has {len(explicit)}")
+            problems.append(f"{len(layers)} layers were captured, the explicit path has {len(explicit)}")
         for layer, expected in zip(layers, explicit, strict=False):
             if expected.numel() != layer.weights.numel():
                 problems.append(f"{layer.name}: {list(layer.weights.shape)}, explicitly {list(expected.shape)}")

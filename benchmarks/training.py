@@ -13,7 +13,7 @@ falls on attention weights, where ours has none by default. Ours goes through th
 early training come at its first 1, 2, 4 ... batches; the peers, which do nothing of that kind, through some batches.
 parts: where a step's time goes, and how near it is to the time of its matrix products alone. On a GPU, these are the
 processor's times, which does not wait for it.
-accuracy: seconds of training, validations and figures included, until 99 % of the validation images are right, and the
+accuracy: seconds of training with validations and figures until 99 % of the validation images are correct and the
 test accuracy of the best epoch at the end.
 Every measurement is a process of its own, on real MNIST where MNIST_DIR or data/ has it; repeats are interleaved, and a
 number is the median of its repeats with the smallest and the largest behind it.
@@ -320,8 +320,8 @@ def measure_accuracy(scale: Scale, precision: str, seed: int) -> dict[str, float
 
         def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
             self.ended = now()
-            right = float(module.validation_accuracy.compute())
-            if math.isnan(self.reached) and right >= GOAL:
+            accuracy = float(module.validation_accuracy.compute())
+            if math.isnan(self.reached) and accuracy >= GOAL:
                 self.reached = self.ended - self.began
 
         def on_test_epoch_end(self, trainer: Any, module: Any) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 from parts import in_child, option_parser, parse
 from tables import machine, spread, table, versions
 
-EPOCHS = 10  # of the run that shares are stated for
+EPOCHS = 10  # of the run that shares are given for
 
 
 # --- one run, in a process of its own ---------------------------------------------------------------------------

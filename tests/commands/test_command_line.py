@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigKeyError
 
-from attention_visualizer.commands.command_line import one_line
+from attention_visualizer.commands.command_line import error_line
 from attention_visualizer.data.mnist import FILES
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.training.overrides import override
@@ -208,11 +208,11 @@ def test_help_shows_groups_and_values(folder: Path) -> None:
 
 
 def test_one_line_joins_what_and_where() -> None:
-    assert one_line(UserError("data.batch_size=0:\n  give more")) == "data.batch_size=0: give more"
+    assert error_line(UserError("data.batch_size=0:\n  give more")) == "data.batch_size=0: give more"
     inner = ConfigKeyError("Key 'foo' not in 'Model'\n    full_key: model.foo\n    object_type=Model")
     outer = HydraException("Could not override 'model.foo'.\nTo append to your config use +model.foo=1")
     outer.__cause__ = inner
-    line = one_line(outer)
+    line = error_line(outer)
     assert "\n" not in line and "Could not override 'model.foo'" in line and "Key 'foo' not in 'Model'" in line
     assert "full_key" not in line and "object_type" not in line and "append" not in line
 

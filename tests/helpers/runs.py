@@ -133,7 +133,7 @@ class Training:
         self.wait_until(found)
         return found()[0]
 
-    def end(self, seconds: float = 60) -> int:
+    def end(self, seconds: float = 300) -> int:
         return self.process.wait(seconds)
 
     def output(self) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.field_types import SHARE, at_least, between, check_arguments, fits, remedy
+from attention_visualizer.support.field_types import SHARE, at_least, at_most, between, check_arguments, fits, remedy
 
 WORD_OR_PAIR = Literal["cls"] | tuple[int, int] | None
 
@@ -47,7 +47,12 @@ def test_what_fits(hint: Any, right: list[Any], wrong: list[Any]) -> None:
     ],
 )
 def test_what_is_asked_for(hint: Any, words: str) -> None:
-    assert remedy(hint) == words
+    assert remedy(hint, "x") == words
+
+
+@pytest.mark.parametrize(("value", "words"), [(0, "give a whole number of at least 1"), (10, "give at most 9")])
+def test_the_violated_bound_is_asked_for(value: int, words: str) -> None:
+    assert remedy(Annotated[int, at_least(1), at_most(9)], value) == words
 
 
 def test_arguments_are_checked_against_the_signature() -> None:

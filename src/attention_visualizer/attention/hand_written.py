@@ -85,7 +85,7 @@ class HandWrittenProduct:
 
 
 class HandWrittenAttention:
-    """Tracks tensors through a model's calls: scores -> softmax -> ... -> product with values.
+    """Track tensors through a model's calls: scores -> softmax -> ... -> product with values.
 
     None of the tensors is kept alive: they die as early as they would without being tracked.
     """

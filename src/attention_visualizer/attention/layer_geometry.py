@@ -43,7 +43,7 @@ Place = Geometry | Unplaced
 
 
 class GeometryFinder:
-    """Finds the geometry of each layer from what the model declares, the images and the layer's sizes.
+    """Find the geometry of each layer from what the model declares, the images and the layer's sizes.
 
     `given` is the user's, for models that declare nothing; it goes to every layer of as many keys.
     """
@@ -55,7 +55,7 @@ class GeometryFinder:
         reordering = ("unroll", "reroll", "random_masking")
         self.is_reordered = any(hasattr(module, name) for module in model.modules() for name in reordering)
         self.is_dynamic = any(getattr(module, "dynamic_img_size", False) for module in model.modules())
-        self.has_seen_whole_grid = False  # in this pass, a layer with a query for every patch
+        self.has_met_whole_grid = False  # in this pass, a layer with a query for every patch
         self.misfit: int | None = None  # the number of keys that the given geometry did not fit
         self.is_given_used = False
 
@@ -107,30 +107,36 @@ class GeometryFinder:
     def _on_images(self, layer: LayerShape, images: torch.Size) -> Place:
         size, prefix = (images[-2], images[-1]), self.declared.num_prefix_tokens or 0
         if layer.index == 0:
-            self.has_seen_whole_grid = False
+            self.has_met_whole_grid = False
         whole = list(self._whole_grids(size))
         patch_counts = {math.prod(grid) for grid, _ in whole}
-        queries, keys, columns = layer.weights[-2], layer.keys, layer.columns
-        if queries == keys and not {keys, keys - prefix} & patch_counts and {columns, columns - prefix} & patch_counts:
+        if _attends_between_channels(layer, prefix, patch_counts):
             return Unplaced("it attends between channels")
-        all_queries = queries * (layer.weights[0] // max(images[0], 1))  # those of all windows of an image
-        shows_whole = not patch_counts or {all_queries, all_queries - prefix} & patch_counts
-        self.has_seen_whole_grid = self.has_seen_whole_grid or bool(shows_whole)
+        queries = layer.weights[-2] * (layer.weights[0] // max(images[0], 1))  # those of all windows of an image
+        if not patch_counts or {queries, queries - prefix} & patch_counts:
+            self.has_met_whole_grid = True
         # Fewer tokens than patches: deeper stages, or keys that were pooled. In a model that has not shown all of its
         # patches before, they are a selection (masking, patch dropout), whose places nobody knows.
-        grids = [*whole, *(self._reduced_grids(size) if self.has_seen_whole_grid else ())]
+        grids = [*whole, *(self._reduced_grids(size) if self.has_met_whole_grid else ())]
         if layer.weights[0] != images[0]:
             return _windows(layer, grids, images[0])
-        for before in dict.fromkeys((prefix, 0)):
+        geometry = self._fitting_grid(layer.keys, grids)
+        if geometry is not None:
+            return geometry
+        if self.has_met_whole_grid:
+            return Unplaced(f"its {layer.keys} keys are no grid of patches of {size[0]} x {size[1]} pixels")
+        return Unplaced(f"its {layer.keys} keys are not the image's {max(patch_counts)} patches: perhaps a selection")
+
+    # --- grids of an image -----------------------------------------------------------------------------------------
+
+    def _fitting_grid(self, keys: int, grids: Sequence[Grid]) -> Geometry | None:
+        """Return the first grid with as many tokens as keys, with the declared prefix tokens or else without."""
+        for before in dict.fromkeys((self.declared.num_prefix_tokens or 0, 0)):
             for grid, patch_size in grids:
                 if before + math.prod(grid) == keys:
                     class_token = self.declared.class_token if before else "read"
                     return Geometry(grid, before, patch_size, class_token=class_token)
-        if self.has_seen_whole_grid:
-            return Unplaced(f"its {keys} keys are no grid of patches of {size[0]} x {size[1]} pixels")
-        return Unplaced(f"its {keys} keys are not the image's {max(patch_counts)} patches: perhaps a selection")
-
-    # --- grids of an image -----------------------------------------------------------------------------------------
+        return None
 
     def _whole_grids(self, image: Size) -> Iterator[Grid]:
         """Yield the declared patch grid on such an image."""
@@ -177,22 +183,24 @@ class GeometryFinder:
             )
 
 
+def _attends_between_channels(layer: LayerShape, prefix: int, patch_counts: set[int]) -> bool:
+    """Whether the columns of its values, not its keys, are as many as the patches."""
+    queries, keys, columns = layer.weights[-2], layer.keys, layer.columns
+    is_spatial = bool({keys, keys - prefix} & patch_counts)
+    return queries == keys and not is_spatial and bool({columns, columns - prefix} & patch_counts)
+
+
 def _windows(layer: LayerShape, grids: Sequence[Grid], num_images: int) -> Place:
     """Place a layer whose batch holds windows, by the window size and shift that the modules around it declare."""
     batch = layer.weights[0]
-    # In modules of other libraries, window_size may be that of scattered patches (CrossFormer).
-    trusted = [module for module in layer.callers if _declares_windows(module)]
-    sizes = (as_size(getattr(module, "window_size", None)) for module in trusted)
-    window = next((size for size in sizes if size is not None), None)
+    window = _declared_window(layer.callers)
     if window is None:
         return Unplaced(f"its batch is {batch} for {num_images} images, and no windows are declared")
     if math.prod(window) != layer.keys:
         return Unplaced(f"its {layer.keys} keys are not a window of {window[0]} x {window[1]}")
     if num_images == 0 or batch % num_images:
         return Unplaced(f"its batch of {batch} windows cannot be divided between {num_images} images")
-    shifts: Any = (getattr(module, "shift_size", None) for module in layer.callers)
-    declared = next((size for size in shifts if size is not None), 0)
-    shift = (declared, declared) if isinstance(declared, int) else (int(declared[0]), int(declared[1]))
+    shift = _declared_shift(layer.callers)
     for grid, patch_size in grids:
         geometry = Geometry(grid, 0, patch_size, window)
         if math.prod(geometry.windows) * num_images == batch:
@@ -202,6 +210,21 @@ def _windows(layer: LayerShape, grids: Sequence[Grid], num_images: int) -> Place
             moved = [0 if side <= edge else by for side, edge, by in zip(grid, window, shift, strict=True)]
             return replace(geometry, shift=(moved[0], moved[1]))
     return Unplaced(f"{batch // num_images} windows of {window[0]} x {window[1]} cover no grid of the image's patches")
+
+
+def _declared_window(callers: Sequence[nn.Module]) -> Size | None:
+    """Return the window size, in patches, of the innermost module that declares one."""
+    # In modules of other libraries, window_size may be that of scattered patches (CrossFormer).
+    trusted = [module for module in callers if _declares_windows(module)]
+    sizes = (as_size(getattr(module, "window_size", None)) for module in trusted)
+    return next((size for size in sizes if size is not None), None)
+
+
+def _declared_shift(callers: Sequence[nn.Module]) -> Size:
+    """Return by how many patches, down and across, the innermost module that declares it shifts its windows."""
+    shifts: Any = (getattr(module, "shift_size", None) for module in callers)
+    declared = next((size for size in shifts if size is not None), 0)
+    return (declared, declared) if isinstance(declared, int) else (int(declared[0]), int(declared[1]))
 
 
 def _declares_windows(module: nn.Module) -> bool:

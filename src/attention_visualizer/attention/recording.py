@@ -81,7 +81,7 @@ class InternalErrors:
 
 
 class Recorder(TorchFunctionMode):
-    """Records the attention calls of `model` while it is active; `policy` says what becomes of them."""
+    """Record the attention calls of `model` while it is active; `policy` says what becomes of them."""
 
     def __init__(
         self, model: nn.Module, attention: CapturedAttention, policy: Capture, geometry: Geometry | None = None

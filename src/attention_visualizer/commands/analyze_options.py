@@ -46,7 +46,7 @@ def check_options(options: dict[str, Any]) -> None:
         raise UserError(f"{name} is needed: give a value instead of removing it")
     for name, hint in FIELDS.items():
         if not fits(options[name], hint):
-            raise UserError(f"{name}={options[name]}: {remedy(hint)}")
+            raise UserError(f"{name}={options[name]}: {remedy(hint, options[name])}")
     check_sources(options)
 
 

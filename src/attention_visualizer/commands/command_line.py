@@ -15,8 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from attention_visualizer.support import errors
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, one_line
 from attention_visualizer.support.text import printable
 
 MAX_LINE_LENGTH = 800  # characters; a value given may have any number
@@ -62,7 +61,7 @@ def is_foreseen(error: Exception) -> bool:
 
 def fail(error: Exception) -> NoReturn:
     """End the program with one line; inside the job, before Hydra adds a line of its own."""
-    print(f"error: {harmless(one_line(error))}", file=sys.stderr)
+    print(f"error: {harmless(error_line(error))}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
@@ -72,12 +71,12 @@ def harmless(text: str) -> str:
     return text if len(text) <= MAX_LINE_LENGTH else f"{text[: MAX_LINE_LENGTH - 160]} [...] {text[-150:]}"
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: Exception) -> str:
     """Say in one line what went wrong; Hydra's and OmegaConf's messages spread it over several."""
     if not isinstance(error, HydraException | OmegaConfBaseException):
         if isinstance(error, OSError):
             return f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
-        return errors.one_line(error)
+        return one_line(error)
     lines: list[str] = []
     cause: BaseException | None = error
     while cause is not None:  # the inner message says what, the outer one where

@@ -60,12 +60,12 @@ def run_job(config: DictConfig) -> float:
                 lock = job.lock()  # not of a job that another process trains
                 job.update_manifest(
                     status="failed",
-                    error=f"{type(error).__name__}: {command_line.one_line(error)}",
+                    error=f"{type(error).__name__}: {command_line.error_line(error)}",
                     overrides=list(HydraConfig.get().overrides.task),
                 )
                 lock.release()
         log = logging.getLogger("train")
-        log.error("job failed: %s", command_line.one_line(error), exc_info=not command_line.is_foreseen(error))
+        log.error("job failed: %s", command_line.error_line(error), exc_info=not command_line.is_foreseen(error))
         return math.nan
 
 

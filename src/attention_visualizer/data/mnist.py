@@ -44,7 +44,7 @@ class MnistUnavailable(Exception):
 def load_mnist(data_dir: Path) -> dict[str, np.ndarray]:
     """Load all four files by name, uint8: images [n, 28, 28], labels [n].
 
-    Looks in `data_dir/MNIST/raw`, then in `data_dir` itself; what is missing is downloaded. Raise UserError for a
+    Look in `data_dir/MNIST/raw`, then in `data_dir` itself; what is missing is downloaded. Raise UserError for a
     file whose hash is not the expected one, MnistUnavailable where there is none and none can be had.
     """
     folder = find_folder(data_dir)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, one_line
 
 MAX_BYTES_JSON = 16_000_000  # bytes; an analysis of a large model writes 1 MB
 MAX_BYTES_YAML = 100_000  # a run's configuration has 2,000
@@ -75,4 +75,4 @@ def read_yaml(path: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # YAML's reader raises many kinds for values that are not what their tags say
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split()):.200}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error):.200}") from error

@@ -22,7 +22,7 @@ from attention_visualizer.models.vit_config import ViTConfig
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts the image into patches and projects each: [batch, channel, height, width] -> [batch, patch, embed]."""
+    """Cut the image into patches and project each: [batch, channel, height, width] -> [batch, patch, embed]."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Images [batch, channel, height, width] -> logits [batch, class].
 
-    Takes a ViTConfig, or its fields by keyword, or both: then the fields replace the config's. Raise UserError for
+    Give a ViTConfig, or its fields by keyword, or both: then the fields replace the config's. Raise UserError for
     fields that make no model.
     """
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.field_types import SHARE, at_least, at_most, check_fields
 
 PositionalEmbedding = Literal["learned", "sincos", "none"]
 Pooling = Literal["cls", "mean"]
@@ -35,8 +36,8 @@ class ViTConfig:
     stem: Stem = "patches"  # how patches become tokens
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            check_field(name, getattr(self, name), hint)
+        hints = {name: bounded(name, hint) for name, hint in get_type_hints(type(self)).items()}
+        check_fields("model", vars(self), hints)
         check_combinations(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,20 +88,13 @@ def linear(inputs: int, outputs: int) -> int:
     return (inputs + 1) * outputs
 
 
-def check_field(name: str, value: Any, hint: Any) -> None:
-    """Raise UserError unless a field's value is of its type and within its bounds."""
+def bounded(name: str, hint: Any) -> Any:
+    """Add the bounds of a field to its type."""
     if hint is int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"model.{name}={value!r}: give a whole number of at least 1")
-        largest = MAX_LAYERS if name == "num_layers" else MAX_DIMENSION
-        if value > largest:
-            raise UserError(f"model.{name}={value}: give at most {largest}")
-    elif hint is float:
-        # NaN fails both comparisons.
-        if isinstance(value, bool) or not (isinstance(value, int | float) and 0.0 <= value < 1.0):
-            raise UserError(f"model.{name}={value!r}: give a share from 0 up to, but not, 1")
-    elif value not in get_args(hint):
-        raise UserError(f"model.{name}={value!r}: choose one of {', '.join(get_args(hint))}")
+        return Annotated[int, at_least(1), at_most(MAX_LAYERS if name == "num_layers" else MAX_DIMENSION)]
+    if hint is float:
+        return Annotated[float, SHARE]
+    return Annotated[hint, f"choose one of {', '.join(get_args(hint))}"]
 
 
 def check_combinations(config: ViTConfig) -> None:

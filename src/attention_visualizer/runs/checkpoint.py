@@ -51,7 +51,7 @@ class LoadedCheckpoint:
     content: dict[str, Any] | None = None  # all that the file holds, where it was asked for: to resume training
 
     def build_model(self) -> VisionTransformer:
-        """Build the model on the CPU in eval mode. Leaves the global random state alone."""
+        """Build the model on the CPU in eval mode. Leave the global random state alone."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = VisionTransformer(self.model_config)
         model.load_state_dict(self.state_dict)

@@ -36,6 +36,10 @@ def at_least(least: int) -> Bound:
     return Bound(lambda value: value is None or value >= least, f"a whole number of at least {least}")
 
 
+def at_most(most: int) -> Bound:
+    return Bound(lambda value: value <= most, f"at most {most}")
+
+
 def between(unit: str, least: float, most: float) -> Bound:
     """Return the bound of a range with both ends, in `unit`, such as "pixels". NaN is outside."""
     return Bound(lambda value: least <= value <= most, f"{unit} from {least:g} to {most:g}")
@@ -57,7 +61,7 @@ def check_fields(group: str, values: Mapping[str, Any], hints: Mapping[str, Any]
     """Raise UserError for the first of `values` that does not fit its hint."""
     for name, value in values.items():
         if not fits(value, hints.get(name, Any)):
-            raise UserError(f"{group}.{name}={value!r}: {remedy(hints[name])}")
+            raise UserError(f"{group}.{name}={value!r}: {remedy(hints[name], value)}")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -83,10 +87,15 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kinds) if inspect.isclass(hint) else True
 
 
-def remedy(hint: Any) -> str:
-    """Say what to give for a field of type `hint`."""
-    words = [each for each in get_args(hint)[1:] if isinstance(each, str)] if get_origin(hint) is Annotated else []
-    return words[0] if words else f"give {in_words(hint)}"
+def remedy(hint: Any, value: Any) -> str:
+    """Say what to give for a field of type `hint` instead of `value`: within the first bound that it violates."""
+    kind, *conditions = get_args(hint) if get_origin(hint) is Annotated else [hint]
+    words = [each for each in conditions if isinstance(each, str)]
+    if words:
+        return words[0]
+    if fits(value, kind):
+        return f"give {next(each.words for each in conditions if not each.holds(value))}"
+    return f"give {in_words(hint)}"
 
 
 def in_words(hint: Any) -> str:

@@ -60,7 +60,7 @@ def build_components(config: DictConfig) -> Components:
 
 
 def check_model_fits_data(model: VisionTransformer, data: ImageDataModule) -> None:
-    """Raise UserError where the model takes other images or tells other numbers of classes than the data have."""
+    """Raise UserError where the image size, channels or number of classes of model and data differ."""
     description = data.description
     fields = ("img_size", "in_channels", "num_classes")
     needed = (description.image_size, description.channels, description.num_classes)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from attention_visualizer.files import atomic
 from attention_visualizer.runs import folders
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.field_types import check_fields
+from attention_visualizer.support.field_types import SHARE, check_fields
 from attention_visualizer.training.schemas import CLASSES, TrainOptions
 
 
@@ -111,8 +111,8 @@ def check_options(config: DictConfig) -> None:
     if str(trainer.precision) in ("16-true", "16"):
         raise UserError(f"trainer.precision={trainer.precision} cannot train this model: use trainer=bf16")
     decay = (config.callbacks or {}).get("ema", {}).get("decay", 0.0)
-    if not (isinstance(decay, int | float) and 0 <= decay < 1):
-        raise UserError(f"callbacks.ema.decay={decay}: give a share from 0 up to, but not, 1")
+    if not (isinstance(decay, int | float) and SHARE.holds(decay)):
+        raise UserError(f"callbacks.ema.decay={decay}: give {SHARE.words}")
     if config.resume not in (None, "auto"):
         raise UserError(f"resume={config.resume}: give auto, or null for a new run; ckpt_path= names a checkpoint")
     if config.resume is not None and config.ckpt_path is not None:

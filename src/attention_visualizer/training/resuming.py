@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from attention_visualizer.files import plain_files
 from attention_visualizer.runs.config_fields import FIELDS, field_named, values_before_added
 from attention_visualizer.runs.folders import RunFolder
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, one_line
 from attention_visualizer.training.configuration import with_values
 
 # The classes that config.yaml of earlier versions names, and their names now; None: the code says which class it is.
@@ -82,7 +82,7 @@ def read_config(path: Path) -> DictConfig:
     except (OSError, OmegaConfBaseException, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split()):.200}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error):.200}") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} holds no configuration")
     for name, value in leaves(OmegaConf.to_container(config, resolve=False)):

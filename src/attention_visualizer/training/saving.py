@@ -38,7 +38,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(RunCheckpoint):
-    """Saves after every validation, between two batches whenever `seconds` have passed, and when the user wants to
+    """Save after every validation, between two batches whenever `seconds` have passed, and when the user wants to
     stop. Before any checkpoint is written, all that was logged up to it is on the disk."""
 
     def __init__(self, folder: RunFolder, stop: StopRequest, seconds: float = SAVE_SECONDS) -> None:

@@ -34,7 +34,7 @@ from attention_visualizer.watching.validation import ValidationWatch, ran_out_of
 
 
 class AttentionLogger(Callback):
-    """Logs a Vision Transformer's attention while it trains, at the validations of every `every_n_epochs`-th epoch.
+    """Log a Vision Transformer's attention while it trains, at the validations of every `every_n_epochs`-th epoch.
 
     It goes into any LightningModule that contains one: `model` is its dotted path in the module, None to find it;
     `geometry` tells where its tokens lie, for one that does not declare it.
