@@ -46,7 +46,7 @@ OWNER = "model.json"  # inside an output folder: whose analysis it holds
 
 
 class AttentionVisualizer:
-    """Shows what a Vision Transformer attends to: this project's in `model_path`, or any other as `model`.
+    """Show what a Vision Transformer attends to: this project's in `model_path`, or any other as `model`.
 
     model_path: a .ckpt, .pth or .safetensors file. Where it does not exist, a warning is given and random weights
     are shown, and every figure says so; a file that is not a usable checkpoint raises UserError.

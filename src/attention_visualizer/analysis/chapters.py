@@ -112,6 +112,6 @@ def progress_bar() -> Progress:
 
 
 def reason_of(error: Exception) -> str:
-    """Why a chapter is missing, in one line."""
+    """Return why a chapter is missing, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:MAX_REASON_LENGTH]}" if text else type(error).__name__

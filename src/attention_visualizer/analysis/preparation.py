@@ -43,7 +43,7 @@ def make_study(
     budget: Budget = QUICK,
     compared_runs: Sequence[ComparedRun] = (),
 ) -> Study:
-    """A study with its samples chosen, whose figures go to `folder`. Raise UserError for whatever does not fit
+    """Return a study with its samples chosen, whose figures go to `folder`. Raise UserError for whatever does not fit
     together."""
     chosen_device = choose_device(device)
     history = find_history(None if weights.random else weights.run)
@@ -84,7 +84,7 @@ def first_observation(target: Target) -> Observation:
 
 
 def find_history(run: RunFolder | None) -> AttentionHistory | None:
-    """The history of the run's training. Raise UserError for one that is broken."""
+    """Return the history of the run's training. Raise UserError for one that is broken."""
     if run is None or not run.history_path.is_file():
         return None
     try:

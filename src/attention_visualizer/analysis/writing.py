@@ -72,7 +72,7 @@ class EarlierAnalysis:
 
     @classmethod
     def of(cls, folder: Path) -> EarlierAnalysis | None:
-        """None where there is none, or one that cannot be read."""
+        """Return the analysis in `folder`; None where there is none, or one that cannot be read."""
         try:
             content = atomic.read_json(folder / f"{markdown_report.STATISTICS}.json")
             named = set(content.get("earlier_figures", []))
@@ -85,8 +85,8 @@ class EarlierAnalysis:
 
 
 def analysis_files(folder: Path, earlier: EarlierAnalysis | None) -> set[str]:
-    """Names of files that an analysis left in `folder`, but for reports: those that its JSON lists, and those with a
-    name that an analysis may create."""
+    """Return the names of files that an analysis left in `folder`, but for reports: those that its JSON lists, and
+    those with a name that an analysis may create."""
     if not folder.is_dir():
         return set()
     listed = earlier.figures if earlier is not None else frozenset()

@@ -146,7 +146,7 @@ def _caption(entropy: float, self_attention: float | None) -> str:
 
 
 def query_name(query: Query) -> str:
-    """What a query is called in titles."""
+    """Return what a query is called in titles."""
     if query == "cls":
         return "CLS attention"
     if query == "patches":

@@ -23,7 +23,7 @@ MAX_BYTES = 16 * 2**20  # of weights and values at once; their gradients and the
 
 @dataclass(frozen=True)
 class Explanations:
-    """Maps of a few images by several methods."""
+    """The maps of a few images by several methods."""
 
     maps: dict[str, NDArray[Any]]  # method -> [image, grid height, grid width], at least 0, each on a scale of its own
     target: NDArray[np.int64]  # the class that gradients are of, [image]; -1 where the model classifies nothing

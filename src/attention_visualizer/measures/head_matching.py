@@ -50,14 +50,14 @@ def mean_divergences(first: Array, second: Array) -> Array:
 
 @dataclass(frozen=True)
 class Matching:
-    """Partners of one model's heads in another, layer by layer."""
+    """The partners of one model's heads in another, layer by layer."""
 
     divergences: Array  # [layer, head, other head], nats
     partners: Array  # [layer, head], the other model's head
 
     @property
     def matched(self) -> Array:
-        """The divergence of each head from its partner: [layer, head]."""
+        """Return the divergence of each head from its partner: [layer, head]."""
         return np.take_along_axis(self.divergences, self.partners[..., None], axis=2)[..., 0]
 
     @property
@@ -68,7 +68,7 @@ class Matching:
 
     @property
     def gains(self) -> Array:
-        """How much closer partners are than randomly paired heads: [layer], 0 for not at all, 1 for copies."""
+        """Return how much closer partners are than randomly paired heads: [layer], 0 for not at all, 1 for copies."""
         random = self.random_pairing.mean(axis=1)
         gained = random - self.matched.mean(axis=1)
         return np.divide(gained, random, out=np.zeros_like(random), where=random > 1e-12)

@@ -57,7 +57,7 @@ class Interval:
 
 
 class BootstrapMeans:
-    """Means over a stream of images with percentile intervals, in memory that does not grow (Poisson bootstrap:
+    """The means over a stream of images with percentile intervals, in memory that does not grow (Poisson bootstrap:
     Hanley and MacGibbon, 2006; Chamandy et al., 2012).
 
     In each replicate each image counts as often as a Poisson variable of mean 1 says; the means do not depend on how

@@ -49,7 +49,7 @@ def num_levels(images: int) -> int:
 
 
 def above_median(amount: Array, strata: Array) -> Array:
-    """Which patches hold more than the median of their stratum: [image, patch] -> bool [image, patch]."""
+    """Return which patches hold more than the median of their stratum: [image, patch] -> bool [image, patch]."""
     is_above = np.zeros(strata.shape, dtype=bool)
     for members in members_by_stratum(strata):
         amounts = amount.ravel()[members]

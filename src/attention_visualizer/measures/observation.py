@@ -20,7 +20,7 @@ from attention_visualizer.support.errors import UserError
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """Settings of attention rollout."""
+    """The settings of attention rollout."""
 
     fusion: map_measures.Fusion = "mean"  # how it joins the heads of a layer
     discard: float = 0.0  # the share of each row's keys, those of least weight, that it drops
@@ -89,7 +89,7 @@ class ObservationCollector:
             self.columns["rollouts"].append(query_maps(self.rollout[:, None], geometry, query)[:, 0])
 
     def is_single_token_stream(self, weights: Tensor) -> bool:
-        """True if all layers so far attend over the same tokens, unwindowed, as rollout requires."""
+        """Return whether all layers so far attend over the same tokens, unwindowed, as rollout requires."""
         first, last = self.layers[0][1], self.layers[-1][1]
         return first == last and last.window is None and weights.shape[-2] == weights.shape[-1]
 

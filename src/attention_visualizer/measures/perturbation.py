@@ -41,12 +41,13 @@ class Curves:
 
     @property
     def deletion_area(self) -> Array:
-        """Mean probability over the shares, [image]: low where the map finds what the prediction needs."""
+        """Return the mean probability over the shares, [image]: low where the map finds what the prediction needs."""
         return np.asarray(np.trapezoid(self.deletion, self.shares, axis=1))
 
     @property
     def insertion_area(self) -> Array:
-        """Mean probability over the shares, [image]: high where the map finds what suffices for the prediction."""
+        """Return the mean probability over the shares, [image]: high where the map finds what suffices for the
+        prediction."""
         return np.asarray(np.trapezoid(self.insertion, self.shares, axis=1))
 
 
@@ -99,7 +100,7 @@ class Perturbation:
         )
 
     def _along(self, visible: list[Array], operator: Operator, first: Array, last: Array) -> Array:
-        """Probabilities at each step [image, step], those at the ends being known."""
+        """Return the probabilities at each step [image, step], those at the ends being known."""
         steps = [first]
         for before, now in pairwise(visible[:-1]):
             changed = before != now
@@ -112,8 +113,8 @@ class Perturbation:
         return np.stack([*steps, last], axis=1)
 
     def probabilities(self, visible: Array, operator: Operator, rows: Array | None = None) -> Array:
-        """Probability of the class with only the visible patches, the same number of them in each image, of the
-        images `rows` (None: all): bool [image, patch] -> [image]."""
+        """Return the probability of the class with only the visible patches, the same number of them in each image, of
+        the images `rows` (None: all): bool [image, patch] -> [image]."""
         selected = torch.arange(len(self.images)) if rows is None else torch.from_numpy(rows)
         if not len(selected):
             return np.zeros(0)

@@ -21,7 +21,7 @@ class FigureFile:
 
     @property
     def of_sample(self) -> bool:
-        """Whether it is one of several alike, `<stem>_sample_<i>`, which a page may fold away."""
+        """Return whether it is one of several alike, `<stem>_sample_<i>`, which a page may fold away."""
         return re.fullmatch(r".+_sample_\d+", self.stem) is not None
 
 

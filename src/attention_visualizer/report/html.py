@@ -81,7 +81,7 @@ def pixels(path: Path) -> tuple[int, int] | None:
 
 
 def numeric_columns(table: Table) -> list[bool]:
-    """Whether each column holds nothing but numbers: those stand flush right."""
+    """Return whether each column holds nothing but numbers: those stand flush right."""
     return [
         bool(table.rows) and all(NUMBER.fullmatch(row[column]) is not None for row in table.rows)
         for column in range(len(table.columns))

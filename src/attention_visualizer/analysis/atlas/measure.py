@@ -27,7 +27,7 @@ MIN_SHARE = 0.01  # declared beforehand: a difference of less than this share of
 
 @dataclass(frozen=True)
 class Atlas:
-    """Mean maps of each class over the images whose maps the survey kept."""
+    """The mean maps of each class over the images whose maps the survey kept."""
 
     names: list[str]  # of the classes
     counts: Array  # images of each, [class]
@@ -192,7 +192,7 @@ def resampled_differences(maps: Array, amount: Array, count: int) -> tuple[Inter
         )
 
     def differences(first: Array, second: Array) -> tuple[Array, ...]:
-        """From the groups' means [..., moment, patch]."""
+        """Return the quantity from the groups' means [..., moment, patch]."""
         pooled = (count * first + (n - count) * second) / n
         maps_mean, ink_mean = pooled[..., :num_layers, :], pooled[..., num_layers : num_layers + 1, :]
         spread = pooled[..., -1:, :] - ink_mean**2

@@ -24,7 +24,7 @@ IMAGES_AT_ONCE = 1000  # while resampling: bounds memory
 
 @dataclass(frozen=True)
 class Evidence:
-    """Quantities of one model over n images.
+    """The quantities of one model over n images.
 
     Values are "spread", "coverage", "border", "distance", "classes", and the excess attention on each of the content's
     features; what could not be measured is left out or NaN.
@@ -60,8 +60,8 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Distances:
-    """Mean attention distance of each layer relative to that of uniform attention, over n images; NaN for layers whose
-    patch queries do not count."""
+    """The mean attention distance of each layer relative to that of uniform attention, over n images; NaN for layers
+    whose patch queries do not count."""
 
     value: Array  # [layer]
     replicates: Array  # [replicate, layer], of resampled images

@@ -27,7 +27,7 @@ class JudgedClaims:
 
     @cached_property
     def excess_by_layer(self) -> dict[str, Interval]:
-        """Feature -> [layer], the excess attention on it, mean over heads, in units of a uniform share."""
+        """Return feature -> [layer], the excess attention on it, mean over heads, in units of a uniform share."""
         measured, intervals = self.measured, {}
         for name in measured.content.features:
             low, high = percentiles(nan_mean(measured.replicates[name]))

@@ -69,7 +69,7 @@ class Result:
 
     @property
     def failure(self) -> str:
-        """Why the requirement does not hold, adjusted p-values apart; "" where it does."""
+        """Return why the requirement does not hold, adjusted p-values apart; "" where it does."""
         minimum = self.requirement.minimum
         if np.isnan(self.value):
             return "it could not be measured"

@@ -83,7 +83,7 @@ def text_of(measured: Importance) -> str:
 
 
 def correlations_text(measured: Importance) -> str:
-    """All known correlations; empty where there are none."""
+    """Return all known correlations; empty where there are none."""
     correlations = [
         f"{label.split(' (')[0]} "
         + ", ".join(
@@ -97,7 +97,7 @@ def correlations_text(measured: Importance) -> str:
 
 
 def chance_text(measured: Importance) -> str:
-    """Why no head can be said to matter, where that is so."""
+    """Return why no head can be said to matter, where that is so."""
     if measured.is_learnt:
         return ""
     return UNKNOWN if measured.class_source == "predicted" else CHANCE

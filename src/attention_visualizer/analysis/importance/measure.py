@@ -46,7 +46,7 @@ ABLATIONS = {
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's between a quantity of heads and the loss without them, by ablation."""
+    """Spearman's correlation between a quantity of heads and the loss without them, by ablation."""
 
     quantity: Array  # [existing head]
     value: dict[str, Interval]
@@ -74,8 +74,8 @@ class Importance:
 
     @property
     def is_learnt(self) -> bool:
-        """Whether predictions are well above guessing, so that heads could be needed for them. Where true classes are
-        not known, that is not known either: any model agrees with itself."""
+        """Return whether predictions are well above guessing, so that heads could be needed for them. Where true
+        classes are not known, that is not known either: any model agrees with itself."""
         learnt = self.accuracy.low > learnt_threshold(self.chance_accuracy) and self.score.low > 0
         return bool(self.class_source == "true" and learnt)
 
@@ -85,7 +85,7 @@ class Importance:
         return MIN_PART * abs(float(self.score.value))
 
     def matters(self, ablation: str) -> Array:
-        """Whether the whole interval lies beyond the least loss: bool [layer, head + 1]."""
+        """Return whether the whole interval lies beyond the least loss: bool [layer, head + 1]."""
         with np.errstate(invalid="ignore"):
             return np.asarray((self.score_changes[ablation].high <= -self.least_loss) & self.is_learnt)
 
@@ -99,14 +99,15 @@ class Importance:
 
     @property
     def constant_heads(self) -> list[str]:
-        """Labels of the heads whose loss is nearly all gone when they are averaged instead of switched off."""
+        """Return the labels of the heads whose loss is nearly all gone when they are averaged instead of switched
+        off."""
         zero, mean = (self.score_changes[ablation][self.heads.index] for ablation in ABLATIONS)
         is_constant = (zero.high < 0) & (mean.value > CONSTANT_PART * zero.value)
         return [label for label, constant in zip(self.heads.labels, is_constant, strict=True) if constant]
 
 
 def num_passes(study: Study) -> int:
-    """How often `measure` runs the model over each image."""
+    """Return how often `measure` runs the model over each image."""
     return len(ABLATIONS) * len(ablated_places(study)) + 1
 
 
@@ -149,7 +150,7 @@ def ablated_places(study: Study) -> list[tuple[int, int]]:
 
 
 def by_layer(values: Array, places: list[tuple[int, int]]) -> Array:
-    """Values [..., place] as [..., layer, column], NaN elsewhere."""
+    """Return values [..., place] as [..., layer, column], NaN elsewhere."""
     layers, columns = np.array(places).T
     filled = np.full((*values.shape[:-1], layers.max() + 1, columns.max() + 1), np.nan)
     filled[..., layers, columns] = values
@@ -157,7 +158,7 @@ def by_layer(values: Array, places: list[tuple[int, int]]) -> Array:
 
 
 def ablated_logits(study: Study, rows: Array, ablation: Ablation, places: list[tuple[int, int]]) -> list[Array]:
-    """Logits [image, class] without each of the places."""
+    """Return the logits [image, class] without each of the places."""
     survey = study.survey
     num_heads = survey.maps.shape[2]
 
@@ -172,7 +173,7 @@ def ablated_logits(study: Study, rows: Array, ablation: Ablation, places: list[t
 
 
 def logits_of_rows(study: Study, rows: Array, edit: Edit | None = None) -> Array:
-    """Logits of the images of these rows, float64 [image, class]."""
+    """Return the logits of the images of these rows, float64 [image, class]."""
     model, batches = study.target.model, []
     with torch.no_grad(), ExitStack() as stack:
         if edit is not None:
@@ -186,7 +187,7 @@ def logits_of_rows(study: Study, rows: Array, edit: Edit | None = None) -> Array
 
 
 def relative_score(logits: Array, classes: Array) -> Array:
-    """Logits [image, class] at the classes [image], relative to their mean over all classes: [image]."""
+    """Return the logits [image, class] at the classes [image], relative to their mean over all classes: [image]."""
     return np.asarray((logits - logits.mean(axis=1, keepdims=True))[np.arange(len(logits)), classes])
 
 

@@ -16,8 +16,8 @@ from attention_visualizer.report.chapter import Chapter
 
 
 def measure(study: Study, sample: Sample) -> dict[str, np.ndarray]:
-    """Method -> map [grid height, grid width], without maps of nothing but zeros: the gradient of a query of the last
-    layer that no score depends on."""
+    """Return method -> map [grid height, grid width], without maps of nothing but zeros: the gradient of a query of the
+    last layer that no score depends on."""
     target = study.target
     explanations = explain(
         target.model,

@@ -51,7 +51,7 @@ class MeasuredHeads:
 
 @dataclass(frozen=True)
 class Roles:
-    """Measures of each head [layer, head], NaN for heads that a layer does not have, and the roles that follow."""
+    """The measures of each head [layer, head], NaN for heads that a layer does not have, and the roles that follow."""
 
     entropy: Interval  # of the whole row, nats
     on_ink: Interval  # share of the attention on patches that inked ones get
@@ -70,13 +70,14 @@ class Roles:
 
     @property
     def compares_border(self) -> bool:
-        """Whether the interior is often empty; else the comparison would rest on a few patches of unusual images."""
+        """Return whether the interior is often empty; else the comparison would rest on a few patches of unusual
+        images."""
         return self.border.n > 0
 
 
 @dataclass(frozen=True)
 class Redundancy:
-    """Jensen-Shannon divergence between existing heads, in nats."""
+    """The Jensen-Shannon divergence between existing heads, in nats."""
 
     divergence: Array  # mean over images: [head, head]
     of_images: Array  # mean over pairs of heads: [image], NaN for one head

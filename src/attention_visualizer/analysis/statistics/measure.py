@@ -33,7 +33,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Groups:
-    """Means over heads of images grouped by their true class, and by whether they are classified right."""
+    """The means over heads of images grouped by their true class, and by whether they are classified right."""
 
     class_names: list[str]
     class_sizes: tuple[int, int]  # images of the smallest class that has any, and of the largest

@@ -39,7 +39,7 @@ class Weights:
 
 
 def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> Weights:
-    """The model of a checkpoint; `ckpt="random"` gives untrained weights in the newest run's architecture."""
+    """Return the model of a checkpoint; `ckpt="random"` gives untrained weights in the newest run's architecture."""
     if ckpt != "random":
         choice = choose_checkpoint(ckpt, run, runs_dir)
         loaded = choice.loaded
@@ -83,14 +83,14 @@ def check_run(loaded: LoadedCheckpoint, run: RunFolder | None) -> None:
 
 
 def random_model(seed: int = 0, **config: Any) -> VisionTransformer:
-    """An untrained model in eval mode. Leave the global random state alone."""
+    """Return an untrained model in eval mode. Leave the global random state alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return VisionTransformer(**config).eval()
 
 
 def timm_weights(model_from: str, ckpt: str) -> Weights:
-    """A model of timm: see timm_models.build."""
+    """Return a model of timm: see timm_models.build."""
     model = timm_models.build(model_from, ckpt)
     if ckpt == "random":
         return Weights(model, f"random weights, no training, {model_from}", random=True)
@@ -101,7 +101,8 @@ def timm_weights(model_from: str, ckpt: str) -> Weights:
 
 
 def load_data(loaded: LoadedCheckpoint | None, data_dir: str | None = None) -> ImageDataModule:
-    """The data set that the checkpoint was trained on; for files that do not say, MNIST or what stands in for it.
+    """Return the data set that the checkpoint was trained on; for files that do not say, MNIST or what stands in for
+    it.
 
     Raise UserError when the checkpoint's own data set cannot be had: another one would give other findings.
     """
@@ -127,7 +128,7 @@ def load_data(loaded: LoadedCheckpoint | None, data_dir: str | None = None) -> I
 
 
 def test_images(weights: Weights, data_dir: str | None = None) -> LabelledImageSet:
-    """The test set, normalised as the model was trained. Raise UserError where it does not fit the model."""
+    """Return the test set, normalised as the model was trained. Raise UserError where it does not fit the model."""
     data = load_data(weights.loaded, data_dir)
     description = data.description
     if weights.loaded is not None and weights.loaded.data is not None:
@@ -156,7 +157,8 @@ def folder_images(
     image_size: Size | int | None = None,
     skip: Callable[[Path], bool] = lambda path: False,
 ) -> ImageFolder:
-    """A folder's pictures as the model expects them. Raise UserError where there are none. skip: files to leave out."""
+    """Return a folder's pictures as the model expects them. Raise UserError where there are none. skip: files to leave
+    out."""
     model = weights.model
     if isinstance(model, VisionTransformer) and image_format is None:
         data = weights.loaded.data if weights.loaded is not None else None

@@ -14,7 +14,7 @@ class Budget:
     max_cost: float | None = None  # of a chapter, in passes x images x parameters x tokens; None for no bound
 
     def affordable_images(self, cost_of_image: float, num_images: int) -> int | None:
-        """How many of `num_images` a chapter can afford at so much each; None where that is too few."""
+        """Return how many of `num_images` a chapter can afford at so much each; None where that is too few."""
         count = num_images if self.images is None else self.images
         if self.max_cost is None:
             return count

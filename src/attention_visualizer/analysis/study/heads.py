@@ -16,7 +16,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Heads:
-    """All existing heads, by layer, then by head."""
+    """Return all existing heads, by layer, then by head."""
 
     #: Zero-based layer of each and zero-based head within it: `values[heads.index]` is [existing head, ...] of
     #: values [layer, head, ...].
@@ -36,5 +36,5 @@ class Heads:
         return len(self.index[0])
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Zero-based (layer, head) of each."""
+        """Return the zero-based (layer, head) of each."""
         yield from zip(self.index[0].tolist(), self.index[1].tolist(), strict=True)

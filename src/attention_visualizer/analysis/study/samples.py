@@ -34,7 +34,7 @@ class SampleChoice:
 
 
 def find_samples(target: Target, choice: SampleChoice) -> list[Sample]:
-    """The samples of a choice. Raise UserError for a choice that contradicts itself or fits no image."""
+    """Return the samples of a choice. Raise UserError for a choice that contradicts itself or fits no image."""
     named = [name for name in ("image", "samples") if getattr(choice, name) is not None]
     rules = [name for name, on in (("class", choice.class_ is not None), ("wrong", choice.wrong)) if on]
     if len(named) + bool(rules) > 1:
@@ -70,7 +70,7 @@ def read_sample(path: str, images: ImageSet) -> Tensor:
 def choose_samples(
     labels: Tensor, num_samples: int, chosen: Sequence[int] | None, class_: int | None, wrong: Tensor | None
 ) -> list[int]:
-    """Rows of the test set, by a fixed rule.
+    """Return rows of the test set, by a fixed rule.
 
     `chosen` are taken as they are. Otherwise, among the images of class `class_` and of the mask `wrong` where those
     are given: in test-set order, the first image of each class, then the second of each, and so on.
@@ -96,7 +96,7 @@ def choose_samples(
 
 
 def wrong_predictions(target: Target) -> Tensor:
-    """Mask [image] of the images that the model gets wrong."""
+    """Return a mask [image] of the images that the model gets wrong."""
     with torch.no_grad():
         return torch.cat([(target.model(images).argmax(dim=1) != labels).cpu() for images, labels in target.batches()])
 

@@ -88,7 +88,7 @@ class Study:
 
     @cached_property
     def explained_images(self) -> list[ExplainedImage]:
-        """What the model attends to on each sample."""
+        """Return what the model attends to on each sample."""
         return self.explain_images(self.samples)
 
     def explain_images(self, samples: Sequence[Sample]) -> list[ExplainedImage]:
@@ -123,7 +123,7 @@ class Study:
 
     @cached_property
     def control_rows(self) -> NDArray[np.int64]:
-        """Rows of the images that control models are surveyed on."""
+        """Return the rows of the images that control models are surveyed on."""
         return self.stratified_rows(CONTROL_IMAGES)
 
     @cached_property
@@ -138,8 +138,8 @@ class Study:
 
     @cached_property
     def accuracy(self) -> Interval | None:
-        """The share of all images that are classified correctly; None where that is not known, or would cost more than
-        the budget allows."""
+        """Return the share of all images that are classified correctly; None where that is not known, or would cost
+        more than the budget allows."""
         target, labels = self.target, self.target.images.labels
         if labels is None or not has_head(target.model):
             return None
@@ -155,18 +155,18 @@ class Study:
         return None if correct is None else share_interval(int(correct.sum()), len(correct))
 
     def cost_of_image(self, passes: int) -> float:
-        """What so many passes over one image cost: see `Budget`."""
+        """Return what so many passes over one image cost: see `Budget`."""
         num_tokens = max(geometry.num_tokens for geometry in self.first_observation.geometries)
         return passes * self.target.num_parameters * num_tokens
 
     def affordable_rows(self, passes: int) -> NDArray[np.int64] | None:
-        """Rows of the images for a chapter that runs the model over each `passes` times; None where it would cost more
-        than the budget allows."""
+        """Return the rows of the images for a chapter that runs the model over each `passes` times; None where it would
+        cost more than the budget allows."""
         count = self.budget.affordable_images(self.cost_of_image(passes), len(self.target.images))
         return None if count is None else self.stratified_rows(count)
 
     def stratified_rows(self, count: int) -> NDArray[np.int64]:
-        """Rows of so many images, each class in its share, always the same ones."""
+        """Return the rows of so many images, each class in its share, always the same ones."""
         images = self.target.images
         known = np.zeros(len(images), np.int64) if images.labels is None else images.labels.cpu().numpy()
         return stratified(known, count)

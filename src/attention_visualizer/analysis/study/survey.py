@@ -54,12 +54,13 @@ class Survey:
 
     @property
     def reads_class_token(self) -> bool:
-        """Whether the last layer has a class token to read: its patch queries then cannot affect the prediction."""
+        """Return whether the last layer has a class token to read: its patch queries then cannot affect the
+        prediction."""
         return self.geometries[-1].num_prefix_tokens > 0 and self.geometries[-1].class_token == "read"
 
     @property
     def patch_queries_count(self) -> Array:
-        """Whether the prediction depends on each layer's patch queries: bool [layer].
+        """Return whether the prediction depends on each layer's patch queries: bool [layer].
 
         It does not on those of a last layer of which only the class token is read: their distance says nothing.
         """
@@ -69,20 +70,21 @@ class Survey:
 
     @cached_property
     def uniform_distances(self) -> Array:
-        """Mean attention distance of uniform attention in pixels: [layer], NaN where patch queries do not count."""
+        """Return the mean attention distance of uniform attention in pixels: [layer], NaN where patch queries do not
+        count."""
         distances = np.array([map_measures.uniform_distance(geometry) for geometry in self.geometries])
         return np.where(self.patch_queries_count, distances, np.nan)
 
     @property
     def relative_distances(self) -> Interval:
-        """Mean attention distance in multiples of uniform attention's: [layer, head + 1], the last column the mean over
-        heads; NaN where patch queries do not count."""
+        """Return the mean attention distance in multiples of uniform attention's: [layer, head + 1], the last column
+        the mean over heads; NaN where patch queries do not count."""
         measured, uniform = self.mean_of("distance"), self.uniform_distances[:, None]
         return Interval(measured.value / uniform, measured.low / uniform, measured.high / uniform, measured.n)
 
     @property
     def correct(self) -> Array | None:
-        """Whether each image was classified correctly; None where classes are not known."""
+        """Return whether each image was classified correctly; None where classes are not known."""
         return None if (self.labels < 0).any() or (self.predicted < 0).any() else self.labels == self.predicted
 
     @property
@@ -119,13 +121,13 @@ class Survey:
 
     @property
     def uniform_entropy(self) -> float | None:
-        """Entropy of uniform attention in nats; None where layers have different numbers of keys."""
+        """Return the entropy of uniform attention in nats; None where layers have different numbers of keys."""
         counts = {geometry.num_tokens for geometry in self.geometries}
         return map_measures.uniform_entropy(counts.pop()) if len(counts) == 1 else None
 
     @property
     def subsample(self) -> Array:
-        """Positions of at most MAX_IMAGES of the kept images, evenly spaced."""
+        """Return the positions of at most MAX_IMAGES of the kept images, evenly spaced."""
         return np.unique(np.linspace(0, len(self.kept) - 1, min(len(self.kept), MAX_IMAGES)).astype(np.int64))
 
     @cached_property

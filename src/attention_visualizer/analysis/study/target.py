@@ -72,5 +72,6 @@ class Target:
 
 
 def batch_size(shape: tuple[int, int, int]) -> int:
-    """Number of images [channel, height, width] at once: bounds memory; larger batches are no faster on a CPU."""
+    """Return the number of images [channel, height, width] at once: bounds memory; larger batches are no faster on a
+    CPU."""
     return max(8, min(500, 500 * 28 * 28 // (shape[1] * shape[2])))

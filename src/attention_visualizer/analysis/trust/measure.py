@@ -63,13 +63,13 @@ class TrustResult:
 
     @property
     def trusted(self) -> list[str]:
-        """Names of the methods that are to be trusted."""
+        """Return the names of the methods that are to be trusted."""
         return [method.name for method in self.methods if method.is_trusted]
 
 
 @dataclass(frozen=True)
 class MappedImages:
-    """Images with the model's maps of them, and their ink."""
+    """Some images with the model's maps of them, and their ink."""
 
     classes: Array  # that the model predicts, [image]
     maps: dict[str, Array]  # method -> [image, patch]
@@ -130,14 +130,14 @@ def measure(study: Study, rows: Array, seed: int = 0) -> TrustResult:
 
 
 def choose_control_rows(num_images: int, num_controls: int) -> Array:
-    """Evenly spaced rows, so many that all controls together cost no more than the model's own maps."""
+    """Return evenly spaced rows, so many that all controls together cost no more than the model's own maps."""
     affordable = num_images * PASSES // (CONTROL_PASSES * max(1, num_controls))
     count = min(num_images, MAX_CONTROL_IMAGES, max(MIN_CONTROL_IMAGES, affordable))
     return np.arange(count) * num_images // count
 
 
 def memory_bounded_slices(study: Study, num_images: int) -> Iterator[slice]:
-    """Slices of the images for one pass each."""
+    """Return slices of the images for one pass each."""
     num_patches = int(np.prod(own_model(study).grid_size))
     size = min(batch_size(study.target.images.shape), max(1, MAX_TOKENS // num_patches))
     return (slice(start, start + size) for start in range(0, num_images, size))
@@ -162,7 +162,7 @@ def map_images(study: Study, rows: Array) -> MappedImages:
 
 
 def method_maps(model: VisionTransformer, inputs: Tensor, classes: Tensor) -> dict[str, Array]:
-    """Method -> [image, patch], for the readout query and the given classes."""
+    """Return method -> [image, patch], for the readout query and the given classes."""
     maps = explain(model, inputs, classes).maps
     attention = query_name("cls" if model.num_prefix_tokens else "patches")
     names = {LAST_LAYER: attention, **{name: name for name in ("rollout", "relevance", "gradient x attention")}}
@@ -193,8 +193,8 @@ def curves_along(
 
 
 def has_learnt(study: Study, rows: Array, predicted: Array, control_rows: Array) -> bool:
-    """Whether the accuracy is, with its whole interval, well above that of guessing and above those of random weights,
-    which tell two classes apart by luck more often than one would think."""
+    """Return whether the accuracy is, with its whole interval, well above that of guessing and above those of random
+    weights, which tell two classes apart by luck more often than one would think."""
     labels, num_classes = study.target.images.labels, study.target.images.num_classes
     if labels is None or not num_classes:
         return False
@@ -210,8 +210,8 @@ def has_learnt(study: Study, rows: Array, predicted: Array, control_rows: Array)
 def control_maps(
     study: Study, rows: Array, classes: Array, original: dict[str, Array], seed: int
 ) -> list[dict[str, ControlMap]]:
-    """Method -> ControlMap, for each control model. The maps are of random weights, the answers of the trained ones:
-    how much of what a method gains needs no training."""
+    """Return method -> ControlMap, for each control model. The maps are of random weights, the answers of the trained
+    ones: how much of what a method gains needs no training."""
     inputs = study.target.model_input(study.target.images.read(rows.tolist()))
     controls = []
     for number, model in enumerate(study.control_models, start=1):
@@ -234,7 +234,7 @@ def control_maps(
 def randomisation(
     study: Study, rows: Array, classes: Array, original: dict[str, Array]
 ) -> tuple[dict[str, Interval], list[str]]:
-    """Method -> likeness [stage] to the original maps, and the stages' names."""
+    """Return method -> likeness [stage] to the original maps, and the stages' names."""
     inputs = study.target.model_input(study.target.images.read(rows.tolist()))
     likeness: dict[str, list[Array]] = {name: [] for name in original}
     stages = []
@@ -261,5 +261,5 @@ def cascade(model: VisionTransformer, seed: int) -> Iterator[tuple[str, VisionTr
 
 
 def rank_correlations(first: Array, second: Array) -> Array:
-    """Spearman's for each image: [image, patch] twice -> [image]; 0 where a map is the same everywhere."""
+    """Return Spearman's for each image: [image, patch] twice -> [image]; 0 where a map is the same everywhere."""
     return np.nan_to_num(intervals.spearman(first, second))

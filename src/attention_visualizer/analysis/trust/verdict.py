@@ -95,7 +95,7 @@ class MethodTrust:
 
     @property
     def is_sensitive(self) -> bool:
-        """Whether the map depends on the weights."""
+        """Return whether the map depends on the weights."""
         return self.closest_control is not None and bool(self.closest_control.high <= MAX_LIKENESS)
 
     @property

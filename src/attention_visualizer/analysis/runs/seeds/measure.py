@@ -86,7 +86,7 @@ class SeedEffects:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedComparison:
-    """Runs of one architecture and setting over the same images."""
+    """The runs of one architecture and setting over the same images."""
 
     runs: list[SurveyedRun]
     image_kind: str  # such as "test image"
@@ -117,7 +117,7 @@ class SeedComparison:
 
     @cached_property
     def heads_recur(self) -> bool:
-        """Whether in every pair of runs partners are closer than unrelated heads would be."""
+        """Return whether in every pair of runs partners are closer than unrelated heads would be."""
         if not all(pair.gain > self.limit for pair in self.pairs):
             return False
         p_values = false_discovery_control(np.array([pair.p_value for pair in self.pairs]))

@@ -59,7 +59,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs with the same settings."""
+    """The runs with the same settings."""
 
     label: str  # all settings that vary
     name: str  # the same, or "setting 3" where that is long
@@ -70,7 +70,7 @@ class Setting:
 
     @property
     def has_learnt(self) -> bool:
-        """Whether it classifies clearly better than random weights; else nothing of it is a finding."""
+        """Return whether it classifies clearly better than random weights; else nothing of it is a finding."""
         return self.values["accuracy"].mean > CONTROL_FACTOR * float(np.max(self.controls["accuracy"]))
 
 
@@ -115,7 +115,7 @@ class SettingComparison:
 
     @property
     def varied(self) -> list[str]:
-        """Short names of the settings that vary."""
+        """Return short names of the settings that vary."""
         return [short_name(name) for name in self.runs[0].run.varied]
 
 
@@ -238,7 +238,7 @@ def differences_from_first(settings: Sequence[Setting]) -> list[SettingDifferenc
 
 
 def are_apart(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether all values of one lie on one side of all values of the other."""
+    """Return whether all values of one lie on one side of all values of the other."""
     return max(first) < min(second) or max(second) < min(first)
 
 
