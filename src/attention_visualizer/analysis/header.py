@@ -38,7 +38,7 @@ def report_header(study: Study, command: str, language: str) -> ReportHeader:
         facts["accuracy"] = f"{accuracy.text(2, percent=True)}, n = {accuracy.n:,}"
     error = study.reconstruction_error
     facts["proof"] = "weights times values differ from the model's own attention output " + (
-        f"by at most {error:.1e}" if error else "by nothing"
+        f"by at most {error:.1e}" if error else "by 0"
     )
     if isinstance(images, ImageFolder):
         facts["input"] = describe_input(images.format)
