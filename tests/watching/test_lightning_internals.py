@@ -38,7 +38,7 @@ def test_every_private_part_is_there(tmp_path: Path) -> None:
         (record_writer, "masked_crc32c"),
     )
     missing = missing_for_saving(trainer(tmp_path))
-    missing += [f"{owner.__name__}.{name}" for name, owner in parts.items() if not hasattr(owner, name)]
+    missing += [f"{owner.__name__}.{name}" for owner, name in parts if not hasattr(owner, name)]
     assert not missing, f"gone from {VERSIONS}: {missing}; see watching/lightning_internals.py"
 
 
