@@ -17,17 +17,21 @@ from attention_visualizer.training.stopping import StopRequest
 from attention_visualizer.watching.lightning_internals import require_saving
 
 
+def given(parts: DictConfig | None) -> list[DictConfig]:
+    """Return the loggers or callbacks of a config, but for those that were set to null."""
+    return [part for part in (parts or {}).values() if part is not None]
+
+
 def build_trainer(config: DictConfig, start: Start, stop: StopRequest) -> Trainer:
     """Build the Trainer; write nothing yet. Raise UserError for what Lightning, a logger or a callback refuses."""
     try:
-        callbacks = [hydra.utils.instantiate(callback) for callback in (config.callbacks or {}).values()]
+        callbacks = [hydra.utils.instantiate(callback) for callback in given(config.callbacks)]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(run.ProgressBar(refresh_rate=10))
-        chosen = [logger for logger in (config.logger or {}).values() if logger is not None]
         trainer = Trainer(
             **arguments(config, "trainer"),
             plugins=AtomicCheckpointIO(start.checkpoint),
-            logger=[hydra.utils.instantiate(logger) for logger in chosen],
+            logger=[hydra.utils.instantiate(logger) for logger in given(config.logger)],
             callbacks=[*callbacks, *checkpoint_callbacks(start.folder, stop)],
             default_root_dir=start.folder.path,
         )
