@@ -418,6 +418,8 @@ def peers_table(scale: Scale, repeats: int, markdown: bool) -> str:
     }
     if scale.device == "gpu":
         ways[("ours", "bf16-mixed", *PLAIN, compiled)] = f"train.py trainer=gpu {compiled}"
+    if scale.quick:
+        ways = {way: title for way, title in ways.items() if way in (LIGHTNING, ("vit-pytorch",), (*OURS, *PLAIN))}
     found = interleaved(list(ways), repeats, scale)
     rates = {way: [each["images_per_second"] for each in runs] for way, runs in found.items()}
     rows = []

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import numpy  # noqa: F401  its BLAS must be loaded to be limited
+import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
+from attention_visualizer.analysis.study.budget import Budget
+
 torch.set_num_threads(1)
 threadpool_limits(1)  # sums in another order differ in their last bits from those of processes with one thread
+
+
+@pytest.fixture
+def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chapters that run the model many times do so on few images: for tests of which files there are."""
+    monkeypatch.setattr("attention_visualizer.analysis.preparation.QUICK", Budget(40, 2, 1e12))

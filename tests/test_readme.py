@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_budget: None) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MNIST_DIR", str(tmp_path / "none"))
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [])  # the embedded digits will do

@@ -143,7 +143,7 @@ def test_what_was_seen_before_a_checkpoint_within_the_first_epoch_is_kept(tmp_pa
 def test_killed_at_random_moments_and_gone_on_with_it_is_the_same_run(uninterrupted: Path, tmp_path: Path) -> None:
     """KILLS=100 in the environment kills that often."""
     chance = random.Random(0)
-    killed, wanted = 0, int(os.environ.get("KILLS", "8"))
+    killed, wanted = 0, int(os.environ.get("KILLS", "5"))
     seconds = json.loads((uninterrupted / "run.json").read_text())["metrics"]["seconds"]
     while killed < wanted:
         training = Training(*LONG, "resume=auto", folder=tmp_path)

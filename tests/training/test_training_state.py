@@ -37,9 +37,10 @@ class Saved:
 
     def changed(self, path: tuple[Any, ...], value: Any) -> dict[str, Any]:
         """The content with another value at `path`, or without one where the value is `...`."""
-        content = copy.deepcopy(self.content)
+        content = copy.copy(self.content)
         place: Any = content
-        for key in path[:-1]:
+        for key in path[:-1]:  # copies of what holds it alone: the rest is large, and stays as it is
+            place[key] = copy.copy(place[key])
             place = place[key]
         if value is ...:
             del place[path[-1]]

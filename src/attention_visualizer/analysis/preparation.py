@@ -40,7 +40,7 @@ def make_study(
     device: str = "auto",
     file_format: FileFormat = "png",
     head_layers: HeadLayers = "all",
-    budget: Budget = QUICK,
+    budget: Budget | None = None,
     compared_runs: Sequence[ComparedRun] = (),
 ) -> Study:
     """Return a study with its samples chosen, whose figures go to `folder`. Raise UserError for whatever does not fit
@@ -60,7 +60,7 @@ def make_study(
         target,
         Output(folder, file_format, "; ".join(notes)),
         weights.text,
-        budget,
+        budget or QUICK,
         samples,
         history,
         compared_runs,
