@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from attention_visualizer.attention.capture import AttentionLayer, CapturedAttention, CaptureError, capture
 from attention_visualizer.attention.geometry import Geometry
-from attention_visualizer.attention.layer_geometry import GeometryFinder, LayerShape, Unplaced
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.support.errors import UserError
 from tests.helpers.models import random_vit
@@ -199,7 +198,7 @@ def test_timms_cait_with_talking_heads_and_class_attention() -> None:
     assert torch.equal(attention[0].weights, own[0])
 
 
-def test_timms_levit_deepens_its_grid() -> None:
+def test_timms_levit_has_places_up_to_its_first_pooling() -> None:
     model = spread_out(
         timm.create_model(
             "levit_128s", img_size=(64, 128), embed_dim=(16, 24, 32), depth=(1, 1, 1), num_heads=(2, 3, 4), key_dim=8
@@ -208,27 +207,28 @@ def test_timms_levit_deepens_its_grid() -> None:
     found = summary(run(model, pictures(64, 128)))
     assert found[0] == ("stages.0.blocks.0.attn", Geometry((4, 8), 0, (16, 16)))
     assert found[1] == ("stages.1.downsample.attn_downsample", Geometry((4, 8), 0, (16, 16)))
-    assert found[2] == ("stages.1.blocks.0.attn", Geometry((2, 4), 0, (32, 32)))
+    # Behind it, tokens are what attention made of others, without a residual connection.
+    assert found[2] == ("stages.1.blocks.0.attn", None)
 
 
 def test_timms_pyramid_reduces_its_keys() -> None:
     model = spread_out(
         timm.create_model("pvt_v2_b0", embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4))
     )
-    for layer in run(model, pictures(64, 96)):
-        assert layer.geometry == Geometry((2, 3), 0, (32, 32))
+    for layer in run(model, pictures(128, 160)):
+        assert layer.geometry == Geometry((4, 5), 0, (32, 32))
 
 
 def test_attention_between_channels_has_no_place_on_the_image() -> None:
     """Also with as many channels a head as there are patches in a smaller grid."""
     model = spread_out(
         timm.create_model(
-            "xcit_nano_12_p16_224", img_size=(64, 64), embed_dim=16, depth=1, num_heads=4, cls_attn_layers=1
+            "xcit_nano_12_p16_224", img_size=(128, 128), embed_dim=16, depth=1, num_heads=4, cls_attn_layers=1
         )
     )
-    attention = run(model, pictures(64, 64))
+    attention = run(model, pictures(128, 128))
     assert attention[0].weights.shape == (2, 4, 4, 4) and attention[0].geometry is None
-    assert attention[1].geometry == Geometry((4, 4), 1, (16, 16))
+    assert attention[1].geometry == Geometry((8, 8), 1, (16, 16))
 
 
 def test_timms_hybrid_with_a_convolutional_stem() -> None:
@@ -239,14 +239,22 @@ def test_timms_hybrid_with_a_convolutional_stem() -> None:
     )
     with torch.no_grad(), capture(model) as attention:
         model(pictures(64, 96))
-    assert summary(attention) == [("blocks.0.attn", Geometry((2, 3), 1, (32, 32)))]
+    # Its group norms and wide convolutions let each token answer to all of so small a picture.
+    assert summary(attention) == [("blocks.0.attn", None)]
 
 
-def test_grids_inside_windows_and_blocks_of_halos_have_no_maps_but_right_heads() -> None:
+def test_windows_have_places_and_scattered_ones_and_blocks_of_halos_have_none() -> None:
     maxvit = spread_out(timm.create_model("maxvit_rmlp_pico_rw_256", img_size=64).eval())
     with torch.no_grad(), capture(maxvit) as attention:
         maxvit(pictures(64, 64))
-    assert all(layer.geometry is None for layer in attention if layer.weights.shape[0] > 2)
+    placed = {layer.name: layer.geometry for layer in attention if layer.geometry is not None}
+    for name, geometry in placed.items():
+        stage = int(name.split(".")[1])
+        window = None if stage == 3 else (2, 2)
+        side = 4 * 2**stage
+        assert ".attn_block." in name or stage == 3, name
+        assert geometry == Geometry((64 // side, 64 // side), 0, (side, side), window=window), name
+    assert {name for name in placed if "stages.0" in name} == {f"stages.0.blocks.{n}.attn_block.attn" for n in range(2)}
     halo = HaloAttn(16, num_heads=4, feat_size=(8, 8), block_size=4, halo_size=1, dim_head=4).eval()
 
     class Model(nn.Module):
@@ -267,8 +275,8 @@ def test_an_image_of_another_size_has_its_own_grid() -> None:
     images = pictures(16, 96)  # as many patches as stated, in another grid
     assert run(model, images)[0].geometry == Geometry((1, 6), 1, (16, 16))
     with torch.no_grad(), capture(model) as attention:
-        model.forward_features(images)  # the images are not among the arguments of a call of a module
-    assert attention[0].geometry is None
+        model.forward_features(images)
+    assert attention[0].geometry == Geometry((1, 6), 1, (16, 16))
 
 
 # --- torchvision ---
@@ -760,27 +768,15 @@ def geometry_of(model: nn.Module, *size: int, channels: int = 3, **options: Any)
     return attention[0].geometry
 
 
-def test_a_stated_class_token_comes_first_and_registers_alone_may_be_anywhere() -> None:
+def test_tokens_before_and_behind_the_patches_are_told_from_them() -> None:
     assert geometry_of(Transformer(before="cls_token"), 32, 24) == Geometry((4, 3), 1, (8, 8))
-    assert geometry_of(Transformer(behind="register_tokens"), 32, 24) is None
+    behind = Geometry((4, 3), 2, (8, 8), class_token="absent", order=tuple(range(12)))
+    assert geometry_of(Transformer(behind="register_tokens"), 32, 24) == behind
 
 
-@pytest.mark.parametrize(
-    ("model", "size", "reason"),
-    [
-        (
-            Transformer(behind="register_tokens"),
-            24,
-            "the model has registers but no class token",
-        ),
-        (Transformer(kept=4), 32, "its 4 keys are not the image's 16 patches: perhaps a selection"),
-    ],
-    ids=["registers", "selection"],
-)
-def test_a_layer_without_a_place_says_why(model: nn.Module, size: int, reason: str) -> None:
-    with torch.no_grad(), capture(model) as attention:
-        model(torch.randn(2, 3, size, size))
-    assert attention[0].geometry is None and reason in str(attention[0].unplaced)
+def test_a_layer_without_a_place_says_why() -> None:
+    (layer,) = run(Transformer(kept=4), pictures(32, 32))
+    assert layer.geometry is None and "cover rows 0 to 8 of the image's 32" in str(layer.unplaced)
 
 
 def test_a_layer_with_a_place_has_no_reason() -> None:
@@ -800,14 +796,17 @@ def test_images_of_any_number_of_channels(channels: int) -> None:
 
 
 def test_a_given_geometry_is_checked() -> None:
-    model = Transformer(behind="register_tokens")
+    model = Transformer(before="register_tokens")
     with pytest.raises(UserError, match=r"9 tokens \(1 before a grid of 4 x 2\), but the model's layers have 14"):
         geometry_of(model, 32, 24, geometry=Geometry((4, 2), 1, (8, 8)))
     given = Geometry((4, 3), 2, (8, 8))
-    assert geometry_of(model, 32, 24, geometry=given) == given
-    for wrong in (Geometry((2, 7), 0, (8, 8)), Geometry((4, 3), 2, (8, 4))):
-        with pytest.raises(UserError, match=r"covers .* pixels, but the images have 32 x 24"):
+    found = geometry_of(model, 32, 24, geometry=given)
+    assert found == given and found.evidence == "given and confirmed"
+    for wrong in (Geometry((2, 7), 0, (8, 8)), Geometry((4, 3), 2, (8, 4)), Geometry((3, 4), 2, (8, 8))):
+        with pytest.raises(UserError, match=r"but measured on attention it is 4 x 3 patches of 8 x 8 pixels"):
             geometry_of(model, 32, 24, geometry=wrong)
+    with pytest.raises(UserError, match="among 2 other tokens, in another order"):
+        geometry_of(Transformer(behind="register_tokens"), 32, 24, geometry=given)
 
 
 def test_a_given_geometry_that_fits_some_layers_is_not_given_to_the_others() -> None:
@@ -816,26 +815,6 @@ def test_a_given_geometry_that_fits_some_layers_is_not_given_to_the_others() -> 
         model(pictures(32, 48))
     assert [layer.geometry for layer in attention] == [Geometry((2, 3), 0, (16, 16)), None, None]
     assert attention[1].unplaced == "the given geometry has 6 tokens, the layer 7 keys"
-
-
-def test_a_finder_tells_two_passes_apart() -> None:
-    """A whole grid that was seen in one pass says nothing of the next one."""
-    finder = GeometryFinder(Transformer(), None)
-    images = torch.Size((2, 3, 32, 32))
-    whole, part = torch.Size((2, 3, 16, 16)), torch.Size((2, 3, 4, 4))
-    assert finder.of_layer(LayerShape(0, whole, 5, [], images)) == Geometry((4, 4), 0, (8, 8))
-    assert finder.of_layer(LayerShape(1, part, 5, [], images)) == Geometry((2, 2), 0, (16, 16))
-    assert isinstance(finder.of_layer(LayerShape(0, part, 5, [], images)), Unplaced)
-
-
-def test_channels_in_the_number_of_a_smaller_grid_have_no_place() -> None:
-    """After a layer that showed every patch, as in models that take turns: four channels, sixteen tokens as values."""
-    finder = GeometryFinder(Transformer(), None)
-    images = torch.Size((2, 3, 32, 32))
-    whole = LayerShape(0, torch.Size((2, 3, 16, 16)), 4, [], images)
-    assert finder.of_layer(whole) == Geometry((4, 4), 0, (8, 8))
-    channels = LayerShape(1, torch.Size((2, 3, 4, 4)), 16, [], images)
-    assert finder.of_layer(channels) == Unplaced("it attends between channels")
 
 
 def test_layers_handed_over_have_their_geometry() -> None:
@@ -851,11 +830,11 @@ def test_the_package_and_its_function_have_the_same_name() -> None:
 
 
 class Decoder(nn.Module):
-    """Object queries look at each other, as in DETR: sixteen of them are no grid."""
+    """Object queries look at each other, as in DETR: sixteen of them are no grid. Then they look at the picture."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.stem = nn.Conv2d(3, 8, 2, stride=2)
         self.queries = nn.Parameter(torch.randn(1, 16, 8))
         self.layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
 
@@ -864,8 +843,8 @@ class Decoder(nn.Module):
         return self.layer(self.queries.expand(len(images), -1, -1), features)
 
 
-def test_object_queries_have_no_place_on_the_image() -> None:
+def test_object_queries_have_no_place_on_the_image_and_what_they_look_at_has() -> None:
     attention = run(spread_out(Decoder()), pictures(32, 32))
     assert [layer.name for layer in attention] == ["layer.self_attn", "layer.multihead_attn"]
-    assert [layer.geometry for layer in attention] == [None, None]
-    assert all("a decoder's tokens are queries" in str(layer.unplaced) for layer in attention)
+    assert [layer.geometry for layer in attention] == [None, Geometry((16, 16), 0, (2, 2))]
+    assert attention[0].unplaced == "its keys answer to no part of the picture"

@@ -10,7 +10,7 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from torch import nn
 
-from attention_visualizer.attention.geometry import Geometry, declared_layout
+from attention_visualizer.attention.geometry import DeclaredLayout, Geometry, declared_layout
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.support.errors import UserError
 
@@ -59,23 +59,50 @@ def test_it_cannot_be_changed() -> None:
         GEOMETRY.grid = (5, 3)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("pooling", "prefix"), [("cls", 1), ("mean", 0)])
-def test_the_models_geometry_is_found_also_inside_a_wrapper(pooling: str, prefix: int) -> None:
-    model = VisionTransformer(img_size=15, patch_size=3, num_layers=1, pooling=pooling)  # type: ignore[arg-type]
-    expected = Geometry((5, 5), prefix, (3, 3))
-    assert declared_layout(model).geometry == expected
-    assert declared_layout(nn.Sequential(nn.Identity(), model)).geometry == expected
-
-
-def test_timms_geometry_is_found_with_registers_and_an_oblong_image() -> None:
-    model = timm_vit.VisionTransformer(
-        img_size=(15, 55), patch_size=(5, 11), embed_dim=8, depth=1, num_heads=2, num_classes=3, reg_tokens=4
+def test_a_declared_layout_is_found_also_inside_a_wrapper() -> None:
+    model = VisionTransformer(img_size=15, patch_size=3, num_layers=1)
+    assert declared_layout(nn.Sequential(nn.Identity(), model)) == DeclaredLayout((3, 3), (5, 5))
+    oblong = timm_vit.VisionTransformer(
+        img_size=(15, 55), patch_size=(5, 11), embed_dim=8, depth=1, num_heads=2, num_classes=3
     )
-    assert declared_layout(model).geometry == Geometry((3, 5), 5, (5, 11))
+    assert declared_layout(oblong) == DeclaredLayout((5, 11), (3, 5))
+    assert declared_layout(nn.TransformerEncoderLayer(8, 2, 16)) == DeclaredLayout(None, None)
 
 
-def test_a_model_that_states_none_has_none() -> None:
-    assert declared_layout(nn.TransformerEncoderLayer(8, 2, 16)).geometry is None
+# --- other orders, other extents ---
+
+
+def test_tokens_in_another_order_are_put_in_the_usual_one() -> None:
+    geometry = Geometry((2, 2), 2, (4, 4), order=(5, 0, 2, 3))  # keys 1 and 4 are other tokens
+    assert geometry.token_of_patch(0, 0) == 5 and geometry.token_of_patch(1, 0) == 2
+    assert geometry.in_usual_order(torch.arange(6)).tolist() == [1, 4, 5, 0, 2, 3]
+    weights = torch.arange(36).view(1, 1, 6, 6)
+    usual = geometry.in_usual_order(weights, (-2, -1))
+    assert usual[0, 0, 2, 3] == weights[0, 0, 5, 0]
+    assert geometry.usual == Geometry((2, 2), 2, (4, 4)) == geometry.usual.usual
+
+
+@pytest.mark.parametrize(
+    ("grid", "patch", "image", "drawn"),
+    [
+        ((2, 3), (4, 4), (8, 12), (2, 3)),
+        ((2, 2), (4, 4), (6, 8), (3, 2)),  # padded inside to 8 rows: two cells of 2 x 4 pixels for a patch
+        ((2, 2), (4, 4), (9, 8), (9, 2)),  # the last row of pixels is in no patch
+        ((4, 4), (2.5, 2.5), (10, 10), (4, 4)),
+    ],
+)
+def test_maps_are_drawn_where_their_patches_are(
+    grid: tuple[int, int], patch: tuple[float, float], image: tuple[int, int], drawn: tuple[int, int]
+) -> None:
+    geometry = Geometry(grid, 0, patch)
+    values = torch.arange(1, 1 + grid[0] * grid[1]).view(1, *grid).float()
+    assert geometry.drawn_grid(image) == drawn
+    result = geometry.drawn(values, image)[0]
+    assert result.shape == drawn
+    for row, column in np.ndindex(*drawn):
+        middle = (row + 0.5) * image[0] / drawn[0] // patch[0], (column + 0.5) * image[1] / drawn[1] // patch[1]
+        inside = middle[0] < grid[0] and middle[1] < grid[1]
+        assert result[row, column] == (values[0, int(middle[0]), int(middle[1])] if inside else 0)
 
 
 # --- windows ---

@@ -73,7 +73,7 @@ def trained_with(trained: bool, model: nn.Module) -> nn.Module:
         (Forwarding(run=nn.Sequential(nn.Dropout(0.1), vit())), "run.1", ""),
         (Holder(convolutions=nn.Conv2d(1, 3, 3), model=vit()), "model", "model"),
         # of two, the one that forward runs, and else the one that is trained
-        (Forwarding(teacher=vit(patch_size=3), run=vit()), "run", "run"),
+        (Forwarding(teacher=vit(patch_size=3), run=vit()), "run", ""),
         (Holder(teacher=trained_with(False, vit()), student=vit()), "student", "student"),
         (Holder(net=nn.ModuleDict({"teacher": trained_with(False, vit()), "student": vit()})), *["net.student"] * 2),
     ],
@@ -110,12 +110,10 @@ def test_compiled_models_are_found_by_the_name_that_users_write() -> None:
     assert found_in(inside, name="outer.vit").layers == found_in(inside).layers
 
 
-def test_a_hand_written_model_needs_its_geometry() -> None:
-    reason = r"\(of HandWritten: its 10 keys are no grid of patches of 15 x 15 pixels\)"
-    with pytest.raises(UserError, match=rf"HandWritten\)?: .*geometry=Geometry\(.* {reason}"):
-        found_in(Holder(net=HandWritten()))
-    found = found_in(Holder(net=HandWritten()), geometry=HAND_WRITTEN_GEOMETRY)
-    assert found.name == "net" and len(found.layers) == 2 and found.unplaced == frozenset() and found.classifies
+def test_a_hand_written_model_needs_no_geometry_and_may_have_one() -> None:
+    for options in ({}, {"geometry": HAND_WRITTEN_GEOMETRY}):
+        found = found_in(Holder(net=HandWritten()), **options)
+        assert found.name == "net" and len(found.layers) == 2 and found.unplaced == frozenset() and found.classifies
 
 
 @pytest.mark.parametrize("dim", [SIZE, 6])

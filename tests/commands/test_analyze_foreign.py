@@ -198,12 +198,12 @@ def test_windows_have_no_rollout_and_say_so(place: Path) -> None:
 
 
 def test_layers_without_a_place_are_named_on_every_figure(place: Path) -> None:
-    arguments = ("model_from=timm:xcit_nano_12_p16_224", "ckpt=random", "images=photos", "num_samples=1")
-    succeed(*arguments, "chapters=[patterns,statistics]", "output_dir=xcit", folder=place)
-    report = read_report(place / "xcit")
-    assert (
-        "only the 2 of 14 layers whose keys have a known position on the image" in report and "blocks.0.attn" in report
-    )
+    arguments = ("model_from=timm:levit_128s", "ckpt=random", "images=photos", "num_samples=1")
+    succeed(*arguments, "chapters=[patterns,statistics]", "output_dir=levit", folder=place)
+    report = read_report(place / "levit")
+    assert len(statistics_of(place / "levit")["layers"]) == 3
+    assert "only the 3 of 11 layers whose keys have a known position on the image" in report
+    assert "stages.1.blocks.0.attn" in report
 
 
 def test_a_model_that_was_really_trained(trained: tuple[Path, float]) -> None:
@@ -304,13 +304,15 @@ def test_what_a_model_does_not_state_can_be_said(place: Path) -> None:
         AttentionVisualizer(model=model, images=photos).study  # noqa: B018
     with pytest.raises(UserError, match=r"positions of this model.* geometry=Geometry"):
         AttentionVisualizer(model=nn.Sequential(nn.Identity(), Scrambled()), images=photos, image_size=24).study  # noqa: B018
-    given = Geometry((3, 4), 0, (8, 4))
-    visualizer = AttentionVisualizer(
-        model=model, images=photos, image_size=(24, 16), geometry=given, output_dir=place / "silent"
-    )
-    assert visualizer.study.target.images.shape == (3, 24, 16) and visualizer.study.first_observation.geometries == (
-        given,
-    )
+    backwards = Geometry((3, 4), 0, (8, 4), order=tuple(range(11, -1, -1)))
+    for given in (None, backwards):
+        visualizer = AttentionVisualizer(
+            model=model, images=photos, image_size=(24, 16), geometry=given, output_dir=place / "silent"
+        )
+        assert visualizer.study.target.images.shape == (3, 24, 16)
+        assert visualizer.study.first_observation.geometries == (backwards.usual,)
+    with pytest.raises(UserError, match="measured on layer.self_attn .* in another order: leave geometry= out"):
+        AttentionVisualizer(model=model, images=photos, image_size=(24, 16), geometry=backwards.usual).study  # noqa: B018
 
 
 class Scrambled(Silent):

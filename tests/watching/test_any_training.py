@@ -107,14 +107,15 @@ def test_models_of_every_kind(tmp_path: Path, make: Any, layers: int, classifies
         assert predicted.tolist() == [-1] * CLASSES and np.isnan(probability).all()
 
 
-def test_a_model_that_states_no_geometry(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"geometry=Geometry\("):
-        fit(tmp_path, Steps(HandWritten()), AttentionLogger())
+def test_a_model_that_declares_no_geometry_needs_none_and_may_be_given_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the given geometry has 17 tokens"):
         fit(tmp_path, Steps(HandWritten()), AttentionLogger(geometry=Geometry((4, 4), 1, (5, 5))))
     assert list(tmp_path.glob("*.npz")) == []
-    fit(tmp_path, Steps(HandWritten()), AttentionLogger(geometry=HAND_WRITTEN_GEOMETRY), max_epochs=1)
-    assert kept_in(tmp_path).column("validations", "images").tolist() == [IMAGES]
+    for number, geometry in enumerate((None, HAND_WRITTEN_GEOMETRY)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        fit(folder, Steps(HandWritten()), AttentionLogger(geometry=geometry), max_epochs=1)
+        assert kept_in(folder).column("validations", "images").tolist() == [IMAGES]
 
 
 def test_statistics_are_those_of_the_chosen_model(tmp_path: Path) -> None:

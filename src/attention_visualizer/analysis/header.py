@@ -40,6 +40,7 @@ def report_header(study: Study, command: str, language: str) -> ReportHeader:
     facts["proof"] = "weights times values differ from the model's own attention output " + (
         f"by at most {error:.1e}" if error else "by 0"
     )
+    facts["proof"] += f"; positions of the keys on the image: {describe_evidence(study.first_observation.geometries)}"
     if isinstance(images, ImageFolder):
         facts["input"] = describe_input(images.format)
     versions = ", ".join(f"{name} {machine.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
@@ -89,13 +90,19 @@ def describe_model(study: Study) -> str:
     return f"{type(study.target.model).__name__}, {len(heads)} layers with attention x {num_heads} heads, {parameters}"
 
 
+def describe_evidence(geometries: Sequence[Geometry]) -> str:
+    """Say how the positions of keys are known, each way once."""
+    ways = {"measured": "measured, by changing pixels and seeing which keys' values move with attention off"}
+    return "; ".join(dict.fromkeys(ways.get(geometry.evidence, geometry.evidence) for geometry in geometries))
+
+
 def describe_tokens(geometries: Sequence[Geometry]) -> str:
     """Describe each token layout once, in the order of the layers."""
     layouts = []
     for geometry in dict.fromkeys(replace(geometry, shift=(0, 0)) for geometry in geometries):
         text = (
-            f"{geometry.grid[0]} x {geometry.grid[1]} patches of {geometry.patch_size[0]} x "
-            f"{geometry.patch_size[1]} pixels"
+            f"{geometry.grid[0]} x {geometry.grid[1]} patches of {geometry.patch_size[0]:g} x "
+            f"{geometry.patch_size[1]:g} pixels"
         )
         prefix = geometry.num_prefix_tokens
         text += ", and the class token" if prefix == 1 else f", and {prefix} prefix tokens" if prefix else ""

@@ -56,6 +56,8 @@ def make_study(
     if observation.left_out:
         shown, num_layers = len(observation.layer_names), len(observation.layer_names) + len(observation.left_out)
         notes.append(f"only the {shown} of {num_layers} layers whose keys have a known position on the image")
+    if any(each.evidence.startswith("given, not confirmed") for each in observation.geometries):
+        notes.append("positions as given, not confirmed")
     return Study(
         target,
         Output(folder, file_format, "; ".join(notes)),

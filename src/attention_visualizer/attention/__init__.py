@@ -8,13 +8,19 @@ Hands out capture, intervene, Geometry and the search for the ViT inside a modul
     edits.py           ready-made edits: switch off, average, make uniform, shuffle
     einsum.py          the axes of an einsum
     function_call.py   a call of a PyTorch function, with its arguments
-    geometry.py        where tokens lie on the image, as models declare it
+    geometry.py        the positions of tokens on the image, and what models declare of their patches
     hand_written.py    attention written out as softmax(query @ key) @ value
-    layer_geometry.py  where the tokens of one layer lie, or why that is not known
+    layer_geometry.py  the geometry of one layer: measured, or given and compared with that
     layers.py          what capture hands out
     model_search.py    find the Vision Transformer inside a module
     outputs.py         what a model predicts, whatever form its output has
-    policies.py        what becomes of a recorded layer: handed out, with gradients, edited
+    placement.py       from receptive fields to a grid of patches, or why there is none
+    places.py          the places of all keys of a model, measured once
+    policies.py        what becomes of a recorded layer: handed out, with gradients, edited, switched off
+    probe.py           a model's call repeated with other pictures
+    receptive_fields.py  which pixels each key answers to
     recording.py       the function mode that sees, proves and records attention calls
+    streams.py         which calls are parts of one layer, and which stand side by side
     torch_internals.py the private parts of PyTorch, with a check of each
+    undisturbed.py     run a model and leave it as it was
 """

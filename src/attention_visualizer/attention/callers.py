@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_visualizer.attention.calls import DeclaredHeads
-from attention_visualizer.attention.function_call import tensors_of
+from attention_visualizer.attention.function_call import FunctionCall, tensors_of
 from attention_visualizer.attention.torch_internals import (
     DisableTorchFunction,
     arguments_of,
@@ -21,6 +22,7 @@ from attention_visualizer.attention.torch_internals import (
     multi_head_locals,
 )
 
+MAX_CHANNELS = 16  # of images; more are features
 NUM_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_head", "nheads", "nhead", "heads")
 OUTPUT_PROJECTIONS = ("proj", "out_proj", "o_proj", "to_out", "c_proj")
 
@@ -31,17 +33,36 @@ class Stack:
 
     modules: list[nn.Module]  # of the model, those that are running, innermost first
     outermost: FrameType | None  # frame of the last of them
-    images: torch.Size | None  # shape of the images that the model was called with
+    #: The outermost call with what may be images, and its module; None if there is none.
+    call: FunctionCall | None
+    owner: nn.Module | None
     inputs: torch.Size | None  # shape of the innermost module's first tensor
     is_compiled: bool  # a compiled module is among the callers
     is_checkpointed: bool  # torch.utils.checkpoint is among the callers
     is_text: bool  # a module closer to the call than the one with the images received token ids
 
+    @property
+    def num_images(self) -> int | None:
+        if self.call is None:
+            return None
+        return next((len(tensor) for tensor in self.call.tensors() if may_be_images(tensor)), None)
 
-def calling_stack(names: Mapping[int, str], image_channels: set[int], frame: FrameType | None) -> Stack:
-    """Read the call stack from `frame` outwards. `names` are those of the model's modules, by their id."""
+
+@dataclass(frozen=True)
+class MethodCall:
+    """A method of a module that was called with images, beside the module's own call."""
+
+    frame: FrameType
+    owner: nn.Module
+    call: FunctionCall
+
+
+def calling_stack(names: Mapping[int, str], frame: FrameType | None, method: MethodCall | None = None) -> Stack:
+    """Read the call stack from `frame` outwards. `names` are those of the model's modules, by their id; `method` is the
+    last call of a method with images, whose arguments its frame may have replaced since."""
     modules: list[nn.Module] = []
-    outermost, images, inputs, compiled, checkpointed, text = None, None, None, False, False, False
+    outermost, images_call, images_owner, inputs = None, None, None, None
+    compiled, checkpointed, text = False, False, False
     while frame is not None:
         checkpointed = checkpointed or is_checkpointing(frame)
         owner = frame.f_locals.get("self")
@@ -54,17 +75,64 @@ def calling_stack(names: Mapping[int, str], image_channels: set[int], frame: Fra
                 if is_module_call(frame):
                     args, kwargs = arguments_of(frame)
                     tensors = list(tensors_of((*args, *kwargs.values())))
-                    images = next((tensor.shape for tensor in tensors if are_images(tensor, image_channels)), images)
+                    if any(may_be_images(tensor) for tensor in tensors):
+                        images_call, images_owner = FunctionCall(owner, args, kwargs), owner
                     if len(modules) == 1 and inputs is None and tensors:
                         inputs = tensors[0].shape
                     token_ids = any(each.ndim == 2 and each.dtype in (torch.int64, torch.int32) for each in tensors)
-                    text = text or (token_ids and images is None)
+                    text = text or (token_ids and images_call is None)
+                elif method is not None and frame is method.frame:
+                    images_call, images_owner = method.call, method.owner
         frame = frame.f_back
-    return Stack(modules, outermost, images, inputs, compiled, checkpointed, text)
+    return Stack(modules, outermost, images_call, images_owner, inputs, compiled, checkpointed, text)
 
 
-def are_images(tensor: Tensor, channels: set[int]) -> bool:
-    return tensor.ndim == 4 and tensor.is_floating_point() and tensor.shape[1] in channels
+def method_call(
+    names: Mapping[int, str], frame: FrameType | None, images: Tensor, known: MethodCall | None
+) -> MethodCall | None:
+    """Return the outermost method of the model's modules that was called with `images` themselves, while it has just
+    begun; None where a module's own call has them. `known`, if it is running still: what it handles are features."""
+    found = None
+    while frame is not None:
+        if known is not None and frame is known.frame:
+            return known
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            if is_module_call(frame):
+                if any(tensor is images for tensor in tensors_of(arguments_of(frame)[0])):
+                    found = None
+            elif frame.f_code.co_name != "forward" or frame.f_back is None or not is_module_call(frame.f_back):
+                call = call_of(frame, owner)
+                if call is not None and any(tensor is images for tensor in call.tensors()):
+                    found = MethodCall(frame, owner, call)
+        frame = frame.f_back
+    return found
+
+
+def call_of(frame: FrameType, owner: nn.Module) -> FunctionCall | None:
+    """Return the call of a method, from the frame in which it has just begun; None where it is no plain method."""
+    code = frame.f_code
+    function = getattr(owner, code.co_name, None)
+    if function is None or getattr(inspect.unwrap(function), "__code__", None) is not code:  # decorated ones, too
+        return None
+    given = frame.f_locals
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    rest = code.co_varnames[len(names) : len(names) + bool(code.co_flags & 4) + bool(code.co_flags & 8)]
+    if any(name not in given for name in (*names, *rest)):
+        return None
+    kwargs = {name: given[name] for name in names[code.co_argcount :]}
+    args: tuple[Any, ...] = tuple(given[name] for name in names[1 : code.co_argcount])
+    for name in rest:
+        if isinstance(given[name], tuple):
+            args += given[name]
+        else:
+            kwargs |= given[name]
+    return FunctionCall(function, args, kwargs)
+
+
+def may_be_images(tensor: Tensor) -> bool:
+    """Whether a tensor has the axes of images [image, channel, height, width]."""
+    return tensor.ndim == 4 and 0 < tensor.shape[1] <= MAX_CHANNELS and tensor.dtype != torch.bool and len(tensor) > 0
 
 
 def innermost_name(names: Mapping[int, str], frame: FrameType | None) -> str | None:
@@ -81,10 +149,10 @@ def declared_heads(stack: Stack) -> DeclaredHeads:
     """Return the number of heads that the calling module or the one around it declares, and its batch size."""
     declared = (num_heads_of(module) for module in stack.modules[:2])
     num_heads = next((number for number in declared if number is not None), None)
-    inputs = stack.inputs if stack.inputs is not None and len(stack.inputs) > 2 else stack.images
-    if inputs is None or isinstance(stack.modules[0], nn.MultiheadAttention):  # which may put the batch second
-        return DeclaredHeads(num_heads, None)
-    return DeclaredHeads(num_heads, inputs[0])
+    batch = stack.inputs[0] if stack.inputs is not None and len(stack.inputs) > 2 else stack.num_images
+    if isinstance(stack.modules[0], nn.MultiheadAttention):  # which may put the batch second
+        batch = None
+    return DeclaredHeads(num_heads, batch)
 
 
 def num_heads_of(module: nn.Module) -> int | None:

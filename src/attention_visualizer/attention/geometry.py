@@ -1,9 +1,9 @@
-"""Where tokens lie on the image: the patch grid, the prefix tokens before it, the size of a patch."""
+"""The positions of tokens on the image: the patch grid, the tokens beside it, the size of a patch."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,11 +23,12 @@ MAX_CHANNELS = 16  # of images; a convolution of more works on features
 
 @dataclass(frozen=True)
 class Geometry:
-    """Token layout of one attention layer's keys: prefix tokens (class token, registers), then a row-major grid."""
+    """Token layout of one attention layer's keys: prefix tokens (class token, registers), then a row-major grid, or
+    another order of them."""
 
     grid: Size  # patches
     num_prefix_tokens: int
-    patch_size: Size  # pixels
+    patch_size: tuple[float, float]  # pixels of the image that the model is called with: height, width
     #: Patches, where attention stays inside windows: the windows of an image then follow each other in the batch, row
     #: by row, over a grid that was rolled by `shift` towards its start.
     window: Size | None = None
@@ -35,6 +36,12 @@ class Geometry:
     #: Whether the first prefix token is a class token that the classification reads ("read"), or one that it leaves for
     #: the mean of the patches ("unread"); "absent" where the prefix tokens are registers only.
     class_token: ClassToken = "read"
+    #: The first patch's top left corner, in pixels: negative where the model pads its images.
+    offset: tuple[float, float] = (0.0, 0.0)
+    #: The key of each patch, row by row, where prefix tokens and patches stand in another order than the usual one.
+    order: tuple[int, ...] | None = None
+    #: How it is known: "measured", "given and confirmed", or "given, not confirmed" with the reason.
+    evidence: str = field(default="", compare=False)
 
     @property
     def num_patches(self) -> int:
@@ -68,11 +75,52 @@ class Geometry:
             )
         if self.window is not None:
             raise UserError(f"query=[{row},{column}]: this model attends inside windows: use query=patches")
-        return self.num_prefix_tokens + row * width + column
+        return (self.order or range(self.num_prefix_tokens, self.num_tokens))[row * width + column]
 
     def per_image(self, values: Tensor) -> Tensor:
         """Average over an image's windows: [batch, ...] -> [image, ...]."""
         return values if self.window is None else values.unflatten(0, (-1, math.prod(self.windows))).mean(dim=1)
+
+    def drawn_grid(self, image: Size) -> Size:
+        """Return the grid that a map is drawn on over an image of that height and width: cells of equal size, which
+        cover just the image. It is the patches' own unless these end before the image's edge or beyond it."""
+        sizes = []
+        for count, pixels, side in zip(self.grid, self.patch_size, image, strict=True):
+            is_whole = abs(count * pixels - side) < 1 or pixels != int(pixels)
+            sizes.append(count if is_whole else side // math.gcd(side, int(pixels)))
+        return sizes[0], sizes[1]
+
+    def drawn(self, maps: Tensor, image: Size) -> Tensor:
+        """Put maps of patches on that grid: [..., grid height, grid width] -> [..., drawn height, drawn width].
+
+        Cells have their patch's value; those without a patch, which the model does not see, 0.
+        """
+        for axis, (drawn, count, side) in enumerate(zip(self.drawn_grid(image), self.grid, image, strict=True)):
+            if drawn == count:
+                continue
+            middles = (torch.arange(drawn, device=maps.device) + 0.5) * side / drawn
+            patches = (middles // self.patch_size[axis]).long()
+            maps = maps.index_select(axis - 2, patches.clamp_max(count - 1))
+            shape = (-1, 1) if axis == 0 else (-1,)
+            maps = maps.where((patches < count).view(shape), torch.zeros((), dtype=maps.dtype, device=maps.device))
+        return maps
+
+    def in_usual_order(self, values: Tensor, axes: tuple[int, ...] = (-1,)) -> Tensor:
+        """Put prefix tokens first and then the patches, row by row, along axes of keys."""
+        if self.order is None:
+            return values
+        patches = torch.tensor(self.order, device=values.device)
+        others = torch.ones(self.num_tokens, dtype=torch.bool, device=values.device)
+        others[patches] = False
+        tokens = torch.cat([others.nonzero()[:, 0], patches])
+        for axis in axes:
+            values = values.index_select(axis, tokens)
+        return values
+
+    @property
+    def usual(self) -> Geometry:
+        """The geometry of tokens that were put in the usual order."""
+        return self if self.order is None else replace(self, order=None)
 
     def to_map(self, patch_values: Tensor) -> Tensor:
         """Put values back on the image: [batch, ..., patch] -> [image, ..., grid height, grid width]."""
@@ -88,19 +136,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class DeclaredLayout:
-    """Token layout declared by a model's attributes; None where it is not declared."""
+    """The patches of the images that a model declares by its attributes; None where it declares none."""
 
     patch_size: Size | None
-    num_prefix_tokens: int | None
     grid: Size | None
-    class_token: ClassToken = "read"
-
-    @property
-    def geometry(self) -> Geometry | None:
-        """The geometry of the whole grid; None where a part of it is not declared."""
-        if self.grid is None or self.patch_size is None or self.num_prefix_tokens is None:
-            return None
-        return Geometry(self.grid, self.num_prefix_tokens, self.patch_size, class_token=self.class_token)
 
 
 def declared_layout(model: nn.Module) -> DeclaredLayout:
@@ -115,9 +154,8 @@ def declared_layout(model: nn.Module) -> DeclaredLayout:
         if grid is None and image_size is not None and patch_size is not None:
             grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
         if patch_size is not None:
-            prefix = num_prefix_tokens(model, module)
-            return DeclaredLayout(patch_size, prefix, grid, class_token_of(module) if prefix else "read")
-    return DeclaredLayout(None, num_prefix_tokens(model, model), None)
+            return DeclaredLayout(patch_size, grid)
+    return DeclaredLayout(None, None)
 
 
 def patch_embedding(module: nn.Module) -> nn.Module | None:
@@ -149,25 +187,13 @@ def size_of_patch(module: nn.Module) -> Size | None:
     return None
 
 
-def num_prefix_tokens(model: nn.Module, owner: nn.Module) -> int | None:
-    """Count the class, distillation and register tokens before the patches. None where their place is not known.
-
-    Wherever there is a class token it comes first and registers follow it; registers alone may stand at the end.
-    """
-    declared = getattr(owner, "num_prefix_tokens", None)
-    if isinstance(declared, int):
-        return declared
-    for module in (owner, model, *model.modules()):
-        tokens = {name: value for name, value in module.named_parameters(recurse=False) if name in PREFIX_TOKENS}
-        if tokens:  # of one embedding module; others inside (a decoder's) are not this one's
-            if not any(name.startswith("cl") for name in tokens):
-                return None
-            return sum(value.shape[-2] if value.ndim > 1 else 1 for value in tokens.values())
-    return 0
-
-
-def class_token_of(owner: nn.Module) -> ClassToken:
-    """Return "read" unless attributes of timm or Hugging Face tell otherwise."""
+def declared_class_token(model: nn.Module) -> ClassToken:
+    """Return "read" unless parameters by their names, or attributes of timm or Hugging Face, tell otherwise."""
+    named = {name for module in model.modules() for name, _ in module.named_parameters(recurse=False)}
+    tokens = named & PREFIX_TOKENS
+    if tokens and not any(name.startswith("cl") for name in tokens):
+        return "absent"
+    owner = next((module for module in model.modules() if patch_embedding(module) is not None), model)
     if hasattr(owner, "cls_token") and owner.cls_token is None:
         return "absent"
     pools = getattr(owner, "global_pool", None) in ("avg", "avgmax", "max", "map")

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from attention_visualizer.attention.geometry import Geometry, Size, as_size, declared_layout
+from attention_visualizer.attention.callers import Stack
+from attention_visualizer.attention.geometry import ClassToken, Geometry, declared_class_token
+from attention_visualizer.attention.layers import Part
+from attention_visualizer.attention.placement import Lines, Unplaced
+from attention_visualizer.attention.places import MeasuredPlaces, places_of
+from attention_visualizer.attention.probe import CallPlaces, Record
 from attention_visualizer.support.errors import UserError
 
-Grid = tuple[Size, Size]  # patches, and the pixels of a patch
+MAX_OFFSET = 0.03  # of the image's side: more is drawn at another place than the model sees it
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """What is known of an attention layer when it is put on the image."""
 
-    index: int  # in its pass
+    name: str
     weights: torch.Size  # [batch, head, query, key]
-    columns: int  # of its values
-    callers: Sequence[nn.Module]  # innermost first
-    images: torch.Size | None  # [batch, channel, height, width]
+    num_images: int | None
     is_text: bool = False
 
     @property
@@ -32,146 +34,76 @@ class LayerShape:
         return self.weights[-1]
 
 
-@dataclass(frozen=True)
-class Unplaced:
-    """Why maps of a layer cannot be put on the image."""
-
-    reason: str
-
-
-Place = Geometry | Unplaced
-
-
 class GeometryFinder:
-    """Find the geometry of each layer from what the model declares, the images and the layer's sizes.
+    """Find the geometry of each layer: measured, and compared with that which the user gave.
 
     `given` is the user's, for models that declare nothing; it goes to every layer of as many keys.
     """
 
-    def __init__(self, model: nn.Module, given: Geometry | None) -> None:
+    def __init__(self, model: nn.Module, given: Geometry | None, record: Record) -> None:
+        self.model = model
         self.given = given
-        self.declared = declared_layout(model)
-        # Hiera keeps its tokens in the order of its pooling, masked autoencoders shuffle them.
-        reordering = ("unroll", "reroll", "random_masking")
-        self.is_reordered = any(hasattr(module, name) for module in model.modules() for name in reordering)
-        self.is_dynamic = any(getattr(module, "dynamic_img_size", False) for module in model.modules())
-        self.has_met_whole_grid = False  # in this pass, a layer with a query for every patch
+        self.record = record
+        self.class_token: ClassToken = declared_class_token(model)
+        self.measured = MeasuredPlaces(failure="the model was called without images")
         self.misfit: int | None = None  # the number of keys that the given geometry did not fit
         self.is_given_used = False
 
-    def of_layer(self, layer: LayerShape) -> Place:
-        """Return the answer of the first rule that has one."""
-        rules = (self._given, self._order_of_tokens, self._without_images)
-        for rule in rules:
-            place = rule(layer)
-            if place is not None:
-                return place
-        assert layer.images is not None
-        return self._on_images(layer, layer.images)
+    def begin_pass(self, stack: Stack) -> None:
+        """Measure the places of a pass's layers, or look them up, when the first of them is met."""
+        if stack.call is None or stack.owner is None:
+            self.measured = MeasuredPlaces(failure="the model was called without images")
+        else:
+            self.measured = places_of(stack.owner, self.model, stack.call, self.record)
 
-    # --- rules -----------------------------------------------------------------------------------------------------
-
-    def _given(self, layer: LayerShape) -> Place | None:
+    def of_layer(self, layer: LayerShape) -> Geometry | Unplaced:
         if layer.is_text:
             return Unplaced("it attends over text")
-        if self.given is None:
-            return None
-        if self.given.num_tokens != layer.keys:
-            self.misfit = layer.keys
-            return Unplaced(f"the given geometry has {self.given.num_tokens} tokens, the layer {layer.keys} keys")
-        self._check_given(layer.images)
-        self.is_given_used = True
-        return self.given
+        if self.given is not None:
+            return self._given(layer, self.given)
+        found = self.measured.of_call(layer.name)
+        if isinstance(found, Unplaced):
+            return found
+        return self._measured(layer, found)
 
-    def _order_of_tokens(self, layer: LayerShape) -> Unplaced | None:
-        if self.declared.num_prefix_tokens is None:
-            return Unplaced("the model has registers but no class token: they may stand before or behind the patches")
-        if self.is_reordered:
-            return Unplaced("the model changes the order of its tokens")
-        for caller in layer.callers:
-            name = type(caller).__name__
-            if "decoder" in name.lower() and "encoder" not in name.lower():
-                return Unplaced(f"it is part of {name}: a decoder's tokens are queries, or not in patch order")
-        return None
-
-    def _without_images(self, layer: LayerShape) -> Place | None:
-        if layer.images is not None:
-            return None
-        geometry = self.declared.geometry
-        if self.is_dynamic or geometry is None:
-            return Unplaced("the model was called without images, and declares no grid of patches")
-        if geometry.num_tokens == layer.keys:
+    def _measured(self, layer: LayerShape, found: CallPlaces) -> Geometry | Unplaced:
+        if layer.keys != found.num_keys or layer.weights[0] != (layer.num_images or 0) * found.num_windows:
+            return Unplaced(
+                f"it has {layer.keys} keys for {layer.weights[0]} images or windows, not those whose places were "
+                f"measured, {found.num_keys} for {found.num_windows} of each image"
+            )
+        geometry = geometry_of(found)
+        if isinstance(geometry, Unplaced):
             return geometry
-        return Unplaced(f"it has {layer.keys} keys, but the model declares {geometry.num_tokens} tokens")
+        return replace(geometry, class_token=self.class_token if geometry.num_prefix_tokens else "read")
 
-    def _on_images(self, layer: LayerShape, images: torch.Size) -> Place:
-        size, prefix = (images[-2], images[-1]), self.declared.num_prefix_tokens or 0
-        if layer.index == 0:
-            self.has_met_whole_grid = False
-        whole = list(self._whole_grids(size))
-        patch_counts = {math.prod(grid) for grid, _ in whole}
-        if _attends_between_channels(layer, prefix, patch_counts):
-            return Unplaced("it attends between channels")
-        queries = layer.weights[-2] * (layer.weights[0] // max(images[0], 1))  # those of all windows of an image
-        if not patch_counts or {queries, queries - prefix} & patch_counts:
-            self.has_met_whole_grid = True
-        # Fewer tokens than patches: deeper stages, or keys that were pooled. In a model that has not shown all of its
-        # patches before, they are a selection (masking, patch dropout), whose places nobody knows.
-        grids = [*whole, *(self._reduced_grids(size) if self.has_met_whole_grid else ())]
-        if layer.weights[0] != images[0]:
-            return _windows(layer, grids, images[0])
-        geometry = self._fitting_grid(layer.keys, grids)
-        if geometry is not None:
-            return geometry
-        if self.has_met_whole_grid:
-            return Unplaced(f"its {layer.keys} keys are no grid of patches of {size[0]} x {size[1]} pixels")
-        return Unplaced(f"its {layer.keys} keys are not the image's {max(patch_counts)} patches: perhaps a selection")
+    def part(self, name: str) -> Part | None:
+        """Return what part of a layer a call is; None where it is all of one."""
+        return self.measured.streams.parts.get(name)
 
-    # --- grids of an image -----------------------------------------------------------------------------------------
-
-    def _fitting_grid(self, keys: int, grids: Sequence[Grid]) -> Geometry | None:
-        """Return the first grid with as many tokens as keys, with the declared prefix tokens or else without."""
-        for before in dict.fromkeys((self.declared.num_prefix_tokens or 0, 0)):
-            for grid, patch_size in grids:
-                if before + math.prod(grid) == keys:
-                    class_token = self.declared.class_token if before else "read"
-                    return Geometry(grid, before, patch_size, class_token=class_token)
-        return None
-
-    def _whole_grids(self, image: Size) -> Iterator[Grid]:
-        """Yield the declared patch grid on such an image."""
-        if self.declared.patch_size is not None:
-            height, width = self.declared.patch_size
-            yield (image[0] // height, image[1] // width), (height, width)
-            if self.declared.grid is not None and math.prod(self.declared.grid) > 1:
-                grid = self.declared.grid  # where patches overlap, their number is not the quotient
-                yield grid, (image[0] // grid[0], image[1] // grid[1])
-
-    def _reduced_grids(self, image: Size) -> Iterator[Grid]:
-        """Yield coarser grids, as those of deeper stages."""
-        strides = [(2**power, 2**power) for power in range(1, 7)]
-        if self.declared.patch_size is not None:
-            height, width = self.declared.patch_size
-            strides = [*((height * factor, width * factor) for factor in (2, 4, 8, 16)), *strides]
-        for height, width in strides:
-            grid = -(-image[0] // height), -(-image[1] // width)
-            if math.prod(grid) > 1:
-                yield grid, (height, width)
+    def is_in_sequence(self, name: str) -> bool:
+        return name not in self.measured.streams.beside
 
     # --- the given geometry ----------------------------------------------------------------------------------------
 
-    def _check_given(self, images: torch.Size | None) -> None:
-        """Raise UserError if the given geometry does not cover images of that size."""
-        assert self.given is not None
-        if images is None:
-            return
-        sides = zip(self.given.grid, self.given.patch_size, images[-2:], strict=True)
-        if any(abs(count * pixels - side) >= max(pixels, 2) for count, pixels, side in sides):
-            grid, patch = self.given.grid, self.given.patch_size
+    def _given(self, layer: LayerShape, given: Geometry) -> Geometry | Unplaced:
+        if given.num_tokens != layer.keys:
+            self.misfit = layer.keys
+            return Unplaced(f"the given geometry has {given.num_tokens} tokens, the layer {layer.keys} keys")
+        answers = [each.get(layer.name) for each in self.measured.by_image]
+        found = [geometry_of(each) for each in answers if isinstance(each, CallPlaces)]
+        measured = [each for each in found if isinstance(each, Geometry)]
+        self.is_given_used = True
+        if any(is_same_place(given, each) for each in measured):
+            return replace(given, evidence="given and confirmed")
+        if measured:
             raise UserError(
-                f"the given geometry covers {grid[0] * patch[0]} x {grid[1] * patch[1]} pixels, but the images have "
-                f"{images[-2]} x {images[-1]}: give another grid or patch_size"
+                f"the given geometry says {in_words(given)}, but measured on {layer.name} it is "
+                f"{in_words(measured[0])}: leave geometry= out, or give another one"
             )
+        reasons = [each.reason for each in (*answers, *found) if isinstance(each, Unplaced)]
+        reason = self.measured.failure or next(iter(reasons), "the model computed it in this pass only")
+        return replace(given, evidence=f"given, not confirmed: {reason}")
 
     def finish(self) -> None:
         """Raise UserError if the given geometry fitted none of the layers."""
@@ -183,50 +115,70 @@ class GeometryFinder:
             )
 
 
-def _attends_between_channels(layer: LayerShape, prefix: int, patch_counts: set[int]) -> bool:
-    """Whether the columns of its values, not its keys, are as many as the patches."""
-    queries, keys, columns = layer.weights[-2], layer.keys, layer.columns
-    is_spatial = bool({keys, keys - prefix} & patch_counts)
-    return queries == keys and not is_spatial and bool({columns, columns - prefix} & patch_counts)
-
-
-def _windows(layer: LayerShape, grids: Sequence[Grid], num_images: int) -> Place:
-    """Place a layer whose batch holds windows, by the window size and shift that the modules around it declare."""
-    batch = layer.weights[0]
-    window = _declared_window(layer.callers)
+def geometry_of(found: CallPlaces) -> Geometry | Unplaced:
+    """Return measured places as a geometry; those that leave out or add more than a patch have none on the image."""
+    rows, columns, order = found.keys.rows, found.keys.columns, found.keys.order
+    for lines, side, names in zip((rows, columns), found.image, ("rows", "columns"), strict=True):
+        if abs(lines.start) > MAX_OFFSET * side or abs(lines.end - side) >= max(lines.step, 1 + MAX_OFFSET * side):
+            return Unplaced(
+                f"its patches cover {names} {lines.start:g} to {lines.end:g} of the image's {side}: the model crops or "
+                "pads its images, so give it images that are cropped or padded already"
+            )
+    grid, num_patches = (rows.number, columns.number), len(order)
+    patch_size = side_of(rows), side_of(columns)
+    offset = rows.start, columns.start
+    if found.num_windows == 1:
+        prefix = found.num_keys - num_patches
+        is_usual = np.array_equal(order, np.arange(prefix, found.num_keys))
+        usual = Geometry(grid, prefix, patch_size, offset=offset, evidence="measured")
+        return usual if is_usual else replace(usual, order=tuple(order.tolist()))
+    window = window_of(found)
     if window is None:
-        return Unplaced(f"its batch is {batch} for {num_images} images, and no windows are declared")
-    if math.prod(window) != layer.keys:
-        return Unplaced(f"its {layer.keys} keys are not a window of {window[0]} x {window[1]}")
-    if num_images == 0 or batch % num_images:
-        return Unplaced(f"its batch of {batch} windows cannot be divided between {num_images} images")
-    shift = _declared_shift(layer.callers)
-    for grid, patch_size in grids:
-        geometry = Geometry(grid, 0, patch_size, window)
-        if math.prod(geometry.windows) * num_images == batch:
-            is_covered = grid[0] % window[0] == 0 and grid[1] % window[1] == 0
-            if any(shift) and not is_covered:
-                return Unplaced("its shifted windows are padded, and libraries differ in which comes first")
-            moved = [0 if side <= edge else by for side, edge, by in zip(grid, window, shift, strict=True)]
-            return replace(geometry, shift=(moved[0], moved[1]))
-    return Unplaced(f"{batch // num_images} windows of {window[0]} x {window[1]} cover no grid of the image's patches")
+        return Unplaced(f"its {found.num_windows} windows of {found.num_keys} keys are no windows of {grid} patches")
+    geometry = Geometry(grid, 0, patch_size, window, offset=offset, evidence="measured")
+    keys = torch.arange(found.num_windows * found.num_keys).view(found.num_windows, found.num_keys)
+    if math.prod(geometry.windows) == found.num_windows:
+        for shift in np.ndindex(window):
+            shifted = replace(geometry, shift=(int(shift[0]), int(shift[1])))
+            if np.array_equal(shifted.to_map(keys)[0].flatten().numpy(), order):
+                return shifted
+    return Unplaced(f"its windows of {window[0]} x {window[1]} patches are not neighbours")
 
 
-def _declared_window(callers: Sequence[nn.Module]) -> Size | None:
-    """Return the window size, in patches, of the innermost module that declares one."""
-    # In modules of other libraries, window_size may be that of scattered patches (CrossFormer).
-    trusted = [module for module in callers if _declares_windows(module)]
-    sizes = (as_size(getattr(module, "window_size", None)) for module in trusted)
-    return next((size for size in sizes if size is not None), None)
+def side_of(lines: Lines) -> float:
+    """Return the distance between lines, a whole number where it is one."""
+    return round(lines.step) if abs(lines.step - round(lines.step)) < 1e-6 else lines.step
 
 
-def _declared_shift(callers: Sequence[nn.Module]) -> Size:
-    """Return by how many patches, down and across, the innermost module that declares it shifts its windows."""
-    shifts: Any = (getattr(module, "shift_size", None) for module in callers)
-    declared = next((size for size in shifts if size is not None), 0)
-    return (declared, declared) if isinstance(declared, int) else (int(declared[0]), int(declared[1]))
+def window_of(found: CallPlaces) -> tuple[int, int] | None:
+    """Return the number of rows and columns of patches in a window, the same in all; None where they differ."""
+    window_of_patch = found.keys.order.reshape(found.keys.rows.number, -1) // found.num_keys
+    sizes = set()
+    for number in range(found.num_windows):
+        rows, columns = np.nonzero(window_of_patch == number)
+        sizes.add((len(np.unique(rows)), len(np.unique(columns))))
+    height, width = max(sizes, default=(0, 0))
+    return (height, width) if height * width == found.num_keys else None
 
 
-def _declares_windows(module: nn.Module) -> bool:
-    name, library = type(module).__name__.lower(), type(module).__module__.partition(".")[0]
-    return library in ("timm", "torchvision", "transformers") or "window" in name or "swin" in name
+def is_same_place(given: Geometry, measured: Geometry) -> bool:
+    """Whether both put all patches on the same pixels, to a pixel, at the same keys."""
+    if (given.grid, given.num_tokens, given.window, given.shift) != (
+        (measured.grid, measured.num_tokens, measured.window, measured.shift)
+    ) or given.order != measured.order:
+        return False
+    for axis in range(2):
+        first = given.offset[axis] - measured.offset[axis]
+        last = first + given.grid[axis] * (given.patch_size[axis] - measured.patch_size[axis])
+        if max(abs(first), abs(last)) > max(1.0, 0.25 * measured.patch_size[axis]):
+            return False
+    return True
+
+
+def in_words(geometry: Geometry) -> str:
+    (rows, columns), (height, width) = geometry.grid, geometry.patch_size
+    text = f"{rows} x {columns} patches of {height:g} x {width:g} pixels"
+    if geometry.num_prefix_tokens:
+        where = "among" if geometry.order else "behind"
+        text += f", {where} {geometry.num_prefix_tokens} other tokens"
+    return text + (", in another order" if geometry.order else "")

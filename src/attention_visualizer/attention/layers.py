@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from attention_visualizer.attention.calls import Source
@@ -18,6 +19,16 @@ class CaptureError(RuntimeError):
 
 class InternalCaptureError(CaptureError):
     """Capturing itself failed, for want of memory, say, or of a part of PyTorch: nothing that the model did."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """An attention call that is a part of a layer: some of its heads, or of its queries."""
+
+    layer: str  # its name
+    number: int  # among the parts
+    num_parts: int
+    of_queries: bool  # rather than of heads
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,43 @@ class AttentionLayer:
     projection: Tensor | None = None
     #: Why there is no geometry; None where there is one.
     unplaced: str | None = None
+    #: Whether it depends on what the layer before gave; branches side by side do not.
+    in_sequence: bool = True
+    #: What part of a layer the call is, where heads or queries are computed one by one and calls are not joined: in
+    #: captures with gradients and interventions.
+    part: Part | None = None
+
+    def in_usual_order(self) -> AttentionLayer:
+        """Return the layer with prefix tokens first and patches row by row, queries too where they are the same tokens.
+
+        Measures and maps take this order for granted; `weights` have the model's own.
+        """
+        if self.geometry is None or self.geometry.order is None:
+            return self
+        is_self_attention = self.weights.shape[-2] == self.weights.shape[-1]
+        return replace(
+            self,
+            weights=self.geometry.in_usual_order(self.weights, (-2, -1) if is_self_attention else (-1,)),
+            values=self.geometry.in_usual_order(self.values, (-2,)),
+            geometry=self.geometry.usual,
+        )
+
+
+def joined(parts: Sequence[AttentionLayer]) -> AttentionLayer:
+    """Return the layer that attention calls, in the order of their parts, are together."""
+    first, part = parts[0], parts[0].part
+    assert part is not None
+    of_queries = part.of_queries
+    return replace(
+        first,
+        name=part.layer,
+        weights=torch.cat([each.weights for each in parts], dim=2 if of_queries else 1),
+        values=first.values if of_queries else torch.cat([each.values for each in parts], dim=1),
+        error=max(each.error for each in parts),
+        same_output=all(each.same_output for each in parts),
+        projection=None,
+        part=None,
+    )
 
 
 Edit = Callable[[AttentionLayer, Tensor], Tensor]

@@ -21,6 +21,7 @@ class Capture:
     """Hand each layer to a consumer, cut off from the model's computation."""
 
     recomputes = False  # whether the output passed on to the model is recomputed from weights of ours
+    joins = True  # whether the parts of a layer, heads that are computed one by one, are handed out together
 
     def __init__(self, consume: Callable[[AttentionLayer], None]) -> None:
         self.consume = consume
@@ -51,7 +52,7 @@ class Capture:
 class CaptureWithGradients(Capture):
     """Hand out weights that are part of the model's computation: its output depends on them."""
 
-    recomputes = True
+    recomputes, joins = True, False
 
     def check(self) -> None:
         if not torch.is_grad_enabled():
@@ -80,7 +81,7 @@ class CaptureWithGradients(Capture):
 class Intervention(Capture):
     """Replace the model's weights by what an edit makes of them."""
 
-    recomputes = True
+    recomputes, joins = True, False
 
     def __init__(self, edit: Edit) -> None:
         self.edit = edit
@@ -113,3 +114,55 @@ class Intervention(Capture):
         if not self.has_met_layer:
             layer = getattr(self.edit, "layer", None)
             raise CaptureError(f"there was no layer {layer!r} to edit, only {', '.join(names)}")
+
+
+class PassIsOver(BaseException):
+    """Ends a pass of which the rest is not needed; no model's `except Exception` keeps it."""
+
+
+class SwitchedOff(Capture):
+    """Switch attention off and note each call's values: what tokens are without having looked at each other."""
+
+    recomputes, joins = True, False
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop = stop  # number of the call after which the pass may end
+        self.values: dict[str, Tensor] = {}
+
+    def receive(self, layer: AttentionLayer) -> Tensor:
+        self.values[layer.name] = layer.values
+        if layer.index == self.stop:
+            raise PassIsOver
+        return self.edited(layer)
+
+    def edited(self, layer: AttentionLayer) -> Tensor:
+        return torch.zeros_like(layer.weights)
+
+    def replay(self, layer: AttentionLayer, weights: Tensor, call: AttentionCall, output: Tensor) -> Tensor:
+        return call.replay(weights)
+
+
+class OnlyItself(SwitchedOff):
+    """Let each query attend to its own key alone, where there are as many queries as keys; to none elsewhere."""
+
+    def edited(self, layer: AttentionLayer) -> Tensor:
+        weights = super().edited(layer)
+        if weights.shape[-2] == weights.shape[-1]:
+            weights.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        return weights
+
+
+class OneCallOff(SwitchedOff):
+    """Switch each of `number` calls off for one picture of the batch, beginning with call `first` for picture 1; none
+    for picture 0 and the last one."""
+
+    def __init__(self, first: int, number: int) -> None:
+        super().__init__()
+        self.first, self.number = first, number
+
+    def edited(self, layer: AttentionLayer) -> Tensor:
+        weights, num_pictures = layer.weights.clone(), self.number + 2
+        picture = layer.index - self.first + 1
+        if 0 < picture <= self.number and len(weights) % num_pictures == 0:
+            weights.unflatten(0, (num_pictures, -1))[picture].zero_()
+        return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attention_visualizer.attention.callers import (
+    MethodCall,
     Stack,
     calling_stack,
     declared_heads,
     fast_path_output,
     innermost_name,
     leaves_fast_path,
+    method_call,
     output_projection,
 )
 from attention_visualizer.attention.calls import (
@@ -35,14 +38,17 @@ from attention_visualizer.attention.calls import (
 from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.hand_written import HandWrittenAttention, HandWrittenProduct
-from attention_visualizer.attention.layer_geometry import GeometryFinder, LayerShape, Unplaced
+from attention_visualizer.attention.layer_geometry import GeometryFinder, LayerShape
 from attention_visualizer.attention.layers import (
     AttentionLayer,
     CapturedAttention,
     CaptureError,
     InternalCaptureError,
+    joined,
 )
-from attention_visualizer.attention.policies import Capture, edited_layers
+from attention_visualizer.attention.placement import Unplaced
+from attention_visualizer.attention.places import is_measuring
+from attention_visualizer.attention.policies import Capture, PassIsOver, SwitchedOff, edited_layers
 from attention_visualizer.attention.torch_internals import (
     DisableTorchFunction,
     current_graph_task_id,
@@ -55,6 +61,8 @@ from attention_visualizer.attention.torch_internals import (
 from attention_visualizer.support.errors import UserError, summary
 
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+#: What a model may begin with, when it cuts images into patches.
+TAKES_IMAGES = {F.conv2d, F.unfold, Tensor.unfold, Tensor.reshape, Tensor.view, Tensor.unflatten, Tensor.permute}
 
 
 class InternalErrors:
@@ -105,18 +113,36 @@ class Recorder(TorchFunctionMode):
         }
         self.internal_errors = InternalErrors(model, self.names)
         convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-        self.image_channels = {1, 3, 4} if convolution is None else {1, 3, 4, convolution.in_channels}
+        self.image_channels = {1, 3} if convolution is None else {1, 3, convolution.in_channels}
         with self.internal_errors:
-            self.geometries = GeometryFinder(model, geometry)
+            self.geometries = (
+                None if isinstance(policy, SwitchedOff) else GeometryFinder(model, geometry, self.values_of)
+            )
             self.by_hand = HandWrittenAttention()
         self.num_calls = 0
         self.names_of_pass: list[str] = []
         self.frame_of_pass: FrameType | None = None
+        self.parts: list[AttentionLayer] = []  # of the layer that is being computed
+        self.method: MethodCall | None = None  # the last that was called with images
+
+    def _may_begin(self, tensor: Any) -> bool:
+        """Whether a method with these images may have begun: of so few channels, or features are taken for images."""
+        return isinstance(tensor, Tensor) and tensor.ndim == 4 and tensor.shape[1] in self.image_channels
+
+    def values_of(self, call: FunctionCall, policy: SwitchedOff) -> dict[str, Tensor]:
+        """Run a call of the model under `policy` and return the values of each attention call that it met."""
+        with contextlib.suppress(PassIsOver), Recorder(self.model, CapturedAttention(), policy):
+            call()
+        return policy.values
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_measuring() and self.geometries is not None:
+            return function(*args, **kwargs)
+        if function in TAKES_IMAGES and args and self._may_begin(args[0]):
+            self.method = method_call(self.names, sys._getframe(1), args[0], self.method) or self.method
         # The first: a forward that is repeated for the backward pass (checkpointing).
         if current_graph_task_id() != -1 or not (function in ATTENTION or self.by_hand.concerns(function)):
             return function(*args, **kwargs)
@@ -169,7 +195,10 @@ class Recorder(TorchFunctionMode):
             return output
         layer, call = recorded
         self.num_calls += 1
-        weights = self.policy.receive(layer)
+        whole = self._joined(layer) if self.policy.joins and layer.part is not None else layer
+        if whole is None:
+            return output
+        weights = self.policy.receive(whole)
         if weights is not None:
             with self.internal_errors, DisableTorchFunction():
                 output = self.policy.replay(layer, weights, call, output)
@@ -180,19 +209,22 @@ class Recorder(TorchFunctionMode):
         self, output: Tensor, describe: Callable[[DeclaredHeads], AttentionCall], frame: FrameType
     ) -> tuple[AttentionLayer, AttentionCall] | None:
         """Return an attention call as a layer, proved; None for the attention of another model."""
-        stack = calling_stack(self.names, self.image_channels, frame)
+        stack = calling_stack(self.names, frame, self.method)
         if not stack.modules:
             return None
         self.policy.check()
         name = self.names[id(stack.modules[0])]
         if is_batched_tensor(output):
             raise CaptureError(f"{name} computes its attention inside torch.vmap, where it cannot be captured")
-        if stack.is_checkpointed and self.policy.recomputes:
+        if stack.is_checkpointed and self.policy.recomputes and self.geometries is not None:
             raise CaptureError(
                 f"{name} runs under torch.utils.checkpoint, which repeats it in the backward pass, uncaptured: "
                 "disable checkpointing for gradients and interventions"
             )
         name, index = self._next_name(name, stack)
+        if index == 0 and self.geometries is not None:
+            self.parts.clear()
+            self.geometries.begin_pass(stack)
         keeps_graph = torch.is_grad_enabled() and self.policy.recomputes
         # No calls of the model: an enclosing capture skips them.
         with DisableTorchFunction(), torch.set_grad_enabled(keeps_graph):
@@ -202,9 +234,7 @@ class Recorder(TorchFunctionMode):
             error = largest(call.product.detach().sub_(call.expected.detach())) if edited is None else edited.error
             self._check(name, error, call.magnitude, call.expected.dtype)
             weights, values = self.policy.prepare(call.weights if edited is None else edited.weights, call.values)
-            place = self.geometries.of_layer(
-                LayerShape(index, weights.shape, values.shape[-1], stack.modules, stack.images, stack.is_text)
-            )
+            place = self._place(LayerShape(name, weights.shape, stack.num_images, stack.is_text))
             layer = AttentionLayer(
                 name=name,
                 index=index,
@@ -216,8 +246,22 @@ class Recorder(TorchFunctionMode):
                 same_output=not stack.is_compiled and not any(map(leaves_fast_path, stack.modules)),
                 projection=output_projection(stack.modules, values),
                 unplaced=place.reason if isinstance(place, Unplaced) else None,
+                in_sequence=self.geometries is None or self.geometries.is_in_sequence(name),
+                part=None if self.geometries is None else self.geometries.part(name),
             )
         return layer, call
+
+    def _joined(self, part: AttentionLayer) -> AttentionLayer | None:
+        """Return the layer of which this is the last part; None before."""
+        self.parts.append(part)
+        assert part.part is not None
+        if len(self.parts) < part.part.num_parts:
+            return None
+        parts, self.parts = self.parts, []
+        return joined(parts)
+
+    def _place(self, layer: LayerShape) -> Geometry | Unplaced:
+        return Unplaced("it is being measured") if self.geometries is None else self.geometries.of_layer(layer)
 
     def _next_name(self, name: str, stack: Stack) -> tuple[str, int]:
         """Return the name of the next call of module `name` and its number in the pass."""
@@ -247,7 +291,7 @@ class Recorder(TorchFunctionMode):
 
     def finish(self) -> None:
         """Raise CaptureError if nothing was recorded or not what was asked for."""
-        self.frame_of_pass = None  # a frame keeps its arguments alive
+        self.frame_of_pass = self.method = None  # a frame keeps its arguments alive
         if self.num_calls == 0:
             raise CaptureError(
                 f"no attention of {type(self.model).__name__} was captured: the model was not run inside the block, or "
@@ -255,4 +299,5 @@ class Recorder(TorchFunctionMode):
                 "functional), and softmax(query @ key) @ value with matmul, bmm or einsum; or it ran in another thread"
             )
         self.policy.finish(self.names_of_pass)
-        self.geometries.finish()
+        if self.geometries is not None:
+            self.geometries.finish()

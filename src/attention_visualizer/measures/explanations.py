@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from attention_visualizer.attention.capture import AttentionLayer, capture
 from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry
+from attention_visualizer.attention.layers import joined
 from attention_visualizer.attention.outputs import has_head, logits_of
 from attention_visualizer.measures import map_measures
 from attention_visualizer.measures.map_measures import Query
@@ -93,10 +95,32 @@ def _explain_batch(
             torch.zeros_like(layer.weights) if gradient is None else gradient
             for layer, gradient in zip(layers, of_score, strict=True)
         ]
+        of_gradients = [replace(layer, weights=each) for layer, each in zip(layers, gradients, strict=True)]
+        gradients = [layer.in_usual_order().weights for layer in whole_layers(of_gradients)]
+    is_whole_model = len(layers) == len(attention)
+    layers = [layer.in_usual_order() for layer in whole_layers(layers)]
     num_bytes = sum(layer.weights.nbytes + layer.values.nbytes for layer in attention)
     with torch.no_grad():
-        maps = _maps_by_method(layers, gradients, query, options, is_whole_model=len(layers) == len(attention))
+        maps = _maps_by_method(layers, gradients, query, options, is_whole_model)
+        geometry, size = layers[-1].geometry, (images.shape[-2], images.shape[-1])
+        assert geometry is not None
+        maps = {method: geometry.drawn(each, size) for method, each in maps.items()}
     return maps, classes, num_bytes
+
+
+def whole_layers(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
+    """Join attention calls that are parts of one layer."""
+    whole: list[AttentionLayer] = []
+    parts: list[AttentionLayer] = []
+    for layer in layers:
+        if layer.part is None:
+            whole.append(layer)
+            continue
+        parts.append(layer)
+        if len(parts) == layer.part.num_parts:
+            whole.append(joined(parts))
+            parts = []
+    return whole
 
 
 def _maps_by_method(
@@ -126,6 +150,7 @@ def _maps_by_method(
     is_single_stream = (
         is_whole_model
         and geometry.window is None
+        and all(layer.in_sequence for layer in layers)
         and all(layer.geometry == geometry and layer.weights.shape[-2] == layer.weights.shape[-1] for layer in layers)
     )
     if is_single_stream:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attention_visualizer.attention.capture import AttentionLayer, capture
-from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry
+from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry, Size
 from attention_visualizer.attention.outputs import has_head, predict
 from attention_visualizer.measures import map_measures
 from attention_visualizer.measures.map_measures import Query
@@ -58,21 +58,26 @@ class Observation:
 class ObservationCollector:
     """Collect an Observation layer by layer, keeping nothing else of a layer: for `capture(model, consume=...)`."""
 
-    def __init__(self, query: Query | None = None, rollout: RolloutOptions | None = None) -> None:
+    def __init__(self, image_size: Size, query: Query | None = None, rollout: RolloutOptions | None = None) -> None:
+        self.image_size = image_size  # height and width in pixels
         self.query = query
         self.options = rollout or RolloutOptions()
         self.layers: list[tuple[str, Geometry]] = []
         self.left_out: list[str] = []
+        self.reasons: list[str] = []  # why
         self.queries: list[Query] = []
+        self.is_sequence = True  # whether each layer so far depends on what the one before gave
         self.rollout: Tensor | None = None
         self.columns: dict[str, list[Tensor]] = {
             name: [] for name in ("maps", "rollouts", "entropy", "self", "distance")
         }
 
     def __call__(self, layer: AttentionLayer) -> None:
+        layer = layer.in_usual_order()
         geometry, weights = layer.geometry, layer.weights
         if geometry is None:
             self.left_out.append(layer.name)
+            self.reasons.append(layer.unplaced or "")
             return
         query = map_measures.readout_query(geometry) if self.query is None else self.query
         if query == "cls" and (not geometry.num_prefix_tokens or geometry.class_token == "absent"):
@@ -84,7 +89,8 @@ class ObservationCollector:
         self.columns["entropy"].append(geometry.per_image(map_measures.query_entropy(weights, geometry, query)))
         self.columns["self"].append(map_measures.query_attention(weights, geometry, query)[..., 0])
         self.columns["distance"].append(geometry.per_image(map_measures.mean_attention_distance(weights, geometry)))
-        if self.is_single_token_stream(weights):
+        self.is_sequence = self.is_sequence and layer.in_sequence
+        if self.is_sequence and self.is_single_token_stream(weights):
             self.rollout = map_measures.rollout_step(self.rollout, weights, self.options.fusion, self.options.discard)
             self.columns["rollouts"].append(query_maps(self.rollout[:, None], geometry, query)[:, 0])
 
@@ -98,19 +104,26 @@ class ObservationCollector:
     ) -> Observation:
         """Return the observation of all layers. Raise UserError where the query or every layer's place is not known."""
         if not self.layers:
-            raise UserError(NO_GEOMETRY)
+            reason = f" (of {self.left_out[0]}: {self.reasons[0]})" if self.left_out else ""
+            raise UserError(f"{NO_GEOMETRY}{reason}")
         names, geometries = zip(*self.layers, strict=True)
         if self.query == "cls" and "cls" not in self.queries:
             raise UserError("query=cls: this model has no class token: use query=patches")
         columns, left_out = self.columns, tuple(self.left_out)
-        grid = max((each.grid for each in geometries), key=lambda grid: grid[0] * grid[1])
+        grids = [each.drawn_grid(self.image_size) for each in geometries]
+        grid = max(grids, key=lambda grid: grid[0] * grid[1])
         return Observation(
             self.queries[-1],
             geometries,
             names,
             left_out,
-            head_maps=stack_layers([repeat_to_grid(maps, grid) for maps in columns["maps"]]),
-            rollouts=stack_layers(columns["rollouts"])
+            head_maps=stack_layers(
+                [
+                    repeat_to_grid(each.drawn(maps, self.image_size), grid)
+                    for maps, each in zip(columns["maps"], geometries, strict=True)
+                ]
+            ),
+            rollouts=stack_layers([geometries[0].drawn(maps, self.image_size) for maps in columns["rollouts"]])
             if len(columns["rollouts"]) == len(names) + len(left_out)
             else None,
             entropy=stack_layers(columns["entropy"]),
@@ -140,7 +153,7 @@ def observe(
     The model should be in eval mode; `geometry` is for models that do not declare theirs. Raise CaptureError when its
     attention cannot be captured, and UserError when no layer's place on the image is known.
     """
-    collector = ObservationCollector(query, rollout)
+    collector = ObservationCollector((images.shape[-2], images.shape[-1]), query, rollout)
     with torch.no_grad(), capture(model, consume=collector, geometry=geometry) as attention:
         output = model(images)
     predicted, probability = predict(output if has_head(model) else None, len(images))

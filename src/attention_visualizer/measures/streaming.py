@@ -203,6 +203,8 @@ class AttentionStatistics:
         if layer.geometry is None:
             self.left_out[layer.name] = None
             return
+        layer = layer.in_usual_order()
+        assert layer.geometry is not None
         if layer.name not in self.layer_names:
             self._add_layer(layer, layer.geometry)
         position = self.layer_names.index(layer.name)
@@ -245,7 +247,7 @@ class MeanWeights:
         self.counts: dict[str, int] = {}
 
     def update(self, layer: AttentionLayer) -> None:
-        total = layer.weights.sum(dim=0, dtype=torch.float64)
+        total = layer.in_usual_order().weights.sum(dim=0, dtype=torch.float64)
         self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total
         self.counts[layer.name] = self.counts.get(layer.name, 0) + len(layer.weights)
 

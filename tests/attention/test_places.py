@@ -1,0 +1,69 @@
+"""The proof of place: what is drawn is where the model sees it, on many random models."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from attention_visualizer.attention.capture import AttentionLayer, capture
+from attention_visualizer.attention.geometry import Geometry
+from tests.helpers.random_models import Plan, RandomModel, random_plan
+
+NUM_MODELS = 500
+
+
+def layers_of(plan: Plan) -> tuple[RandomModel, list[AttentionLayer]]:
+    model = RandomModel(plan).eval()
+    images = torch.randn(2, 3, *plan.image, generator=torch.Generator().manual_seed(plan.seed))
+    with torch.no_grad(), capture(model) as attention:
+        model(images)
+    return model, list(attention)
+
+
+def drawn(layer: AttentionLayer, geometry: Geometry) -> dict[int, tuple[float, float]]:
+    """Key (of all windows of an image) -> the middle of the patch that its weight is drawn on, in pixels."""
+    windows = math.prod(geometry.windows) if geometry.window else 1
+    keys = torch.arange(windows * layer.weights.shape[-1]).view(windows, -1)
+    usual = geometry.in_usual_order(keys) if geometry.window is None else keys
+    places = geometry.to_map(usual[:, 0 if geometry.window else geometry.num_prefix_tokens :])[0]
+    return {
+        int(places[row, column]): (
+            geometry.offset[0] + (row + 0.5) * geometry.patch_size[0],
+            geometry.offset[1] + (column + 0.5) * geometry.patch_size[1],
+        )
+        for row in range(geometry.grid[0])
+        for column in range(geometry.grid[1])
+    }
+
+
+def is_right(layer: AttentionLayer, geometry: Geometry, truth: list[tuple[float, float] | None] | None) -> bool:
+    if truth is None:
+        return False
+    places = drawn(layer, geometry)
+    known = {key: middle for key, middle in enumerate(truth) if middle is not None}
+    if places.keys() != known.keys():
+        return False
+    reach = [0.51 * side for side in geometry.patch_size]
+    return all(
+        abs(places[key][axis] - known[key][axis]) <= reach[axis] for key in known for axis in range(2)
+    )  # fmt: skip
+
+
+def test_every_place_that_is_drawn_is_right_and_nearly_all_are_drawn() -> None:
+    wrong, missing, placeable, refused = [], [], 0, 0
+    for seed in range(NUM_MODELS):
+        plan = random_plan(seed)
+        model, layers = layers_of(plan)
+        assert len(layers) == plan.depth
+        for number, layer in enumerate(layers):
+            truth = model.middles(number)
+            if layer.geometry is not None and not is_right(layer, layer.geometry, truth):
+                wrong.append((plan, number, layer.geometry))
+            placeable += truth is not None
+            refused += truth is None
+            if truth is not None and layer.geometry is None:
+                missing.append((plan, number, layer.unplaced))
+    assert not wrong, wrong[:3]
+    assert placeable > 500 and refused > 100
+    assert len(missing) <= 0.05 * placeable, (len(missing), placeable, missing[:5])
