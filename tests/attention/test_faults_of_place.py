@@ -191,6 +191,52 @@ def test_quarters_through_one_model_have_no_place_on_the_whole() -> None:
         observe(Quarters().eval(), images(64, 64))
 
 
+def test_a_geometry_is_not_given_to_a_model_that_crops() -> None:
+    model = nn.Sequential(Cropped(), Small())
+    with pytest.raises(UserError, match="measured on 1.blocks.0 its patches cover rows 16 to 48 of the image's 64"):
+        layers_of(model, images(64, 64), model=model, geometry=Geometry((2, 2), 1, (32, 32)))
+
+
+class Cropped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., 16:48, 16:48]
+
+
+class Planted(nn.Module):
+    """Its values are its own, not the image's: there is nothing to measure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(1, HEADS, 4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.values.expand(len(x), -1, -1, -1)
+        return F.scaled_dot_product_attention(values, values, values)
+
+
+def test_a_geometry_that_cannot_be_confirmed_must_fit_the_image() -> None:
+    model = Planted()
+    (layer,) = layers_of(model, images(32, 32), model=model, geometry=Geometry((2, 2), 0, (16, 16)))
+    assert layer.geometry is not None and layer.geometry.evidence.startswith("given, not confirmed: its keys answer")
+    with pytest.raises(UserError, match="2 x 2 patches of 8 x 8 pixels, but the images have 32 x 32"):
+        layers_of(model, images(32, 32), model=model, geometry=Geometry((2, 2), 0, (8, 8)))
+
+
+class Padding(Small):
+    """Pads its images to whole patches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, -x.shape[3] % 16, 0, -x.shape[2] % 16)))
+
+
+def test_maps_of_padded_images_are_drawn_where_they_are_seen() -> None:
+    look = observe(Padding().eval(), images(24, 32))
+    assert look.geometries[0] == Geometry((2, 2), 1, (16, 16)) and look.head_maps.shape[-2:] == (3, 2)
+    assert (look.head_maps[..., 0, :] == look.head_maps[..., 1, :]).all()  # 16 rows of pixels, and the 8 that are left
+    with pytest.raises(UserError, match=r"query=\[1,1\]: layers have other grids"):
+        observe(Padding().eval(), images(24, 32), query=(1, 1))
+
+
 # --- whose attention it is ---------------------------------------------------------------------------------------
 
 

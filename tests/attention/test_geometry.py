@@ -87,8 +87,10 @@ def test_tokens_in_another_order_are_put_in_the_usual_one() -> None:
     [
         ((2, 3), (4, 4), (8, 12), (2, 3)),
         ((2, 2), (4, 4), (6, 8), (3, 2)),  # padded inside to 8 rows: two cells of 2 x 4 pixels for a patch
-        ((2, 2), (4, 4), (9, 8), (9, 2)),  # the last row of pixels is in no patch
+        ((2, 2), (4, 4), (11, 8), (11, 2)),  # the last three rows of pixels are in no patch
         ((4, 4), (2.5, 2.5), (10, 10), (4, 4)),
+        ((6, 6), (8, 8), (60, 60), (15, 15)),
+        ((54, 54), (4, 4), (220, 220), (54, 54)),  # 4 of 220 pixels: nearly all
     ],
 )
 def test_maps_are_drawn_where_their_patches_are(
@@ -100,6 +102,9 @@ def test_maps_are_drawn_where_their_patches_are(
     result = geometry.drawn(values, image)[0]
     assert result.shape == drawn
     for row, column in np.ndindex(*drawn):
+        if drawn == grid:
+            assert result[row, column] == values[0, row, column]
+            continue
         middle = (row + 0.5) * image[0] / drawn[0] // patch[0], (column + 0.5) * image[1] / drawn[1] // patch[1]
         inside = middle[0] < grid[0] and middle[1] < grid[1]
         assert result[row, column] == (values[0, int(middle[0]), int(middle[1])] if inside else 0)

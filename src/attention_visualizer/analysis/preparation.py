@@ -74,7 +74,7 @@ def make_study(
 def first_observation(target: Target) -> Observation:
     """Observe one image. Mistakes in the query, unknown layouts and images of a wrong size surface here."""
     try:
-        return target.first_observation
+        observation = target.first_observation
     except (UserError, CaptureError):
         raise
     except Exception as error:  # whatever the model's own forward raises
@@ -83,6 +83,15 @@ def first_observation(target: Target) -> Observation:
             f"{type(target.model).__name__} cannot take images of {height} x {width} pixels with {channels} channels "
             f"({summary(error):.120}): in Python, give its input format with image_size= or image_format="
         ) from error
+    _, height, width = target.images.shape
+    for geometry in observation.geometries:
+        if geometry.drawn_grid((height, width)) != geometry.grid:  # chapters count patches, all of one size
+            down, across = geometry.patch_size
+            raise UserError(
+                f"images of {height} x {width} pixels are no whole number of patches of {down:g} x {across:g}: give "
+                "another size with image_size="
+            )
+    return observation
 
 
 def find_history(run: RunFolder | None) -> AttentionHistory | None:

@@ -42,10 +42,13 @@ class Stack:
     is_text: bool  # a module closer to the call than the one with the images received token ids
 
     @property
+    def images(self) -> list[torch.Size]:
+        """The sizes of what may be images among the arguments, [image, channel, height, width] each."""
+        return [] if self.call is None else [each.shape for each in self.call.tensors() if may_be_images(each)]
+
+    @property
     def num_images(self) -> int | None:
-        if self.call is None:
-            return None
-        return next((len(tensor) for tensor in self.call.tensors() if may_be_images(tensor)), None)
+        return self.images[0][0] if self.images else None
 
 
 @dataclass(frozen=True)

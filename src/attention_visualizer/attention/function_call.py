@@ -21,7 +21,7 @@ class FunctionCall:
         return self.function(*self.args, **self.kwargs)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors among the arguments, and in lists and tuples among them."""
+        """Yield the tensors among the arguments, and in lists, tuples and dictionaries among them."""
         return tensors_of((*self.args, *self.kwargs.values()))
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
@@ -41,12 +41,14 @@ class FunctionCall:
 
 
 def tensors_of(arguments: Any) -> Iterator[Tensor]:
-    """Yield the tensors in an iterable, and in lists and tuples inside it."""
+    """Yield the tensors in an iterable, and in lists, tuples and dictionaries inside it."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             yield argument
         elif isinstance(argument, tuple | list):
             yield from tensors_of(argument)
+        elif isinstance(argument, dict):
+            yield from tensors_of(argument.values())
 
 
 def _replaced(arguments: Any, old: Tensor, new: Any) -> Any:

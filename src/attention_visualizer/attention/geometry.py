@@ -19,6 +19,7 @@ NO_GEOMETRY = (
 Size = tuple[int, int]  # height, width
 ClassToken = Literal["read", "unread", "absent"]
 MAX_CHANNELS = 16  # of images; a convolution of more works on features
+NEARLY = 0.03  # of an image's side: patches that cover it but for this are drawn over all of it
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,14 @@ class Geometry:
         cover just the image. It is the patches' own unless these end before the image's edge or beyond it."""
         sizes = []
         for count, pixels, side in zip(self.grid, self.patch_size, image, strict=True):
-            is_whole = abs(count * pixels - side) < 1 or pixels != int(pixels)
+            is_whole = abs(count * pixels - side) <= max(1, NEARLY * side) or pixels != int(pixels)
             sizes.append(count if is_whole else side // math.gcd(side, int(pixels)))
         return sizes[0], sizes[1]
+
+    def fits(self, image: Size) -> bool:
+        """Return whether the grid ends less than a patch from the edges of an image of that height and width."""
+        sides = zip(self.offset, self.grid, self.patch_size, image, strict=True)
+        return all(abs(start + count * pixels - side) < max(pixels, 2) for start, count, pixels, side in sides)
 
     def drawn(self, maps: Tensor, image: Size) -> Tensor:
         """Put maps of patches on that grid: [..., grid height, grid width] -> [..., drawn height, drawn width].

@@ -10,14 +10,12 @@ import torch
 from torch import nn
 
 from attention_visualizer.attention.callers import Stack
-from attention_visualizer.attention.geometry import ClassToken, Geometry, declared_class_token
+from attention_visualizer.attention.geometry import NEARLY, ClassToken, Geometry, declared_class_token
 from attention_visualizer.attention.layers import Part
 from attention_visualizer.attention.placement import Lines, Unplaced
 from attention_visualizer.attention.places import MeasuredPlaces, places_of
 from attention_visualizer.attention.probe import CallPlaces, Record
 from attention_visualizer.support.errors import UserError
-
-MAX_OFFSET = 0.03  # of the image's side: more is drawn at another place than the model sees it
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class LayerShape:
 
     name: str
     weights: torch.Size  # [batch, head, query, key]
-    num_images: int | None
+    images: list[torch.Size]  # of what may be images, [image, channel, height, width]
     is_text: bool = False
 
     @property
@@ -67,7 +65,8 @@ class GeometryFinder:
         return self._measured(layer, found)
 
     def _measured(self, layer: LayerShape, found: CallPlaces) -> Geometry | Unplaced:
-        if layer.keys != found.num_keys or layer.weights[0] != (layer.num_images or 0) * found.num_windows:
+        num_images = layer.images[0][0] if layer.images else 0
+        if layer.keys != found.num_keys or layer.weights[0] != num_images * found.num_windows:
             return Unplaced(
                 f"it has {layer.keys} keys for {layer.weights[0]} images or windows, not those whose places were "
                 f"measured, {found.num_keys} for {found.num_windows} of each image"
@@ -92,16 +91,22 @@ class GeometryFinder:
             return Unplaced(f"the given geometry has {given.num_tokens} tokens, the layer {layer.keys} keys")
         answers = [each.get(layer.name) for each in self.measured.by_image]
         found = [geometry_of(each) for each in answers if isinstance(each, CallPlaces)]
-        measured = [each for each in found if isinstance(each, Geometry)]
         self.is_given_used = True
-        if any(is_same_place(given, each) for each in measured):
+        if any(isinstance(each, Geometry) and is_same_place(given, each) for each in found):
             return replace(given, evidence="given and confirmed")
-        if measured:
+        if found:
+            measured = found[0].reason if isinstance(found[0], Unplaced) else f"it is {in_words(found[0])}"
             raise UserError(
-                f"the given geometry says {in_words(given)}, but measured on {layer.name} it is "
-                f"{in_words(measured[0])}: leave geometry= out, or give another one"
+                f"the given geometry says {in_words(given)}, but measured on {layer.name} {measured}: "
+                "leave geometry= out, or give another one"
             )
-        reasons = [each.reason for each in (*answers, *found) if isinstance(each, Unplaced)]
+        if layer.images and not any(given.fits((size[2], size[3])) for size in layer.images):
+            size = layer.images[0]
+            raise UserError(
+                f"the given geometry says {in_words(given)}, but the images have {size[2]} x {size[3]} pixels: "
+                "give another grid or patch_size"
+            )
+        reasons = [each.reason for each in answers if isinstance(each, Unplaced)]
         reason = self.measured.failure or next(iter(reasons), "the model computed it in this pass only")
         return replace(given, evidence=f"given, not confirmed: {reason}")
 
@@ -119,7 +124,7 @@ def geometry_of(found: CallPlaces) -> Geometry | Unplaced:
     """Return measured places as a geometry; those that leave out or add more than a patch have none on the image."""
     rows, columns, order = found.keys.rows, found.keys.columns, found.keys.order
     for lines, side, names in zip((rows, columns), found.image, ("rows", "columns"), strict=True):
-        if abs(lines.start) > MAX_OFFSET * side or abs(lines.end - side) >= max(lines.step, 1 + MAX_OFFSET * side):
+        if abs(lines.start) > NEARLY * side or abs(lines.end - side) >= max(lines.step, 1 + NEARLY * side):
             return Unplaced(
                 f"its patches cover {names} {lines.start:g} to {lines.end:g} of the image's {side}: the model crops or "
                 "pads its images, so give it images that are cropped or padded already"

@@ -18,7 +18,7 @@ from attention_visualizer.attention.callers import may_be_images
 from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.placement import NOWHERE, Lines, PlacedKeys, Unplaced, place
 from attention_visualizer.attention.policies import OnlyItself, SwitchedOff
-from attention_visualizer.attention.probe import CallPlaces, LoopError, Probe, Record, all_tensors
+from attention_visualizer.attention.probe import CallPlaces, Probe, Record, UnmeasurableError
 from attention_visualizer.attention.receptive_fields import (
     ANSWER,
     Bands,
@@ -237,7 +237,7 @@ def without_selections(found: Mapping[str, CallPlaces | Unplaced]) -> dict[str, 
 
 def images_of(call: FunctionCall) -> list[Tensor]:
     """Return the tensors among the arguments that may be images [image, channel, height, width]."""
-    return [tensor for tensor in all_tensors((call.args, call.kwargs)) if may_be_images(tensor) and is_usable(tensor)]
+    return [tensor for tensor in call.tensors() if may_be_images(tensor) and is_usable(tensor)]
 
 
 def is_usable(tensor: Tensor) -> bool:
@@ -270,7 +270,7 @@ def _measuring() -> Iterator[None]:
 def signature(model: nn.Module, call: FunctionCall) -> Any:
     """Return what places depend on: the parts of the model, the function, the sizes of its arguments."""
     name = getattr(call.function, "__name__", "")
-    sizes = tuple((tuple(each.shape[1:]), each.dtype) for each in all_tensors((call.args, call.kwargs)))
+    sizes = tuple((tuple(each.shape[1:]), each.dtype) for each in call.tensors())
     others = tuple(repr(value) for value in call.kwargs.values() if isinstance(value, bool | int | str))
     return name, sizes, others, tuple(id(module) for module in model.modules())
 
@@ -286,8 +286,8 @@ def places_of(owner: nn.Module, model: nn.Module, call: FunctionCall, record: Re
         try:
             with _measuring(), undisturbed(owner), undisturbed(model), torch.no_grad():
                 known[key] = measured_places([Probe(call, images, record) for images in images_of(call)])
-        except LoopError:
-            known[key] = MeasuredPlaces(failure="images are computed one by one, in a loop")
+        except UnmeasurableError as error:
+            known[key] = MeasuredPlaces(failure=str(error))
         except (MemoryError, torch.OutOfMemoryError) as error:  # which another pass may not meet
             return MeasuredPlaces(failure=f"there was no memory to measure places: {summary(error)}")
         except Exception as error:  # whatever a model raises on other pictures

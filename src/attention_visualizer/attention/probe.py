@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Probe:
         # All tensors of as many entries as there are images are cut to the first.
         self.of_batch: list[Tensor] = []
         num_images = len(images)
-        for tensor in {id(tensor): tensor for tensor in all_tensors((call.args, call.kwargs))}.values():
+        for tensor in {id(tensor): tensor for tensor in call.tensors()}.values():
             if tensor.ndim and len(tensor) == num_images:
                 first = tensor[:1].clone()
                 self.call = self.call.replaced(tensor, first)
@@ -85,9 +85,11 @@ class Probe:
     def _names(self, values: dict[str, Tensor]) -> list[str]:
         if self.stop is not None:
             return [list(self.windows)[self.stop]]
-        if len(values) != len(self.windows):
-            raise LoopError
-        return list(self.windows)
+        if len(values) == len(self.windows):
+            return list(self.windows)
+        if len(values) % len(self.windows) == 0:
+            raise UnmeasurableError("images are computed one by one, in a loop")
+        raise UnmeasurableError("the number of its attention calls depends on the picture")
 
     def _moves(self, name: str, values: Tensor | None, number: int) -> Array:
         num_keys = self.windows[name] * self.keys[name]
@@ -115,15 +117,5 @@ class Probe:
         return depends
 
 
-class LoopError(Exception):
-    """There are as many attention calls more as there are images."""
-
-
-def all_tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from all_tensors(part)
+class UnmeasurableError(Exception):
+    """A model computes pictures in a way that tells no places."""

@@ -234,7 +234,7 @@ class Recorder(TorchFunctionMode):
             error = largest(call.product.detach().sub_(call.expected.detach())) if edited is None else edited.error
             self._check(name, error, call.magnitude, call.expected.dtype)
             weights, values = self.policy.prepare(call.weights if edited is None else edited.weights, call.values)
-            place = self._place(LayerShape(name, weights.shape, stack.num_images, stack.is_text))
+            place = self._place(LayerShape(name, weights.shape, stack.images, stack.is_text))
             layer = AttentionLayer(
                 name=name,
                 index=index,

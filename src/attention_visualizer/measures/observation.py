@@ -58,8 +58,10 @@ class Observation:
 class ObservationCollector:
     """Collect an Observation layer by layer, keeping nothing else of a layer: for `capture(model, consume=...)`."""
 
-    def __init__(self, image_size: Size, query: Query | None = None, rollout: RolloutOptions | None = None) -> None:
-        self.image_size = image_size  # height and width in pixels
+    def __init__(
+        self, image_size: Size | None = None, query: Query | None = None, rollout: RolloutOptions | None = None
+    ) -> None:
+        self.image_size = image_size  # pixels, for maps that are drawn over images; None: maps are of patches
         self.query = query
         self.options = rollout or RolloutOptions()
         self.layers: list[tuple[str, Geometry]] = []
@@ -99,6 +101,12 @@ class ObservationCollector:
         first, last = self.layers[0][1], self.layers[-1][1]
         return first == last and last.window is None and weights.shape[-2] == weights.shape[-1]
 
+    def grid_of(self, geometry: Geometry) -> Size:
+        return geometry.grid if self.image_size is None else geometry.drawn_grid(self.image_size)
+
+    def drawn(self, maps: Tensor, geometry: Geometry) -> Tensor:
+        return maps if self.image_size is None else geometry.drawn(maps, self.image_size)
+
     def observation(
         self, predicted: NDArray[Any], probability: NDArray[Any], reconstruction_error: float
     ) -> Observation:
@@ -110,8 +118,10 @@ class ObservationCollector:
         if self.query == "cls" and "cls" not in self.queries:
             raise UserError("query=cls: this model has no class token: use query=patches")
         columns, left_out = self.columns, tuple(self.left_out)
-        grids = [each.drawn_grid(self.image_size) for each in geometries]
-        grid = max(grids, key=lambda grid: grid[0] * grid[1])
+        grid = max((self.grid_of(each) for each in geometries), key=lambda grid: grid[0] * grid[1])
+        if isinstance(self.query, tuple) and grid != geometries[-1].grid:
+            row, column = self.query
+            raise UserError(f"query=[{row},{column}]: layers have other grids than the last: use query=patches")
         return Observation(
             self.queries[-1],
             geometries,
@@ -119,11 +129,11 @@ class ObservationCollector:
             left_out,
             head_maps=stack_layers(
                 [
-                    repeat_to_grid(each.drawn(maps, self.image_size), grid)
+                    repeat_to_grid(self.drawn(maps, each), grid)
                     for maps, each in zip(columns["maps"], geometries, strict=True)
                 ]
             ),
-            rollouts=stack_layers([geometries[0].drawn(maps, self.image_size) for maps in columns["rollouts"]])
+            rollouts=stack_layers([self.drawn(maps, geometries[0]) for maps in columns["rollouts"]])
             if len(columns["rollouts"]) == len(names) + len(left_out)
             else None,
             entropy=stack_layers(columns["entropy"]),

@@ -192,7 +192,7 @@ class SurveyAccumulator:
         self, model: nn.Module, batch: Tensor, geometry: Geometry | None, rollout: RolloutOptions | None
     ) -> None:
         self.batch_values.clear()
-        collector = ObservationCollector((batch.shape[-2], batch.shape[-1]), rollout=rollout)
+        collector = ObservationCollector(rollout=rollout)
         consume = consumers(self.statistics.update, self.mean_weights.update, collector)
         with capture(model, consume, geometry) as attention:
             output = model(batch)
