@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra.core.utils import JobReturn
+from omegaconf import DictConfig
 
+from attention_visualizer.training.sweeps import SweepTable
 from tests.helpers.runs import (
     BARE,
     BRIEF,
@@ -25,6 +28,7 @@ from tests.helpers.runs import (
 class Sweep:
     path: Path
     outcome: Outcome
+    returned: list[float]  # to Hydra's sweeper, for each job
 
 
 SWEPT = ("data=digits", "data.batch_size=103", "model.num_layers=1", "model.mlp_dim=29", "trainer.max_epochs=1")
@@ -33,8 +37,15 @@ SWEPT = ("data=digits", "data.batch_size=103", "model.num_layers=1", "model.mlp_
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     folder = tmp_path_factory.mktemp("sweep")
-    outcome = run_train("-m", "model.embed_dim=16,30,32", *SWEPT, *BARE, folder=folder)
-    return Sweep(only_run(folder), outcome)
+    returned: list[float] = []
+
+    def note(self: SweepTable, config: DictConfig, job_return: JobReturn) -> None:
+        returned.append(job_return.return_value)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(SweepTable, "on_job_end", note)
+        outcome = run_train("-m", "model.embed_dim=16,30,32", *SWEPT, *BARE, folder=folder)
+    return Sweep(only_run(folder), outcome, returned)
 
 
 def test_a_sweep_goes_on_past_a_job_that_fails_and_fails_in_the_end(sweep: Sweep) -> None:
@@ -51,6 +62,12 @@ def test_a_sweep_goes_on_past_a_job_that_fails_and_fails_in_the_end(sweep: Sweep
     assert "model.embed_dim=30 is not divisible by num_heads=4" in text and "Traceback" not in text
     failed = TrainedRun(sweep.path / rows[1]["run"], sweep.outcome).manifest
     assert failed["status"] == "failed" and "num_heads" in failed["error"]
+
+
+def test_a_sweeper_that_searches_is_told_a_number_for_a_job_that_failed(sweep: Sweep) -> None:
+    """Optuna ends a study at a NaN."""
+    first, failed, third = sweep.returned
+    assert first > 0 and third > 0 and failed == 0
 
 
 def test_a_sweep_ends_with_a_table(sweep: Sweep) -> None:

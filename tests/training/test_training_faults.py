@@ -21,6 +21,7 @@ from attention_visualizer.runs import folders
 from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.training_progress import batches_done
+from attention_visualizer.training import sweeps
 from attention_visualizer.training.classifier import Classifier
 from attention_visualizer.training.saving import LastCheckpoint
 from tests.helpers.runs import (
@@ -307,6 +308,24 @@ def test_hydra_s_own_record_of_a_sweep_may_be_lost(sweep: Path, tmp_path: Path) 
     (sweep / "multirun.yaml").write_text("hydra: [")
     outcome = run_train(*SHORT_SWEEP, "test=false", "resume=auto", folder=tmp_path)
     assert outcome.exit_code == 0 and outcome.out.count("Done already") == 2 and run_folders(tmp_path) == [sweep]
+
+
+@pytest.mark.parametrize("name", ["attention_analysis", "figures for a talk", "2024"])
+def test_other_folders_in_a_sweeps_are_no_jobs(sweep: Path, tmp_path: Path, name: str) -> None:
+    (sweep / name).mkdir()
+    (sweep / name / "attention_report.md").write_text("")
+    outcome = run_train(*SHORT_SWEEP, "test=false", "resume=auto", folder=tmp_path)
+    assert outcome.exit_code == 0 and outcome.out.count("Done already") == 2, outcome.out
+    assert len(list(csv.DictReader((sweep / "sweep.csv").open()))) == 2
+
+
+def test_a_job_whose_process_ended_without_a_word_is_not_said_to_run(sweep: Path) -> None:
+    job = folders.RunFolder(next(sweep.glob("1_*")))
+    job.update_manifest(status="running")
+    assert [row["status"] for row in sweeps.sweep_rows(sweep)] == ["completed", "killed"]
+    lock = job.lock()
+    assert [row["status"] for row in sweeps.sweep_rows(sweep)] == ["completed", "running"]
+    lock.release()
 
 
 def test_a_table_that_cannot_be_written_is_printed_all_the_same(sweep: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from attention_visualizer.commands import command_line
 from attention_visualizer.commands.analyze_options import check_options
 from attention_visualizer.commands.quick_imports import quick_imports
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.training.stopping import StopRequest
+from attention_visualizer.training.stopping import StopRequest, signal_of
 
 NO_SWEEPS = UserError("analyze.py takes one checkpoint at a time: compare several with runs=<glob>")
 
@@ -46,6 +46,6 @@ def run_job(config: DictConfig) -> None:
                 raise
             command_line.fail(error)
         except SystemExit as stop:
-            if stop.code in (130, 143):  # Ctrl-C, SIGTERM
+            if signal_of(stop.code):
                 print("interrupted: nothing was written, an earlier analysis is unchanged", file=sys.stderr)
             raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -33,6 +34,8 @@ def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Cal
     def started_job(config: DictConfig) -> Any:
         nonlocal job_started
         job_started = True
+        if HydraConfig.get().job.chdir:
+            fail(UserError("hydra.job.chdir=true: the places of files are relative to this folder; leave it false"))
         return job(config)
 
     main = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(started_job)

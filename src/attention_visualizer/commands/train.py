@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shlex
 import sys
 import warnings
@@ -22,13 +21,13 @@ from attention_visualizer.runs.checkpoint import LoadedCheckpoint
 from attention_visualizer.runs.checkpoint_choice import load_chosen
 from attention_visualizer.runs.export import export_safetensors
 from attention_visualizer.runs.folders import RunFolder
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, is_out_of_memory
 from attention_visualizer.support.text import print_sanitised
-from attention_visualizer.training import configuration, resuming, sweeps
+from attention_visualizer.training import configuration, resuming, slurm, sweeps
 from attention_visualizer.training import run as training_run
 from attention_visualizer.training.components import Components, build_components
 from attention_visualizer.training.schemas import register_schemas
-from attention_visualizer.training.start import find_start
+from attention_visualizer.training.start import find_start, restoring_config
 from attention_visualizer.training.stopping import StopRequest
 from attention_visualizer.training.trainer import build_trainer
 
@@ -50,6 +49,9 @@ def run_job(config: DictConfig) -> float:
             print("Resume the sweep with the same command and resume=auto")
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            advice = "give a smaller data.batch_size= (with trainer.accumulate_grad_batches=) or a smaller model"
+            error = UserError(f"out of memory: {advice}; the run can be resumed from its last checkpoint")
         if job is None:
             if command_line.is_foreseen(error) or isinstance(error, CaptureError):
                 command_line.fail(error)
@@ -66,7 +68,7 @@ def run_job(config: DictConfig) -> float:
                 lock.release()
         log = logging.getLogger("train")
         log.error("job failed: %s", command_line.error_line(error), exc_info=not command_line.is_foreseen(error))
-        return math.nan
+        return 0.0  # a sweeper that searches takes no NaN; an accuracy of 0 leads it elsewhere
 
 
 def sweep_job() -> RunFolder | None:
@@ -89,6 +91,8 @@ def train(config: DictConfig, job: RunFolder | None = None) -> float:
                 raise UserError("ckpt_path= resumes one run: it cannot be combined with a sweep (-m); resume=auto can")
             named = load_chosen(Path(config.ckpt_path), keep_content=True)
             config = resuming.config_of_resumed_run(config)
+        elif config.resume is None and slurm.is_requeued():
+            config = configuration.with_values(config, {"resume": "auto"})
         OmegaConf.set_readonly(config, True)
         # Whatever can be wrong is found out here, before a folder is made or touched.
         components = build_components(config)
@@ -116,6 +120,7 @@ def train_from_start(
         except BaseException:
             start.discard()
             raise
+        stack.enter_context(restoring_config(start, trainer))
         record_start(config, components, folder)
         if config.compile:
             classifier.halves = None  # compiled code is made for one thread

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from attention_visualizer.support.errors import UserError, one_line
+from attention_visualizer.support.errors import UserError, one_line, reading
 
 MAX_BYTES_JSON = 16_000_000  # bytes; an analysis of a large model writes 1 MB
 MAX_BYTES_YAML = 100_000  # a run's configuration has 2,000
@@ -19,17 +19,13 @@ MAX_DEPTH_YAML = 30  # YAML's reader takes quadratic time for what is nested dee
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
     """Read the whole file. Raise UserError for one of more than `max_bytes` bytes and for what is no file: a pipe
-    would never answer, a device never end. Raise FileNotFoundError where there is none."""
-    try:
-        with open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise UserError(f"{path}: {size:,} bytes are too many: repair or delete it")
-            return file.read(max_bytes)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}): repair or delete it") from error
+    would never answer, a device never end. Raise FileNotFoundError where there is none, UnreadableError where it
+    cannot be read at the moment."""
+    with reading(path), open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise UserError(f"{path}: {size:,} bytes are too many: repair or delete it")
+        return file.read(max_bytes)
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -48,19 +44,19 @@ def open_at_once(path: str, flags: int) -> int:
 
 def read_json(path: str | Path, max_bytes: int = MAX_BYTES_JSON) -> Any:
     """Read JSON. Raise UserError for a file that is not JSON, FileNotFoundError where there is none."""
+    content = read_bytes(Path(path), max_bytes)
     try:
-        return json.loads(read_bytes(Path(path), max_bytes).decode("utf-8"))
-    except (UserError, FileNotFoundError):
-        raise
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: broken JSON or UTF-8
         raise UserError(f"{path} cannot be read as JSON ({error!s:.200}): repair or delete it") from error
 
 
 def read_yaml(path: Path) -> Any:
     """Read plain values. Raise UserError for tags and for aliases, with which a kilobyte of YAML can expand beyond any
-    memory."""
+    memory. Raise FileNotFoundError where there is none."""
+    content = read_bytes(path, MAX_BYTES_YAML)
     try:
-        text = read_bytes(path, MAX_BYTES_YAML).decode("utf-8")
+        text = content.decode("utf-8")
         depth = 0
         for token in yaml.scan(text):
             if isinstance(token, yaml.AliasToken):

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from attention_visualizer.files.digests import file_digest, weights_digest
-from attention_visualizer.support.errors import UserError, summary
+from attention_visualizer.support.errors import UserError, prevents_reading, reading, summary
 
 CHECKPOINT_KEY = "attention_visualizer"  # this project's own entry in a Lightning checkpoint, or in a safetensors file
 HASH = "attention_visualizer_sha256"
@@ -41,11 +41,12 @@ TENSOR_NAME = re.compile(r"torch\.(_utils\._rebuild_|_tensor\.|serialization\._g
 
 
 def existing_file(path: str | Path) -> Path:
-    """Return `path` if it is a file that is not empty. Raise UserError otherwise."""
+    """Return `path` if it is a file that is not empty. Raise UserError otherwise, UnreadableError where its folder may
+    not be entered."""
     if re.match(r"[a-z]{2,}:/", str(path), re.IGNORECASE):  # Path makes one slash of two
         raise UserError(f"{path} is an address: download the checkpoint and give the file's path")
     path = Path(path)
-    try:
+    with reading(path):
         if not path.exists():
             raise UserError(f"{path} does not exist: give the path of a checkpoint")
         if not path.is_file():
@@ -53,8 +54,6 @@ def existing_file(path: str | Path) -> Path:
             raise UserError(f"{path} is {kind}: give the path of a checkpoint, such as <run>/checkpoints/best.ckpt")
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty: choose another checkpoint")
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     return path
 
 
@@ -68,19 +67,18 @@ class TensorFile:
 
 
 def read_tensor_file(path: Path, kind: str = "checkpoint") -> TensorFile:
-    """Read a torch archive or a safetensors file. Raise UserError for any that is broken, unsafe or not a `kind`."""
-    try:
-        with path.open("rb") as file:  # one handle: a run that is still training may replace the file meanwhile
-            start = file.read(9)
-            if start.startswith(b"PK\x03\x04"):
-                content = read_torch(file, path)
-            elif start[8:] == b"{":  # eight bytes of length, then a JSON header
-                content = read_safetensors(path)
-            else:
-                raise UserError(f"{path} is not a {kind}: {EXPECTED}")
-            return TensorFile(content, file.seek(0, io.SEEK_END), file_digest(file))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    """Read a torch archive or a safetensors file. Raise UserError for any that is broken, unsafe or not a `kind`,
+    UnreadableError for one that cannot be read at the moment."""
+    # One handle: a run that is still training may replace the file meanwhile.
+    with reading(path), path.open("rb") as file:
+        start = file.read(9)
+        if start.startswith(b"PK\x03\x04"):
+            content = read_torch(file, path)
+        elif start[8:] == b"{":  # eight bytes of length, then a JSON header
+            content = read_safetensors(path)
+        else:
+            raise UserError(f"{path} is not a {kind}: {EXPECTED}")
+        return TensorFile(content, file.seek(0, io.SEEK_END), file_digest(file))
 
 
 # --- torch's archives --------------------------------------------------------------------------------------------
@@ -97,6 +95,8 @@ def read_torch(file: BinaryIO, path: Path, map_location: Any = "cpu") -> Any:
         name = re.search(r"GLOBAL (\S+)", str(error))
         raise objects_refused(name.group(1) if name else "", path) from error
     except Exception as error:  # torch and its unpickler raise many kinds for content that makes no sense
+        if prevents_reading(error):
+            raise
         reason = f"{summary(error):.120}"
         raise UserError(f"{path} cannot be read by torch.load ({reason}): choose another checkpoint") from error
     check_content(content, size, path)
@@ -150,6 +150,8 @@ def check_zip(file: BinaryIO, path: Path) -> int:
     except UserError:
         raise
     except Exception as error:  # zipfile raises many kinds for a broken file
+        if prevents_reading(error):
+            raise
         reason = f"{summary(error):.120}"
         raise UserError(f"{path} is truncated or corrupt ({reason}): choose another checkpoint") from error
     return size
@@ -265,4 +267,6 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # the reader's own kind, or broken JSON
+        if prevents_reading(error):
+            raise
         raise UserError(f"{path} is truncated, corrupt or no safetensors file ({summary(error):.120})") from error

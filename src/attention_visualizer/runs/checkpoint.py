@@ -26,7 +26,7 @@ from attention_visualizer.files.weights import bare_names, check_weights, finite
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs.config_fields import is_architecture, values_before_added
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, reading
 
 FORMAT = 1
 MAX_GRID = 256  # patches a side; beyond it attention would not fit any memory
@@ -267,5 +267,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             content, self._loaded = self._loaded.content, None
             return content
         path = existing_file(path)
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             return read_torch(file, path, map_location)

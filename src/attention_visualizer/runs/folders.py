@@ -94,6 +94,23 @@ class RunFolder:
         """Whether a run has left its marks here."""
         return self.manifest_path.is_file() or self.checkpoints.is_dir()
 
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """What tells the folder from another one that has come to its path; None where there is none."""
+        with suppress(OSError):
+            status = self.path.stat()
+            return status.st_dev, status.st_ino
+        return None
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process is at work in the folder, or could not be told to be."""
+        try:
+            lock_folder(self.path).release()
+        except UserError:
+            return True
+        return False
+
     def lock(self) -> filelock.BaseFileLock:
         """Lock the run for this process until the lock is released or the process ends, however it does. Raise
         UserError if another one trains it, or if nothing can be written."""

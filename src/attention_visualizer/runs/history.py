@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from attention_visualizer.files import atomic
 from attention_visualizer.files.plain_files import read_bytes
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, prevents_reading, reading
 
 PARTS = ("probe", "frames", "validations")
 # Numbers of axes that an array, or an entry's part of one, may have; measures, which are not listed, have two.
@@ -61,7 +61,8 @@ class AttentionHistory:
 
     @classmethod
     def load(cls, path: Path) -> AttentionHistory:
-        """Read a history. Raise UserError where the file is not a whole one."""
+        """Read a history. Raise UserError where the file is not a whole one, UnreadableError where it cannot be read at
+        the moment."""
         history = cls()
         try:
             content = io.BytesIO(read_bytes(Path(path), MAX_BYTES))
@@ -82,6 +83,9 @@ class AttentionHistory:
                     for entry, value in zip(entries, column, strict=True):
                         entry[name] = value
         except Exception as error:  # numpy and zipfile raise many kinds for a broken file
+            if prevents_reading(error):
+                with reading(path):
+                    raise
             reason = " ".join(str(error).replace(f"{path} ", "").split())
             raise UserError(f"{path} is not a readable attention history ({reason:.200})") from error
         return history

@@ -11,9 +11,10 @@ Hands out what commands need to train; it knows Hydra. May use watching and belo
     run.py             one run: fit, manifest, test, what is printed at the end
     saving.py          when checkpoints are written
     schemas.py         the schema of conf/, from the constructors' signatures
+    slurm.py           jobs that the scheduler SLURM puts back into its queue
     split_batches.py   both halves of a batch at once, on the CPU's cores
     start.py           where a run starts: in a new folder, or going on in that of an unfinished one
-    stopping.py        Ctrl-C and SIGTERM
+    stopping.py        Ctrl-C, SIGTERM and other signals
     sweeps.py          the jobs of a sweep, going on with one, the table at its end
     trainer.py         Lightning's Trainer with the loggers and callbacks of a config
     training_state.py  check what training goes on from

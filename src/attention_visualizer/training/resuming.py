@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from lightning.pytorch import callbacks
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,6 +21,7 @@ from attention_visualizer.runs.config_fields import FIELDS, field_named, values_
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError, one_line
 from attention_visualizer.training.configuration import with_values
+from attention_visualizer.training.overrides import override
 
 # The classes that config.yaml of earlier versions names, and their names now; None: the code says which class it is.
 RENAMED_TARGETS = {
@@ -28,6 +31,10 @@ RENAMED_TARGETS = {
     "attention_visualizer.classifier.Classifier": None,
     "lightning.pytorch.trainer.trainer.Trainer": None,
 }
+# What Lightning ships needs no trust of its own; where it writes is checked. (Its loggers may send data away.)
+LIGHTNINGS = {f"{callbacks.__name__}.{name}" for name in callbacks.__all__}
+# What the data set's defaults fill in.
+FILLED_IN = ("data.batch_size", "trainer.max_epochs")
 # Beside the model, which is compared with the checkpoint's.
 FIXED = [
     name
@@ -55,8 +62,8 @@ def config_of_resumed_run(config: DictConfig) -> DictConfig:
     resumed = relocated(resumed, str(resumed.run_folder), str(folder.path))
     before = {name: OmegaConf.select(resumed, name) for name in FIXED}
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-    for override in overrides:
-        key = override.key_or_group.split("@")[0]
+    for given in overrides:
+        key = given.key_or_group.split("@")[0]
         if "." not in key and (key not in config or OmegaConf.is_dict(OmegaConf.select(config, key))):
             # A group's choice would put its defaults in the place of all that the run began with.
             raise UserError(f"{key}= cannot be changed when a run is resumed: give the fields that should differ")
@@ -65,10 +72,10 @@ def config_of_resumed_run(config: DictConfig) -> DictConfig:
         if OmegaConf.select(resumed, name) not in (value, None):
             raise UserError(f"{name}={OmegaConf.select(resumed, name)} cannot resume a run that began with {value}")
         OmegaConf.update(resumed, name, value)
-    foreign = targets(resumed) - targets(config) - shipped_targets()
+    foreign = targets(resumed) - targets(config) - shipped_targets() - LIGHTNINGS
     if foreign:  # a config file must not decide which code runs
         raise UserError(f"{folder.config_path} names classes that this program does not know: {', '.join(foreign)}")
-    refuse_other_places(resumed, folder, {override.key_or_group for override in overrides})
+    refuse_other_places(resumed, folder, {given.key_or_group for given in overrides})
     return with_values(resumed, {"ckpt_path": str(Path(config.ckpt_path).resolve()), "run_folder": str(folder.path)})
 
 
@@ -79,7 +86,7 @@ def read_config(path: Path) -> DictConfig:
     """
     try:
         config = OmegaConf.create(with_names_of_today(plain_files.read_yaml(path)))
-    except (OSError, OmegaConfBaseException, ValueError, RecursionError) as error:
+    except (FileNotFoundError, OmegaConfBaseException, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} cannot be read: {one_line(error):.200}") from error
@@ -144,8 +151,17 @@ def targets(config: Any) -> set[str]:
     return set().union(*(targets(value) for value in config)) if isinstance(config, list) else set()
 
 
+def resume_command(folder: RunFolder) -> str:
+    """Return the command that goes on with the run, with what its config.yaml alone is not believed: the classes that
+    this command named, and its folder of config files."""
+    overrides = [each for each in HydraConfig.get().overrides.task if "_target_" in each]
+    places = [source.path for source in HydraConfig.get().runtime.config_sources if source.provider == "command-line"]
+    config_dir = [part for place in places for part in ("--config-dir", place)]
+    return shlex.join(["python", "train.py", override("ckpt_path", folder.last), *overrides, *config_dir])
+
+
 def shipped_targets() -> set[str]:
-    """Return every `_target_` in the program's own config files and schemas."""
+    """Return every `_target_` in the program's own config files and schemas, and in a folder that the command names."""
 
     def stored(entry: Any) -> list[Any]:
         if isinstance(entry, dict):
@@ -153,7 +169,7 @@ def shipped_targets() -> set[str]:
         return [entry.node]
 
     sources = HydraConfig.get().runtime.config_sources
-    conf = [Path(source.path) for source in sources if source.provider == "main"]
+    conf = [Path(source.path) for source in sources if source.provider in ("main", "command-line")]
     files = [OmegaConf.load(file) for folder in conf for file in folder.rglob("*.yaml")]
     return set().union(*(targets(node) for node in [*files, *stored(ConfigStore.instance().repo)]))
 
@@ -161,20 +177,22 @@ def shipped_targets() -> set[str]:
 # --- runs of the same settings ------------------------------------------------------------------------------------
 
 
-def has_settings(folder: RunFolder, config: DictConfig) -> bool:
-    """Whether the run was started with the settings in `config`, wherever it lies."""
+def has_settings(folder: RunFolder, config: DictConfig, but_for: Collection[str] = ()) -> bool:
+    """Whether the run was started with the settings in `config`, wherever it lies; some need not be the same."""
     with suppress(UserError):
         own = read_config(folder.config_path)
         own = relocated(own, str(own.get("run_folder")), str(folder.path))
         asked = OmegaConf.merge(config, {"run_folder": str(folder.path)})
-        return settings_of(own) == settings_of(asked)
+        return settings_of(own, but_for) == settings_of(asked, but_for)
     return False
 
 
-def settings_of(config: Any) -> dict[str, Any]:
-    """Return each field by its dotted name, but for those that say where things are."""
+def settings_of(config: Any, but_for: Collection[str] = ()) -> dict[str, Any]:
+    """Return each field by its dotted name, but for those that say where things are, and `but_for`."""
     container = OmegaConf.to_container(config, resolve=True)
-    return {name: value for name, value in leaves(container) if field_named(name).identifies_run}
+    return {
+        name: value for name, value in leaves(container) if field_named(name).identifies_run and name not in but_for
+    }
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -29,13 +29,14 @@ from attention_visualizer.runs.checkpoint import LoadedCheckpoint
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import print_sanitised, printable
+from attention_visualizer.training import resuming, slurm
 from attention_visualizer.training.classifier import Classifier
 from attention_visualizer.training.overrides import override
+from attention_visualizer.training.saving import BestCheckpoint
+from attention_visualizer.training.stopping import signal_of
 from attention_visualizer.training.training_state import check_training_state
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from attention_visualizer.watching.log_guard import LogGuard
-
-STOPPED_BY: dict[Any, str] = {130: "Ctrl-C", 143: "SIGTERM"}
 
 
 class ProgressBar(RichProgressBar):
@@ -56,6 +57,10 @@ def check_resumable(loaded: LoadedCheckpoint, classifier: Classifier, trainer: T
         check_training_state(loaded.content, classifier, classifier.build_optimizer(), trainer)
     except UserError as error:
         raise UserError(f"{loaded.path}: {error}") from error
+    epochs = loaded.content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    for unit, done, limit in (("epochs", epochs, trainer.max_epochs), ("steps", loaded.step, trainer.max_steps)):
+        if limit is not None and limit != -1 and done is not None and done > limit:
+            raise UserError(f"trainer.max_{unit}={limit}: {loaded.path} has trained {done} {unit}: give at least that")
 
 
 @contextmanager
@@ -112,11 +117,14 @@ def is_before(text: str | None, step: int) -> bool:
 @contextmanager
 def recorded(folder: RunFolder) -> Iterator[None]:
     """Record in the manifest what ends a run early, and tell the user how to go on."""
+    identity = folder.identity
     try:
         yield
     except BaseException as error:
+        if folder.identity != identity:  # moved or deleted: there may be another one at its path
+            raise
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        reason = STOPPED_BY.get(error.code) if isinstance(error, SystemExit) else None
+        reason = signal_of(error.code) if isinstance(error, SystemExit) else None
         with suppress(UserError):  # on a full disk; what ended the run is what is to be reported
             folder.update_manifest(
                 status="interrupted" if interrupted else "failed",
@@ -124,9 +132,9 @@ def recorded(folder: RunFolder) -> Iterator[None]:
             )
         if folder.last.exists():
             print()
-            print_sanitised(
-                f"Stopped early. Resume:  python train.py {shlex.quote(override('ckpt_path', folder.last))}"
-            )
+            print_sanitised(f"Stopped early. Resume:  {resuming.resume_command(folder)}")
+        if isinstance(error, SystemExit):
+            slurm.requeue_after(error.code)
         raise
 
 
@@ -135,9 +143,10 @@ def fit(trainer: Trainer, classifier: Classifier, data: ImageDataModule, ckpt_pa
     began = time.perf_counter()
     trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
     saver = trainer.checkpoint_callback
-    assert isinstance(saver, ModelCheckpoint)
+    assert isinstance(saver, BestCheckpoint)
     if saver.best_model_score is None:
         raise UserError("training ended before its first validation: nothing was saved; give it more steps or time")
+    saver.replace_missing()
     return {
         "validation_accuracy": float(saver.best_model_score),
         "epochs": trainer.current_epoch,

@@ -10,7 +10,11 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from attention_visualizer.files import atomic
+from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.runs.folders import RunFolder
+from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.text import print_sanitised
 from attention_visualizer.training.stopping import StopRequest
 from attention_visualizer.training.training_state import check_like
 from attention_visualizer.watching import lightning_internals
@@ -37,16 +41,55 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict({**fresh, **scores, **best_file})
 
 
+class BestCheckpoint(RunCheckpoint):
+    """Save the best by validation accuracy. Where its file was deleted, the best since then takes its place."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__(
+            str(folder.checkpoints),
+            filename=folder.best.stem,
+            monitor="validation/accuracy",
+            mode="max",
+            enable_version_counter=False,
+        )
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget_missing()
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget_missing()
+        super().on_validation_end(trainer, pl_module)
+
+    def _forget_missing(self) -> None:
+        if self.best_k_models and not self.folder.best.exists():
+            self.best_k_models, self.kth_best_model_path = {}, ""
+
+    def replace_missing(self) -> None:
+        """Let last.ckpt take the place of a file that was deleted since the last validation. Raise UserError where
+        that is missing, too."""
+        if self.folder.best.exists():
+            return
+        if not self.folder.last.exists():
+            raise UserError(f"{self.folder.checkpoints} has no checkpoint any more: was it deleted, or the run moved?")
+        print_sanitised(f"{self.folder.best} is missing: {self.folder.last.name} takes its place")
+        accuracy = load_checkpoint(self.folder.last).validation_accuracy
+        atomic.copy(self.folder.last, self.folder.best)
+        self.best_model_score = torch.tensor(float("nan") if accuracy is None else accuracy)
+
+
 class LastCheckpoint(RunCheckpoint):
     """Save after every validation, between two batches whenever `seconds` have passed, and when the user wants to
     stop. Before any checkpoint is written, all that was logged up to it is on the disk."""
 
     def __init__(self, folder: RunFolder, stop: StopRequest, seconds: float = SAVE_SECONDS) -> None:
         super().__init__(str(folder.checkpoints), filename=folder.last.stem, enable_version_counter=False)
+        self.folder = folder
+        self.identity = folder.identity
         self.stop = stop
         self.seconds = seconds
         self._saved_at = time.monotonic()
-        self._path = str(folder.last)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -60,7 +103,7 @@ class LastCheckpoint(RunCheckpoint):
         if not self.is_due or batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
             return
         if not lightning_internals.should_skip_saving(self, trainer):
-            lightning_internals.save_checkpoint(self, trainer, self._path)
+            lightning_internals.save_checkpoint(self, trainer, str(self.folder.last))
         self.stop.end_if_requested()
 
     @property
@@ -72,7 +115,7 @@ class LastCheckpoint(RunCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         saved = lightning_internals.saves_after_training_epoch(self, trainer) and self._has_saved_this_step(trainer)
         if not saved and self.is_due:
-            lightning_internals.save_checkpoint(self, trainer, self._path)
+            lightning_internals.save_checkpoint(self, trainer, str(self.folder.last))
             saved = True
         if saved:
             self.stop.end_if_requested()
@@ -88,7 +131,19 @@ class LastCheckpoint(RunCheckpoint):
         if self._has_saved_this_step(trainer):  # a signal since the epoch's end
             self.stop.end_if_requested()
 
+    def require_folder(self) -> None:
+        """Raise UserError where the run's folder is not the one in which it began: half a run would be left in each."""
+        if self.folder.identity != self.identity:
+            raise UserError(
+                f"{self.folder.path} was moved or deleted while its run trained: resume it where it is now, with "
+                f"ckpt_path=<its folder>/checkpoints/{self.folder.last.name}"
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.require_folder()  # before anything of the validation is written
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.require_folder()
         self._saved_at = time.monotonic()
         flush(trainer.loggers)
         lightning_internals.forget_fetched_batch(checkpoint)
@@ -99,11 +154,4 @@ class LastCheckpoint(RunCheckpoint):
 
 def checkpoint_callbacks(folder: RunFolder, stop: StopRequest) -> list[ModelCheckpoint]:
     """Return the savers of best.ckpt, by validation accuracy, and of last.ckpt. `fit` asks the first one."""
-    best = RunCheckpoint(
-        str(folder.checkpoints),
-        filename=folder.best.stem,
-        monitor="validation/accuracy",
-        mode="max",
-        enable_version_counter=False,
-    )
-    return [best, LastCheckpoint(folder, stop)]
+    return [BestCheckpoint(folder), LastCheckpoint(folder, stop)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import filelock
+from lightning import Trainer
 from omegaconf import DictConfig
 
 from attention_visualizer.files import atomic
@@ -71,6 +74,8 @@ def find_start(components: Components, named: LoadedCheckpoint | None = None, jo
     is another process's.
     """
     config = components.config
+    if config.resume == "auto":
+        refuse_stand_in(components, job)
     unfinished = find_unfinished(config, job) if config.resume == "auto" else None
     checkpoint = named if unfinished is None else unfinished.checkpoint
     if checkpoint is not None:
@@ -96,32 +101,83 @@ def find_start(components: Components, named: LoadedCheckpoint | None = None, jo
 def find_unfinished(config: DictConfig, job: RunFolder | None) -> Start | None:
     """Find what resume=auto goes on with: a sweep's job in its own folder alone, else the newest single run of these
     settings in config.runs_dir that was not completed and that no process trains."""
-    groups = [] if job is not None else folders.find_runs(config.runs_dir)
-    candidates = [group.runs[0] for group in groups if not group.is_sweep] if job is None else [job]
-    start = next(filter(None, (unfinished_at(folder, config) for folder in candidates)), None)
+    start = next(filter(None, (unfinished_at(folder, config) for folder in candidates(config, job))), None)
     if start is not None:
         where = "from its start" if start.checkpoint is None else f"step {start.checkpoint.step}"
         print_sanitised(f"Resuming {start.folder.path}, {where}")
     return start
 
 
+@contextmanager
+def restoring_config(start: Start, trainer: Trainer) -> Iterator[None]:
+    """Bring config.yaml back where a resumed run fails before it trains: a mistake must not stay in it."""
+    path = start.folder.config_path
+    before = path.read_text(encoding="utf-8") if start.is_resumed and path.is_file() else None
+    try:
+        yield
+    except Exception:
+        if before is not None and trainer.global_step <= max(0, start.step or 0):
+            atomic.write_text(path, before)
+        raise
+
+
+def refuse_stand_in(components: Components, job: RunFolder | None) -> None:
+    """Raise UserError where an unfinished run of these settings was trained on the data set that is asked for, and
+    another one has taken its place today, because it cannot be had."""
+    config, asked, loaded = components.config, components.data.name, components.data.description.name
+    if asked == loaded:
+        return
+    for folder in candidates(config, job):
+        recorded = folder.manifest_or_empty()
+        name = (recorded.get("data") or {}).get("name")
+        if (
+            name == asked
+            and recorded.get("status") != "completed"
+            and resuming.has_settings(folder, config, but_for=resuming.FILLED_IN)
+        ):
+            raise UserError(
+                f"{folder.path} was trained on {asked}, which cannot be had now, and not completed: resume it when it "
+                f"can, or leave out resume=auto to begin a run on {loaded}"
+            )
+
+
+def candidates(config: DictConfig, job: RunFolder | None) -> list[RunFolder]:
+    """Return the folders in which resume=auto looks: a sweep's job's own alone, else all single runs, newest first."""
+    if job is not None:
+        return [job]
+    return [group.runs[0] for group in folders.find_runs(config.runs_dir) if not group.is_sweep]
+
+
 def unfinished_at(folder: RunFolder, config: DictConfig) -> Start | None:
-    """Return the start of the run in `folder` if it is of these settings, not completed, and no process trains it."""
-    if not folder.config_path.is_file() or not resuming.has_settings(folder, config):
+    """Return the start of the run in `folder` if it is of these settings, not completed, and no process trains it.
+
+    Raise UnreadableError where that cannot be told, or its checkpoint not be read, at the moment.
+    """
+    # Another user's runs may be neither written nor read.
+    if not os.access(folder.path, os.W_OK) or not folder.config_path.is_file():
+        return None
+    if not resuming.has_settings(folder, config):
         return None
     try:
         lock = folder.lock()
-    except UserError:  # another process trains it, or nothing may be written there
+    except UserError as error:  # another process trains it, for instance
+        print_sanitised(f"Not resumed: {error}")
         return None
-    with suppress(UserError):
-        if folder.read_manifest().get("status") == "completed":
-            lock.release()
-            return None
-    return Start(folder, lock, newest_whole_checkpoint(folder), is_resumed=True)
+    try:
+        if folder.manifest_or_empty().get("status") != "completed":
+            return Start(folder, lock, newest_whole_checkpoint(folder), is_resumed=True)
+    except BaseException:
+        lock.release()
+        raise
+    lock.release()
+    return None
 
 
 def newest_whole_checkpoint(folder: RunFolder) -> LoadedCheckpoint | None:
-    """Load last.ckpt, or best.ckpt where that one is damaged, which is printed; None where neither is whole."""
+    """Load last.ckpt, or best.ckpt where that one is damaged, which is printed; None where neither is whole.
+
+    Raise UnreadableError where one cannot be read at the moment: training anew would replace it.
+    """
     for path in (folder.last, folder.best):
         if not path.exists():
             continue
@@ -131,7 +187,6 @@ def newest_whole_checkpoint(folder: RunFolder) -> LoadedCheckpoint | None:
             print_sanitised(f"Not used: {error}")
             continue
         if path != folder.last:  # or a run that has nothing left to train would leave the damaged one
-            with atomic.atomic_path(folder.last) as temporary:
-                shutil.copyfile(path, temporary)
+            atomic.copy(path, folder.last)
         return checkpoint
     return None

@@ -24,6 +24,7 @@ from attention_visualizer.runs.config_fields import field_named
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import csv_safe, print_sanitised, printable
+from attention_visualizer.training import slurm
 from attention_visualizer.training.overrides import override
 
 
@@ -52,7 +53,7 @@ class SweepTable(Callback):
         SweepTable.job_failed, SweepTable.made = False, []
         if not config.runs_dir:
             refuse("runs_dir= is empty: name a folder")
-        if config.get("resume") == "auto" and (unfinished := unfinished_sweep(config)):
+        if (config.get("resume") == "auto" or slurm.is_requeued()) and (unfinished := unfinished_sweep(config)):
             SweepTable.folder, SweepTable.lock = unfinished
             config.hydra.sweep.dir = str(SweepTable.folder)
             # Each job's config is composed anew, from these.
@@ -151,7 +152,7 @@ def unfinished_sweep(config: DictConfig) -> tuple[Path, filelock.BaseFileLock] |
 
 def sweep_rows(folder: Path) -> list[dict[str, Any]]:
     """Return one row for each job of a sweep, in the order of their numbers, with a column for each swept field."""
-    jobs = [RunFolder(path) for path in folder.iterdir() if path.is_dir()]
+    jobs = [RunFolder(path) for path in folder.iterdir() if is_job(path)]
     jobs.sort(key=lambda job: (folders.job_number(job), job.name))
     manifests = [manifest_of(job) for job in jobs]
     settings = [job_settings(job, manifest) for job, manifest in zip(jobs, manifests, strict=True)]
@@ -176,11 +177,20 @@ def sweep_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def is_job(path: Path) -> bool:
+    """Whether what stands in a sweep's folder is a job's, which may not have begun; the sweep's report is none."""
+    return path.is_dir() and (RunFolder(path).exists or re.match(r"\d+_", path.name) is not None)
+
+
 def manifest_of(job: RunFolder) -> dict[str, Any]:
+    """Return what the job's run.json holds, and what became of it where its process ended without a word."""
     try:
-        return job.read_manifest()
-    except UserError as error:
+        manifest = job.read_manifest()
+    except (OSError, UserError) as error:
         return {"status": "unreadable", "error": str(error)}
+    if manifest.get("status") == "running" and not job.is_locked:
+        manifest["status"] = "killed"
+    return manifest
 
 
 def job_settings(job: RunFolder, manifest: dict[str, Any]) -> dict[str, str | float]:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from attention_visualizer.runs.checkpoint import AtomicCheckpointIO
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.training import run
+from attention_visualizer.training import run, slurm
 from attention_visualizer.training.configuration import arguments
 from attention_visualizer.training.saving import checkpoint_callbacks
 from attention_visualizer.training.start import Start
@@ -30,7 +30,7 @@ def build_trainer(config: DictConfig, start: Start, stop: StopRequest) -> Traine
             callbacks.append(run.ProgressBar(refresh_rate=10))
         trainer = Trainer(
             **arguments(config, "trainer"),
-            plugins=AtomicCheckpointIO(start.checkpoint),
+            plugins=[AtomicCheckpointIO(start.checkpoint), *slurm.environments()],
             logger=[hydra.utils.instantiate(logger) for logger in given(config.logger)],
             callbacks=[*callbacks, *checkpoint_callbacks(start.folder, stop)],
             default_root_dir=start.folder.path,

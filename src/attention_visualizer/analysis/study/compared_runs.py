@@ -192,7 +192,7 @@ def read_settings(match: MatchedCheckpoint) -> dict[str, Any]:
     if match.run is not None and match.run.config_path.is_file():
         try:
             content = read_yaml(match.run.config_path)
-        except (OSError, UserError) as error:
+        except (FileNotFoundError, UserError) as error:
             raise UserError(f"{match.run.config_path} cannot be read: repair or delete it") from error
         others = {name: value for name, value in flatten_config(content) if not name.startswith("model.")}
     if match.loaded.split_seed is not None:
