@@ -142,7 +142,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("name", "exit_code"), [("SIGKILL", -signal.SIGKILL), ("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("name", "exit_code"),
+    [
+        ("SIGKILL", -signal.SIGKILL),
+        ("SIGINT", 130),
+        ("SIGTERM", 143),
+        pytest.param("SIGHUP", 129, marks=pytest.mark.long),
+    ],
+)
 def test_an_analysis_that_is_stopped_leaves_the_earlier_one(
     reported: Path, work: Workplace, name: str, exit_code: int
 ) -> None:

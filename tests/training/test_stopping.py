@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pty
 import random
 import signal
+import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.training.classifier import Classifier
 from tests.helpers.runs import (
+    ENVIRONMENT,
     PROJECT,
     TINY,
     Training,
@@ -137,6 +142,37 @@ def test_what_was_seen_before_a_checkpoint_within_the_first_epoch_is_kept(tmp_pa
     seen = [int(frame["step"]) for frame in kept.frames]
     assert 0 < step < 648 and seen[:3] == [0, 1, 2] and seen[-1] <= step
     assert seen[-1] * 2 > step  # the last power of two
+
+
+@pytest.mark.long
+def test_a_terminal_that_is_closed_stops_training_in_order(uninterrupted: Path, tmp_path: Path) -> None:
+    """Nothing can be printed to it any more: no progress bar, and no word on where the checkpoint is."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, [sys.executable, str(PROJECT / "train.py"), *LONG], ENVIRONMENT)
+    reader = threading.Thread(target=read_all, args=(terminal,), daemon=True)  # or the bar would block
+    reader.start()
+    end = time.monotonic() + 300
+    while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")):
+        assert time.monotonic() < end and os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGSTOP)  # all that it does from here on, it does without its terminal
+    os.close(terminal)
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    run = only_run(tmp_path)
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert 0 < (load_checkpoint(run / "checkpoints" / "last.ckpt").step or 0) < 360
+    outcome = run_process(*LONG, "resume=auto", folder=tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    assert_same_run(run, uninterrupted)
+
+
+def read_all(terminal: int) -> None:
+    with suppress(OSError):
+        while os.read(terminal, 10_000):
+            pass
 
 
 @pytest.mark.long
