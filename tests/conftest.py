@@ -13,6 +13,14 @@ torch.set_num_threads(1)
 threadpool_limits(1)  # sums in another order differ in their last bits from those of processes with one thread
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of a file in one process, so that what they share is made once; and those of the large analysis."""
+    for item in items:
+        shares_analysis = "analysis" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("analysis" if shares_analysis else str(item.path)))
+
+
 @pytest.fixture
 def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chapters that run the model many times do so on few images: for tests of which files there are."""

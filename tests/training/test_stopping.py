@@ -22,6 +22,7 @@ from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.training.classifier import Classifier
 from tests.helpers.runs import (
+    BATCHES,
     ENVIRONMENT,
     PROJECT,
     TINY,
@@ -29,12 +30,12 @@ from tests.helpers.runs import (
     assert_same_training,
     only_run,
     run_folders,
-    run_process,
     run_train,
 )
 
-# About ten seconds of training beside the seconds that a process takes to begin; averaged weights, dropout, both logs.
-LONG = (*TINY, "model.dropout=0.1", "callbacks=ema", "logger=[tensorboard,csv]", "trainer.max_epochs=30", "test=false")
+# A few seconds of training beside those that a process takes to begin; averaged weights, dropout, both logs.
+STEPS = 12 * BATCHES
+LONG = (*TINY, "model.dropout=0.1", "callbacks=ema", "logger=[tensorboard,csv]", "trainer.max_epochs=12", "test=false")
 RUN_TRAIN = (
     f"import runpy, sys; sys.argv[0] = {str(PROJECT / 'train.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
@@ -44,7 +45,7 @@ CLOCK = ("attention_logger/seconds", "attention_logger/share_of_epoch")  # the c
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    outcome = run_process(*LONG, folder=folder)
+    outcome = run_train(*LONG, folder=folder)
     assert outcome.exit_code == 0, outcome.err
     return only_run(folder)
 
@@ -97,8 +98,8 @@ def test_a_signal_ends_training_between_two_batches_and_it_goes_on_exactly(
     manifest = json.loads((run / "run.json").read_text())
     assert manifest["status"] == "interrupted" and manifest["error"] in ("Ctrl-C", "SIGTERM")
     assert "Traceback" not in training.output() and "Resume:  python train.py ckpt_path=" in training.output()
-    assert 0 < (load_checkpoint(run / "checkpoints" / "last.ckpt").step or 0) < 360
-    outcome = run_process(*LONG, "resume=auto", folder=tmp_path)
+    assert 0 < (load_checkpoint(run / "checkpoints" / "last.ckpt").step or 0) < STEPS
+    outcome = run_train(*LONG, "resume=auto", folder=tmp_path)
     assert outcome.exit_code == 0, outcome.err
     assert only_run(tmp_path) == run and f"Resuming runs/{run.name}, step" in outcome.out
     assert_same_run(run, uninterrupted)
@@ -163,8 +164,8 @@ def test_a_terminal_that_is_closed_stops_training_in_order(uninterrupted: Path, 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
     run = only_run(tmp_path)
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
-    assert 0 < (load_checkpoint(run / "checkpoints" / "last.ckpt").step or 0) < 360
-    outcome = run_process(*LONG, "resume=auto", folder=tmp_path)
+    assert 0 < (load_checkpoint(run / "checkpoints" / "last.ckpt").step or 0) < STEPS
+    outcome = run_train(*LONG, "resume=auto", folder=tmp_path)
     assert outcome.exit_code == 0, outcome.err
     assert_same_run(run, uninterrupted)
 
@@ -195,7 +196,7 @@ def test_killed_at_random_moments_and_gone_on_with_it_is_the_same_run(uninterrup
             break
         for path in only_run(tmp_path).glob("checkpoints/*.ckpt"):
             load_checkpoint(path)
-    outcome = run_process(*LONG, "resume=auto", folder=tmp_path)
+    outcome = run_train(*LONG, "resume=auto", folder=tmp_path)
     assert outcome.exit_code == 0 and killed == wanted, outcome.err
     assert_same_run(only_run(tmp_path), uninterrupted)
 
@@ -218,7 +219,7 @@ TO_THE_END = (*TINY, "logger=[tensorboard,csv]", "trainer.max_epochs=2", "export
 @pytest.fixture(scope="module")
 def to_the_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("to_the_end")
-    outcome = run_process(*TO_THE_END, folder=folder)
+    outcome = run_train(*TO_THE_END, folder=folder)
     assert outcome.exit_code == 0, outcome.err
     return only_run(folder)
 
@@ -228,7 +229,7 @@ def to_the_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_between_two_files_of_a_run_s_end(to_the_end: Path, tmp_path: Path, number: int) -> None:
     training = Training(str(number), *TO_THE_END, folder=tmp_path, program=KILLED_AT_A_RENAME + RUN_TRAIN)
     assert training.end() == -signal.SIGKILL
-    outcome = run_process(*TO_THE_END, "resume=auto", folder=tmp_path)
+    outcome = run_train(*TO_THE_END, "resume=auto", folder=tmp_path)
     assert outcome.exit_code == 0, outcome.err
     assert_same_run(only_run(tmp_path), to_the_end)
 

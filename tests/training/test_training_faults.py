@@ -227,7 +227,7 @@ def test_auto_goes_on_from_the_previous_good_checkpoint(tmp_path: Path, damaged:
 # --- sweeps ------------------------------------------------------------------------------------------------------
 
 OTHERS = [argument for argument in TINY if not argument.startswith("model.mlp_dim")]
-SWEEP = ("-m", "model.mlp_dim=29,31,37", *OTHERS, *BARE, "trainer.max_epochs=12")
+SWEEP = ("-m", "model.mlp_dim=29,31,37", *OTHERS, *BARE, "trainer.max_epochs=6")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
