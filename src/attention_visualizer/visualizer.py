@@ -53,7 +53,7 @@ class AttentionVisualizer:
     model: a PyTorch module instead, from whatever library; it is put into eval mode and moved to the device, and stays
     so. Then `images` says which pictures: a folder of them in any size. What the model does not state itself is given
     by `geometry` (where tokens lie), `image_size` (pixels, one number or height and width), or `image_format` (size,
-    channels and normalisation).
+    channels and normalisation). `num_heads` is for a file of this project's weights that does not say it.
     device: "auto", "cpu" or "cuda". output_dir: None is attention_analysis/ in the current folder, or, if that holds
     the analysis of another model, attention_analysis_<model>/.
     data_dir: where MNIST is; None is where the model was trained, or the environment variable MNIST_DIR.
@@ -72,6 +72,7 @@ class AttentionVisualizer:
         image_size: int | tuple[int, int] | None = None,
         image_format: InputFormat | None = None,
         class_names: Sequence[str] = (),
+        num_heads: int | None = None,
     ) -> None:
         if (model_path is None) == (model is None):
             raise UserError("give either model_path= (a checkpoint of this project) or model= (any PyTorch ViT)")
@@ -89,6 +90,7 @@ class AttentionVisualizer:
         self._image_size = image_size
         self._image_format = image_format
         self._class_names = class_names
+        self._num_heads = num_heads
         self._study: Study | None = None
         self._digest = ""  # of a given model's weights
 
@@ -167,9 +169,10 @@ class AttentionVisualizer:
         if model_path is not None and Path(model_path) != self.model_path:
             if self._model is not None:  # what was said of it does not hold for the other one
                 self._geometry, self._image_size, self._image_format, self._class_names = None, None, None, ()
-            self.model_path, self._model, self._study = Path(model_path), None, None
+            self.model_path, self._model, self._study, self._num_heads = Path(model_path), None, None, None
         self._sign_output()
         given = repr(str(self.model_path)) if self._model is None else f"model=model, images={str(self._images)!r}"
+        given += "" if self._num_heads is None else f", num_heads={self._num_heads}"
         command = (
             "from attention_visualizer import AttentionVisualizer\n\n"
             f"AttentionVisualizer({given}).run_comprehensive_analysis()"
@@ -198,7 +201,7 @@ class AttentionVisualizer:
             warnings.warn(message, UserWarning, stacklevel=4)
             log.warning(message)
             return Weights(random_model(), f"random weights ({self.model_path} does not exist)", random=True)
-        return find_weights(str(self.model_path), None, "runs")
+        return find_weights(str(self.model_path), None, "runs", num_heads=self._num_heads)
 
     def _output_folder(self) -> Path:
         if self._asked_output is not None:

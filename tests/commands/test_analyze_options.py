@@ -42,6 +42,8 @@ def test_choices_are_those_of_the_analysis(field: str, words: Any) -> None:
         ("wrong", "perhaps", "wrong=perhaps: give true or false"),
         ("rollout_discard", 1, "rollout_discard=1: give a share from 0 up to, but not, 1"),
         ("subset", 1, "subset=1: give a whole number of at least 2, or all"),
+        ("num_heads", 0, "num_heads=0: give a whole number of at least 1"),
+        ("num_heads", 8, "num_heads= is for a file of this project's weights that does not say it: name it with ckpt="),
         ("nope", 1, "nope: there is no such field; see --help for all fields"),
     ],
 )

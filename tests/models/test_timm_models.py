@@ -39,6 +39,13 @@ FORMS: dict[str, Any] = {
     "of a compiled LightningModule": lambda state: {
         "state_dict": {f"model._orig_mod.{name}": tensor for name, tensor in state.items()}
     },
+    "of a LightningModule with its own name for it": lambda state: {
+        "state_dict": {f"vit.{name}": tensor for name, tensor in state.items()}
+    },
+    "two modules deep": lambda state: {f"net.backbone.{name}": tensor for name, tensor in state.items()},
+    "of an averaged model": lambda state: {
+        "state_dict": {f"average.module.vit.{name}": tensor for name, tensor in state.items()}
+    },
     "half precision": lambda state: {name: tensor.half().float() for name, tensor in state.items()},
 }
 

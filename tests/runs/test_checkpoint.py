@@ -77,13 +77,8 @@ def test_a_model_with_a_convolutional_stem_comes_back(tmp_path: Path, written: s
         "bare.pth": model.state_dict(),
     }
     torch.save(contents[written], tmp_path / written)
-    if written == "bare.pth":
-        # Without a configuration the defaults are taken.
-        with pytest.raises(UserError, match=r"weights of model\.\w+="):
-            load_checkpoint(tmp_path / written)
-        return
-    images = torch.randn(1, 2, 12, 12)
-    assert torch.equal(load_checkpoint(tmp_path / written).build_model()(images), model(images))
+    images, num_heads = torch.randn(1, 2, 12, 12), 4 if written == "bare.pth" else None
+    assert torch.equal(load_checkpoint(tmp_path / written, num_heads=num_heads).build_model()(images), model(images))
 
 
 def test_a_stem_without_convolutions_is_refused(tmp_path: Path) -> None:
@@ -106,9 +101,10 @@ def test_hash_tells_files_apart(model: VisionTransformer, saved: Path, tmp_path:
     assert load_checkpoint(saved).sha256 == load_checkpoint(saved).sha256 != load_checkpoint(other).sha256
 
 
-def test_older_pth_ignores_training_fields_and_fills_in_defaults(model: VisionTransformer, tmp_path: Path) -> None:
-    config = SIZES | {"learning_rate": 1e-3, "epochs": 20}
-    del config["num_heads"]  # the default is 4
+def test_older_pth_ignores_training_fields_and_may_lack_what_the_weights_show(
+    model: VisionTransformer, tmp_path: Path
+) -> None:
+    config = {"num_heads": 4, "learning_rate": 1e-3, "epochs": 20}
     state_dict = {f"module._orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"model_state_dict": state_dict, "config": config, "loss": 0.3}, tmp_path / "best_model.pth")
     loaded = load_checkpoint(tmp_path / "best_model.pth")
@@ -116,13 +112,47 @@ def test_older_pth_ignores_training_fields_and_fills_in_defaults(model: VisionTr
     assert loaded.data is None and loaded.epoch is None
 
 
-def test_bare_state_dict_is_taken_for_the_default_architecture(model: VisionTransformer, tmp_path: Path) -> None:
-    default = VisionTransformer()
-    torch.save(default.state_dict(), tmp_path / "model.pth")
-    loaded = load_checkpoint(tmp_path / "model.pth")
-    assert same_weights(loaded, default) and loaded.model_config == ViTConfig()
-    torch.save(model.state_dict(), tmp_path / "other.pth")
-    assert "has weights of model.in_channels=2, but its configuration says 1" in refusal(tmp_path / "other.pth")
+NAMELESS: dict[str, Callable[[VisionTransformer], Any]] = {
+    "bare": lambda model: model.state_dict(),
+    "without a configuration": lambda model: {"model_state_dict": model.state_dict()},
+    "a configuration without heads": lambda model: {
+        "model_state_dict": model.state_dict(),
+        "config": {name: value for name, value in SIZES.items() if name != "num_heads"},
+    },
+}
+
+
+@pytest.mark.parametrize("num_heads", [2, 11])
+@pytest.mark.parametrize("form", NAMELESS)
+def test_the_number_of_heads_that_a_file_does_not_say_is_asked_for(tmp_path: Path, form: str, num_heads: int) -> None:
+    """Weights of any number of heads load strictly into any other."""
+    model = VisionTransformer(**SIZES | {"num_heads": num_heads}).eval()
+    path = tmp_path / "model.pth"
+    torch.save(NAMELESS[form](model), path)
+    assert "does not say how many attention heads its model has: give num_heads=" in refusal(path)
+    loaded = load_checkpoint(path, num_heads=num_heads)
+    images = torch.randn(1, 2, 21, 21)
+    assert loaded.model_config == ViTConfig(**model.config)
+    assert torch.equal(loaded.build_model()(images), model(images))
+    with pytest.raises(UserError, match="embed_dim=44 is not divisible by num_heads=3"):
+        load_checkpoint(path, num_heads=3)
+
+
+def test_a_number_of_heads_that_a_file_denies_is_refused(model: VisionTransformer, saved: Path, tmp_path: Path) -> None:
+    torch.save({"model_state_dict": model.state_dict(), "config": {"num_heads": 4}}, tmp_path / "four.pth")
+    for path in (saved, tmp_path / "four.pth"):
+        assert load_checkpoint(path, num_heads=4).model_config.num_heads == 4
+        with pytest.raises(UserError, match="says that its model has 4 heads: leave out num_heads=2"):
+            load_checkpoint(path, num_heads=2)
+
+
+@pytest.mark.parametrize("said", [{}, {"img_size": 21}])
+def test_other_fields_that_weights_do_not_show_are_asked_for(tmp_path: Path, said: dict[str, int]) -> None:
+    """Without learned positions, weights show neither the kind of positions nor the image's size."""
+    model = VisionTransformer(**SIZES, positional_embedding="sincos").eval()
+    path = tmp_path / "model.pth"
+    torch.save({"model_state_dict": model.state_dict(), "config": {"num_heads": 4, **said}}, path)
+    assert f"its model's {'positional_embedding' if said else 'img_size'}, nor do its weights" in refusal(path)
 
 
 def test_safetensors(model: VisionTransformer, tmp_path: Path) -> None:
@@ -135,7 +165,8 @@ def test_safetensors(model: VisionTransformer, tmp_path: Path) -> None:
     save_file(weights, path, metadata={"config": "3"})
     assert "has a config that is a int" in refusal(path)
     save_file(weights, path)
-    assert "its configuration says" in refusal(path)
+    assert "does not say how many attention heads" in refusal(path)
+    assert same_weights(load_checkpoint(path, num_heads=4), model)
     whole = path.read_bytes()
     for length in (9, 101, 1009, len(whole) - 1):
         path.write_bytes(whole[:length])

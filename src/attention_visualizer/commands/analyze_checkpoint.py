@@ -41,7 +41,7 @@ def analyze(options: dict[str, Any]) -> None:
     if options["subset"] is not None:
         budget = replace(budget, images=None if options["subset"] == "all" else options["subset"], max_cost=None)
     if options["model_from"] is None:
-        weights = find_weights(options["ckpt"], options["run"], options["runs_dir"])
+        weights = find_weights(options["ckpt"], options["run"], options["runs_dir"], num_heads=options["num_heads"])
     else:
         weights = timm_weights(options["model_from"], options["ckpt"])
     print_sanitised(f"Checkpoint: {weights.text}")

@@ -13,6 +13,7 @@ FIELDS: dict[str, Any] = {
     "run": str | None,
     "runs_dir": str,
     "runs": str | None,
+    "num_heads": Annotated[int | None, at_least(1)],
     "model_from": str | None,
     "images": str | None,
     "num_samples": Annotated[int, at_least(1)],
@@ -52,6 +53,10 @@ def check_options(options: dict[str, Any]) -> None:
 
 def check_sources(options: dict[str, Any]) -> None:
     """Raise UserError for fields that speak of different models or pictures."""
+    if options["num_heads"] is not None and (
+        options["model_from"] is not None or options["ckpt"] in ("best", "last", "random")
+    ):
+        raise UserError("num_heads= is for a file of this project's weights that does not say it: name it with ckpt=")
     if options["images"] == "":
         raise UserError("images= is empty: name a folder of images")
     if options["runs"] is not None and (options["model_from"] is not None or options["ckpt"] == "random"):

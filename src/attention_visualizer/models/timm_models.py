@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,12 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            options = {} if weights is None else options_shown_by(weights, timm.create_model, name)
+            options: dict[str, Any] = {}
+            if weights is not None:
+                with torch.device("meta"):
+                    plain = timm.create_model(name)
+                weights = without_common_prefix(weights, plain.state_dict())
+                options = options_shown_by(weights, plain)
             model: nn.Module = timm.create_model(name, **options)
         except Exception as error:  # whatever a model's own constructor raises
             raise UserError(f"model_from={model_from}: timm cannot build this model ({summary(error):.120})") from error
@@ -117,10 +122,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return finite_weights(weights, path)
 
 
-def options_shown_by(weights: Mapping[str, Tensor], create: Any, name: str) -> dict[str, Any]:
-    """Return the arguments of timm's constructor that the weights show: classes and input channels."""
-    with torch.device("meta"):
-        plain = create(name)
+def without_common_prefix(weights: Mapping[str, Tensor], expected: Iterable[str]) -> Mapping[str, Tensor]:
+    """Take from the names what the attributes around the model added to all of them ("vit." in a LightningModule),
+    where the rest are names of the model alone."""
+    names, inside = list(weights), frozenset(expected)
+    while not inside.issuperset(names) and len({name.partition(".")[:2] for name in names}) == 1 and "." in names[0]:
+        names = [name.partition(".")[2] for name in names]
+    return dict(zip(names, weights.values(), strict=True)) if inside.issuperset(names) else weights
+
+
+def options_shown_by(weights: Mapping[str, Tensor], plain: Any) -> dict[str, Any]:
+    """Return the arguments of timm's constructor that the weights show, other than those of the `plain` model: classes,
+    input channels, image size."""
     options: dict[str, Any] = {}
     config: dict[str, Any] = plain.pretrained_cfg or {}
     # A distilled model has two classifiers of one size.

@@ -31,6 +31,7 @@ from attention_visualizer.support.errors import UserError, reading
 FORMAT = 1
 MAX_GRID = 256  # patches a side; beyond it attention would not fit any memory
 MODEL_FIELDS = {field.name for field in dataclasses.fields(ViTConfig)}
+TRAINING_FIELDS = {"dropout", "attention_dropout"}  # which a trained model computes nothing with
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,19 +79,24 @@ def block_for(
     }
 
 
-def load_checkpoint(path: str | Path, keep_content: bool = False) -> LoadedCheckpoint:
+def load_checkpoint(path: str | Path, keep_content: bool = False, num_heads: int | None = None) -> LoadedCheckpoint:
     """Read a `.ckpt` of this project, a `.pth` of {"model_state_dict", "config"}, a bare state dict, or safetensors.
 
-    The last two may lack a configuration; they are then taken for VisionTransformer's defaults. Raise UserError
-    with the reason for any file that is broken, unsafe, or of another architecture. (Safetensors files carry no
-    checksum, but for those that `export.export_safetensors` writes: in others a flipped bit cannot be noticed.)
+    The last two may lack a configuration: sizes are then read off the weights, which do not show the number of heads:
+    `num_heads` gives it. Raise UserError with the reason for any file that is broken, unsafe, of another architecture,
+    or does not say which model it holds. (Safetensors files carry no checksum, but for those that
+    `export.export_safetensors` writes: in others a flipped bit cannot be noticed.)
     """
     path = existing_file(path)
     file = read_tensor_file(path)
     fields = interpret(file.content, path)
     weights = bare_names(fields.pop("state_dict"), path)
     check_weights(weights, path, file.size)
-    fields["model_config"] = check_architecture(weights, fields["model_config"], path)
+    given = {} if num_heads is None else {"num_heads": num_heads}
+    config = check_architecture(weights, given | fields["model_config"], path)
+    if config.num_heads != given.get("num_heads", config.num_heads):
+        raise UserError(f"{path} says that its model has {config.num_heads} heads: leave out num_heads={num_heads}")
+    fields["model_config"] = config
     return LoadedCheckpoint(
         path=path,
         sha256=file.digest,
@@ -101,23 +107,22 @@ def load_checkpoint(path: str | Path, keep_content: bool = False) -> LoadedCheck
 
 
 def interpret(content: Any, path: Path) -> dict[str, Any]:
-    """Return LoadedCheckpoint's fields, unchecked weights and model configuration among them, from any of the known
-    layouts. Raise UserError for others."""
+    """Return LoadedCheckpoint's fields, unchecked weights and those fields of the model configuration that the file
+    holds among them, from any of the known layouts. Raise UserError for others."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__} where a dictionary of weights was expected")
     if CHECKPOINT_KEY in content:
         return interpret_block(content, path)
-    defaults = ViTConfig().to_dict()
     if "model_state_dict" in content:
         config = content.get("config", {})
         if not isinstance(config, Mapping):
             raise UserError(f"{path} has a config that is a {type(config).__name__}: expected a dictionary")
         known = {name: config[name] for name in MODEL_FIELDS if name in config}
-        return {"state_dict": content["model_state_dict"], "model_config": defaults | known}
+        return {"state_dict": content["model_state_dict"], "model_config": known}
     if "state_dict" in content:
         reason = f"does not say which model it holds (it has no {CHECKPOINT_KEY!r} entry)"
         raise UserError(f"{path} {reason}: it is from another project")
-    return {"state_dict": content, "model_config": defaults}
+    return {"state_dict": content, "model_config": {}}
 
 
 def interpret_block(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -159,16 +164,25 @@ def interpret_block(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def check_architecture(weights: Mapping[str, Tensor], fields: Mapping[str, Any], path: Path) -> ViTConfig:
-    """Return the model configuration of these fields. Raise UserError with the first difference between `weights` and
-    the model that it describes."""
+    """Return the model configuration of these fields, and for those that are not there, of what the weights show.
+
+    Raise UserError with the first difference between `weights` and the model that it describes, and for a field that
+    neither tells."""
     for field, value in fields.items():
         if not isinstance(value, int | float | str):
             raise UserError(f"{path} has model.{field} as a {type(value).__name__}: expected a number or a word")
     shown = fields_shown_by(weights, path)
     for field, value in shown.items():
-        if fields[field] != value:
+        if fields.get(field, value) != value:
             difference = f"has weights of model.{field}={value}, but its configuration says {fields[field]!r:.60}"
             raise UserError(f"{path} {difference}")
+    fields = shown | dict(fields)
+    unknown = MODEL_FIELDS - fields.keys() - TRAINING_FIELDS
+    if "num_heads" in unknown:
+        raise UserError(f"{path} does not say how many attention heads its model has: give num_heads=")
+    if unknown:
+        missing = f"does not say its model's {min(unknown)}, nor do its weights"
+        raise UserError(f'{path} {missing}: save it as {{"model_state_dict": ..., "config": ...}}')
     # Only now are the sizes known to be sane: they are those of tensors that fit into the file.
     size = fields["img_size"]
     if "img_size" not in shown and isinstance(size, int) and size > MAX_GRID * shown["patch_size"]:

@@ -21,6 +21,7 @@ class Candidate:
     """A checkpoint that may be chosen, with the facts that the choice depends on; its file is read at most once."""
 
     path: Path
+    num_heads: int | None = None  # of the model, for a file that does not say it
 
     @property
     def run(self) -> RunFolder:
@@ -29,7 +30,7 @@ class Candidate:
     @cached_property
     def loaded(self) -> LoadedCheckpoint:
         """The checkpoint. Raise UserError for a broken one."""
-        return load_checkpoint(self.path)
+        return load_checkpoint(self.path, num_heads=self.num_heads)
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -99,18 +100,20 @@ class Choice:
             return self.candidate.loaded
 
 
-def choose_checkpoint(ckpt: str = "best", run: str | None = None, root: str | Path = "runs") -> Choice:
+def choose_checkpoint(
+    ckpt: str = "best", run: str | None = None, root: str | Path = "runs", num_heads: int | None = None
+) -> Choice:
     """Choose the checkpoint that the command line asks for. Raise UserError if there is none.
 
     ckpt: "best" or "last" of a run, or the path of a checkpoint, of a run folder or of a sweep folder (its best).
     run: None for the newest that has one; "all" for the best of all that share the newest one's data set; else the
     folder, or its name under `root`, of a run or a sweep. A sweep stands for its best job. "Best" is by validation
-    accuracy; interrupted and still running runs count.
+    accuracy; interrupted and still running runs count. num_heads: the model's, for a file that does not say it.
     """
     if ckpt not in ("best", "last"):
         if run is not None:
             raise UserError(f"ckpt={ckpt} names a checkpoint by itself: leave out run={run}, or use ckpt=best or last")
-        return choice_at(Path(ckpt))
+        return choice_at(Path(ckpt), num_heads)
     file_name = f"{ckpt}.ckpt"
     if run not in (None, "all"):
         group = group_at(Path(run)) or group_at(Path(root) / run)
@@ -135,7 +138,7 @@ def refuse_without(file_name: str, place: str) -> NoReturn:
     raise UserError(f"no {file_name} yet in {place}: train to the first validation with `python train.py`")
 
 
-def choice_at(path: Path) -> Choice:
+def choice_at(path: Path, num_heads: int | None = None) -> Choice:
     """Choose the checkpoint at `path`, or the best of the run or sweep whose folder it is."""
     if group := group_at(path):
         return choice_in(group, BEST) or refuse_without(BEST, f"{path}/")
@@ -143,7 +146,7 @@ def choice_at(path: Path) -> Choice:
         existing_file(path)
     except UserError as error:
         raise UserError(f"ckpt={error}; or best, last, random, or a run folder") from error
-    return Choice(Candidate(path), f"{path}, as asked for")
+    return Choice(Candidate(path, num_heads), f"{path}, as asked for")
 
 
 def load_chosen(path: Path, keep_content: bool = False) -> LoadedCheckpoint:

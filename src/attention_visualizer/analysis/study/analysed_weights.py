@@ -38,10 +38,12 @@ class Weights:
     digest: str | None = None  # the first 16 hex digits of SHA-256, of the file or of a given model's tensors
 
 
-def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0) -> Weights:
-    """Return the model of a checkpoint; `ckpt="random"` gives untrained weights in the newest run's architecture."""
+def find_weights(ckpt: str, run: str | None, runs_dir: str, seed: int = 0, num_heads: int | None = None) -> Weights:
+    """Return the model of a checkpoint; `ckpt="random"` gives untrained weights in the newest run's architecture.
+
+    num_heads: of the model in a file that does not say it."""
     if ckpt != "random":
-        choice = choose_checkpoint(ckpt, run, runs_dir)
+        choice = choose_checkpoint(ckpt, run, runs_dir, num_heads)
         loaded = choice.loaded
         check_run(loaded, choice.run)
         origin = f"{choice.reason}; {short_path(choice.path)}, sha256 {loaded.sha256}"
