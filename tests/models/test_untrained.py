@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.models.vision_transformer import VisionTransformer
+from attention_visualizer.support.errors import UserError
 
 # No two sizes are equal.
 OURS: dict[str, Any] = {
@@ -210,3 +212,108 @@ def test_frozen_models_have_controls_too() -> None:
         for key, value in fresh.named_parameters()
         if value.ndim > 1
     )
+
+
+# --- weights in other places than a module's own parameters ---
+
+
+class Extra(nn.Linear):
+    """A linear map with a learnt part of its own beside weight and bias."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+        self.more = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) + nn.functional.linear(images, self.more)
+
+
+class Asking(Extra):
+    """Its reset asks for a number, and does the half of it."""
+
+    def reset_parameters(self, bound: float | None = None) -> None:
+        if hasattr(self, "more") and bound is None:
+            raise TypeError
+        super().reset_parameters()
+
+
+class WholeNumbers(nn.Module):
+    """A quantised linear map: whole numbers and a scale, in buffers; and a table, in which nothing was learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-9, 9, (4, 6), dtype=torch.int8))
+        self.register_buffer("table", torch.arange(6.0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(images + self.table, self.weight.float())  # type: ignore[operator]
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images[:, :2] * self.gains, images[:, 2:4]], dim=1)
+
+
+PLACES: dict[str, Any] = {
+    "weight norm": lambda: nn.utils.weight_norm(nn.Linear(6, 4)),  # type: ignore[no-untyped-call]
+    "parametrized weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)),
+    "spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(6, 4)),
+    "parametrized spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(6, 4)),
+    "another parameter": Extra,
+    "a reset that asks": Asking,
+    "buffers": WholeNumbers,
+    "two numbers": Pair,
+}
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed, in attributes and containers, as models do that are looked into."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), head
+        self.kept: dict[str, Any] = {"list": []}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.last = self.body(images)
+        self.kept["list"].append(self.last.relu())
+        return self.head(self.last)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", PLACES)
+def test_no_learnt_matrix_is_left_wherever_it_is_kept(place: str) -> None:
+    torch.manual_seed(4)
+    model = Keeping(PLACES[place]()).eval()
+    model(torch.randn(3, 6))
+    for seed in range(3):
+        control = random_weights(model, seed)
+        ours, theirs = (dict(each.named_parameters()) for each in (control, model))
+        assert not [name for name, value in ours.items() if torch.equal(value, theirs[name])]
+        effective, learnt = (
+            torch.as_tensor(getattr(each.head, "weight", each.body.weight)) for each in (control, model)
+        )
+        assert not torch.equal(effective, learnt) and control.last.shape == (3, 6) and not control.last.requires_grad
+        if "spectral" in place:
+            with torch.no_grad():
+                control(torch.randn(3, 6))
+            assert torch.linalg.matrix_norm(control.head.weight.detach(), 2).item() == pytest.approx(1, abs=0.05)  # type: ignore
+        if place == "buffers":
+            assert torch.equal(control.head.table, model.head.table)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_whose_weights_cannot_be_made_random_is_refused() -> None:
+    packed = torch.ao.quantization.quantize_dynamic(Keeping(nn.Linear(6, 4)), {nn.Linear}, torch.qint8)
+    packed.register_parameter("scale", nn.Parameter(torch.ones(2)))
+    with pytest.raises(UserError, match="the weights of Linear are packed, so the model has no control models"):
+        random_weights(packed, 0)
+    locked = Keeping(nn.Linear(6, 4))
+    locked.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(UserError, match="Keeping cannot be copied, so it has no control models: cannot pickle"):
+        random_weights(locked, 0)
