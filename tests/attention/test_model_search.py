@@ -84,7 +84,7 @@ def test_what_is_found(module: nn.Module, name: str, runs: str) -> None:
     assert found.name == name and found.model is named_part(module, name)
     assert found.runs is named_part(module, runs)
     assert [re.search(r"blocks\.\d", layer)[0] for layer in found.layers] == ["blocks.0", "blocks.1"]  # type: ignore[index]
-    assert found.unplaced == frozenset() and found.classifies
+    assert found.unplaced == frozenset() and found.num_classes
 
 
 def test_a_frozen_backbone_is_found_where_it_is_the_only_one() -> None:
@@ -113,7 +113,7 @@ def test_compiled_models_are_found_by_the_name_that_users_write() -> None:
 def test_a_hand_written_model_needs_no_geometry_and_may_have_one() -> None:
     for options in ({}, {"geometry": HAND_WRITTEN_GEOMETRY}):
         found = found_in(Holder(net=HandWritten()), **options)
-        assert found.name == "net" and len(found.layers) == 2 and found.unplaced == frozenset() and found.classifies
+        assert found.name == "net" and len(found.layers) == 2 and found.unplaced == frozenset() and found.num_classes
 
 
 @pytest.mark.parametrize("dim", [SIZE, 6])
@@ -173,10 +173,10 @@ def test_timm() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=0, depth=3)
     images = torch.randn(2, 3, 48, 48)
     found = found_in(Holder(backbone=model, head=nn.Linear(192, 5)), images)
-    assert found.name == "backbone" and len(found.layers) == 3 and not found.classifies
+    assert found.name == "backbone" and len(found.layers) == 3 and not found.num_classes
     with_head = Forwarding(run=model, after=nn.Linear(192, 5))
     found = found_in(with_head, images)
-    assert found.name == "run" and found.runs is with_head and found.classifies
+    assert found.name == "run" and found.runs is with_head and found.num_classes
 
 
 def test_torchvision() -> None:
@@ -185,9 +185,9 @@ def test_torchvision() -> None:
     model = Torchvision(image_size=30, patch_size=10, num_layers=2, num_heads=3, hidden_dim=12, mlp_dim=11)
     images = torch.randn(2, 3, 30, 30)
     found = found_in(Holder(vit=model, loss=nn.CrossEntropyLoss()), images)
-    assert found.name == "vit" and len(found.layers) == 2 and found.classifies
+    assert found.name == "vit" and len(found.layers) == 2 and found.num_classes
     model.heads = nn.Identity()
-    assert not found_in(Holder(vit=model), images).classifies
+    assert not found_in(Holder(vit=model), images).num_classes
 
 
 def test_hugging_face() -> None:
@@ -198,9 +198,9 @@ def test_hugging_face() -> None:
     )  # fmt: skip
     images = torch.randn(2, 1, 30, 30)
     found = found_in(Holder(model=transformers.ViTForImageClassification(config)), images)
-    assert found.name.startswith("model") and len(found.layers) == 2 and found.classifies
+    assert found.name.startswith("model") and len(found.layers) == 2 and found.num_classes
     found = found_in(Holder(encoder=transformers.ViTModel(config), head=nn.Linear(12, 5)), images)
-    assert found.name == "encoder" and not found.classifies
+    assert found.name == "encoder" and not found.num_classes
     with pytest.raises(UserError, match=r"fails with .*30"):
         found_in(Holder(model=transformers.ViTForImageClassification(config)), torch.randn(2, 1, 20, 20))
 
@@ -209,7 +209,7 @@ def test_vit_pytorch() -> None:
     library = pytest.importorskip("vit_pytorch")
     model = library.ViT(image_size=30, patch_size=10, num_classes=5, dim=12, depth=2, heads=3, mlp_dim=11)
     found = found_in(Forwarding(run=model), torch.randn(2, 3, 30, 30))
-    assert found.name == "run" and len(found.layers) == 2 and found.classifies
+    assert found.name == "run" and len(found.layers) == 2 and found.num_classes
 
 
 # --- classes ---------------------------------------------------------------------------------------------------
@@ -227,29 +227,30 @@ class Answering(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("form", "classifies"),
+    ("form", "num_classes"),
     [
-        (lambda scores: {"loss": scores.mean(), "logits": scores}, True),
-        (lambda scores: (scores, scores.mean()), True),
-        (lambda scores: {"loss": scores.mean()}, False),
-        (lambda scores: scores.mean(), False),
-        (lambda scores: scores[:, :1], False),
-        (lambda scores: None, False),
-        (lambda scores: [scores[:, :, None]], False),
+        (lambda scores: {"loss": scores.mean(), "logits": scores}, CLASSES),
+        (lambda scores: (scores, scores.mean()), CLASSES),
+        (lambda scores: scores.softmax(dim=1), CLASSES),
+        (lambda scores: {"loss": scores.mean()}, 0),
+        (lambda scores: scores.mean(), 0),
+        (lambda scores: scores[:, :1], 2),  # one score is for or against something
+        (lambda scores: None, 0),
+        (lambda scores: [scores[:, :, None]], 0),
     ],
 )
-def test_outputs_of_other_forms(form: Any, classifies: bool) -> None:
-    assert found_in(Forwarding(run=Answering(form))).classifies == classifies
+def test_outputs_of_other_forms(form: Any, num_classes: int) -> None:
+    assert found_in(Forwarding(run=Answering(form))).num_classes == num_classes
 
 
 def test_features_are_no_scores_where_a_head_waits_for_them() -> None:
     headless = HandWritten(classes=13)  # 13 features, for all that it says
-    assert found_in(Holder(net=headless), geometry=HAND_WRITTEN_GEOMETRY).classifies
-    assert not found_in(Holder(net=headless, head=nn.Linear(13, CLASSES)), geometry=HAND_WRITTEN_GEOMETRY).classifies
-    assert found_in(Forwarding(run=headless, after=nn.Linear(13, CLASSES)), geometry=HAND_WRITTEN_GEOMETRY).classifies
+    assert found_in(Holder(net=headless), geometry=HAND_WRITTEN_GEOMETRY).num_classes
+    assert not found_in(Holder(net=headless, head=nn.Linear(13, CLASSES)), geometry=HAND_WRITTEN_GEOMETRY).num_classes
+    assert found_in(Forwarding(run=headless, after=nn.Linear(13, CLASSES)), geometry=HAND_WRITTEN_GEOMETRY).num_classes
     beheaded = vit()
     beheaded.head = nn.Identity()
-    assert not found_in(Holder(vit=beheaded)).classifies
+    assert not found_in(Holder(vit=beheaded)).num_classes
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Hands out capture, intervene, Geometry and the search for the ViT inside a modul
     callers.py         which modules compute an attention call, from the call stack
     calls.py           an attention call: its weights, its values and how to compute it again
     capture.py         capture and intervene
+    classifiers.py     whether a model classifies, seen from what runs
     edits.py           ready-made edits: switch off, average, make uniform, shuffle
     einsum.py          the axes of an einsum
     function_call.py   a call of a PyTorch function, with its arguments
@@ -13,7 +14,7 @@ Hands out capture, intervene, Geometry and the search for the ViT inside a modul
     layer_geometry.py  the geometry of one layer: measured, or given and compared with that
     layers.py          what capture hands out
     model_search.py    find the Vision Transformer inside a module
-    outputs.py         what a model predicts, whatever form its output has
+    outputs.py         class scores and probabilities, whatever form an output has
     placement.py       from receptive fields to a grid of patches, or why there is none
     places.py          the places of all keys of a model, measured once
     policies.py        what becomes of a recorded layer: handed out, with gradients, edited, switched off

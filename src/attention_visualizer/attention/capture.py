@@ -38,6 +38,7 @@ __all__ = [
     "Edit",
     "InternalCaptureError",
     "capture",
+    "force_eager",
     "intervene",
     "is_named",
 ]
@@ -84,7 +85,7 @@ def intervene(model: nn.Module, edit: Edit) -> Iterator[CapturedAttention]:
 
 @contextmanager
 def _recording(recorder: Recorder) -> Iterator[None]:
-    with _force_eager(), recorder:
+    with force_eager(), recorder:
         yield
     recorder.finish()
 
@@ -118,4 +119,4 @@ class _ForceEager:
                     self.setting.close()
 
 
-_force_eager = _ForceEager()
+force_eager = _ForceEager()

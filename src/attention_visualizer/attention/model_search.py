@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attention_visualizer.attention.capture import AttentionLayer, CaptureError, InternalCaptureError, capture
+from attention_visualizer.attention.classifiers import watched_head
 from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry, patch_embedding
-from attention_visualizer.attention.outputs import has_head, logits_of
 from attention_visualizer.attention.torch_internals import without_wrappers
 from attention_visualizer.support.errors import UserError, summary
 
@@ -30,7 +29,7 @@ class FoundModel:
     unplaced: frozenset[str]  # those of the layers whose place on the image is not known
     #: What to run on images: the outermost module with just these layers, so that its output is that of the whole.
     runs: nn.Module
-    classifies: bool  # what `runs` returns is scores of classes
+    num_classes: int  # that `runs` gives scores of; 0 where it gives features
     others: tuple[str, ...] = ()  # names of Vision Transformers that were not chosen
 
 
@@ -74,8 +73,8 @@ def find_model(
     if len(probe.unplaced) == len(probe.layers):
         layer, reason = next(iter(probe.unplaced.items()))
         raise UserError(f"{described(module, name)}: {NO_GEOMETRY} (of {layer}: {reason})")
-    is_classifier = classifies(module, runs, images)
-    return FoundModel(name, model, probe.layers, frozenset(probe.unplaced), runs, is_classifier, others)
+    num_classes = count_classes(module, runs, images)
+    return FoundModel(name, model, probe.layers, frozenset(probe.unplaced), runs, num_classes, others)
 
 
 def run_on(model: nn.Module, images: Tensor, geometry: Geometry | None = None) -> ProbeRun:
@@ -236,22 +235,11 @@ def shape_of(images: Tensor) -> str:
 # --- classes ---------------------------------------------------------------------------------------------------
 
 
-def classifies(module: nn.Module, model: nn.Module, images: Tensor) -> bool:
-    """Whether what `model`, a part of `module` or all of it, returns are scores of classes and not features.
-
-    Features look like scores. They are features where the model declares no classes, where its head was removed, and
-    where a linear layer that the model does not run takes vectors of that length.
-    """
-    unused: dict[nn.Module, int] = {part: part.in_features for part in module.modules() if isinstance(part, nn.Linear)}
-
-    def note_use(part: nn.Module, inputs: Any) -> None:
-        unused.pop(part, None)
-
-    hooks = [part.register_forward_pre_hook(note_use) for part in unused]
-    try:
-        with torch.no_grad(), capture(model, consume=lambda layer: None):  # in which nothing is compiled
-            logits = logits_of(model(images))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits is not None and has_head(model) and logits.shape[1] not in unused.values()
+def count_classes(module: nn.Module, model: nn.Module, images: Tensor) -> int:
+    """Return of how many classes `model`, a part of `module` or all of it, returns scores; 0 where it returns features
+    or something else."""
+    # In a capture nothing is compiled.
+    with torch.no_grad(), capture(model, consume=lambda layer: None), watched_head(model, around=module) as head:
+        output = model(images)
+    scores = head.class_scores(images, output)
+    return 0 if scores is None else scores.logits.shape[1]

@@ -39,7 +39,7 @@ class ExplainedImage:
     query: Query
     true_class: str | None  # None where it is not known
     predicted_class: str | None  # None where the model classifies nothing
-    probability: float  # of the predicted class
+    probability: float  # of the predicted class, NaN where it is not known
 
     @classmethod
     def of(
@@ -85,7 +85,8 @@ class ExplainedImage:
         if self.true_class is not None:
             parts.append(f"true {self.true_class}")
         if self.predicted_class is not None:
-            parts.append(f"predicted {self.predicted_class} ({self.probability:.1%})")
+            share = "" if np.isnan(self.probability) else f" ({self.probability:.1%})"
+            parts.append(f"predicted {self.predicted_class}{share}")
         return ", ".join(parts)
 
     def input_tile(self) -> Tile:

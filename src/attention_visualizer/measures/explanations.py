@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attention_visualizer.attention.capture import AttentionLayer, capture
+from attention_visualizer.attention.classifiers import watched_head
 from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry
 from attention_visualizer.attention.layers import joined
-from attention_visualizer.attention.outputs import has_head, logits_of
 from attention_visualizer.measures import map_measures
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import RolloutOptions
@@ -75,15 +75,17 @@ def _explain_batch(
     options: RolloutOptions,
 ) -> tuple[dict[str, Tensor], Tensor, int]:
     """Return maps by method, the target classes [image], and the bytes that weights and values take."""
-    with torch.enable_grad(), capture(model, geometry=geometry, gradients=True) as attention:
-        output = model(images)
-    logits = logits_of(output) if has_head(model) else None
+    with torch.enable_grad():
+        with capture(model, geometry=geometry, gradients=True) as attention, watched_head(model) as head:
+            output = model(images)
+        scores = head.class_scores(images, output)
     layers = [layer for layer in attention if layer.geometry is not None]
     if not layers:
         raise UserError(NO_GEOMETRY)
     gradients: list[Tensor] | None = None
     classes = torch.full((len(images),), -1)
-    if logits is not None:
+    if scores is not None:
+        logits = scores.logits
         classes = logits.argmax(dim=1) if target is None else target.to(logits.device)
         outside = classes[(classes < 0) | (classes >= logits.shape[1])]
         if len(outside):

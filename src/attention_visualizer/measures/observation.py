@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attention_visualizer.attention.capture import AttentionLayer, capture
+from attention_visualizer.attention.classifiers import watched_head
 from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry, Size
-from attention_visualizer.attention.outputs import has_head, predict
+from attention_visualizer.attention.outputs import predict
 from attention_visualizer.measures import map_measures
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.support.errors import UserError
@@ -46,8 +47,9 @@ class Observation:
     self_attention: NDArray[Any] | None  # of the class token, [image, layer, head]; None for other queries
     distance: NDArray[Any]  # mean attention distance of the patch queries, pixels, [image, layer, head]
     predicted: NDArray[Any]  # [image], -1 where the model classifies nothing
-    probability: NDArray[Any]  # of the predicted class, [image], NaN where the model classifies nothing
+    probability: NDArray[Any]  # of the predicted class, [image], NaN where it is not known
     reconstruction_error: float  # the largest of all layers
+    num_classes: int = 0  # that the model gives scores of
 
     @property
     def num_keys(self) -> tuple[int, ...]:
@@ -164,10 +166,12 @@ def observe(
     attention cannot be captured, and UserError when no layer's place on the image is known.
     """
     collector = ObservationCollector((images.shape[-2], images.shape[-1]), query, rollout)
-    with torch.no_grad(), capture(model, consume=collector, geometry=geometry) as attention:
-        output = model(images)
-    predicted, probability = predict(output if has_head(model) else None, len(images))
-    return collector.observation(predicted, probability, attention.reconstruction_error)
+    with torch.no_grad():
+        with capture(model, consume=collector, geometry=geometry) as attention, watched_head(model) as head:
+            output = model(images)
+        scores = head.class_scores(images, output)
+    observation = collector.observation(*predict(scores, len(images)), attention.reconstruction_error)
+    return observation if scores is None else replace(observation, num_classes=scores.logits.shape[1])
 
 
 def stack_layers(layers: list[Tensor]) -> NDArray[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.model_search import FoundModel, find_model
+from attention_visualizer.data.class_names import declared_class_names
 from attention_visualizer.figures import attention_figures as figures
 from attention_visualizer.measures.observation import Observation, observe
 from attention_visualizer.measures.streaming import LOGGED_MEASURES, AttentionStatistics
@@ -116,7 +117,8 @@ class AttentionLogger(Callback):
             self._loggers = Loggers(trainer.loggers, self.log_guard)
             self._process_settings.enter_context(self._loggers.fast_checksums())
             resumed = trainer.global_step > 0
-            self._begin_history(trainer, labels, resumed)
+            declared = declared_class_names(pl_module)
+            self._begin_history(trainer, labels, resumed, declared if len(declared) == found.num_classes else ())
         self._found = found
         if trainer.is_global_zero and not resumed:
             self._attempt("frame", partial(self._log_frame, trainer, pl_module), before_training=True)
@@ -202,10 +204,11 @@ class AttentionLogger(Callback):
         floating = (parameter.dtype for parameter in pl_module.parameters() if parameter.is_floating_point())
         return images.to(pl_module.device, next(floating, torch.float32)), labels
 
-    def _begin_history(self, trainer: Trainer, labels: Tensor, resumed: bool) -> None:
+    def _begin_history(self, trainer: Trainer, labels: Tensor, resumed: bool, declared_names: Sequence[str]) -> None:
         assert self._probes is not None
         description = getattr(getattr(trainer, "datamodule", None), "description", None)
-        names = getattr(description, "class_names", None) or [str(label) for label in range(int(labels.max()) + 1)]
+        names = getattr(description, "class_names", None) or declared_names
+        names = names or [str(label) for label in range(int(labels.max()) + 1)]
         probe = {
             "images": displayable(self._probes),
             "labels": labels.cpu().numpy(),
@@ -252,7 +255,7 @@ class AttentionLogger(Callback):
             return  # a validation right after an early frame, or a batch of accumulated gradients
         with eval_mode(pl_module):
             observation = observe(self._found.runs, self._probes, geometry=self.geometry)
-        if not self._found.classifies:
+        if not self._found.num_classes:
             nothing = np.full_like(observation.predicted, -1), np.full_like(observation.probability, np.nan)
             observation = replace(observation, predicted=nothing[0], probability=nothing[1])
         probe = self.history.probe

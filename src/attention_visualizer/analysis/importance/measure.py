@@ -16,7 +16,7 @@ from attention_visualizer.analysis.study.heads import Heads
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.attention.capture import Edit, intervene
 from attention_visualizer.attention.edits import replace_by_mean, switch_off
-from attention_visualizer.attention.outputs import has_head, logits_of
+from attention_visualizer.attention.outputs import class_scores
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.intervals import Interval, learnt_threshold
 from attention_visualizer.support.parallel import on_all_cores
@@ -179,10 +179,10 @@ def logits_of_rows(study: Study, rows: Array, edit: Edit | None = None) -> Array
         if edit is not None:
             stack.enter_context(intervene(model, edit))
         for images, _ in study.target.batches(rows):
-            logits = logits_of(model(images)) if has_head(model) else None
-            if logits is None:
+            scores = class_scores(model, images, model(images))
+            if scores is None:
                 raise ValueError("the model gives no class scores")
-            batches.append(logits.double().cpu().numpy())
+            batches.append(scores.logits.double().cpu().numpy())
     return np.concatenate(batches)
 
 

@@ -14,7 +14,7 @@ from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.attention.outputs import logits_of
+from attention_visualizer.attention.outputs import class_scores
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.measures.intervals import BootstrapMeans, Interval
 from attention_visualizer.measures.map_measures import uniform_entropy
@@ -74,16 +74,16 @@ def images_as_trained(run: ComparedRun, study: Study) -> LabelledImageSet:
 
 
 def classified_correctly(target: Target) -> Array | None:
-    """Classify all images: whether each is correct, bool [image]; None where classes or logits are not known."""
+    """Classify all images: whether each is correct, bool [image]; None where classes or scores are not known."""
     if target.images.labels is None:
         return None
     correct = []
     with torch.no_grad():
         for batch, labels in target.batches():
-            logits = logits_of(target.model(batch))
-            if logits is None or labels is None:
+            scores = class_scores(target.model, batch, target.model(batch))
+            if scores is None or labels is None:
                 return None
-            correct.append((logits.argmax(dim=1) == labels).cpu().numpy())
+            correct.append((scores.predicted == labels).cpu().numpy())
     return np.concatenate(correct)
 
 

@@ -20,7 +20,7 @@ from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.samples import Sample, check_sample
 from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.attention.outputs import has_head, predict
+from attention_visualizer.attention.outputs import class_scores, predict
 from attention_visualizer.figures.attention_figures import ExplainedImage, class_name
 from attention_visualizer.figures.panels import PanelFigure
 from attention_visualizer.measures.intervals import Interval, share_interval, stratified
@@ -141,13 +141,16 @@ class Study:
         """Return the share of all images that are classified correctly; None where that is not known, or would cost
         more than the budget allows."""
         target, labels = self.target, self.target.images.labels
-        if labels is None or not has_head(target.model):
+        if labels is None or not self.first_observation.num_classes:
             return None
         if "survey" in self.__dict__:
             correct = self.survey.correct
         elif self.cost_of_image(passes=1) * len(target.images) <= (self.budget.max_cost or np.inf):
             with torch.no_grad():
-                answers = [predict(target.model(batch), len(batch))[0] for batch, _ in target.batches()]
+                answers = [
+                    predict(class_scores(target.model, batch, target.model(batch)), len(batch))[0]
+                    for batch, _ in target.batches()
+                ]
             predicted = np.concatenate(answers)
             correct = None if (predicted < 0).any() else predicted == labels.cpu().numpy()
         else:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attention_visualizer.attention.capture import AttentionLayer, capture
+from attention_visualizer.attention.classifiers import watched_head
 from attention_visualizer.attention.geometry import Geometry
-from attention_visualizer.attention.outputs import has_head, predict
+from attention_visualizer.attention.outputs import predict
 from attention_visualizer.measures import map_measures
 from attention_visualizer.measures.head_roles import MAX_IMAGES, Selectivity, nan_mean, selectivity
 from attention_visualizer.measures.intervals import BootstrapMeans, Interval, stratified
@@ -38,7 +39,7 @@ class Survey:
     mean_weights: dict[str, Tensor]  # layer name -> [head, query, key], over all images
     labels: Array  # [image], -1 where not known
     predicted: Array  # [image], -1 where nothing is classified
-    probability: Array  # [image], of the predicted class, NaN where nothing is classified
+    probability: Array  # [image], of the predicted class, NaN where it is not known
     means: BootstrapMeans  # of each measure, [measure, layer, head + 1]; the last column is the mean over heads
     means_by_class: BootstrapMeans  # a group for each class, [measure, layer]
     means_by_outcome: BootstrapMeans  # group 0 wrong, group 1 correct, [measure, layer]
@@ -194,10 +195,10 @@ class SurveyAccumulator:
         self.batch_values.clear()
         collector = ObservationCollector(rollout=rollout)
         consume = consumers(self.statistics.update, self.mean_weights.update, collector)
-        with capture(model, consume, geometry) as attention:
+        with capture(model, consume, geometry) as attention, watched_head(model) as head:
             output = model(batch)
         self.reconstruction_error = max(self.reconstruction_error, attention.reconstruction_error)
-        predicted, probability = predict(output if has_head(model) else None, len(batch))
+        predicted, probability = predict(head.class_scores(batch, output), len(batch))
         self.predictions.append((predicted, probability))
         observation = collector.observation(predicted, probability, attention.reconstruction_error)
         start, end = self.num_images, self.num_images + len(batch)
