@@ -34,7 +34,8 @@ from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import survey_model
 from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.attention.geometry import Geometry
-from attention_visualizer.data.image_sets import ImageSet, InputFormat
+from attention_visualizer.data.image_sets import ImageSet
+from attention_visualizer.data.input_format import InputFormat
 from attention_visualizer.files import atomic
 from attention_visualizer.files.digests import model_digest
 from attention_visualizer.runs.folders import ANALYSIS

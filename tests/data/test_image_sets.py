@@ -16,7 +16,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from attention_visualizer.data.image_sets import IMAGENET_MEAN, ImageFolder, InputFormat, read_formatted
+from attention_visualizer.data.image_sets import ImageFolder, read_formatted
+from attention_visualizer.data.input_format import IMAGENET_MEAN, InputFormat
 from attention_visualizer.support.errors import UserError
 
 COLOUR = InputFormat((32, 48), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

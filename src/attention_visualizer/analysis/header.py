@@ -10,7 +10,8 @@ import numpy as np
 
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.attention.geometry import Geometry
-from attention_visualizer.data.image_sets import ImageFolder, InputFormat
+from attention_visualizer.data.image_sets import ImageFolder
+from attention_visualizer.data.input_format import InputFormat
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.report.markdown import ReportHeader
 from attention_visualizer.support import machine

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from attention_visualizer.analysis.study.analysed_weights import Weights
 from attention_visualizer.analysis.study.budget import QUICK, Budget
@@ -18,7 +21,8 @@ from attention_visualizer.analysis.study.study import HeadLayers, Study
 from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.attention.capture import CaptureError
 from attention_visualizer.attention.geometry import Geometry
-from attention_visualizer.data.image_sets import ImageSet
+from attention_visualizer.data.class_names import declared_class_names
+from attention_visualizer.data.image_sets import ImageFolder, ImageSet
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import Observation, RolloutOptions
 from attention_visualizer.runs.folders import RunFolder
@@ -51,6 +55,7 @@ def make_study(
     target = Target(model, images, geometry, query, rollout or RolloutOptions(), chosen_device)
     samples = find_samples(target, choice or SampleChoice())
     observation = first_observation(target)
+    target = with_classes(target)
     notes = [RANDOM_NOTE] if weights.random else []
     notes += [images.watermark] if images.watermark else []
     if observation.left_out:
@@ -71,6 +76,21 @@ def make_study(
     )
 
 
+def with_classes(target: Target) -> Target:
+    """Return the target with the classes that its model was seen to give scores of, for a folder's pictures. Raise
+    UserError for another number of class names than of classes."""
+    images, count = target.images, target.first_observation.num_classes
+    if not isinstance(images, ImageFolder):
+        return target
+    names = images.class_names
+    if names and count and len(names) != count:
+        raise UserError(f"class_names= has {len(names)} names, and the model gives scores of {count} classes")
+    declared = declared_class_names(target.model)
+    if not names and len(declared) == count:
+        names = declared
+    return target.with_images(replace(images, class_names=names, num_classes=count or None))
+
+
 def first_observation(target: Target) -> Observation:
     """Observe one image. Mistakes in the query, unknown layouts and images of a wrong size surface here."""
     try:
@@ -79,9 +99,15 @@ def first_observation(target: Target) -> Observation:
         raise
     except Exception as error:  # whatever the model's own forward raises
         channels, height, width = target.images.shape
+        remedy = "in Python, give its input format with image_size= or image_format="
+        if any("interpolate_pos_encoding" in parameters_of(module) for module in target.model.modules()):
+            remedy = (
+                "leave out image_size=, or give model= a module whose forward calls it with "
+                "interpolate_pos_encoding=True, which it needs for another size than its own"
+            )
         raise UserError(
             f"{type(target.model).__name__} cannot take images of {height} x {width} pixels with {channels} channels "
-            f"({summary(error):.120}): in Python, give its input format with image_size= or image_format="
+            f"({summary(error):.120}): {remedy}"
         ) from error
     _, height, width = target.images.shape
     for geometry in observation.geometries:
@@ -92,6 +118,11 @@ def first_observation(target: Target) -> Observation:
                 "another size with image_size="
             )
     return observation
+
+
+def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a module's forward, by name."""
+    return inspect.signature(module.forward).parameters
 
 
 def find_history(run: RunFolder | None) -> AttentionHistory | None:

@@ -3,10 +3,12 @@
 Hands out the LightningDataModule for training and image sets for analysis. May use models and below.
 
     augmentation.py  random affine and elastic movements of whole batches
+    class_names.py   names of classes that a model declares
     datamodule.py    MNIST or the embedded digits: splits, order, batches
     image_sets.py    the images that are analysed: a test set, or a folder of pictures
     images.py        what a model must know of its images; from picture files to pixels
     ink.py           how much is drawn, pixel by pixel and patch by patch
+    input_format.py  what pictures a model takes: size, channels, normalization
     mnist.py         the files of MNIST: found, checked, downloaded once
     strokes.py       end points, junctions, bends and edges of strokes
 """

@@ -6,23 +6,21 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
-from attention_visualizer.attention.geometry import Size, as_size, declared_layout
 from attention_visualizer.data.images import DatasetDescription, decode, normalise, read_picture, to_unit
+from attention_visualizer.data.input_format import InputFormat
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import printable
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-Fit = Literal["center", "squash", "border"]
 MAX_ASPECT = 100  # times the other side: of a longer picture only the middle is scaled, as it might not fit the memory
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageSet(Protocol):
@@ -106,48 +104,6 @@ class LabelledImageSet:
 
     def model_input(self, pictures: Tensor) -> Tensor:
         return normalise(pictures, self.description)
-
-
-@dataclass(frozen=True)
-class InputFormat:
-    """What a model of any origin takes: pixels as (height, width), the share of a picture's shorter side that is cut
-    out of its middle, the mean and deviation of each channel in 0..1 units, and whether the model declares the mean.
-
-    fit: how a picture of another shape is brought to the model's: its middle is cut out ("center"), it is stretched
-    ("squash"), or all of it is shown on a ground of the mean colour ("border").
-    """
-
-    size: Size
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_share: float = 1.0
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    declares_mean: bool = True
-    fit: Fit = "center"
-
-    @classmethod
-    def of(cls, model: nn.Module, size: Size | int | None = None) -> InputFormat:
-        """Read it from what timm's models, Hugging Face's and torchvision's declare; `size` overrides theirs.
-
-        Raise UserError where no size is declared. Undeclared normalisation is that of ImageNet.
-        """
-        timm: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        layout = declared_layout(model)
-        declared = as_size(size) if size is not None else None
-        if declared is None and layout.grid is not None and layout.patch_size is not None:
-            declared = layout.grid[0] * layout.patch_size[0], layout.grid[1] * layout.patch_size[1]
-        declared = declared or as_size(tuple(timm.get("input_size", ()))[1:])
-        if declared is None:
-            raise UserError("the image size of this model is unknown: give it with image_size=")
-        first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-        channels = first.in_channels if first is not None else 3
-        mean, std = tuple(timm.get("mean", IMAGENET_MEAN)), tuple(timm.get("std", IMAGENET_STD))
-        if len(mean) != channels:
-            mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-        smooth: Literal["bicubic", "bilinear"] = "bilinear" if timm.get("interpolation") == "bilinear" else "bicubic"
-        fit: Any = timm.get("crop_mode") if timm.get("crop_mode") in get_args(Fit) else "center"
-        return cls(declared, channels, mean, std, float(timm.get("crop_pct", 1.0)), smooth, "mean" in timm, fit)
 
 
 @dataclass(frozen=True)

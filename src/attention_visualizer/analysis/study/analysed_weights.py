@@ -13,8 +13,9 @@ from torch import nn
 
 from attention_visualizer.attention.geometry import Size
 from attention_visualizer.data.datamodule import ImageDataModule
-from attention_visualizer.data.image_sets import ImageFolder, InputFormat, LabelledImageSet
+from attention_visualizer.data.image_sets import ImageFolder, LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
+from attention_visualizer.data.input_format import InputFormat
 from attention_visualizer.data.mnist import MnistUnavailable, holds_all
 from attention_visualizer.files.atomic import short_path
 from attention_visualizer.files.digests import file_digest
@@ -168,11 +169,6 @@ def folder_images(
         mean, std = (0.5, 0.5) if data is None else (data.mean, data.std)
         image_format = InputFormat((side, side), channels, (mean,) * channels, (std,) * channels)
         class_names = class_names or (() if data is None else data.class_names)
-    num_classes = getattr(model, "num_classes", None)
     return ImageFolder.find(
-        folder,
-        image_format or InputFormat.of(model, image_size),
-        skip=skip,
-        num_classes=num_classes if isinstance(num_classes, int) and num_classes else None,
-        class_names=class_names,
+        folder, image_format or InputFormat.of(model, image_size), skip=skip, class_names=class_names
     )

@@ -36,6 +36,13 @@ class Target:
     def with_model(self, model: nn.Module) -> Target:
         return replace(self, model=model)
 
+    def with_images(self, images: ImageSet) -> Target:
+        """The same with pictures that are described otherwise; what was observed on them is kept."""
+        described = replace(self, images=images)
+        if "first_observation" in self.__dict__:
+            described.__dict__["first_observation"] = self.first_observation
+        return described
+
     def model_input(self, images: Tensor) -> Tensor:
         """Normalise uint8 or 0..1 float images [image, channel, height, width] as the model expects them."""
         return self.images.model_input(images.to(self.device))
