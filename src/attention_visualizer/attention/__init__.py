@@ -19,6 +19,7 @@ Hands out capture, intervene, Geometry and the search for the ViT inside a modul
     places.py          the places of all keys of a model, measured once
     policies.py        what becomes of a recorded layer: handed out, with gradients, edited, switched off
     probe.py           a model's call repeated with other pictures
+    projections.py     the linear map that is applied to the heads' outputs
     receptive_fields.py  which pixels each key answers to
     recording.py       the function mode that sees, proves and records attention calls
     streams.py         which calls are parts of one layer, and which stand side by side

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -24,7 +24,6 @@ from attention_visualizer.attention.torch_internals import (
 
 MAX_CHANNELS = 16  # of images; more are features
 NUM_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_head", "nheads", "nhead", "heads")
-OUTPUT_PROJECTIONS = ("proj", "out_proj", "o_proj", "to_out", "c_proj")
 
 
 @dataclass(frozen=True)
@@ -163,22 +162,6 @@ def num_heads_of(module: nn.Module) -> int | None:
         number = getattr(module, name, None)
         if isinstance(number, int) and number > 0:
             return number
-    return None
-
-
-def output_projection(callers: Sequence[nn.Module], values: Tensor) -> Tensor | None:
-    """Return the weight of the linear map that is applied to the heads' outputs, [embed, head * head_dim].
-
-    It is known by its name and its size; None where neither fits. `values`: [batch, head, key, head_dim]. `callers` are
-    the modules that compute the attention, innermost first: in some models of Hugging Face the map is the second's.
-    """
-    candidates = [getattr(callers[0], name, None) for name in OUTPUT_PROJECTIONS]
-    candidates += [getattr(getattr(caller, "output", None), "dense", None) for caller in callers[:2]]
-    for candidate in candidates:
-        linear = candidate[0] if isinstance(candidate, nn.Sequential) and len(candidate) else candidate
-        weight = getattr(linear, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == values.shape[1] * values.shape[3]:
-            return weight
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import overload
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attention_visualizer.attention.calls import Source
 from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.attention.projections import AppliedProjection
 
 
 class CaptureError(RuntimeError):
@@ -53,8 +54,8 @@ class AttentionLayer:
     #: Whether capturing left the model's output as it is, to the bit; False where it made the model leave a fast path
     #: (nn.TransformerEncoderLayer in eval mode, torch.compile), which moves its output by rounding.
     same_output: bool = True
-    #: The weight of the module's output projection [embed, head * head_dim]; None where it is not known.
-    projection: Tensor | None = None
+    #: What the model does to the heads' outputs; see `projection`.
+    applied: AppliedProjection = field(default_factory=AppliedProjection)
     #: Why there is no geometry; None where there is one.
     unplaced: str | None = None
     #: Whether it depends on what the layer before gave; branches side by side do not.
@@ -62,6 +63,12 @@ class AttentionLayer:
     #: What part of a layer the call is, where heads or queries are computed one by one and calls are not joined: in
     #: captures with gradients and interventions.
     part: Part | None = None
+
+    @property
+    def projection(self) -> Tensor | None:
+        """The weight of the linear map that was applied to the heads' outputs [embed, head * head_dim], as it was seen
+        after the attention: None before, as in `consume`, and where it is not known to be one linear map."""
+        return self.applied.weight
 
     def in_usual_order(self) -> AttentionLayer:
         """Return the layer with prefix tokens first and patches row by row, queries too where they are the same tokens.
@@ -91,7 +98,7 @@ def joined(parts: Sequence[AttentionLayer]) -> AttentionLayer:
         values=first.values if of_queries else torch.cat([each.values for each in parts], dim=1),
         error=max(each.error for each in parts),
         same_output=all(each.same_output for each in parts),
-        projection=None,
+        applied=AppliedProjection(),
         part=None,
     )
 

@@ -24,7 +24,6 @@ from attention_visualizer.attention.callers import (
     innermost_name,
     leaves_fast_path,
     method_call,
-    output_projection,
 )
 from attention_visualizer.attention.calls import (
     ERROR_BOUND,
@@ -49,6 +48,7 @@ from attention_visualizer.attention.layers import (
 from attention_visualizer.attention.placement import Unplaced
 from attention_visualizer.attention.places import is_measuring
 from attention_visualizer.attention.policies import Capture, PassIsOver, SwitchedOff, edited_layers
+from attention_visualizer.attention.projections import ProjectionWatch
 from attention_visualizer.attention.torch_internals import (
     DisableTorchFunction,
     current_graph_task_id,
@@ -119,6 +119,7 @@ class Recorder(TorchFunctionMode):
                 None if isinstance(policy, SwitchedOff) else GeometryFinder(model, geometry, self.values_of)
             )
             self.by_hand = HandWrittenAttention()
+        self.projections = ProjectionWatch()
         self.num_calls = 0
         self.names_of_pass: list[str] = []
         self.frame_of_pass: FrameType | None = None
@@ -139,10 +140,17 @@ class Recorder(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        result = self._call(function, args, kwargs)
+        if self.projections.heads:
+            self.projections.see(function, args, kwargs, result)
+        return result
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function for the model, and record it if it is of attention."""
         if is_measuring() and self.geometries is not None:
             return function(*args, **kwargs)
         if function in TAKES_IMAGES and args and self._may_begin(args[0]):
-            self.method = method_call(self.names, sys._getframe(1), args[0], self.method) or self.method
+            self.method = method_call(self.names, sys._getframe(2), args[0], self.method) or self.method
         # The first: a forward that is repeated for the backward pass (checkpointing).
         if current_graph_task_id() != -1 or not (function in ATTENTION or self.by_hand.concerns(function)):
             return function(*args, **kwargs)
@@ -152,9 +160,9 @@ class Recorder(TorchFunctionMode):
                 repeats = self.policy.recomputes and fused_dropout(call) > 0
                 before = random_state(next(call.tensors()).device) if repeats else None
             output = call()
-            return self._record(output, lambda heads: fused_call(heads, output, call, before), sys._getframe(1))
+            return self._record(output, lambda heads: fused_call(heads, output, call, before), sys._getframe(2))
         if function is F.multi_head_attention_forward:
-            return self._multi_head(call, sys._getframe(1))
+            return self._multi_head(call, sys._getframe(2))
         try:  # which costs nothing, unlike a context, at each call of a model
             known = self.by_hand.before(call)
         except Exception as error:
@@ -162,7 +170,7 @@ class Recorder(TorchFunctionMode):
         output = call()
         if isinstance(known, HandWrittenProduct):
             product = known
-            return self._record(output, lambda heads: product.describe(heads, output), sys._getframe(1))
+            return self._record(output, lambda heads: product.describe(heads, output), sys._getframe(2))
         try:
             self.by_hand.after(call, known, output)
         except Exception as error:
@@ -193,8 +201,9 @@ class Recorder(TorchFunctionMode):
             recorded = self._layer(output, describe, frame)
         if recorded is None:
             return output
-        layer, call = recorded
+        layer, call, modules = recorded
         self.num_calls += 1
+        self.projections.end()
         whole = self._joined(layer) if self.policy.joins and layer.part is not None else layer
         if whole is None:
             return output
@@ -202,13 +211,17 @@ class Recorder(TorchFunctionMode):
         if weights is not None:
             with self.internal_errors, DisableTorchFunction():
                 output = self.policy.replay(layer, weights, call, output)
+        if layer.part is None and self.geometries is not None:
+            with self.internal_errors, DisableTorchFunction():
+                self.projections.begin(layer.applied, output, layer.weights, layer.values, modules)
         self.attention.seconds += time.perf_counter() - began
         return output
 
     def _layer(
         self, output: Tensor, describe: Callable[[DeclaredHeads], AttentionCall], frame: FrameType
-    ) -> tuple[AttentionLayer, AttentionCall] | None:
-        """Return an attention call as a layer, proved; None for the attention of another model."""
+    ) -> tuple[AttentionLayer, AttentionCall, list[nn.Module]] | None:
+        """Return an attention call as a layer, proved, and the modules that are running; None for the attention of
+        another model."""
         stack = calling_stack(self.names, frame, self.method)
         if not stack.modules:
             return None
@@ -244,12 +257,11 @@ class Recorder(TorchFunctionMode):
                 error=error,
                 source=call.source,
                 same_output=not stack.is_compiled and not any(map(leaves_fast_path, stack.modules)),
-                projection=output_projection(stack.modules, values),
                 unplaced=place.reason if isinstance(place, Unplaced) else None,
                 in_sequence=self.geometries is None or self.geometries.is_in_sequence(name),
                 part=None if self.geometries is None else self.geometries.part(name),
             )
-        return layer, call
+        return layer, call, stack.modules
 
     def _joined(self, part: AttentionLayer) -> AttentionLayer | None:
         """Return the layer of which this is the last part; None before."""
@@ -292,6 +304,7 @@ class Recorder(TorchFunctionMode):
     def finish(self) -> None:
         """Raise CaptureError if nothing was recorded or not what was asked for."""
         self.frame_of_pass = self.method = None  # a frame keeps its arguments alive
+        self.projections.end()
         if self.num_calls == 0:
             raise CaptureError(
                 f"no attention of {type(self.model).__name__} was captured: the model was not run inside the block, or "
