@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
+from attention_visualizer import AttentionVisualizer
 from attention_visualizer.data.image_sets import ImageFolder, read_formatted
 from attention_visualizer.data.input_format import IMAGENET_MEAN, InputFormat
 from attention_visualizer.support.errors import UserError
@@ -234,3 +235,34 @@ def test_what_a_model_takes_is_found_or_asked_for() -> None:
     with pytest.raises(UserError, match="give it with image_size="):
         InputFormat.of(silent)
     assert InputFormat.of(silent, 40).size == (40, 40) and InputFormat.of(silent, (40, 24)).size == (40, 24)
+
+
+def test_a_size_that_a_model_takes_only_when_it_is_asked_to(tmp_path: Path) -> None:
+    """Hugging Face's ViTs interpolate their positions with an option of their forward."""
+    transformers = pytest.importorskip("transformers")
+    names = {0: "ant", 1: "bee", 2: "cat"}
+    config = transformers.ViTConfig(
+        image_size=16, patch_size=8, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=8
+    )
+    config.id2label = names
+    model = transformers.ViTForImageClassification(config).eval()
+    Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
+
+    def study_of(model: nn.Module) -> Any:
+        options: Any = {"images": tmp_path, "output_dir": tmp_path / "out", "device": "cpu"}
+        return AttentionVisualizer(model=model, image_size=32, **options).study
+
+    with pytest.raises(UserError, match=r"leave out image_size=, or .* interpolate_pos_encoding=True"):
+        _ = study_of(model)
+
+    class Interpolating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, images: torch.Tensor) -> Any:
+            return self.inner(images, interpolate_pos_encoding=True)
+
+    study = study_of(Interpolating())
+    assert study.first_observation.geometries[0].grid == (4, 4)
+    assert list(study.target.images.class_names) == list(names.values())

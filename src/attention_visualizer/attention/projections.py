@@ -15,25 +15,10 @@ from attention_visualizer.attention.calls import ERROR_BOUND, largest
 from attention_visualizer.attention.function_call import FunctionCall, tensors_of
 from attention_visualizer.attention.torch_internals import DisableTorchFunction
 
-NAMES_OF_REARRANGING = (
-    *("transpose", "permute", "reshape", "view", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze"),
-    *(
-        "__getitem__",
-        "select",
-        "narrow",
-        "movedim",
-        "moveaxis",
-        "swapaxes",
-        "swapdims",
-        "clone",
-        "to",
-        "type_as",
-        "float",
-        "half",
-        "bfloat16",
-        "detach",
-    ),
-)
+NAMES_OF_REARRANGING = """
+    transpose permute reshape view contiguous flatten unflatten squeeze unsqueeze movedim moveaxis swapaxes swapdims
+    select narrow __getitem__ clone detach to type_as float half bfloat16
+""".split()
 REARRANGING = {getattr(each, name) for each in (torch, Tensor) for name in NAMES_OF_REARRANGING if hasattr(each, name)}
 REARRANGING |= {Tensor.mT.__get__, Tensor.T.__get__, F.dropout}  # type: ignore[attr-defined]
 PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
