@@ -75,7 +75,7 @@ FEATURES: dict[str, Callable[[], nn.Module]] = {
     ),
     "in front of the head": lambda: Own(vit(4), lambda self, images: self.backbone.forward_features(images)[:, 0]),
     "of PyTorch's own attention, beheaded": lambda: nn.Sequential(
-        torchvision.models.VisionTransformer(16, 8, 1, 3, WIDTH, 8, num_classes=0).apply(beheaded)
+        torchvision.models.VisionTransformer(16, 8, 1, 3, WIDTH, 8, num_classes=4).apply(beheaded)
     ),
     "two, averaged": lambda: Own(vit(), lambda self, images: (self.backbone(images) + self.backbone(-images)) / 2),
 }

@@ -43,6 +43,9 @@ FORMS: dict[str, Any] = {
         "state_dict": {f"vit.{name}": tensor for name, tensor in state.items()}
     },
     "two modules deep": lambda state: {f"net.backbone.{name}": tensor for name, tensor in state.items()},
+    "beside the weights of classes in a loss": lambda state: {
+        "state_dict": {f"vit.{name}": tensor for name, tensor in state.items()} | {"loss.weight": torch.ones(7)}
+    },
     "of an averaged model": lambda state: {
         "state_dict": {f"average.module.vit.{name}": tensor for name, tensor in state.items()}
     },
@@ -123,7 +126,10 @@ class Harmful:
 
 def wrong_weights() -> dict[str, tuple[Any, str]]:
     state = trained().state_dict()
+    below = {f"vit.{name}": tensor for name, tensor in state.items()}
     return {
+        "beside another head": (below | {"head.weight": torch.ones(3, 64)}, "lacks the weights"),
+        "two models": (below | {f"teacher.{name}": tensor for name, tensor in state.items()}, "lacks the weights"),
         "missing": ({name: tensor for name, tensor in state.items() if "norm.weight" not in name}, "lacks the weights"),
         "unknown": (state | {"extra": torch.ones(2)}, "unknown weights 'extra'"),
         "another shape": (state | {"blocks.0.mlp.fc1.weight": torch.ones(3, 3)}, "it is of another model"),

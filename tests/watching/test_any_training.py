@@ -107,6 +107,17 @@ def test_models_of_every_kind(tmp_path: Path, make: Any, layers: int, classifies
         assert predicted.tolist() == [-1] * CLASSES and np.isnan(probability).all()
 
 
+@pytest.mark.parametrize(("names", "kept"), [(range(CLASSES), True), (range(CLASSES + 1), False)])
+def test_names_of_classes_are_the_models_own_where_they_are_of_its_classes(
+    tmp_path: Path, names: range, kept: bool
+) -> None:
+    module = Steps(vit(num_layers=1))
+    module.model.class_names = [f"kind {name}" for name in names]  # type: ignore[assignment]
+    fit(tmp_path, module, AttentionLogger(early_frames=False, head_grids=0), max_epochs=1)
+    expected = [f"kind {name}" for name in names] if kept else [str(name) for name in range(CLASSES)]
+    assert kept_in(tmp_path).probe["class_names"].tolist() == expected
+
+
 def test_a_model_that_declares_no_geometry_needs_none_and_may_be_given_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the given geometry has 17 tokens"):
         fit(tmp_path, Steps(HandWritten()), AttentionLogger(geometry=Geometry((4, 4), 1, (5, 5))))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from attention_visualizer.attention.outputs import (
     ClassScores,
     class_scores,
-    has_head,
     parts_without_head,
     scores_in,
 )
@@ -22,7 +21,8 @@ class HeadWatch:
 
     def __init__(self, model: nn.Module, around: nn.Module | None = None) -> None:
         self.model = model
-        self.gives_features = not has_head(model)
+        self.headless, self.learnt = parts_without_head(model)
+        self.gives_features = bool(self.headless) and not self.learnt  # until something runs
         self.features: Any = None  # what the last module without a head returned
         parts = list((around or model).modules())
         self.unused: dict[nn.Module, int] = {part: part.in_features for part in parts if isinstance(part, nn.Linear)}
@@ -61,11 +61,10 @@ class HeadWatch:
 def watched_head(model: nn.Module, around: nn.Module | None = None) -> Iterator[HeadWatch]:
     """Watch what runs in `model` inside the block. `around`: the module that it is a part of, whose head may wait."""
     watch = HeadWatch(model, around)
-    headless, learnt = parts_without_head(model)
     hooks = [part.register_forward_pre_hook(watch._note_use) for part in watch.unused]
-    if headless:
-        hooks += [part.register_forward_hook(watch._note_learnt) for part in learnt]
-        hooks += [part.register_forward_hook(watch._note_features) for part in headless]
+    if watch.headless:
+        hooks += [part.register_forward_hook(watch._note_learnt) for part in watch.learnt]
+        hooks += [part.register_forward_hook(watch._note_features) for part in watch.headless]
     try:
         yield watch
     finally:

@@ -154,7 +154,7 @@ def maker_in_graph(last: Any) -> Maker:
 def declared_problem(model: nn.Module) -> str | None:
     """Return what Hugging Face's configuration says that outputs are trained for; of one output, a regression."""
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "problem_type"):
             problem = config.problem_type
             return "regression" if problem is None and getattr(config, "num_labels", None) == 1 else problem

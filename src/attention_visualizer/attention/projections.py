@@ -125,9 +125,9 @@ def linear_weight(call: FunctionCall, inputs: dict[int, Tensor]) -> Tensor | Non
     places = (1, 2) if call.function in (torch.addmm, Tensor.addmm) else (0, 1)
     if places == (0, 1) and call.function not in PRODUCTS:
         return None
-    args = [call.args[place] if place < len(call.args) else None for place in places]
-    is_linear = id(args[0]) in inputs and isinstance(args[1], Tensor) and args[1].ndim == 2
-    return args[1].t() if is_linear else None
+    tensor, matrix = (call.args[place] if place < len(call.args) else None for place in places)
+    is_linear = id(tensor) in inputs and isinstance(matrix, Tensor) and matrix.ndim == 2
+    return matrix.t() if is_linear else None
 
 
 def frames_from(frame: FrameType | None) -> Iterator[FrameType]:

@@ -54,7 +54,7 @@ def analyze(options: dict[str, Any]) -> None:
     compared_runs: list[ComparedRun] = []
     if options["runs"] is not None:
         assert weights.loaded is not None  # see check_sources
-        compared_runs = find_compared_runs(options["runs"], weights.loaded, weights.run)
+        compared_runs = find_compared_runs(options["runs"], weights.loaded, weights.run, options["num_heads"])
         print(f"Compared:   {len(compared_runs)} runs, this one among them")
     study = make_study(
         weights,

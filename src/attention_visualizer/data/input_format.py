@@ -176,7 +176,7 @@ def measured_scaling(part: nn.Module, model: nn.Module, declared: InputFormat) -
     pictures = torch.zeros(channels + 1, channels, height, width, dtype=weight.dtype, device=weight.device)
     for channel in range(channels):
         pictures[channel + 1, channel] = 1
-    watched = [module for module in part.modules() if isinstance(module, nn.Conv2d)]
+    watched: list[nn.Module] = [module for module in part.modules() if isinstance(module, nn.Conv2d)]
     watched += [] if part is model else [part]
     if not watched:
         return None

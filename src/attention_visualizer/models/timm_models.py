@@ -48,7 +48,7 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
                 f"ckpt=pretrained: the weights of {name} cannot be downloaded ({summary(error):.120}): "
                 "give a file of them as ckpt="
             ) from error
-    weights = None if ckpt == "random" else read_weights(ckpt)
+    weights: Mapping[str, Tensor] | None = None if ckpt == "random" else read_weights(ckpt)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -56,7 +56,7 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
             if weights is not None:
                 with torch.device("meta"):
                     plain = timm.create_model(name)
-                weights = without_common_prefix(weights, plain.state_dict())
+                weights = without_prefix(weights, plain.state_dict())
                 options = options_shown_by(weights, plain)
             model: nn.Module = timm.create_model(name, **options)
         except Exception as error:  # whatever a model's own constructor raises
@@ -122,13 +122,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return finite_weights(weights, path)
 
 
-def without_common_prefix(weights: Mapping[str, Tensor], expected: Iterable[str]) -> Mapping[str, Tensor]:
-    """Take from the names what the attributes around the model added to all of them ("vit." in a LightningModule),
-    where the rest are names of the model alone."""
-    names, inside = list(weights), frozenset(expected)
-    while not inside.issuperset(names) and len({name.partition(".")[:2] for name in names}) == 1 and "." in names[0]:
-        names = [name.partition(".")[2] for name in names]
-    return dict(zip(names, weights.values(), strict=True)) if inside.issuperset(names) else weights
+def without_prefix(weights: Mapping[str, Tensor], expected: Iterable[str]) -> Mapping[str, Tensor]:
+    """Take from the names what the modules around the model added ("vit." in a LightningModule), where the rest are
+    names of the model alone; vectors of other parts, such as a loss's weights of classes, are left out."""
+    inside, found = frozenset(expected), weights
+    while not inside.issuperset(found):
+        first_parts = {name.partition(".")[0] for name, tensor in found.items() if tensor.ndim > 1}
+        if len(first_parts) != 1:
+            return weights
+        prefix = f"{first_parts.pop()}."
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+    return found or weights
 
 
 def options_shown_by(weights: Mapping[str, Tensor], plain: Any) -> dict[str, Any]:

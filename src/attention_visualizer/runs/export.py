@@ -13,10 +13,12 @@ from attention_visualizer.files.tensor_files import CHECKPOINT_KEY, HASH
 from attention_visualizer.runs.checkpoint import block_for, load_checkpoint
 
 
-def export_safetensors(checkpoint: str | Path, path: str | Path) -> Path:
+def export_safetensors(checkpoint: str | Path, path: str | Path, num_heads: int | None = None) -> Path:
     """Write the checkpoint's weights, float32, with the model's configuration, the data set's description and a hash
-    over all of them; return `path`. `load_checkpoint` reads it back and refuses it when a bit has changed."""
-    loaded = load_checkpoint(checkpoint)
+    over all of them; return `path`. `load_checkpoint` reads it back and refuses it when a bit has changed.
+
+    num_heads: of the model, for a checkpoint that does not say it."""
+    loaded = load_checkpoint(checkpoint, num_heads=num_heads)
     block = block_for(
         loaded.model_config, loaded.data, data_dir=None, split_seed=loaded.split_seed, seed=loaded.seed
     ) | {"validation_accuracy": loaded.validation_accuracy}

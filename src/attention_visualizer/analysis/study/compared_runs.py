@@ -50,18 +50,18 @@ class MatchedCheckpoint:
 
 
 def find_compared_runs(
-    pattern: str, analysed: LoadedCheckpoint, analysed_run: RunFolder | None = None
+    pattern: str, analysed: LoadedCheckpoint, analysed_run: RunFolder | None = None, num_heads: int | None = None
 ) -> list[ComparedRun]:
     """Find the runs that the glob `pattern` matches, the same weights once, and `analysed` (in front if not matched).
 
     A match is a run folder, a sweep folder (all its jobs) or a checkpoint file. Of a run, the file that `analysed` has
     is used (best.ckpt or last.ckpt). Raise UserError if nothing is left to compare, for a broken checkpoint, and for
-    one of another data set or image size.
+    one of another data set or image size. num_heads: of models in files that do not say it.
     """
     if not pattern:
         raise UserError("runs= is empty: give a pattern of run folders, such as runs=runs/*_sweep")
     file_name = analysed.path.name if analysed.path.name in (BEST, LAST) else BEST
-    matches, remarks = match_checkpoints(pattern, file_name)
+    matches, remarks = match_checkpoints(pattern, file_name, num_heads)
     if not matches:
         raise UserError(f"runs={pattern} matches no run, no sweep and no checkpoint{in_parentheses(remarks)}")
     for match in matches:
@@ -85,7 +85,9 @@ def find_compared_runs(
     return [replace(runs[0], remarks=tuple(remarks)), *runs[1:]]
 
 
-def match_checkpoints(pattern: str, file_name: str) -> tuple[list[MatchedCheckpoint], list[str]]:
+def match_checkpoints(
+    pattern: str, file_name: str, num_heads: int | None = None
+) -> tuple[list[MatchedCheckpoint], list[str]]:
     """Load every checkpoint that the pattern means; return a remark for each match that has none."""
     matches: list[MatchedCheckpoint] = []
     remarks: list[str] = []
@@ -98,7 +100,7 @@ def match_checkpoints(pattern: str, file_name: str) -> tuple[list[MatchedCheckpo
             folder = RunFolder.of_checkpoint(path)
             run = folder if path.parent == folder.checkpoints else None
             label = path.name if run is None else f"{run.name}/{path.name}"
-            matches.append(MatchedCheckpoint(label, load_checkpoint(path), run))
+            matches.append(MatchedCheckpoint(label, load_checkpoint(path, num_heads=num_heads), run))
         else:
             remarks.append(f"{path} is no run, sweep or checkpoint")
     return matches, remarks
