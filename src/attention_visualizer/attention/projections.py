@@ -126,8 +126,9 @@ def linear_weight(call: FunctionCall, inputs: dict[int, Tensor]) -> Tensor | Non
     if places == (0, 1) and call.function not in PRODUCTS:
         return None
     tensor, matrix = (call.args[place] if place < len(call.args) else None for place in places)
-    is_linear = id(tensor) in inputs and isinstance(matrix, Tensor) and matrix.ndim == 2
-    return matrix.t() if is_linear else None
+    if id(tensor) not in inputs or not isinstance(matrix, Tensor) or matrix.ndim != 2:
+        return None
+    return matrix.t()
 
 
 def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
