@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from attention_visualizer.attention.capture import AttentionLayer, CaptureError, InternalCaptureError, capture
 from attention_visualizer.attention.classifiers import watched_head
 from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry, patch_embedding
+from attention_visualizer.attention.gradients import asks_for_gradients, gradients_only
 from attention_visualizer.attention.torch_internals import without_wrappers
 from attention_visualizer.support.errors import UserError, summary
 
@@ -31,6 +31,7 @@ class FoundModel:
     runs: nn.Module
     num_classes: int  # that `runs` gives scores of; 0 where it gives features
     others: tuple[str, ...] = ()  # names of Vision Transformers that were not chosen
+    needs_gradients: bool = False  # its forward fails where none are recorded
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ProbeRun:
     unplaced: dict[str, str] = field(default_factory=dict)  # why a layer has no geometry
     failure: str = ""
     is_internal: bool = False  # capturing itself failed: the failure says nothing of the module
+    needs_gradients: bool = False  # it ran, with gradients alone
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -73,11 +75,15 @@ def find_model(
     if len(probe.unplaced) == len(probe.layers):
         layer, reason = next(iter(probe.unplaced.items()))
         raise UserError(f"{described(module, name)}: {NO_GEOMETRY} (of {layer}: {reason})")
-    num_classes = count_classes(module, runs, images)
-    return FoundModel(name, model, probe.layers, frozenset(probe.unplaced), runs, num_classes, others)
+    needs_gradients = (probe if runs is model else run_on(runs, images)).needs_gradients
+    num_classes = count_classes(module, runs, images, needs_gradients)
+    unplaced = frozenset(probe.unplaced)
+    return FoundModel(name, model, probe.layers, unplaced, runs, num_classes, others, needs_gradients)
 
 
-def run_on(model: nn.Module, images: Tensor, geometry: Geometry | None = None) -> ProbeRun:
+def run_on(
+    model: nn.Module, images: Tensor, geometry: Geometry | None = None, needs_gradients: bool = False
+) -> ProbeRun:
     """Run a module on images and note its attention layers. Raise UserError only where `geometry` does not fit."""
     geometries: dict[str, Geometry | None] = {}
     unplaced: dict[str, str] = {}
@@ -88,14 +94,16 @@ def run_on(model: nn.Module, images: Tensor, geometry: Geometry | None = None) -
             unplaced[layer.name] = layer.unplaced
 
     try:
-        with torch.no_grad(), capture(model, consume=note, geometry=geometry):
+        with gradients_only(needs_gradients), capture(model, consume=note, geometry=geometry):
             model(images)
     except Exception as error:  # whatever a module raises that was not made for images
         if geometry is not None and isinstance(error, UserError):
             raise
+        if asks_for_gradients(error) and not needs_gradients:
+            return run_on(model, images, geometry, needs_gradients=True)
         text = summary(error) if isinstance(error, CaptureError) else f"{type(error).__name__}: {summary(error)}"
         return ProbeRun(failure=text, is_internal=isinstance(error, InternalCaptureError))
-    return ProbeRun(geometries, unplaced)
+    return ProbeRun(geometries, unplaced, needs_gradients=needs_gradients)
 
 
 # --- search ----------------------------------------------------------------------------------------------------
@@ -235,11 +243,15 @@ def shape_of(images: Tensor) -> str:
 # --- classes ---------------------------------------------------------------------------------------------------
 
 
-def count_classes(module: nn.Module, model: nn.Module, images: Tensor) -> int:
+def count_classes(module: nn.Module, model: nn.Module, images: Tensor, needs_gradients: bool) -> int:
     """Return of how many classes `model`, a part of `module` or all of it, returns scores; 0 where it returns features
     or something else."""
     # In a capture nothing is compiled.
-    with torch.no_grad(), capture(model, consume=lambda layer: None), watched_head(model, around=module) as head:
+    with (
+        gradients_only(needs_gradients),
+        capture(model, consume=lambda layer: None),
+        watched_head(model, around=module) as head,
+    ):
         output = model(images)
     scores = head.class_scores(images, output)
     return 0 if scores is None else scores.logits.shape[1]

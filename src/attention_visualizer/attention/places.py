@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attention_visualizer.attention.callers import may_be_images
 from attention_visualizer.attention.function_call import FunctionCall
+from attention_visualizer.attention.gradients import asks_for_gradients, gradients_only
 from attention_visualizer.attention.placement import NOWHERE, Lines, PlacedKeys, Unplaced, place
 from attention_visualizer.attention.policies import OnlyItself, SwitchedOff
 from attention_visualizer.attention.probe import CallPlaces, Probe, Record, UnmeasurableError
@@ -29,7 +30,7 @@ from attention_visualizer.attention.receptive_fields import (
 )
 from attention_visualizer.attention.streams import Streams, find_streams
 from attention_visualizer.attention.undisturbed import undisturbed
-from attention_visualizer.support.errors import summary
+from attention_visualizer.support.errors import ran_out_of_memory, summary
 
 Array = NDArray[Any]
 EDGE = 1e-3  # pixels: less than this is rounding
@@ -284,17 +285,28 @@ def places_of(owner: nn.Module, model: nn.Module, call: FunctionCall, record: Re
     known = _cache.setdefault(owner, {})
     if key not in known:
         try:
-            with _measuring(), undisturbed(owner), undisturbed(model), torch.no_grad():
-                known[key] = measured_places([Probe(call, images, record) for images in images_of(call)])
+            with _measuring(), undisturbed(owner), undisturbed(model):
+                known[key] = measured_with(call, record)
         except UnmeasurableError as error:
             known[key] = MeasuredPlaces(failure=str(error))
-        except (MemoryError, torch.OutOfMemoryError) as error:  # which another pass may not meet
-            return MeasuredPlaces(failure=f"there was no memory to measure places: {summary(error)}")
         except Exception as error:  # whatever a model raises on other pictures
+            if ran_out_of_memory(error):  # which another pass may not do
+                return MeasuredPlaces(failure=f"there was no memory to measure places: {summary(error)}")
             known[key] = MeasuredPlaces(
                 failure=f"places could not be measured: {type(error).__name__}: {summary(error)}"
             )
     return known[key]
+
+
+def measured_with(call: FunctionCall, record: Record, gradients: bool = False) -> MeasuredPlaces:
+    """Measure the places of a call, with gradients where its forward asks for them."""
+    try:
+        with gradients_only(gradients):
+            return measured_places([Probe(call, images, record) for images in images_of(call)])
+    except Exception as error:
+        if gradients or not asks_for_gradients(error):
+            raise
+    return measured_with(call, record, gradients=True)
 
 
 def measured_places(probes: list[Probe]) -> MeasuredPlaces:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from attention_visualizer.attention.capture import AttentionLayer, capture
 from attention_visualizer.attention.classifiers import watched_head
 from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry, Size
+from attention_visualizer.attention.gradients import gradients_only
 from attention_visualizer.attention.outputs import predict
 from attention_visualizer.measures import map_measures
 from attention_visualizer.measures.map_measures import Query
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, ran_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Observation:
         return tuple(geometry.num_tokens for geometry in self.geometries)
 
 
+OF_IMAGES = ("head_maps", "rollouts", "entropy", "self_attention", "distance", "predicted", "probability")
+MAX_WEIGHTS = 2**22  # attention weights of a layer, of the images that are observed together
+
+
 class ObservationCollector:
     """Collect an Observation layer by layer, keeping nothing else of a layer: for `capture(model, consume=...)`."""
 
@@ -72,11 +77,13 @@ class ObservationCollector:
         self.queries: list[Query] = []
         self.is_sequence = True  # whether each layer so far depends on what the one before gave
         self.rollout: Tensor | None = None
+        self.most_weights = 0  # of one layer
         self.columns: dict[str, list[Tensor]] = {
             name: [] for name in ("maps", "rollouts", "entropy", "self", "distance")
         }
 
     def __call__(self, layer: AttentionLayer) -> None:
+        self.most_weights = max(self.most_weights, layer.weights.numel())
         layer = layer.in_usual_order()
         geometry, weights = layer.geometry, layer.weights
         if geometry is None:
@@ -159,19 +166,57 @@ def observe(
     query: Query | None = None,
     geometry: Geometry | None = None,
     rollout: RolloutOptions | None = None,
+    gradients: bool = False,
 ) -> Observation:
     """Run `model` on images [image, channel, height, width]; `query` None is the one that the model reads out.
 
-    The model should be in eval mode; `geometry` is for models that do not declare theirs. Raise CaptureError when its
-    attention cannot be captured, and UserError when no layer's place on the image is known.
+    The model should be in eval mode; `geometry` is for models that do not declare theirs; `gradients` for those whose
+    forward asks for them. Large images go one by one and small ones together, so that memory is about one's; where
+    even that ends, fewer go together. Raise CaptureError when attention cannot be captured, and UserError when no
+    layer's place on the image is known.
     """
-    collector = ObservationCollector((images.shape[-2], images.shape[-1]), query, rollout)
-    with torch.no_grad():
+    size = (images.shape[-2], images.shape[-1])
+    parts: list[Observation] = []
+    start, number = 0, 1
+    while start < len(images):
+        collector = ObservationCollector(size, query, rollout)
+        part = images[start : start + number]
+        try:
+            parts.append(_observe_part(model, part, collector, geometry, gradients))
+        except Exception as error:
+            if len(part) > 1 and ran_out_of_memory(error):
+                number = len(part) // 2
+                continue
+            if start or len(images) == 1 or ran_out_of_memory(error):
+                raise
+            parts.append(_observe_part(model, images, ObservationCollector(size, query, rollout), geometry, gradients))
+            break  # with one image alone, some models drop the batch axis
+        start += len(part)
+        number = min(number, len(part)) if start > 1 else max(1, MAX_WEIGHTS // max(collector.most_weights, 1))
+    return joined(parts)
+
+
+def _observe_part(
+    model: nn.Module, images: Tensor, collector: ObservationCollector, geometry: Geometry | None, gradients: bool
+) -> Observation:
+    with gradients_only(gradients):
         with capture(model, consume=collector, geometry=geometry) as attention, watched_head(model) as head:
             output = model(images)
+        if isinstance(output, Tensor) and len(images) == 1 and output.ndim == 1 and len(output) > 1:
+            output = output[None]  # its axis of images was dropped
         scores = head.class_scores(images, output)
     observation = collector.observation(*predict(scores, len(images)), attention.reconstruction_error)
     return observation if scores is None else replace(observation, num_classes=scores.logits.shape[1])
+
+
+def joined(parts: list[Observation]) -> Observation:
+    """Return the observation of all images from those of some each."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    arrays = {name: [getattr(part, name) for part in parts] for name in OF_IMAGES if getattr(first, name) is not None}
+    whole: dict[str, Any] = {name: np.concatenate(each) for name, each in arrays.items()}
+    return replace(first, **whole, reconstruction_error=max(part.reconstruction_error for part in parts))
 
 
 def stack_layers(layers: list[Tensor]) -> NDArray[Any]:

@@ -22,6 +22,9 @@ OF_THE_FILE = {
     None,  # raised by Python code
 }
 
+# What PyTorch says where memory ends: the processor's, a GPU's, that of cuDNN.
+OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUDNN_STATUS_NOT_SUPPORTED")
+
 
 class UnreadableError(OSError):
     """A file that cannot be read at the moment, for want of permission or memory or by an I/O error.
@@ -55,7 +58,18 @@ def prevents_reading(error: Exception) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the processor's or of a GPU's."""
     kind = type(error).__name__  # without an import of torch, whose allocators raise two kinds
-    return isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OF_MEMORY)
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, which `error` or an error that it was raised from says."""
+    while error is not None:
+        if is_out_of_memory(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def summary(error: BaseException) -> str:
