@@ -327,7 +327,7 @@ def test_pictures_that_the_model_cannot_take_are_one_line(place: Path) -> None:
     for options in ({"image_size": 96}, {"image_format": InputFormat((160, 160), 1, (0.5,), (0.5,))}):
         visualizer = AttentionVisualizer(model=model, images=place / "photos", **options, output_dir=place / "odd")
         with pytest.raises(
-            UserError, match=r"VisionTransformer cannot take images of .*: in Python, give .*image_size="
+            UserError, match=r"VisionTransformer fails on an image of .*: in Python, give .*image_size="
         ):
             visualizer.run_comprehensive_analysis()
     assert not (place / "odd").exists()

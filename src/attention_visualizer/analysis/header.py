@@ -78,7 +78,7 @@ CHOSEN = " (unless named: in test-set order, the first of each class, then the s
 
 
 def describe_model(study: Study) -> str:
-    parameters = f"{sum(parameter.numel() for parameter in study.target.model.parameters()):,} parameters"
+    parameters = f"{study.target.num_parameters:,} parameters"
     if isinstance(study.target.model, VisionTransformer):
         config = study.target.model.config
         return (

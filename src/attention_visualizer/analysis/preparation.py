@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from attention_visualizer.analysis.study.study import HeadLayers, Study
 from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.attention.capture import CaptureError
 from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.attention.gradients import asks_for_gradients
 from attention_visualizer.data.class_names import declared_class_names
 from attention_visualizer.data.image_sets import ImageFolder, ImageSet
 from attention_visualizer.measures.map_measures import Query
@@ -51,7 +53,7 @@ def make_study(
     together."""
     chosen_device = choose_device(device)
     history = find_history(None if weights.random else weights.run)
-    model = weights.model.to(chosen_device)
+    model = moved(weights.model, chosen_device)
     target = Target(model, images, geometry, query, rollout or RolloutOptions(), chosen_device)
     samples = find_samples(target, choice or SampleChoice())
     observation = first_observation(target)
@@ -76,6 +78,9 @@ def make_study(
     )
 
 
+ABOUT_SIZES = "(?i)size|shape|dimension|channel|match|expect|height|width|pixel|divisible"
+
+
 def with_classes(target: Target) -> Target:
     """Return the target with the classes that its model was seen to give scores of, for a folder's pictures. Raise
     UserError for another number of class names than of classes."""
@@ -98,17 +103,7 @@ def first_observation(target: Target) -> Observation:
     except (UserError, CaptureError):
         raise
     except Exception as error:  # whatever the model's own forward raises
-        channels, height, width = target.images.shape
-        remedy = "in Python, give its input format with image_size= or image_format="
-        if any("interpolate_pos_encoding" in parameters_of(module) for module in target.model.modules()):
-            remedy = (
-                "leave out image_size=, or give model= a module whose forward calls it with "
-                "interpolate_pos_encoding=True, which it needs for another size than its own"
-            )
-        raise UserError(
-            f"{type(target.model).__name__} cannot take images of {height} x {width} pixels with {channels} channels "
-            f"({summary(error):.120}): {remedy}"
-        ) from error
+        raise UserError(reason_of_failure(target, error)) from error
     _, height, width = target.images.shape
     for geometry in observation.geometries:
         if geometry.drawn_grid((height, width)) != geometry.grid:  # chapters count patches, all of one size
@@ -123,6 +118,39 @@ def first_observation(target: Target) -> Observation:
 def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Return the arguments of a module's forward, by name."""
     return inspect.signature(module.forward).parameters
+
+
+def reason_of_failure(target: Target, error: Exception) -> str:
+    """Return why a model's forward fails on the first image, in one line, with what to do about it."""
+    channels, height, width = target.images.shape
+    text = (
+        f"{type(target.model).__name__} fails on an image of {height} x {width} pixels with {channels} channels: "
+        f"{type(error).__name__}: {summary(error):.120}"
+    )
+    if asks_for_gradients(error):
+        return f"{text}; its forward needs gradients, and an analysis runs it without (torch.no_grad)"
+    if any("interpolate_pos_encoding" in parameters_of(module) for module in target.model.modules()):
+        return (
+            f"{text}; leave out image_size=, or give model= a module whose forward calls it with "
+            "interpolate_pos_encoding=True, which it needs for another size than its own"
+        )
+    if re.search(ABOUT_SIZES, str(error)):
+        return f"{text}; if it takes other images: in Python, give its input format with image_size= or image_format="
+    return text
+
+
+def moved(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model on the device. Raise UserError where it is elsewhere and cannot be moved."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type != "meta"]
+    if all(tensor.device == torch.empty(0, device=device).device for tensor in tensors):
+        return model
+    try:
+        return model.to(device)
+    except Exception as error:  # of many kinds: quantised models, and those spread over devices, refuse
+        raise UserError(
+            f"{type(model).__name__} cannot be moved to {device} ({summary(error):.120}): move it to one device "
+            "yourself, and give that as device="
+        ) from error
 
 
 def find_history(run: RunFolder | None) -> AttentionHistory | None:

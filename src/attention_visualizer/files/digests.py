@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 SHOWN = 16  # hex digits of a digest that is shown to the user
 
@@ -28,8 +29,22 @@ def model_digest(model: nn.Module) -> str:
     """Return the first 16 hex digits of a digest of all parameters and buffers, to tell models of one class apart."""
     digest = hashlib.sha256()
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(_content(tensor))
     return digest.hexdigest()[:SHOWN]
+
+
+def _content(tensor: Tensor) -> bytes:
+    """Return what a tensor holds, as bytes; of one without content, such as a meta tensor, its type."""
+    if is_lazy(tensor) or tensor.device.type == "meta":
+        return type(tensor).__name__.encode()
+    plain = tensor.detach()
+    if plain.is_quantized:
+        plain = plain.dequantize()
+    if plain.layout is not torch.strided:
+        plain = plain.to_dense()
+    if plain.is_complex():
+        plain = torch.view_as_real(plain.resolve_conj())
+    return plain.float().cpu().contiguous().numpy().tobytes()
 
 
 def weights_digest(weights: Mapping[str, Tensor], settings: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from attention_visualizer.analysis.study.survey import Survey, survey_model
 from attention_visualizer.attention.geometry import Geometry
@@ -31,7 +32,7 @@ class Target:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(each.numel() for each in self.model.parameters() if not is_lazy(each))
 
     def with_model(self, model: nn.Module) -> Target:
         return replace(self, model=model)
