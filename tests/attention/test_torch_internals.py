@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch.utils._python_dispatch
 import torch.utils.checkpoint
 import torch.utils.weak
 from torch import nn
@@ -22,6 +23,7 @@ NAMES = {
     "torch._C._functorch.is_batchedtensor",
     "torch._C.DisableTorchFunction",
     "torch.utils.weak.WeakIdKeyDictionary",
+    "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.Tensor._version",
     "torch.nn.Module._call_impl",
     "torch.nn.MultiheadAttention.forward",
@@ -47,6 +49,7 @@ REMOVED: dict[str, tuple[Any, str, Any]] = {  # what is left of each part where 
     "torch._C._functorch.is_batchedtensor": (torch._C._functorch, "is_batchedtensor", None),
     "torch._C.DisableTorchFunction": (torch._C, "DisableTorchFunction", None),
     "torch.utils.weak.WeakIdKeyDictionary": (torch.utils.weak, "WeakIdKeyDictionary", None),
+    "torch.utils._python_dispatch.TorchDispatchMode": (torch.utils._python_dispatch, "TorchDispatchMode", None),
     "torch.nn.Module._call_impl": (nn.Module, "_call_impl", without_code),
     "torch.nn.MultiheadAttention.forward": (nn.MultiheadAttention, "forward", without_code),
     "torch.utils.checkpoint.checkpoint": (torch.utils.checkpoint, "checkpoint", without_code),

@@ -107,7 +107,8 @@ class Steps(LightningModule):
 
 
 def kept_in(folder: Path) -> AttentionHistory:
-    return AttentionHistory.load(folder / "attention_history.npz")
+    """The history of the last training in a folder."""
+    return AttentionHistory.load(max(folder.glob("attention_history*.npz"), key=lambda path: path.stat().st_mtime_ns))
 
 
 @contextmanager

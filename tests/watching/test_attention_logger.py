@@ -30,7 +30,7 @@ from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from tests.helpers.runs import BATCHES, HEADS, LAYERS, trained_run
-from tests.helpers.trainers import CLASSES, IMAGES, MEASURES, SIZE, Foreign, Recorder, fit, kept_in, loader
+from tests.helpers.trainers import CLASSES, IMAGES, MEASURES, SIZE, Foreign, Recorder, fit, kept_in, loader, new_trainer
 
 FRAMES = [0, 1, 2, 4, 8, 12, 24, 36]  # before training, log-spaced in the first epoch, then each validation
 VALIDATIONS = [12, 24, 36]
@@ -427,7 +427,7 @@ def test_batches_that_are_not_images_and_labels(tmp_path: Path) -> None:
 
 def test_training_without_validation_asks_for_probe_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="probe_images="):
-        fit(tmp_path, Foreign(), AttentionLogger(), limit_val_batches=0)
+        new_trainer(tmp_path, AttentionLogger()).fit(Foreign(), loader())
     probes = torch.randn(3, 1, SIZE, SIZE)
     fit(tmp_path, Foreign(), AttentionLogger(probe_images=probes), limit_val_batches=0)
     kept = kept_in(tmp_path)

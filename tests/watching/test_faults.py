@@ -31,12 +31,13 @@ from tests.helpers.trainers import Recorder, Steps, attention_warnings, fit, kep
 CPU_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: planted"  # as PyTorch has it, a RuntimeError
 ERRORS = {
     "AttributeError": AttributeError("planted\nand more"),
+    "KeyError": KeyError("planted"),
     "OSError": OSError("planted\nand more"),
     "MemoryError": MemoryError("planted"),
     "OutOfMemoryError": torch.OutOfMemoryError("planted"),
     "memory of the CPU": RuntimeError(CPU_MEMORY),
 }
-MEMORY = list(ERRORS)[2:]
+MEMORY = list(ERRORS)[3:]
 
 
 class Random(Steps):
@@ -153,7 +154,7 @@ class Service(Recorder):
 
 
 PLACES = {  # where, from which call on, what is missing
-    "the probes": (attention_logger, "first_of_each_class", 1, "no attention"),
+    "the probes": (attention_logger, "images_of_validation", 1, "no attention"),
     "the search": (attention_logger, "find_model", 1, "no attention"),
     "the first frame": (attention_logger, "observe", 1, "no frame"),
     "a later frame": (attention_logger, "observe", 3, "no frame"),
@@ -187,7 +188,8 @@ def test_one_warning_and_the_same_training(tmp_path: Path, plant: Plant, place: 
 def test_errors_of_every_kind(tmp_path: Path, plant: Plant, error: str) -> None:
     plant(attention_logger, "observe", ERRORS[error], after=2)
     again = "any more" if error in MEMORY else "this time"
-    assert warnings_of(tmp_path) == [f"AttentionLogger: no frame {again}: {summary(ERRORS[error])}"]
+    cause = "KeyError: 'planted'" if error == "KeyError" else summary(ERRORS[error])
+    assert warnings_of(tmp_path) == [f"AttentionLogger: no frame {again}: {cause}"]
     assert plant.calls == (2 if error in MEMORY else 6)
 
 

@@ -10,7 +10,9 @@ Hands out capture, intervene, Geometry and the search for the ViT inside a modul
     einsum.py          the axes of an einsum
     function_call.py   a call of a PyTorch function, with its arguments
     geometry.py        the positions of tokens on the image, and what models declare of their patches
+    gradients.py       forward passes without gradients, and with them for models that ask for them
     hand_written.py    attention written out as softmax(query @ key) @ value
+    kept_state.py      put back what objects keep when code of theirs has run
     layer_geometry.py  the geometry of one layer: measured, or given and compared with that
     layers.py          what capture hands out
     model_search.py    find the Vision Transformer inside a module

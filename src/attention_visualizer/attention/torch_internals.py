@@ -10,12 +10,14 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import reduce
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
+import torch.utils._python_dispatch
 import torch.utils.checkpoint
 import torch.utils.weak
 from torch import Tensor, nn
@@ -91,6 +93,13 @@ def version_of(tensor: Tensor) -> int:
     """Return how often `tensor` has been changed in place."""
     return tensor._version
 
+
+_dispatch_mode = _internal(
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "sees what changes a tensor's memory in place, also through its .data, so that it can be changed back",
+    inspect.isclass,
+)
+TorchDispatchMode: Any = _dispatch_mode if inspect.isclass(_dispatch_mode) else nullcontext
 
 # --- frames of the call stack ------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ PARTS = ("probe", "frames", "validations")
 AXES = {
     **dict.fromkeys(("step", "epoch"), (0,)),
     **{"images": (0, 4), "labels": (1,), "class_names": (1,), "num_keys": (0, 1), "query": (0,)},
-    **{"data": (0,), "maps": (4,), "rollout": (3,), "predicted": (1,), "probability": (1,)},
+    **{"data": (0,), "run": (0,), "maps": (4,), "rollout": (3,), "predicted": (1,), "probability": (1,)},
 }
 MAX_BYTES = 500_000_000  # bytes, unpacked; 1,000 frames of the default model have 10,000,000
 MAX_ENTRIES = 100_000
@@ -31,7 +31,7 @@ class AttentionHistory:
     """A growing record. `probe` is written once; `frames` and `validations` gain one entry a call.
 
     probe: images [probe, height, width, channel] uint8, labels [probe], class_names [class], num_keys [],
-        query []
+        query [], data [] (a line about them), run [] (of which training in its folder it is)
     frames, one for each observation of the probe images: step, epoch, maps [probe, layer, grid height, grid width] (the
         readout query's attention, mean over heads), rollout [probe, grid height, grid width], entropy and distance
         [layer, head], predicted and probability [probe]
@@ -41,6 +41,9 @@ class AttentionHistory:
     probe: dict[str, NDArray[Any]] = field(default_factory=dict)
     frames: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     validations: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+
+    def has_entries_after(self, step: int) -> bool:
+        return any(entry["step"] > step for entry in (*self.frames, *self.validations))
 
     def discard_after(self, step: int) -> None:
         """Forget what a resumed run is about to repeat."""

@@ -4,7 +4,6 @@ Hands out UserError, safe text, and small helpers for processes and cores. May u
 
     allocator.py          keep freed memory in the process, for faster training steps
     errors.py             UserError: a mistake that the user can correct; the text of any error in one line
-    eval_mode.py          run a model that is being trained without leaving a trace
     field_types.py        check values against type hints and bounds, with one message for both commands
     machine.py            memory, installed versions and git commit of this machine
     parallel.py           independent passes of a model, one on each core

@@ -8,13 +8,13 @@ from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from attention_visualizer.attention.model_search import find_model
+from attention_visualizer.attention.undisturbed import undisturbed
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs import checkpoint
 from attention_visualizer.support import allocator, machine
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.eval_mode import eval_mode
 from attention_visualizer.training.classifier import Classifier
 from attention_visualizer.training.configuration import arguments, check_options, check_schedule, with_values
 
@@ -76,5 +76,5 @@ def check_watched_part(config: DictConfig, classifier: Classifier, data: ImageDa
     name = OmegaConf.select(config, "callbacks.attention_logger.model")
     if name is not None:
         images, _ = next(data.evaluation_batches("validation"))
-        with eval_mode(classifier):
+        with undisturbed(classifier):
             find_model(classifier, images[:1], name)

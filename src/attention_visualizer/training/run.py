@@ -37,6 +37,7 @@ from attention_visualizer.training.stopping import signal_of
 from attention_visualizer.training.training_state import check_training_state
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from attention_visualizer.watching.log_guard import LogGuard
+from attention_visualizer.watching.probes import first_of_each_class
 
 
 class ProgressBar(RichProgressBar):
@@ -70,7 +71,7 @@ def open_logs(trainer: Trainer, resumed_step: int | None) -> Iterator[LogGuard]:
     with LogGuard(trainer.loggers) as guard:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, AttentionLogger):
-                callback.log_guard = guard
+                callback.log_guard, callback.owns_folder = guard, True
         for log in trainer.loggers:
             try:
                 if resumed_step is not None and isinstance(log, CSVLogger):
@@ -141,6 +142,10 @@ def recorded(folder: RunFolder) -> Iterator[None]:
 def fit(trainer: Trainer, classifier: Classifier, data: ImageDataModule, ckpt_path: str | None) -> dict[str, Any]:
     """Train and return the metrics. Raise UserError where nothing was validated."""
     began = time.perf_counter()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, AttentionLogger) and callback.probe_images is None:
+            first_batch = next(data.evaluation_batches("validation"))
+            callback.probe_images, callback.probe_labels = first_of_each_class([first_batch])
     trainer.fit(classifier, data, ckpt_path=ckpt_path, weights_only=True)
     saver = trainer.checkpoint_callback
     assert isinstance(saver, BestCheckpoint)

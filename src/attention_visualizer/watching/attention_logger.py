@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from attention_visualizer.attention.geometry import Geometry
@@ -22,16 +22,24 @@ from attention_visualizer.attention.model_search import FoundModel, find_model
 from attention_visualizer.data.class_names import declared_class_names
 from attention_visualizer.figures import attention_figures as figures
 from attention_visualizer.measures.observation import Observation, observe
-from attention_visualizer.measures.streaming import LOGGED_MEASURES, AttentionStatistics
-from attention_visualizer.runs.folders import HISTORY
+from attention_visualizer.measures.streaming import AttentionStatistics
 from attention_visualizer.runs.history import AttentionHistory
-from attention_visualizer.support.errors import UserError, summary
-from attention_visualizer.support.eval_mode import eval_mode
+from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.training_progress import batches_done
+from attention_visualizer.watching.attempts import Attempts
+from attention_visualizer.watching.history_file import HistoryFile, frame_of
 from attention_visualizer.watching.log_guard import LogGuard
-from attention_visualizer.watching.loggers import Loggers
-from attention_visualizer.watching.probes import check_probes, displayable, first_of_each_class, validation_batches
-from attention_visualizer.watching.validation import ValidationWatch, ran_out_of_memory
+from attention_visualizer.watching.loggers import Loggers, scalars_of
+from attention_visualizer.watching.padding import share_of_batch
+from attention_visualizer.watching.probes import (
+    check_probes,
+    displayable,
+    first_of_each_class,
+    flat_loaders,
+    images_of_validation,
+)
+from attention_visualizer.watching.unnoticed import unnoticed
+from attention_visualizer.watching.validation import ValidationWatch
 
 
 class AttentionLogger(Callback):
@@ -42,11 +50,14 @@ class AttentionLogger(Callback):
 
     Statistics cover the whole validation set and are measured in the validation pass's own forward. Overlays and
     head grids show a fixed probe batch: the first validation image of each class (`probe_images`
-    [probe, channel, height, width], as the model expects them, and `probe_labels` [probe] replace it). `early_frames`
+    [probe, channel, height, width], as the model expects them, and `probe_labels` [probe] replace it). Where a data set
+    does not tell the classes without its images, it is ten images, from the first to the last; where images cannot be
+    read without moving the loader, such as a stream's, they are those of the first validation batch. `early_frames`
     adds overlays before training and after 1, 2, 4, 8 ... batches of the first epoch. `head_grids` is the number of
     probe images with a layers x heads grid, before training and at validations. Numbers go to every logger, images to
-    those that take images, and both to attention_history.npz in the trainer's root folder. Weights train the same to
-    the bit with it and without.
+    those that take images, and both to attention_history.npz in the trainer's root folder (with a number where that is
+    another training's). Weights train the same to the bit with it and without; so do loaders, logged values and all
+    that the module keeps.
 
     What the user can correct is a UserError before training begins. Whatever else goes wrong in watching is warned of,
     once for each kind of thing that is then missing, and training goes on; where memory ends, that kind of thing is
@@ -79,36 +90,64 @@ class AttentionLogger(Callback):
         self.model = model
         self.geometry = geometry
         self.log_guard: LogGuard | None = None  # of a run that guards its loggers itself
+        self.owns_folder = False  # whether the trainer's root folder is this training's alone
         self._epoch_began = 0.0
         self._forget_training()
 
     def _forget_training(self) -> None:
         """Reset what belongs to one training: a callback may serve several, one after the other."""
-        self.history = AttentionHistory()
-        self._saved = (0, 0)  # numbers of frames and validations in the history's file
+        self._file = HistoryFile(Path())
+        self._resumed = False
+        self._resumed_run: str | None = None  # whose checkpoint training goes on from, where it says so
         self._found: FoundModel | None = None  # None: nothing is watched
         self._probes: Tensor | None = None
+        self._checked: tuple[Tensor, Tensor] | UserError | None = None  # what the sanity check has for probes
+        self._waits_for_images = False
         self._loggers = Loggers()
         self._validation_due = False  # the same in all processes
         self._validation: ValidationWatch | None = None
         self._batch = ExitStack()  # of the validation, while it is watched
         self._process_settings = ExitStack()
-        self._warned: set[str] = set()
-        self._given_up: set[str] = set()
+        self._attempts = Attempts()
         self._seconds = 0.0
+
+    @property
+    def history(self) -> AttentionHistory:
+        return self._file.history
 
     # --- when ---
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._forget_training()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.owns_folder else {"run": self._file.run}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed_run = state_dict.get("run")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._forget_training()
         self._epoch_began = time.perf_counter()
+        self._resumed = trainer.global_step > 0
         require_unsharded_model(trainer)
         with self._timed():
-            self._attempt("attention", partial(self._begin, trainer, pl_module), before_training=True)
+            self._attempts.attempt("attention", partial(self._begin, trainer, pl_module), before_training=True)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with eval_mode(pl_module):
-            self._probes, labels = self._choose_probes(trainer, pl_module)
+        probes = self._choose_probes(trainer, pl_module)
+        if probes is None:
+            self._waits_for_images = True
+            return
+        self._watch(trainer, pl_module, *probes)
+        if trainer.is_global_zero and not self._resumed:
+            self._attempts.attempt("frame", partial(self._log_frame, trainer, pl_module), before_training=True)
+
+    def _watch(self, trainer: Trainer, pl_module: LightningModule, images: Tensor, labels: Tensor) -> None:
+        """Find the model with the probe images, and begin the history."""
+        floating = (parameter.dtype for parameter in pl_module.parameters() if parameter.is_floating_point())
+        self._probes = images.to(pl_module.device, next(floating, torch.float32))
+        with unnoticed(trainer, pl_module):
             found = find_model(pl_module, self._probes, self.model, self.geometry)
         if trainer.is_global_zero:
             if found.others:
@@ -116,12 +155,9 @@ class AttentionLogger(Callback):
                 rank_zero_info(f'AttentionLogger captures {found.name}; others are {others} (model="..." chooses)')
             self._loggers = Loggers(trainer.loggers, self.log_guard)
             self._process_settings.enter_context(self._loggers.fast_checksums())
-            resumed = trainer.global_step > 0
             declared = declared_class_names(pl_module)
-            self._begin_history(trainer, labels, resumed, declared if len(declared) == found.num_classes else ())
+            self._begin_history(trainer, labels, declared if len(declared) == found.num_classes else ())
         self._found = found
-        if trainer.is_global_zero and not resumed:
-            self._attempt("frame", partial(self._log_frame, trainer, pl_module), before_training=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -132,19 +168,43 @@ class AttentionLogger(Callback):
             return
         if done < trainer.num_training_batches:  # the last batch's frame is the validation's
             with self._timed():
-                self._attempt("frame", partial(self._log_frame, trainer, pl_module, early=True))
+                self._attempts.attempt("frame", partial(self._log_frame, trainer, pl_module, early=True))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         self._validation_due = fitting and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        watched = self._validation_due and self._found is not None and "statistics" not in self._given_up
-        self._validation = ValidationWatch(self._found, self.geometry) if watched and self._found else None
+        self._validation = self._new_validation()
+
+    def _new_validation(self) -> ValidationWatch | None:
+        if self._found is None or not self._validation_due or "statistics" in self._attempts.given_up:
+            return None
+        return ValidationWatch(self._found, self.geometry)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if trainer.state.fn == "fit" and batch_idx == dataloader_idx == 0:
+            with self._timed():
+                self._take_images(trainer, pl_module, batch)
         if self._validation is not None:
-            self._batch.enter_context(self._validation.batch())
+            share = share_of_batch(flat_loaders(trainer.val_dataloaders)[dataloader_idx], batch_idx)
+            self._batch.enter_context(self._validation.batch(share))
+
+    def _take_images(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Take probes from the first validation batch, where they could not be read without it."""
+        if trainer.sanity_checking and self.probe_images is None:
+            try:
+                self._checked = first_of_each_class([batch])
+            except UserError as error:
+                self._checked = error
+        elif self._waits_for_images:
+            self._waits_for_images = False
+
+            def watch() -> None:
+                self._watch(trainer, pl_module, *first_of_each_class([batch]))
+                self._validation = self._new_validation()
+
+            self._attempts.attempt("attention", watch)
 
     def on_validation_batch_end(
         self,
@@ -166,9 +226,9 @@ class AttentionLogger(Callback):
             # Processes agree, also with one that could not watch, before they add up what they have.
             if trainer.strategy.reduce_boolean_decision(watch is not None and self._accept(watch), all=True):
                 assert watch is not None
-                self._attempt("statistics", partial(self._log_statistics, trainer, watch.statistics))
+                self._attempts.attempt("statistics", partial(self._log_statistics, trainer, watch.statistics))
             if trainer.is_global_zero:
-                self._attempt("frame", partial(self._log_frame, trainer, pl_module))
+                self._attempts.attempt("frame", partial(self._log_frame, trainer, pl_module))
                 self._save_history(trainer)
         if watch is not None:
             self._seconds += watch.seconds
@@ -194,17 +254,20 @@ class AttentionLogger(Callback):
 
     # --- what ---
 
-    def _choose_probes(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor]:
-        """Return images in the model's format, device and type, and their labels, -1 where unknown."""
-        if self.probe_images is None:
-            images, labels = first_of_each_class(validation_batches(trainer))
-        else:
-            images = self.probe_images
-            labels = torch.full((len(images),), -1) if self.probe_labels is None else self.probe_labels
-        floating = (parameter.dtype for parameter in pl_module.parameters() if parameter.is_floating_point())
-        return images.to(pl_module.device, next(floating, torch.float32)), labels
+    def _choose_probes(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Tensor, Tensor] | None:
+        """Return images and their labels, -1 where unknown; None before the first validation, where it has them alone.
 
-    def _begin_history(self, trainer: Trainer, labels: Tensor, resumed: bool, declared_names: Sequence[str]) -> None:
+        Raise UserError where there are none.
+        """
+        if self.probe_images is not None:
+            unknown = torch.full((len(self.probe_images),), -1)
+            return self.probe_images, unknown if self.probe_labels is None else self.probe_labels
+        chosen = images_of_validation(trainer, pl_module)
+        if chosen is None and isinstance(self._checked, UserError):
+            raise self._checked
+        return chosen or self._checked  # type: ignore[return-value]
+
+    def _begin_history(self, trainer: Trainer, labels: Tensor, declared_names: Sequence[str]) -> None:
         assert self._probes is not None
         description = getattr(getattr(trainer, "datamodule", None), "description", None)
         names = getattr(description, "class_names", None) or declared_names
@@ -215,34 +278,17 @@ class AttentionLogger(Callback):
             "class_names": np.array(names),
             "data": np.array(getattr(description, "watermark", "")),
         }
-        path = history_path(trainer)
-        if resumed and path.exists():
-            self._load_history(path, probe, trainer.global_step)
+        self._file = HistoryFile(Path(trainer.default_root_dir), self.owns_folder)
+        if self._resumed:
+            try:
+                self._file.resume(self._resumed_run, probe, trainer.global_step)
+            except UserError as error:
+                self._attempts.warn("earlier history", str(error))
         self.history.probe |= probe
 
-    def _load_history(self, path: Path, probe: dict[str, Any], step: int) -> None:
-        """Go on with the history up to `step`; one that cannot be read, or is of other images, is begun anew."""
-        try:
-            history = AttentionHistory.load(path)
-        except UserError as error:
-            self._warn("earlier history", f"{error}; a new one is started")
-            return
-        if all(np.array_equal(history.probe.get(name, ()), probe[name]) for name in ("images", "labels")):
-            self.history = history
-            self.history.discard_after(step)
-        else:
-            self._warn("earlier history", f"{path} is of other probe images, a new one is started")
-
     def _save_history(self, trainer: Trainer) -> None:
-        entries = len(self.history.frames), len(self.history.validations)
-        if entries == self._saved or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-
-        def save() -> None:
-            self.history.save(history_path(trainer))
-            self._saved = entries
-
-        self._attempt("history", save)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._attempts.attempt("history", self._file.save)
 
     def _log_frame(self, trainer: Trainer, pl_module: LightningModule, early: bool = False) -> None:
         """Observe the probe images and write that to the history and, as figures, to the loggers.
@@ -253,8 +299,10 @@ class AttentionLogger(Callback):
             return
         if self.history.frames and self.history.frames[-1]["step"] == trainer.global_step:
             return  # a validation right after an early frame, or a batch of accumulated gradients
-        with eval_mode(pl_module):
-            observation = observe(self._found.runs, self._probes, geometry=self.geometry)
+        with unnoticed(trainer, pl_module):
+            observation = observe(
+                self._found.runs, self._probes, geometry=self.geometry, gradients=self._found.needs_gradients
+            )
         if not self._found.num_classes:
             nothing = np.full_like(observation.predicted, -1), np.full_like(observation.probability, np.nan)
             observation = replace(observation, predicted=nothing[0], probability=nothing[1])
@@ -262,20 +310,9 @@ class AttentionLogger(Callback):
         if "num_keys" not in probe:  # the first frame of this model
             probe |= {"num_keys": np.array(observation.num_keys), "query": np.array(str(observation.query))}
             self._loggers.log_chart_layout(observation.entropy.shape[1])
-        self.history.frames.append(
-            {
-                "step": np.array(trainer.global_step),
-                "epoch": np.array(progress_in_epochs(trainer)),
-                "maps": np.nanmean(observation.head_maps, axis=2),
-                **({} if observation.rollouts is None else {"rollout": observation.rollouts[:, -1]}),
-                "entropy": observation.entropy.mean(axis=0),
-                "distance": observation.distance.mean(axis=0),
-                "predicted": observation.predicted,
-                "probability": observation.probability,
-            }
-        )
+        self.history.frames.append(frame_of(observation, trainer.global_step, progress_in_epochs(trainer)))
         if self._loggers.take_images:
-            self._attempt("figures", partial(self._log_probe_figures, trainer, observation, early))
+            self._attempts.attempt("figures", partial(self._log_probe_figures, trainer, observation, early))
 
     def _log_probe_figures(self, trainer: Trainer, observation: Observation, early: bool) -> None:
         probe = self.history.probe
@@ -295,9 +332,9 @@ class AttentionLogger(Callback):
     def _accept(self, watch: ValidationWatch) -> bool:
         """Warn of what was unusual in a validation; return whether all of it was measured."""
         if watch.out_of_memory:
-            self._given_up.add("statistics")
+            self._attempts.given_up.add("statistics")
         for kind, remark in watch.remarks().items():
-            self._warn(kind, remark)
+            self._attempts.warn(kind, remark)
         return bool(watch.statistics.layer_names) and watch.failure is None
 
     def _log_statistics(self, trainer: Trainer, statistics: AttentionStatistics) -> None:
@@ -306,16 +343,7 @@ class AttentionLogger(Callback):
         if not trainer.is_global_zero:
             return
         summaries = statistics.compute()
-        scalars: dict[str, float] = {}
-        for measure in LOGGED_MEASURES:
-            for layer, means in enumerate(summaries[measure.name].mean, start=1):
-                heads = {head: float(mean) for head, mean in enumerate(means, start=1) if not np.isnan(mean)}
-                if not heads:
-                    continue  # a measure that this layer does not have
-                group = f"attention_{measure.name}/layer_{layer}"
-                scalars[f"{group}_mean"] = sum(heads.values()) / len(heads)
-                scalars |= {f"{group}_head_{head}": mean for head, mean in heads.items()}
-        self._loggers.log_scalars(scalars, trainer.global_step)
+        self._loggers.log_scalars(scalars_of(summaries), trainer.global_step)
         self._loggers.log_histograms(summaries, trainer.global_step)
         entropy = summaries["entropy"]
 
@@ -325,7 +353,7 @@ class AttentionLogger(Callback):
             heat_map = heat_map.with_watermark(str(self.history.probe["data"]))
             self._loggers.log_figure("attention_entropy_heat_map", heat_map, trainer.global_step)
 
-        self._attempt("figures", log_heat_map)
+        self._attempts.attempt("figures", log_heat_map)
         self.history.validations.append(
             {name: measured.mean for name, measured in summaries.items()}
             | {
@@ -335,31 +363,6 @@ class AttentionLogger(Callback):
             }
         )
 
-    # --- and training goes on ---
-
-    def _attempt(self, kind: str, work: Callable[[], None], before_training: bool = False) -> None:
-        """Do `work`; turn an error into a warning, once for each `kind` of output that is missing because of it.
-
-        Raise UserError `before_training`, when the user can still correct it.
-        """
-        if kind in self._given_up:
-            return
-        try:
-            work()
-        except Exception as error:
-            if before_training and isinstance(error, UserError):
-                raise
-            again = "this time"
-            if ran_out_of_memory(error):
-                self._given_up.add(kind)
-                again = "any more"
-            self._warn(kind, f"no {kind} {again}: {summary(error)}")
-
-    def _warn(self, kind: str, text: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            rank_zero_warn(f"AttentionLogger: {text}")
-
     @contextmanager
     def _timed(self) -> Iterator[None]:
         began = time.perf_counter()
@@ -367,10 +370,6 @@ class AttentionLogger(Callback):
             yield
         finally:
             self._seconds += time.perf_counter() - began
-
-
-def history_path(trainer: Trainer) -> Path:
-    return Path(trainer.default_root_dir) / HISTORY
 
 
 def progress_in_epochs(trainer: Trainer) -> float:

@@ -71,6 +71,17 @@ def require_saving(trainer: Trainer) -> None:
         raise UserError(f"lightning {version('lightning')} has no {', '.join(missing)}: install lightning>=2.6.6,<2.7")
 
 
+# --- watching: the validation loaders, which Lightning sets up only for the first validation ----------------------
+
+
+def validation_loaders(trainer: Trainer) -> Any:
+    """Return the validation loaders, from where Lightning will take them if it did not yet; None if there are none."""
+    if trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return source.dataloader() if source.instance is not None and source.is_defined() else None
+
+
 # --- watching: what TensorBoard's public calls do at several times the cost, or not at all ------------------------
 
 

@@ -90,6 +90,20 @@ def log_image(logger: Any, tag: str, rgb: NDArray[np.uint8], step: int) -> None:
         logger.log_image(key=tag, images=[rgb], step=step)
 
 
+def scalars_of(summaries: dict[str, MeasureSummary]) -> dict[str, float]:
+    """Return each measure's mean for each layer and head, and for each layer, by tag."""
+    scalars: dict[str, float] = {}
+    for measure in LOGGED_MEASURES:
+        for layer, means in enumerate(summaries[measure.name].mean, start=1):
+            heads = {head: float(mean) for head, mean in enumerate(means, start=1) if not np.isnan(mean)}
+            if not heads:
+                continue  # a measure that this layer does not have
+            group = f"attention_{measure.name}/layer_{layer}"
+            scalars[f"{group}_mean"] = sum(heads.values()) / len(heads)
+            scalars |= {f"{group}_head_{head}": mean for head, mean in heads.items()}
+    return scalars
+
+
 def log_histograms(logger: TensorBoardLogger, summaries: dict[str, MeasureSummary], step: int) -> None:
     """Log one histogram for each layer and measure, over images and heads, straight from the streamed counts."""
     for name, summary in summaries.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -25,7 +25,8 @@ from attention_visualizer.attention.capture import (
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.model_search import FoundModel
 from attention_visualizer.measures.streaming import AttentionStatistics
-from attention_visualizer.support.errors import UserError, summary
+from attention_visualizer.support.errors import UserError, ran_out_of_memory, summary
+from attention_visualizer.watching.padding import BatchShare
 
 
 class ValidationWatch:
@@ -47,10 +48,13 @@ class ValidationWatch:
         self.idle_batches = 0  # in which the model did not run
         self.most_runs = 0  # of one layer in one batch
         self._runs: Counter[str] = Counter()  # of each layer, in this batch
+        self._share: BatchShare | None = None
         self._capture = ExitStack()
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
+    def batch(self, share: BatchShare | None = None) -> Iterator[None]:
+        """Watch a step. `share` says which images of its batch are not to be counted."""
+        self._share = share
         if self.failure is not None:
             yield
             return
@@ -120,9 +124,20 @@ class ValidationWatch:
             return  # another part of the same module
         self._runs[name] += 1
         try:
-            self.statistics.update(replace(layer, name=name))
+            self.statistics.update(counted(replace(layer, name=name), self._share))
         except Exception as error:
             self.give_up(error)
+
+
+def counted(layer: AttentionLayer, share: BatchShare | None) -> AttentionLayer:
+    """Return the layer without the images at the end of its batch that another process counts."""
+    if share is None or layer.geometry is None:
+        return layer
+    rows = len(layer.weights) // share.images  # windows of an image
+    if rows * share.images != len(layer.weights) or rows != math.prod(layer.geometry.windows):
+        return layer  # of other images than the batch has
+    kept = (share.images - share.repeated) * rows
+    return replace(layer, weights=layer.weights[:kept], values=layer.values[:kept])
 
 
 def name_in_pass(name: str, layers: tuple[str, ...]) -> str | None:
@@ -135,15 +150,6 @@ def name_in_pass(name: str, layers: tuple[str, ...]) -> str | None:
         return None
     repeat = (int(number or 1) - 1) % repeats + 1
     return base if repeat == 1 else f"{base}#{repeat}"
-
-
-def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether there was no memory left, which `error` or an error that it was raised from says."""
-    while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or is_oom_error(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 RNGState = tuple[Tensor, list[Tensor]]  # of the CPU, and of each GPU that is in use
