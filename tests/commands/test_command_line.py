@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +204,23 @@ def test_help_shows_groups_and_values(folder: Path) -> None:
     for words in ("python train.py", "embed_dim: 128", "experiment", "tensorboard"):
         assert words in outcome.out
     assert run_folders(folder) == []
+
+
+def test_options_whose_help_python_3_14_checks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since 3.14 argparse expands each help when its option is added, and Hydra's for --shell-completion is no text."""
+    add = argparse._ActionsContainer.add_argument
+
+    def add_and_check(container: Any, *names: str, **options: Any) -> argparse.Action:
+        if "%" in (options.get("help") or ""):  # the first thing that it asks of a help
+            options["help"] % {"prog": "", "default": None}
+        return add(container, *names, **options)
+
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", add_and_check)
+    own = vars(argparse.ArgumentParser).copy()
+    outcome = run_train("--hydra-help", folder=folder)
+    assert outcome.exit_code == 0, outcome.err
+    assert "Install or Uninstall shell completion" in outcome.out
+    assert vars(argparse.ArgumentParser) == own
 
 
 # --- the parts -------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +40,7 @@ def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Cal
             fail(UserError("hydra.job.chdir=true: the places of files are relative to this folder; leave it false"))
         return job(config)
 
-    main = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(started_job)
+    main = helps_as_text()(hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(started_job))
     if os.environ.get("HYDRA_FULL_ERROR"):
         main()
         return
@@ -55,6 +57,23 @@ def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Cal
         if on_mistake is not None:
             on_mistake()
         fail(error if is_foreseen(error) else UserError(f"{' '.join(sys.argv[1:])}: cannot be understood: {error}"))
+
+
+@contextmanager
+def helps_as_text() -> Iterator[None]:
+    """Let argparse have each option's help as text, inside the block: Hydra 1.3 gives an object that is none, at which
+    Python 3.14 ends."""
+
+    def add_argument(parser: argparse.ArgumentParser, *names: Any, **options: Any) -> argparse.Action:
+        if options.get("help") is not None:
+            options["help"] = str(options["help"])
+        return super(argparse.ArgumentParser, parser).add_argument(*names, **options)
+
+    argparse.ArgumentParser.add_argument = add_argument  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del argparse.ArgumentParser.add_argument  # what it inherits comes to light again
 
 
 def is_foreseen(error: Exception) -> bool:
