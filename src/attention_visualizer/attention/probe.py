@@ -14,6 +14,7 @@ from torch import Tensor
 from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.placement import PlacedKeys
 from attention_visualizer.attention.policies import OneCallOff, SwitchedOff
+from attention_visualizer.support.double_precision import in_float64
 
 Array = NDArray[Any]
 MAX_PICTURES = 16  # of 224 x 224 pixels in one pass, and fewer of larger ones
@@ -96,7 +97,8 @@ class Probe:
         if values is None or values.shape[0] * values.shape[2] != (number + 1) * num_keys:
             return np.full((number, num_keys), np.nan)
         # [picture, key, head and column]
-        each = values.unflatten(0, (number + 1, -1)).transpose(2, 3).flatten(3).flatten(1, 2).double()
+        each = values.unflatten(0, (number + 1, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
+        each = in_float64(each)
         return (each[1:] - each[:1]).square().mean(dim=-1).sqrt().cpu().numpy()
 
     def dependence(self) -> Array:

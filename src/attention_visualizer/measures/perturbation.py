@@ -122,7 +122,7 @@ class Perturbation:
         with torch.no_grad():
             probability = logits(torch.from_numpy(visible), selected).softmax(dim=-1)
         of_class = probability.gather(1, self.classes[selected, None].to(probability.device))[:, 0]
-        return np.asarray(of_class.double().cpu().numpy())
+        return np.asarray(of_class.cpu().double().numpy())
 
     def _logits_filled(self, visible: Tensor, rows: Tensor) -> Tensor:
         height, width = (side // count for side, count in zip(self.images.shape[2:], self.grid, strict=True))

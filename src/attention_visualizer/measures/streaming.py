@@ -18,6 +18,7 @@ from torch import Tensor
 from attention_visualizer.attention.capture import AttentionLayer
 from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry
 from attention_visualizer.measures import map_measures
+from attention_visualizer.support.double_precision import exact_device, has_float64, in_float64
 from attention_visualizer.support.errors import UserError
 
 NUM_BINS = 512
@@ -38,6 +39,7 @@ class Distribution:
 
     def __init__(self, num_heads: int, low: float, high: float, device: torch.device | str = "cpu") -> None:
         self.low, self.high = low, high
+        device = exact_device(device)
         self.counts = torch.zeros(num_heads, NUM_BINS, dtype=torch.float64, device=device)
         self.first_bins = torch.arange(num_heads, device=device) * NUM_BINS  # each head's, with all counts in one row
         self.sums = torch.zeros(num_heads, dtype=torch.float64, device=device)
@@ -48,7 +50,7 @@ class Distribution:
 
     def update(self, values: Tensor) -> None:
         """values: [batch, head]."""
-        num_heads = len(self.counts)
+        values, num_heads = values.to(self.counts.device), len(self.counts)
         bins = ((values - self.low) * (NUM_BINS / (self.high - self.low))).long().clamp_(0, NUM_BINS - 1)
         bins += self.first_bins
         self.counts += torch.bincount(bins.flatten(), minlength=num_heads * NUM_BINS).view_as(self.counts)
@@ -247,7 +249,8 @@ class MeanWeights:
         self.counts: dict[str, int] = {}
 
     def update(self, layer: AttentionLayer) -> None:
-        total = layer.in_usual_order().weights.sum(dim=0, dtype=torch.float64)
+        weights = layer.in_usual_order().weights
+        total = in_float64(weights.sum(dim=0, dtype=torch.float64 if has_float64(weights.device) else None))
         self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total
         self.counts[layer.name] = self.counts.get(layer.name, 0) + len(layer.weights)
 

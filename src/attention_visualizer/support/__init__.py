@@ -3,6 +3,7 @@
 Hands out UserError, safe text, and small helpers for processes and cores. May use no other room.
 
     allocator.py          keep freed memory in the process, for faster training steps
+    double_precision.py   sums in float64, on the CPU where a device has none
     errors.py             UserError: a mistake that the user can correct; the text of any error in one line
     field_types.py        check values against type hints and bounds, with one message for both commands
     machine.py            memory, installed versions and git commit of this machine

@@ -182,7 +182,7 @@ def logits_of_rows(study: Study, rows: Array, edit: Edit | None = None) -> Array
             scores = class_scores(model, images, model(images))
             if scores is None:
                 raise ValueError("the model gives no class scores")
-            batches.append(scores.logits.double().cpu().numpy())
+            batches.append(scores.logits.cpu().double().numpy())
     return np.concatenate(batches)
 
 
