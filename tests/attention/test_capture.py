@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attention_visualizer.attention import calls, layer_geometry, policies, recording
+from attention_visualizer.attention import calls, layer_geometry, policies, proof, recording
 from attention_visualizer.attention.capture import AttentionLayer, CapturedAttention, CaptureError, capture, intervene
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.hand_written import HandWrittenAttention
@@ -435,7 +435,7 @@ def test_nothing_is_left_behind_after_an_exception(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError), capture(model):  # in the model
         model(torch.zeros(2, 3, 4))
     assert state_around(model) == before
-    monkeypatch.setitem(calls.ERROR_BOUND, torch.float32, -1.0)
+    monkeypatch.setitem(proof.ERROR_BOUND, torch.float32, -1.0)
     with pytest.raises(CaptureError), capture(model):  # in the proof
         model(images())
     assert state_around(model) == before

@@ -22,6 +22,7 @@ Hands out capture, intervene, Geometry and the search for the ViT inside a modul
     policies.py        what becomes of a recorded layer: handed out, with gradients, edited, switched off
     probe.py           a model's call repeated with other pictures
     projections.py     the linear map that is applied to the heads' outputs
+    proof.py           how far weights times values may be from the model's own output
     receptive_fields.py  which pixels each key answers to
     recording.py       the function mode that sees, proves and records attention calls
     streams.py         which calls are parts of one layer, and which stand side by side

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention_visualizer.attention.function_call import FunctionCall
+from attention_visualizer.attention.proof import Proof, largest
+from attention_visualizer.support.double_precision import has_float64
 
-# Largest accepted |weights @ values - the model's output|, relative to the largest |value|, by dtype of the model's
-# attention: some hundred times its rounding.
-ERROR_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-DROPOUT_ARGUMENT = 4, "dropout_p"  # of scaled_dot_product_attention: its position and its name
+# Of scaled_dot_product_attention: their positions and names.
+QUERY_KEY_VALUE = (0, "query"), (1, "key"), (2, "value")
+DROPOUT_ARGUMENT = 4, "dropout_p"
 
 #: Whether weights were rebuilt from queries and keys, or are the very tensor that the model multiplies.
 Source = Literal["rebuilt", "multiplied"]
@@ -43,20 +43,11 @@ class AttentionCall:
     weights: Tensor  # [batch, head, query, key], at least float32, after softmax and before dropout, differentiable
     values: Tensor  # [batch, head, key, head_dim]
     source: Source
-    product: Tensor  # weights @ values, dropout left out here and in `expected`, or included in both
-    expected: Tensor  # the same product as the model computed it
-    magnitude: float  # of the numbers that are summed, to judge a difference by
+    #: Of weights @ values against the same product as the model computed it, dropout left out in both or in neither.
+    proof: Proof
     replay: Callable[
         [Tensor], Tensor
     ]  # other weights of that shape -> the output passed on to the model, dropout included
-
-
-def largest(values: Tensor) -> float:
-    """Return the largest magnitude; NaN if there is a NaN, 0 for an empty tensor."""
-    if not values.numel():
-        return 0.0
-    low, high = torch.aminmax(values.detach())  # one pass and no copy, unlike abs().max()
-    return abs(float(torch.maximum(-low, high)))
 
 
 class HeadLayout:
@@ -160,9 +151,6 @@ def fused_call(heads: DeclaredHeads, output: Tensor, call: FunctionCall, before:
 
     `before` is the random state before the call, which its dropout started from; None if it need not be repeated.
     """
-    weights, values = attention_weights(*call.args, **call.kwargs)
-    layout = HeadLayout(weights.shape[:-2], *heads)
-    values = values.expand(*weights.shape[:-2], *values.shape[-2:])
     dropout = fused_dropout(call)
     expected = output
     if dropout:  # the model's own output without its random part, to compare with
@@ -171,15 +159,24 @@ def fused_call(heads: DeclaredHeads, output: Tensor, call: FunctionCall, before:
 
     def multiply(weights: Tensor) -> Tensor:
         with torch.autocast(values.device.type, enabled=False):  # which would round the product
-            return weights @ values
+            return weights.to(values.dtype) @ values
+
+    weights, values = attention_weights(*call.args, **call.kwargs)
+    dtype = weights.dtype
+    proof = Proof.of(multiply(weights), expected, largest(values))
+    if proof.is_reduced and has_float64(output.device):  # fused kernels keep the precision that products lose
+        query, key, value = (call.argument(*each).double() for each in QUERY_KEY_VALUE)
+        others = {name: given for name, given in call.kwargs.items() if name not in ("query", "key", "value")}
+        weights, values = attention_weights(query, key, value, *call.args[3:], **others)
+        proof = Proof.of(multiply(weights), expected, largest(values))
+    values = values.expand(*weights.shape[:-2], *values.shape[-2:])
+    layout = HeadLayout(weights.shape[:-2], *heads)
 
     def replay(other: Tensor) -> Tensor:
         with random_numbers(output.device, before):
             return multiply(F.dropout(layout.restore(other), dropout)).to(output.dtype)
 
-    return AttentionCall(
-        layout.apply(weights), layout.apply(values), "rebuilt", multiply(weights), expected, largest(values), replay
-    )
+    return AttentionCall(layout.apply(weights).to(dtype), layout.apply(values).to(dtype), "rebuilt", proof, replay)
 
 
 def attention_weights(

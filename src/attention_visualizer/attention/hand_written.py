@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_visualizer.attention.calls import AttentionCall, DeclaredHeads, HeadLayout, ProductForm, largest
+from attention_visualizer.attention.calls import AttentionCall, DeclaredHeads, HeadLayout, ProductForm
 from attention_visualizer.attention.einsum import einsum_form, einsum_labels
 from attention_visualizer.attention.function_call import FunctionCall, tensors_of
+from attention_visualizer.attention.proof import Proof, largest
 from attention_visualizer.attention.torch_internals import DisableTorchFunction, TensorDictionary
 
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
@@ -80,8 +81,8 @@ class HandWrittenProduct:
 
         # Weights that were mixed between heads need not be shares: their rows can sum to more than one.
         magnitude = largest(values) * max(1.0, largest(left.detach().abs().sum(dim=-1)))
-        expected = self.form.to_output(output)
-        return AttentionCall(weights, layout.apply(values), "multiplied", product, expected, magnitude, replay)
+        proof = Proof.of(product, self.form.to_output(output), magnitude)
+        return AttentionCall(weights, layout.apply(values), "multiplied", proof, replay)
 
 
 class HandWrittenAttention:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_visualizer.attention.calls import ERROR_BOUND, AttentionCall, largest
+from attention_visualizer.attention.calls import AttentionCall
 from attention_visualizer.attention.layers import AttentionLayer, CaptureError, Edit, is_named
+from attention_visualizer.attention.proof import largest
 from attention_visualizer.attention.torch_internals import DisableTorchFunction, TensorDictionary, version_of
 
 # The layer of an intervention by the output that it passed on to the model, for captures inside its block.
@@ -70,7 +71,7 @@ class CaptureWithGradients(Capture):
 
     def replay(self, layer: AttentionLayer, weights: Tensor, call: AttentionCall, output: Tensor) -> Tensor:
         through = call.replay(weights)
-        if not largest(through - output) <= 2 * ERROR_BOUND[output.dtype] * call.magnitude:
+        if not largest(through - output) <= 2 * call.proof.bound:
             raise CaptureError(
                 f"the dropout of {layer.name} cannot be repeated, so its weights have no gradients: "
                 "put the model in eval mode"

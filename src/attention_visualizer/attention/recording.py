@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -26,12 +27,10 @@ from attention_visualizer.attention.callers import (
     method_call,
 )
 from attention_visualizer.attention.calls import (
-    ERROR_BOUND,
     AttentionCall,
     DeclaredHeads,
     fused_call,
     fused_dropout,
-    largest,
     random_state,
 )
 from attention_visualizer.attention.function_call import FunctionCall
@@ -49,6 +48,7 @@ from attention_visualizer.attention.placement import Unplaced
 from attention_visualizer.attention.places import is_measuring
 from attention_visualizer.attention.policies import Capture, PassIsOver, SwitchedOff, edited_layers
 from attention_visualizer.attention.projections import ProjectionWatch
+from attention_visualizer.attention.proof import Proof, largest
 from attention_visualizer.attention.torch_internals import (
     DisableTorchFunction,
     current_graph_task_id,
@@ -190,8 +190,7 @@ class Recorder(TorchFunctionMode):
             fast = fast_path_output(multi_head_frame(frame), self.names)
             if fast is None:
                 return output
-            error = largest(output[0] - fast[0])
-            self._check("nn.MultiheadAttention", error, largest(fast[0]), fast[0].dtype)
+            self._check("nn.MultiheadAttention", Proof.of(output[0], fast[0], largest(fast[0])))
         return fast
 
     def _record(self, output: Tensor, describe: Callable[[DeclaredHeads], AttentionCall], frame: FrameType) -> Tensor:
@@ -243,9 +242,8 @@ class Recorder(TorchFunctionMode):
         with DisableTorchFunction(), torch.set_grad_enabled(keeps_graph):
             call = describe(declared_heads(stack))
             edited = edited_layers.get(output)
-            # In place: the product is there for this alone.
-            error = largest(call.product.detach().sub_(call.expected.detach())) if edited is None else edited.error
-            self._check(name, error, call.magnitude, call.expected.dtype)
+            proof = call.proof if edited is None else replace(call.proof, error=edited.error)
+            self._check(name, proof)
             weights, values = self.policy.prepare(call.weights if edited is None else edited.weights, call.values)
             place = self._place(LayerShape(name, weights.shape, stack.images, stack.is_text))
             layer = AttentionLayer(
@@ -254,7 +252,7 @@ class Recorder(TorchFunctionMode):
                 weights=weights,
                 values=values,
                 geometry=None if isinstance(place, Unplaced) else place,
-                error=error,
+                error=proof.error,
                 source=call.source,
                 same_output=not stack.is_compiled and not any(map(leaves_fast_path, stack.modules)),
                 unplaced=place.reason if isinstance(place, Unplaced) else None,
@@ -286,18 +284,19 @@ class Recorder(TorchFunctionMode):
         repeats = self.names_of_pass.count(name)
         return name if repeats == 1 else f"{name}#{repeats}", len(self.names_of_pass) - 1  # a module applied again
 
-    def _check(self, name: str, error: float, magnitude: float, dtype: torch.dtype) -> None:
+    def _check(self, name: str, proof: Proof) -> None:
         """Raise CaptureError unless what was found reproduces the model's output."""
-        bound = ERROR_BOUND[dtype] * magnitude
+        error = proof.error
         if math.isnan(error):
             raise CaptureError(
                 f"the attention of {name} is not finite: its weights or its input are NaN or infinite; "
                 "if the model was training, it has diverged: lower its learning_rate"
             )
-        if not error <= bound:
+        if not error <= proof.bound:
             raise CaptureError(
                 f"the weights found for {name} do not reproduce its output: they differ by {error:.2e}, "
-                f"above the bound of {bound:.2e} for {dtype}"
+                f"above the bound of {proof.bound:.2e} for {proof.dtype}"
+                + (", products of reduced precision allowed for" if proof.is_reduced else "")
             )
         self.attention.reconstruction_error = max(self.attention.reconstruction_error, error)
 
