@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.proof import Proof, largest
@@ -207,6 +207,8 @@ def attention_weights(
         if is_causal:
             causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~causal, -math.inf)
+        if attn_mask is not None and type(attn_mask) not in (Tensor, nn.Parameter):
+            return weights_under(attn_mask, query, key, is_causal, scale), value
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
                 scores = scores.masked_fill(~attn_mask, -math.inf)
@@ -216,3 +218,14 @@ def attention_weights(
             return scores.softmax(dim=-1), value
         # A query that may attend to no key attends to nothing, as in the fused attention.
         return scores.softmax(dim=-1).masked_fill((scores == -math.inf).all(dim=-1, keepdim=True), 0.0), value
+
+
+def weights_under(mask: Tensor, query: Tensor, key: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    """Return the weights under a mask of a class of its own, such as torch.nn.attention.bias.CausalBias, which says
+    itself what attention does with it: the output for values that are one in one column each."""
+    identity = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device).expand(*key.shape[:-1], -1)
+    arguments = {"attn_mask": mask, "is_causal": is_causal, "scale": scale}
+    weights = type(mask).__torch_function__(
+        F.scaled_dot_product_attention, (type(mask),), (query, key, identity), arguments
+    )
+    return weights.as_subclass(Tensor)

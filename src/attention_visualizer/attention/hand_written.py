@@ -19,9 +19,9 @@ from attention_visualizer.attention.function_call import FunctionCall, tensors_o
 from attention_visualizer.attention.proof import Proof, largest
 from attention_visualizer.attention.torch_internals import DisableTorchFunction, TensorDictionary
 
-SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
+SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax, torch.sparse.softmax}
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul}
-PRODUCTS |= {torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
+PRODUCTS |= {torch.bmm, Tensor.bmm, torch.mm, Tensor.mm, torch.sparse.mm}
 REVERSED_PRODUCTS = {Tensor.__rmatmul__}
 MATRIX_PRODUCTS = PRODUCTS | REVERSED_PRODUCTS
 SCORES = MATRIX_PRODUCTS | {torch.einsum, torch.baddbmm, Tensor.baddbmm, torch.cdist}
@@ -66,6 +66,7 @@ class HandWrittenProduct:
         """Describe the call, which returned `output`."""
         multiplied, (before, mask) = self.weights.tensor, (self.weights.state.before, self.weights.state.mask)
         dropped = multiplied if before is None or mask is None else before * mask
+        dropped = dropped if dropped.layout is torch.strided else dropped.to_dense()
         left = self.form.to_weights(dropped)
         layout = HeadLayout(left.shape[:-2], *heads)
         dtype = torch.promote_types(multiplied.dtype, torch.float32)

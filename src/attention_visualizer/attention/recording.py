@@ -52,10 +52,10 @@ from attention_visualizer.attention.proof import Proof, largest
 from attention_visualizer.attention.torch_internals import (
     DisableTorchFunction,
     current_graph_task_id,
-    is_batched_tensor,
     missing_internals,
     multi_head_body,
     multi_head_frame,
+    unreadable,
     without_wrappers,
 )
 from attention_visualizer.support.errors import UserError, summary
@@ -226,8 +226,8 @@ class Recorder(TorchFunctionMode):
             return None
         self.policy.check()
         name = self.names[id(stack.modules[0])]
-        if is_batched_tensor(output):
-            raise CaptureError(f"{name} computes its attention inside torch.vmap, where it cannot be captured")
+        if (reason := unreadable(output)) is not None:
+            raise CaptureError(f"{name} computes its attention {reason}")
         if stack.is_checkpointed and self.policy.recomputes and self.geometries is not None:
             raise CaptureError(
                 f"{name} runs under torch.utils.checkpoint, which repeats it in the backward pass, uncaptured: "

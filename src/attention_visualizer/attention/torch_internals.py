@@ -89,6 +89,22 @@ _internal(
 )
 
 
+def unreadable(tensor: Tensor) -> str | None:
+    """Return why the numbers of a tensor cannot be read one by one, to be said of an attention; None where they can."""
+    if is_batched_tensor(tensor):
+        return "inside torch.vmap, where it cannot be captured"
+    if tensor.is_nested:
+        return "on nested tensors, which cannot be captured: give it images of one size, one batch of each"
+    if tensor.device.type == "meta" or "FakeTensor" in type(tensor).__name__:
+        return "on the meta device, without numbers: load its weights first"
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = "quantised" if tensor.is_quantized else "sparse"
+        return (
+            f"on {kind} tensors, which cannot be captured: let it compute with dense tensors of floating-point numbers"
+        )
+    return None
+
+
 def version_of(tensor: Tensor) -> int:
     """Return how often `tensor` has been changed in place."""
     return tensor._version
