@@ -55,7 +55,9 @@ def warnings_of(study: Study) -> list[str]:
     warnings = [study.output.watermark] if study.output.watermark else []
     if study.first_observation.left_out:
         names = ", ".join(study.first_observation.left_out)
-        warnings.append(f"layers whose keys have no known position on the image are left out: {names}")
+        warnings.append(
+            f"layers without a known position on the image, or hidden by their kernel, are left out: {names}"
+        )
     broken = getattr(study.target.images, "broken", {})
     unread = [f"{name} could not be read and is left out ({reason})" for name, reason in broken.items()]
     warnings += unread[:MAX_UNREAD]

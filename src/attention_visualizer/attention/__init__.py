@@ -13,6 +13,7 @@ Hands out capture, intervene, Geometry and the search for the ViT inside a modul
     gradients.py       forward passes without gradients, and with them for models that ask for them
     hand_written.py    attention written out as softmax(query @ key) @ value
     kept_state.py      put back what objects keep when code of theirs has run
+    kernels.py         attention that cannot be seen, by its kernel
     layer_geometry.py  the geometry of one layer: measured, or given and compared with that
     layers.py          what capture hands out
     model_search.py    find the Vision Transformer inside a module

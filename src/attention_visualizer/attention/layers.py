@@ -112,6 +112,8 @@ class CapturedAttention:
     def __init__(self) -> None:
         self.layers: list[AttentionLayer] = []
         self.reconstruction_error = 0.0  # the largest of all layers and passes
+        #: Names of modules whose attention is not seen, because another kernel computes it.
+        self.unseen: dict[str, None] = {}
         self.seconds = 0.0  # time that capturing took
 
     @overload

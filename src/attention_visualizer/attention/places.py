@@ -286,7 +286,7 @@ def places_of(owner: nn.Module, model: nn.Module, call: FunctionCall, record: Re
     if key not in known:
         try:
             with _measuring(), undisturbed(owner), undisturbed(model):
-                known[key] = measured_with(call, record)
+                known[key] = measured_with(call, record, model)
         except UnmeasurableError as error:
             known[key] = MeasuredPlaces(failure=str(error))
         except Exception as error:  # whatever a model raises on other pictures
@@ -298,22 +298,24 @@ def places_of(owner: nn.Module, model: nn.Module, call: FunctionCall, record: Re
     return known[key]
 
 
-def measured_with(call: FunctionCall, record: Record, gradients: bool = False) -> MeasuredPlaces:
+def measured_with(call: FunctionCall, record: Record, model: nn.Module, gradients: bool = False) -> MeasuredPlaces:
     """Measure the places of a call, with gradients where its forward asks for them."""
     try:
         with gradients_only(gradients):
-            return measured_places([Probe(call, images, record) for images in images_of(call)])
+            return measured_places([Probe(call, images, record) for images in images_of(call)], model)
     except Exception as error:
         if gradients or not asks_for_gradients(error):
             raise
-    return measured_with(call, record, gradients=True)
+    return measured_with(call, record, model, gradients=True)
 
 
-def measured_places(probes: list[Probe]) -> MeasuredPlaces:
+def measured_places(probes: list[Probe], model: nn.Module) -> MeasuredPlaces:
     """Measure with each of the tensors that may be the images."""
     probes = [probe for probe in probes if probe.is_image]
     by_image = tuple(measure_places(probe) for probe in probes)
     measured = MeasuredPlaces(by_image)
     if not probes:
         return replace(measured, failure="the model was called without images")
-    return replace(measured, streams=find_streams(probes[0], {name: measured.of_call(name) for name in by_image[0]}))
+    return replace(
+        measured, streams=find_streams(probes[0], {name: measured.of_call(name) for name in by_image[0]}, model)
+    )

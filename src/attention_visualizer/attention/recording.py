@@ -36,6 +36,7 @@ from attention_visualizer.attention.calls import (
 from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.hand_written import HandWrittenAttention, HandWrittenProduct
+from attention_visualizer.attention.kernels import is_kernel, kernels_of
 from attention_visualizer.attention.layer_geometry import GeometryFinder, LayerShape
 from attention_visualizer.attention.layers import (
     AttentionLayer,
@@ -121,6 +122,7 @@ class Recorder(TorchFunctionMode):
             self.by_hand = HandWrittenAttention()
         self.projections = ProjectionWatch()
         self.num_calls = 0
+        self.kernels: dict[str, None] = {}  # operators that compute attention unseen
         self.names_of_pass: list[str] = []
         self.frame_of_pass: FrameType | None = None
         self.parts: list[AttentionLayer] = []  # of the layer that is being computed
@@ -151,6 +153,9 @@ class Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in TAKES_IMAGES and args and self._may_begin(args[0]):
             self.method = method_call(self.names, sys._getframe(2), args[0], self.method) or self.method
+        if is_kernel(function) and (owner := innermost_name(self.names, sys._getframe(2))) is not None:
+            self.attention.unseen[owner] = None
+            self.kernels[str(function)] = None
         # The first: a forward that is repeated for the backward pass (checkpointing).
         if current_graph_task_id() != -1 or not (function in ATTENTION or self.by_hand.concerns(function)):
             return function(*args, **kwargs)
@@ -237,6 +242,7 @@ class Recorder(TorchFunctionMode):
         if index == 0 and self.geometries is not None:
             self.parts.clear()
             self.geometries.begin_pass(stack)
+            self.attention.unseen.update(dict.fromkeys(self.geometries.measured.streams.unseen))
         keeps_graph = torch.is_grad_enabled() and self.policy.recomputes
         # No calls of the model: an enclosing capture skips them.
         with DisableTorchFunction(), torch.set_grad_enabled(keeps_graph):
@@ -305,6 +311,11 @@ class Recorder(TorchFunctionMode):
         self.frame_of_pass = self.method = None  # a frame keeps its arguments alive
         self.projections.end()
         if self.num_calls == 0:
+            if kernels := [*kernels_of(self.model), *self.kernels]:
+                raise CaptureError(
+                    f"the attention of {type(self.model).__name__} cannot be seen, because its kernel hides it "
+                    f"({', '.join(kernels)}): let the model use PyTorch's scaled_dot_product_attention"
+                )
             raise CaptureError(
                 f"no attention of {type(self.model).__name__} was captured: the model was not run inside the block, or "
                 "its attention is none of scaled_dot_product_attention, multi_head_attention_forward (torch.nn."

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import nn
 
+from attention_visualizer.attention.kernels import modules_that_run, unseen_layers
 from attention_visualizer.attention.layers import Part
 from attention_visualizer.attention.placement import Unplaced
 from attention_visualizer.attention.policies import SwitchedOff
@@ -21,13 +23,15 @@ class Streams:
     parts: dict[str, Part] = field(default_factory=dict)  # by the name of the call
     #: Calls that do not depend on what the layer before gave: branches side by side.
     beside: frozenset[str] = frozenset()
+    unseen: tuple[str, ...] = ()  # modules whose attention is not seen, although that of others of their class is
 
 
-def find_streams(probe: Probe, places: dict[str, CallPlaces | Unplaced]) -> Streams:
+def find_streams(probe: Probe, places: dict[str, CallPlaces | Unplaced], model: nn.Module) -> Streams:
     """Find which calls are parts of one layer: on the same keys, computed by one module or by those of one list, and
     none from what another gave."""
     names, depends = list(probe.windows), probe.dependence()
-    values = probe.values(probe.image, SwitchedOff())
+    with modules_that_run() as ran:
+        values = probe.values(probe.image, SwitchedOff())
     layers: list[list[str]] = []
     beside = set()
     for number, name in enumerate(names):
@@ -45,7 +49,7 @@ def find_streams(probe: Probe, places: dict[str, CallPlaces | Unplaced]) -> Stre
         of_queries = all(torch.equal(values[name], values[calls[0]]) for name in calls)
         for number, name in enumerate(calls):
             parts[name] = Part(common_name(calls), number, len(calls), of_queries)
-    return Streams(parts, frozenset(beside))
+    return Streams(parts, frozenset(beside), tuple(unseen_layers(model, ran, names)))
 
 
 def is_beside(name: str, calls: list[str], places: dict[str, CallPlaces | Unplaced]) -> bool:

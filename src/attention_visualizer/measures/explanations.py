@@ -99,7 +99,7 @@ def _explain_batch(
         ]
         of_gradients = [replace(layer, weights=each) for layer, each in zip(layers, gradients, strict=True)]
         gradients = [layer.in_usual_order().weights for layer in whole_layers(of_gradients)]
-    is_whole_model = len(layers) == len(attention)
+    is_whole_model = len(layers) == len(attention) and not attention.unseen
     layers = [layer.in_usual_order() for layer in whole_layers(layers)]
     num_bytes = sum(layer.weights.nbytes + layer.values.nbytes for layer in attention)
     with torch.no_grad():

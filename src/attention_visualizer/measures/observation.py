@@ -39,7 +39,8 @@ class Observation:
     query: Query
     geometries: tuple[Geometry, ...]  # of each layer
     layer_names: tuple[str, ...]
-    left_out: tuple[str, ...]  # names of the layers whose place on the image is not known
+    #: Names of the layers whose place on the image is not known, and then of those that are not seen.
+    left_out: tuple[str, ...]
     head_maps: NDArray[Any]  # [image, layer, head, grid height, grid width]
     #: Up to and including each layer, [image, layer, grid height, grid width]; None where layers do not hand on the
     #: same tokens.
@@ -202,6 +203,7 @@ def _observe_part(
     with gradients_only(gradients):
         with capture(model, consume=collector, geometry=geometry) as attention, watched_head(model) as head:
             output = model(images)
+        collector.left_out += attention.unseen
         if isinstance(output, Tensor) and len(images) == 1 and output.ndim == 1 and len(output) > 1:
             output = output[None]  # its axis of images was dropped
         scores = head.class_scores(images, output)

@@ -234,4 +234,5 @@ TRENDS = """With depth, the last third of the layers minus the first third, mean
 OUTCOMES = """{wrong:,} images are misclassified and {right:,} correctly classified. The misclassified ones are
 different, harder images, so the differences do not show that attention caused the errors."""
 
-LEFT_OUT = """Omitted, because their keys have no known position on the image: {count} layers ({names})."""
+LEFT_OUT = """Omitted, because their keys have no known position on the image, or hidden by their kernel: {count} layers
+({names})."""

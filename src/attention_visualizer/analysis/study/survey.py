@@ -197,6 +197,8 @@ class SurveyAccumulator:
         consume = consumers(self.statistics.update, self.mean_weights.update, collector)
         with capture(model, consume, geometry) as attention, watched_head(model) as head:
             output = model(batch)
+        collector.left_out += attention.unseen
+        self.statistics.left_out |= attention.unseen
         self.reconstruction_error = max(self.reconstruction_error, attention.reconstruction_error)
         predicted, probability = predict(head.class_scores(batch, output), len(batch))
         self.predictions.append((predicted, probability))
