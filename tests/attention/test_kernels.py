@@ -81,6 +81,19 @@ IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 SEEN = F.scaled_dot_product_attention
 
 
+def test_flex_attention_is_named() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Flexible(Block):
+        def forward(self, tokens: Tensor) -> Tensor:
+            query, key, value = self.qkv(tokens).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            return flex_attention(query, key, value).transpose(1, 2).flatten(2)
+
+    model = Classifier(Flexible(SEEN)).eval()
+    with pytest.raises(CaptureError, match="flex_attention"), torch.no_grad(), capture(model):
+        model(IMAGES)
+
+
 @pytest.mark.parametrize("name", ["operator", "custom operator"])
 def test_an_operator_is_named_where_nothing_is_seen(name: str) -> None:
     words = {"operator": "flash_attention_for_cpu", "custom operator": "tests.somebodys_attention"}

@@ -29,7 +29,7 @@ from attention_visualizer.attention.layers import (
 )
 from attention_visualizer.attention.policies import Capture, CaptureWithGradients, Intervention
 from attention_visualizer.attention.recording import Recorder
-from attention_visualizer.attention.torch_internals import dynamo_is_loaded
+from attention_visualizer.attention.torch_internals import may_compile
 
 __all__ = [
     "AttentionLayer",
@@ -103,7 +103,7 @@ class _ForceEager:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        if not dynamo_is_loaded():
+        if not may_compile():
             yield
             return
         with self.lock:

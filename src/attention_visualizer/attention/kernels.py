@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,9 +31,11 @@ def kernels_of(model: nn.Module) -> list[str]:
     its configuration asks for, if it is not one of PyTorch's."""
     found: dict[str, None] = {}
     for kind in {type(module): None for module in model.modules()}:
-        code, names = getattr(kind.forward, "__code__", None), getattr(kind.forward, "__globals__", {})
-        for name in () if code is None else code.co_names:
-            origin = getattr(names.get(name), "__module__", None) or getattr(names.get(name), "__name__", "")
+        if not inspect.isfunction(kind.forward):
+            continue
+        names = inspect.getclosurevars(kind.forward)
+        for value in (*names.globals.values(), *names.nonlocals.values()):
+            origin = getattr(value, "__module__", None) or getattr(value, "__name__", None)
             for package in PACKAGES:
                 if isinstance(origin, str) and f"{origin}.".startswith(f"{package}."):
                     found[package] = None

@@ -225,6 +225,11 @@ def dynamo_is_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def may_compile() -> bool:
+    """Whether a model may run compiled code; flex_attention compiles itself when it is called first."""
+    return dynamo_is_loaded() or "torch.nn.attention.flex_attention" in sys.modules
+
+
 def _dynamo_is_as_expected() -> bool:
     if not dynamo_is_loaded():
         return _HAS_DYNAMO
