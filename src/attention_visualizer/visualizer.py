@@ -34,6 +34,7 @@ from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import survey_model
 from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.attention.inputs import check_has_numbers
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.data.input_format import InputFormat
 from attention_visualizer.files import atomic
@@ -81,6 +82,8 @@ class AttentionVisualizer:
             raise UserError(f"model={model!r:.60} is no PyTorch module: give the model itself, or model_path=")
         if model is not None and images is None:
             raise UserError("model= needs images: give images=<folder>")
+        if model is not None:
+            check_has_numbers(model)
         self.model_path = Path(model_path) if model_path is not None else Path(type(model).__name__)
         self.device = choose_device(device)
         self.data_dir = data_dir

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import numpy as np
 import pytest
+import pytorch_lightning
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
@@ -18,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.watching.attention_logger import AttentionLogger
+from attention_visualizer.watching.loggers import takes_images
 from tests.helpers.trainers import MEASURES, Recorder, Steps, attention_warnings, fit, kept_in, loader, vit
 
 STEPS = [0, 1, 2, 4, 5, 10]
@@ -46,6 +49,46 @@ PICTURES = {
     "attention_heads/probe_0_class_0": [0, 5, 10],
     "attention_entropy_heat_map": [5, 10],
 }
+
+
+def test_the_other_package_of_lightning(tmp_path: Path) -> None:
+    """pytorch_lightning has the same classes once more: what is logged is the same."""
+
+    class Same(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = vit()
+
+        training_step, validation_step = Steps.training_step, Steps.validation_step
+        configure_optimizers = Steps.configure_optimizers
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    tags = []
+    for package, module in ((lightning.pytorch, Steps(vit())), (pytorch_lightning, Same())):
+        folder = tmp_path / package.__name__
+        logger = package.loggers.TensorBoardLogger(folder, name="board", version="")
+        plain = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        trainer = package.Trainer(
+            default_root_dir=folder, logger=logger, max_epochs=1, accelerator="cpu", **plain,
+            callbacks=[AttentionLogger(probe_images=PROBES)],
+        )  # fmt: skip
+        with attention_warnings() as lines:
+            trainer.fit(module, loader(), loader())
+        assert lines == []
+        tags.append(EventAccumulator(str(folder / "board"), size_guidance={"images": 0}).Reload().Tags())
+    assert tags[0] == tags[1]
+    assert all(tags[1][kind] for kind in ("scalars", "images", "histograms"))
+
+
+@pytest.mark.parametrize("name", ["TensorBoardLogger", "MLFlowLogger", "WandbLogger"])
+@pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning])
+def test_loggers_of_both_packages_take_images(package: Any, name: str) -> None:
+    kind = getattr(package.loggers, name)
+    for each in (kind, type("Own", (kind,), {})):
+        assert takes_images(each.__new__(each))
+    assert not takes_images(package.loggers.CSVLogger.__new__(package.loggers.CSVLogger))
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_batches_of_the_usual_forms(batch: Any) -> None:
         {"image": IMAGES},
         ([IMAGES, IMAGES], LABELS),  # several crops
         (IMAGES[0], LABELS),
-        ((IMAGES * 50).byte(), LABELS),  # before some scaling
+        (IMAGES > 1, LABELS),  # masks
         (IMAGES, LABELS.float()),
         (IMAGES, LABELS[:3]),
         (IMAGES, LABELS[:, None].expand(5, 4)),  # several labels each

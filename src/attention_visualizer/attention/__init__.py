@@ -12,6 +12,7 @@ Hands out capture, intervene, Geometry and the search for the ViT inside a modul
     geometry.py        the positions of tokens on the image, and what models declare of their patches
     gradients.py       forward passes without gradients, and with them for models that ask for them
     hand_written.py    attention written out as softmax(query @ key) @ value
+    inputs.py          the number type of the images that a model takes
     kept_state.py      put back what objects keep when code of theirs has run
     kernels.py         attention that cannot be seen, by its kernel
     layer_geometry.py  the geometry of one layer: measured, or given and compared with that

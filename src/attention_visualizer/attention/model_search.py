@@ -194,6 +194,8 @@ def _nothing_found(module: nn.Module, images: Tensor, failures: dict[str, ProbeR
     if internal is not None:
         return InternalCaptureError(f"the search for a Vision Transformer in {kind} failed: {internal}")
     text = f"no Vision Transformer was found in {kind} by running it on images of {shape_of(images)}"
+    if not images.is_floating_point():
+        text += " (if the step makes floating-point numbers of them, pass probe_images= as the model takes them)"
     if failures:
         name, probe = failures.popitem()  # the innermost, which knows best
         return UserError(f"{text}: {described(module, name)} fails with {probe.failure}")
@@ -237,7 +239,8 @@ def described(module: nn.Module, name: str) -> str:
 
 
 def shape_of(images: Tensor) -> str:
-    return f"[n, {', '.join(str(size) for size in images.shape[1:])}]"
+    shape = f"[n, {', '.join(str(size) for size in images.shape[1:])}]"
+    return shape if images.is_floating_point() else f"{shape} of {str(images.dtype).removeprefix('torch.')}"
 
 
 # --- classes ---------------------------------------------------------------------------------------------------

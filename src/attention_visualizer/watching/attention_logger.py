@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.attention.inputs import as_input
 from attention_visualizer.attention.model_search import FoundModel, find_model
 from attention_visualizer.data.class_names import declared_class_names
 from attention_visualizer.figures import attention_figures as figures
@@ -145,8 +146,7 @@ class AttentionLogger(Callback):
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, images: Tensor, labels: Tensor) -> None:
         """Find the model with the probe images, and begin the history."""
-        floating = (parameter.dtype for parameter in pl_module.parameters() if parameter.is_floating_point())
-        self._probes = images.to(pl_module.device, next(floating, torch.float32))
+        self._probes = as_input(images.to(pl_module.device), pl_module)
         with unnoticed(trainer, pl_module):
             found = find_model(pl_module, self._probes, self.model, self.geometry)
         if trainer.is_global_zero:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from attention_visualizer.support.errors import UserError
 
@@ -80,6 +80,21 @@ def validation_loaders(trainer: Trainer) -> Any:
         return trainer.val_dataloaders
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     return source.dataloader() if source.instance is not None and source.is_defined() else None
+
+
+# --- watching: the same classes in two packages -----------------------------------------------------------------
+
+PACKAGES = ("lightning", "pytorch_lightning")  # the same code under two names, which knows nothing of each other
+
+
+def is_kind(logger: Logger, name: str) -> bool:
+    """Whether a logger is of the class of that name, in either package."""
+    kinds = type(logger).__mro__
+    return any(kind.__name__ == name and kind.__module__.partition(".")[0] in PACKAGES for kind in kinds)
+
+
+def is_tensorboard(logger: Logger) -> bool:
+    return is_kind(logger, "TensorBoardLogger")
 
 
 # --- watching: what TensorBoard's public calls do at several times the cost, or not at all ------------------------

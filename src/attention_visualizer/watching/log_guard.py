@@ -9,11 +9,11 @@ from functools import partial, wraps
 from types import TracebackType
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from attention_visualizer.support.errors import summary
-from attention_visualizer.watching.lightning_internals import is_event_writer
+from attention_visualizer.watching.lightning_internals import is_event_writer, is_tensorboard
 
 # What Lightning itself asks of a logger.
 GUARDED_METHODS = ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint")
@@ -43,7 +43,7 @@ class LogGuard(AbstractContextManager["LogGuard"]):
         except Exception as error:  # of a logging service: its network, its disk, its version
             name = type(logger).__name__
             # TensorBoard's thread has ended with its first OSError, and nothing more can be written.
-            if kind is None or (isinstance(logger, TensorBoardLogger) and isinstance(error, OSError)):
+            if kind is None or (is_tensorboard(logger) and isinstance(error, OSError)):
                 self._failed.add((id(logger), None))
                 rank_zero_warn(f"{name} writes no more, training continues: {first_cause(error)}")
             else:
@@ -54,7 +54,7 @@ class LogGuard(AbstractContextManager["LogGuard"]):
         for logger in self.loggers:
             for name in GUARDED_METHODS:
                 self._guard_method(logger, name)
-        if any(isinstance(logger, TensorBoardLogger) for logger in self.loggers):
+        if any(is_tensorboard(logger) for logger in self.loggers):
             self._silence_writer_threads()
         return self
 

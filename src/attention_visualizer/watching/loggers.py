@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from numpy.typing import NDArray
 
 from attention_visualizer.figures.panels import PanelFigure, encode_png
 from attention_visualizer.measures.streaming import LOGGED_MEASURES, MeasureSummary
-from attention_visualizer.watching.lightning_internals import add_summary
+from attention_visualizer.watching.lightning_internals import add_summary, is_kind, is_tensorboard
 from attention_visualizer.watching.log_guard import LogGuard
 
 
@@ -32,7 +32,7 @@ class Loggers:
     def fast_checksums(self) -> Iterator[None]:
         """Write TensorBoard's event files without its slow checksums, inside the block."""
         with ExitStack() as stack:
-            if any(isinstance(logger, TensorBoardLogger) for logger in self.loggers):
+            if any(map(is_tensorboard, self.loggers)):
                 with suppress(ImportError, AttributeError):  # of another TensorBoard, whose own are slower, no more
                     from attention_visualizer.watching.event_checksums import fast_checksums
 
@@ -59,7 +59,7 @@ class Loggers:
 
     def _for_tensorboard(self, kind: str, write: Callable[[TensorBoardLogger], None]) -> None:
         for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
+            if is_tensorboard(logger):
                 self.guard.attempt(logger, kind, partial(write, logger))
 
 
@@ -71,12 +71,12 @@ def flush(loggers: Sequence[Logger]) -> None:
 
 def takes_images(logger: Logger) -> bool:
     """Whether it takes images, as TensorBoard, MLflow and loggers with Lightning's log_image do."""
-    return isinstance(logger, TensorBoardLogger | MLFlowLogger) or hasattr(logger, "log_image")
+    return is_tensorboard(logger) or is_kind(logger, "MLFlowLogger") or hasattr(logger, "log_image")
 
 
 def log_image(logger: Any, tag: str, rgb: NDArray[np.uint8], step: int) -> None:
     """Log an image, `rgb`: [height, width, 3]."""
-    if isinstance(logger, TensorBoardLogger):
+    if is_tensorboard(logger):
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         # Encoded here: add_image takes three times as long, and so does PNG's usual search for the best filter.
@@ -84,7 +84,7 @@ def log_image(logger: Any, tag: str, rgb: NDArray[np.uint8], step: int) -> None:
             height=rgb.shape[0], width=rgb.shape[1], colorspace=3, encoded_image_string=encode_png(rgb)
         )
         add_summary(logger, Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-    elif isinstance(logger, MLFlowLogger):
+    elif is_kind(logger, "MLFlowLogger"):
         logger.experiment.log_image(logger.run_id, rgb, key=tag, step=step)
     else:
         logger.log_image(key=tag, images=[rgb], step=step)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
+from attention_visualizer.attention.inputs import holds_pixels
 from attention_visualizer.attention.kept_state import kept_state
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.watching.lightning_internals import validation_loaders
@@ -30,7 +31,7 @@ def check_probes(images: Tensor, labels: Tensor | None) -> None:
     """Raise UserError unless images are [probe, channel, height, width] and labels [probe], or None."""
     if not isinstance(images, Tensor):
         raise UserError(f"probe_images is of type {type(images).__name__}: {EXPECTED}")
-    if images.ndim != 4 or not images.is_floating_point() or not images.numel():
+    if images.ndim != 4 or not holds_pixels(images) or not images.numel():
         raise UserError(f"probe_images is {images.dtype} {list(images.shape)}: {EXPECTED}")
     if not bool(images.isfinite().all()):
         raise UserError("probe_images has NaN or infinite values")
@@ -41,7 +42,7 @@ def check_probes(images: Tensor, labels: Tensor | None) -> None:
         raise UserError(f"probe_labels is {given}: give whole numbers [{len(images)}], one for each probe image")
 
 
-EXPECTED = "give floating-point numbers [probe, channel, height, width], as the model expects them"
+EXPECTED = "give numbers [probe, channel, height, width], as the model expects them"
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor, Tensor] | None:
@@ -56,7 +57,7 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor] | None:
         images, labels = batch[0], batch[1]
     else:
         return None
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+    if not isinstance(images, Tensor) or images.ndim != 4 or not holds_pixels(images):
         return None
     if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
         return None

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from attention_visualizer.analysis.study.survey import Survey, survey_model
 from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.attention.inputs import input_type
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import Observation, RolloutOptions, observe
@@ -45,8 +46,9 @@ class Target:
         return described
 
     def model_input(self, images: Tensor) -> Tensor:
-        """Normalise uint8 or 0..1 float images [image, channel, height, width] as the model expects them."""
-        return self.images.model_input(images.to(self.device))
+        """Normalise uint8 or 0..1 float images [image, channel, height, width] as the model expects them, in the type
+        of its weights."""
+        return self.images.model_input(images.to(self.device)).to(input_type(self.model))
 
     def batches(self, rows: Rows | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield model inputs with labels (None where they are not known), in batches of bounded memory.
