@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from attention_visualizer.figures import panels
+from attention_visualizer.figures import fonts
 from attention_visualizer.figures.panels import PanelFigure
 
 
@@ -14,8 +14,9 @@ def boxes(figure: PanelFigure) -> list[tuple[str, float, float, float, float]]:
     for number, image in enumerate(figure.images):
         placed.append((f"image {number}", image.x, image.y, image.x + image.width, image.y + image.height))
     for text in figure.texts:
-        left, top, right, bottom = panels.font(text.size, text.bold).getbbox(text.text, anchor=text.anchor)
-        placed.append((repr(text.text), text.x + left, text.y + top, text.x + right, text.y + bottom))
+        left, top, mask = fonts.text_mask(text.text, text.size, text.bold, text.anchor)
+        left, top = text.x + left, text.y + top
+        placed.append((repr(text.text), left, top, left + mask.width, top + mask.height))
     return placed
 
 

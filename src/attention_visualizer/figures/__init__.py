@@ -5,6 +5,7 @@ Hands out the renderer of maps, charts, and the figures made with them; no files
     attention_figures.py  the figures of attention maps
     charts.py             charts of numbers by layer, head and time
     color_scales.py       from values to colours: where a map gets its colours
+    fonts.py              fonts that have a text's characters
     panels.py             the renderer of maps: tiles, texts and colour bars
     run_charts.py         charts that compare runs
 """

@@ -19,11 +19,22 @@ from attention_visualizer.figures.color_scales import (
     difference_scale,
     sequential_scale,
 )
-from attention_visualizer.figures.panels import PanelFigure, Tile, mark_patch, overlay, tile_grid
+from attention_visualizer.figures.fonts import text_width
+from attention_visualizer.figures.panels import (
+    CAPTION,
+    GAP,
+    PanelFigure,
+    Tile,
+    fitting_size,
+    mark_patch,
+    overlay,
+    tile_grid,
+)
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import Observation
 
 Array = NDArray[Any]
+SMALL_TILE = 56  # pixels
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,12 @@ def moment(epoch: float, step: int) -> str:
 def class_name(names: Sequence[str], label: int) -> str:
     """The name of a class; its number where it has none."""
     return names[label] if 0 <= label < len(names) else str(label)
+
+
+def short_class_name(names: Sequence[str], label: int, tile_size: int) -> str:
+    """Return a tile's caption for a class: its number where its name would be cut, as cut names may be alike."""
+    text, width = f"→ {class_name(names, label)}", tile_size + GAP
+    return text if text_width(text, fitting_size([text], CAPTION, width)) <= width else f"→ class {label}"
 
 
 def _caption(entropy: float, self_attention: float | None) -> str:
@@ -266,7 +283,7 @@ def entropy_heat_map(entropy: Array, highest: float, headline: str) -> PanelFigu
         headline,
         column_titles=[f"head {head + 1}" for head in range(entropy.shape[1])],
         row_titles=[f"layer {layer + 1}" for layer in range(entropy.shape[0])],
-        tile_size=56,
+        tile_size=SMALL_TILE,
         scale=scale,
     )
 
@@ -290,7 +307,7 @@ def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str) -
         predicted = int(frame["predicted"][number])
         scaled = frame["maps"][number] * (num_keys / unit)[:, None, None]
         row: list[Tile | None] = [
-            Tile(image, caption=f"→ {class_name(names, predicted)}" if predicted >= 0 else ""),
+            Tile(image, caption=short_class_name(names, predicted, SMALL_TILE) if predicted >= 0 else ""),
             *(Tile(picture) for picture in overlay(image, scaled, unit)),
         ]
         if "rollout" in frame:
@@ -305,6 +322,6 @@ def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str) -
         moment,
         column_titles=columns,
         row_titles=titles,
-        tile_size=56,
+        tile_size=SMALL_TILE,
         scale=attention_scale(unit),
     )

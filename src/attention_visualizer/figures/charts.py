@@ -13,6 +13,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from attention_visualizer.figures.fonts import drawable, families
+
 Array = NDArray[Any]
 
 BOX, MEDIAN, REFERENCE, NOTE = "#9ecae1", "#b2182b", "#555555", "#be141e"
@@ -230,21 +232,22 @@ def confusion_matrix(counts: Array, class_names: list[str], ax: Axes | None = No
     errors = counts.astype(float) / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     np.fill_diagonal(errors, np.nan)
     labels = np.where(counts > 0, counts.astype(str), "")
-    seaborn.heatmap(
-        errors * 100,
-        ax=ax,
-        annot=labels,
-        fmt="",
-        annot_kws={"fontsize": 9},
-        cmap="Reds",
-        vmin=0,
-        vmax=max(np.nanmax(errors * 100, initial=0), 0.1),  # without an error the scale still starts at 0
-        linewidths=0.5,
-        cbar_kws={"label": "errors (% of the true class)"},
-        xticklabels=class_names,
-        yticklabels=class_names,
-        square=True,
-    )
+    with matplotlib.rc_context({"font.family": families(" ".join(class_names))}):
+        seaborn.heatmap(
+            errors * 100,
+            ax=ax,
+            annot=labels,
+            fmt="",
+            annot_kws={"fontsize": 9},
+            cmap="Reds",
+            vmin=0,
+            vmax=max(np.nanmax(errors * 100, initial=0), 0.1),  # without an error the scale still starts at 0
+            linewidths=0.5,
+            cbar_kws={"label": "errors (% of the true class)"},
+            xticklabels=list(map(drawable, class_names)),
+            yticklabels=list(map(drawable, class_names)),
+            square=True,
+        )
     for index, count in enumerate(np.diag(counts)):  # seaborn leaves masked cells without a number
         ax.text(index + 0.5, index + 0.5, str(count), ha="center", va="center", fontsize=9, color="#888888")
     ax.set_xlabel("predicted class")
@@ -338,6 +341,18 @@ def with_watermark(figure: Figure, watermark: str) -> Figure:
     """Add in red what the reader must know of the data or the weights; nothing where `watermark` is empty."""
     if watermark:
         figure.text(0.99, 0.985, watermark, color=NOTE, fontweight="bold", fontsize=11, ha="right", va="top")
+    return figure
+
+
+def with_fonts(figure: Figure) -> Figure:
+    """Let texts be drawn in fonts that have their characters. Labels of ticks are made `drawable` when they are set."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_ticklabels()  # which there are not before
+    for text in figure.findobj(Text):
+        if not (content := text.get_text()).isascii():
+            text.set_text(drawable(content))
+            text.set_fontfamily(families(content))
     return figure
 
 

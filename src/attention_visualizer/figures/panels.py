@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from attention_visualizer.figures.color_scales import ColorScale, Rgb, attention_scale
+from attention_visualizer.figures.fonts import drawable, families, text_mask, text_width
 
 Array = NDArray[Any]
 Color = tuple[int, int, int]
@@ -110,37 +109,16 @@ class PanelFigure:
             figure.text(
                 text.x / self.width,
                 1 - text.y / self.height,
-                text.text,
+                drawable(text.text),
                 fontsize=text.size * 72 / dpi,
                 color=tuple(channel / 255 for channel in text.color),
                 weight="bold" if text.bold else "normal",
                 ha=horizontal[text.anchor[0]],
                 va=vertical[text.anchor[1]],
-                fontfamily="DejaVu Sans",
+                fontfamily=families(text.text),
                 parse_math=False,
             )
         return figure
-
-
-@cache
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Load DejaVu Sans, which comes with matplotlib."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-
-@lru_cache(maxsize=1024)  # most texts of a figure are those of the one before
-def text_mask(text: str, size: int, bold: bool, anchor: str) -> tuple[int, int, Image.Image]:
-    """Rasterise a text: its left and top from the anchor, and how much of each pixel it covers."""
-    left, top, right, bottom = map(round, font(size, bold).getbbox(text, anchor=anchor))
-    mask = Image.new("L", (max(right - left, 1), max(bottom - top, 1)))
-    ImageDraw.Draw(mask).text((-left, -top), text, 255, font(size, bold), anchor=anchor)
-    return left, top, mask
-
-
-@lru_cache(maxsize=1024)
-def text_width(text: str, size: int, bold: bool = False) -> int:
-    return int(np.ceil(font(size, bold).getlength(text)))
 
 
 def fitting_size(texts: Sequence[str], size: int, width: int, least: int = 9) -> int:
@@ -369,7 +347,8 @@ def place_bar(figure: PanelFigure, scale: ColorScale, x: int, y: int, height: in
 def upright(text: str, size: int) -> Rgb:
     """Draw text that reads from bottom to top, as an image: the titles of colour bars are the only ones."""
     image = Image.new("RGB", (text_width(text, size), size + 5), "white")
-    ImageDraw.Draw(image).text((0, 0), text, INK, font(size))
+    left, top, mask = text_mask(text, size, False, "la")
+    image.paste(INK, (left, top), mask)
     return np.asarray(image.transpose(Image.Transpose.ROTATE_90))
 
 

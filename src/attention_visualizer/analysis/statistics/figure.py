@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from attention_visualizer.analysis.statistics.measure import Groups, Statistics
 from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.figures import charts
+from attention_visualizer.figures.fonts import drawable
 from attention_visualizer.measures.streaming import REPORTED_MEASURES
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -71,7 +72,7 @@ def draw_groups(groups: Groups, images: str) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     charts.heat_map(np.stack([interval.value for interval in groups.entropy]), LABELS["entropy"], left)
     left.set_xlabel("layer")
-    left.set_yticklabels(groups.class_names, rotation=0)
+    left.set_yticklabels(list(map(drawable, groups.class_names)), rotation=0)
     left.set_ylabel("true class")
     heights = np.arange(num_layers)[::-1]
     charts.forest(heights, difference.value, difference.low, difference.high, right)

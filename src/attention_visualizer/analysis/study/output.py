@@ -40,4 +40,4 @@ class Output:
         """The figure with its watermark, as matplotlib's."""
         if isinstance(figure, PanelFigure):
             return figure.with_watermark(self.watermark).to_figure()
-        return charts.with_watermark(figure, self.watermark)
+        return charts.with_fonts(charts.with_watermark(figure, self.watermark))
