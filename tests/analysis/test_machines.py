@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,16 @@ from PIL import Image
 from torch import nn
 
 from attention_visualizer import AttentionVisualizer
-from attention_visualizer.analysis.chapters import write_chapters
+from attention_visualizer.analysis.chapters import write_chapter, write_chapters
+from attention_visualizer.analysis.importance.measure import measure as measure_importance
+from attention_visualizer.analysis.preparation import find_history
+from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.target import COPIES, affordable_images
+from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import InputFormat
+from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.machine import available_memory, peak_memory
 from tests.helpers.models import random_vit
 
 FORMAT = InputFormat((15, 15), 1, (0.5,), (0.5,))
@@ -66,3 +74,87 @@ def test_a_quantised_model_is_analysed(pictures: Path, tmp_path: Path) -> None:
 def test_a_model_without_numbers_is_refused(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="meta device, without numbers: load its weights"):
         visualizer_of(random_vit().to("meta"), pictures, tmp_path)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def study_of(pictures: Path, folder: Path) -> Study:
+    folder.mkdir(exist_ok=True)
+    return visualizer_of(random_vit(num_layers=2), pictures, folder).study
+
+
+class Short(nn.Module):
+    """A model on a machine whose memory ends with more than so many images at once."""
+
+    def __init__(self, model: nn.Module, most: int) -> None:
+        super().__init__()
+        self.model, self.most = model, most
+        self.sizes: list[int] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model(images)
+
+
+def test_a_chapter_that_does_not_fit_is_tried_with_smaller_batches(pictures: Path, tmp_path: Path) -> None:
+    study = study_of(pictures, tmp_path)
+    whole = study.survey
+    short = Short(study.target.model, 3)
+    again = replace(study, target=study.target.with_model(short))
+    assert not write_chapter(again, "statistics", {}).missing
+    assert max(short.sizes) > 3 and again.target.limit.images == 2  # half of the five images
+    for name, summary in again.survey.summaries.items():
+        np.testing.assert_allclose(summary.mean, whole.summaries[name].mean, rtol=1e-5)
+
+
+def test_a_chapter_for_which_one_image_is_too_many_is_missing(pictures: Path, tmp_path: Path) -> None:
+    study = study_of(pictures, tmp_path)
+    nothing_fits = replace(study, target=study.target.with_model(Short(study.target.model, 0)))
+    assert "out of memory" in write_chapter(nothing_fits, "statistics", {}).missing
+    assert nothing_fits.target.limit.images == 1
+
+
+def test_batches_follow_one_layers_weights_and_the_memory_that_is_free(pictures: Path, tmp_path: Path) -> None:
+    observation = study_of(pictures, tmp_path).target.first_observation
+    layer = 4 * 3 * 26**2  # bytes: 3 heads, 25 patches and the class token
+    assert affordable_images(observation, None) == 500
+    assert affordable_images(observation, 7 * COPIES * layer) == 7
+    assert affordable_images(observation, 0) == 1
+    large = replace(observation, geometries=(Geometry((37, 37), 1, (14, 14)), *observation.geometries[1:]))
+    assert affordable_images(large, 10**12) == 2**28 // (4 * 3 * 1370**2)
+
+
+def test_the_memory_that_is_free_is_known() -> None:
+    free = available_memory(torch.device("cpu"))
+    assert free is None or 10**7 < free < 10**14
+    assert "GB at the most" in peak_memory(torch.device("cpu"))
+
+
+def test_mean_weights_of_layers_that_are_not_kept_are_computed_when_they_are_needed(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(pictures, tmp_path)
+    rows = np.arange(5)
+    kept = measure_importance(study, rows)
+    monkeypatch.setattr("attention_visualizer.analysis.study.survey.MAX_BYTES", 8 * 3 * 26**2)
+    fewer = study_of(pictures, tmp_path)
+    assert len(fewer.survey.mean_weights) == 1
+    for name, change in measure_importance(fewer, rows).score_changes.items():
+        np.testing.assert_allclose(change.value, kept.score_changes[name].value, atol=1e-5)
+
+
+def test_a_history_for_which_there_is_no_memory_is_not_called_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    run = RunFolder(tmp_path)
+    run.history_path.write_bytes(b"")
+    monkeypatch.setattr("attention_visualizer.runs.history.read_bytes", fail)
+    with pytest.raises(UserError, match="not enough memory to read") as raised:
+        find_history(run)
+    assert "delete" not in str(raised.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import sys
@@ -27,7 +28,7 @@ from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.trust import chapter as trust_chapter
 from attention_visualizer.report import markdown as markdown_report
 from attention_visualizer.report.chapter import Chapter
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UserError, ran_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -89,14 +90,21 @@ def write_chapters(study: Study, names: Sequence[str]) -> dict[str, Chapter]:
 
 
 def write_chapter(study: Study, name: str, written: Mapping[str, Chapter]) -> Chapter:
-    """One chapter, or why it is missing, checked together with those `written` before."""
-    try:
-        chapter = CHAPTERS[name](study)
-        markdown_report.check(name, chapter, study.output.folder, written.values())
-    except Exception as error:  # whatever goes wrong in one chapter is no reason to lose the others
-        log.debug("chapter %s", name, exc_info=True)
-        return Chapter(name.capitalize(), "", missing=reason_of(error))
-    return chapter
+    """One chapter, or why it is missing, checked together with those `written` before.
+
+    Where memory ends, it is tried with smaller batches, down to single images.
+    """
+    while True:
+        try:
+            chapter = CHAPTERS[name](study)
+            markdown_report.check(name, chapter, study.output.folder, written.values())
+            return chapter
+        except Exception as error:  # whatever goes wrong in one chapter is no reason to lose the others
+            log.debug("chapter %s", name, exc_info=True)
+            if not (ran_out_of_memory(error) and study.target.limit.halve()):
+                return Chapter(name.capitalize(), "", missing=reason_of(error))
+        gc.collect()  # what the error held
+        study.progress(f"again, {study.target.limit.images} images at once")
 
 
 def progress_bar() -> Progress:

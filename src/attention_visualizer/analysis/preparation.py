@@ -19,7 +19,7 @@ from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.output import FileFormat, Output
 from attention_visualizer.analysis.study.samples import SampleChoice, find_samples
 from attention_visualizer.analysis.study.study import HeadLayers, Study
-from attention_visualizer.analysis.study.target import Target
+from attention_visualizer.analysis.study.target import Target, affordable_images, batch_size
 from attention_visualizer.attention.capture import CaptureError
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.gradients import asks_for_gradients
@@ -30,6 +30,7 @@ from attention_visualizer.measures.observation import Observation, RolloutOption
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError, summary
+from attention_visualizer.support.machine import available_memory
 
 RANDOM_NOTE = "random weights (untrained)"
 
@@ -55,9 +56,11 @@ def make_study(
     history = find_history(None if weights.random else weights.run)
     model = moved(weights.model, chosen_device)
     target = Target(model, images, geometry, query, rollout or RolloutOptions(), chosen_device)
-    samples = find_samples(target, choice or SampleChoice())
     observation = first_observation(target)
     target = with_classes(target)
+    affordable = affordable_images(observation, available_memory(chosen_device))
+    target.limit.images = min(len(images), batch_size(images.shape), affordable)
+    samples = find_samples(target, choice or SampleChoice())
     notes = [RANDOM_NOTE] if weights.random else []
     notes += [images.watermark] if images.watermark else []
     if observation.left_out:
@@ -159,6 +162,8 @@ def find_history(run: RunFolder | None) -> AttentionHistory | None:
         return None
     try:
         return AttentionHistory.load(run.history_path)
+    except MemoryError:
+        raise UserError(f"there is not enough memory to read {run.history_path}: close other programs") from None
     except UserError as error:
         raise UserError(f"{error}: delete it to analyse without the evolution over training") from error
 

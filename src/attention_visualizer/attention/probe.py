@@ -15,6 +15,7 @@ from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.placement import PlacedKeys
 from attention_visualizer.attention.policies import OneCallOff, SwitchedOff
 from attention_visualizer.support.double_precision import in_float64
+from attention_visualizer.support.errors import ran_out_of_memory
 
 Array = NDArray[Any]
 MAX_PICTURES = 16  # of 224 x 224 pixels in one pass, and fewer of larger ones
@@ -76,11 +77,20 @@ class Probe:
     def moves(self, pictures: Tensor) -> dict[str, Array]:
         """Return how far each key's values move from those of the unchanged picture: by name, [picture, key]."""
         parts: list[dict[str, Array]] = []
-        for part in pictures.split(self.at_once):
+        start = 0
+        while start < len(pictures):
+            part = pictures[start : start + self.at_once]
             policy = self.policy()
             policy.stop = self.stop
-            values = self.values(torch.cat([self.image, part]), policy)
+            try:
+                values = self.values(torch.cat([self.image, part]), policy)
+            except Exception as error:
+                if len(part) == 1 or not ran_out_of_memory(error):
+                    raise
+                self.at_once = len(part) // 2
+                continue
             parts.append({name: self._moves(name, values.get(name), len(part)) for name in self._names(values)})
+            start += len(part)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _names(self, values: dict[str, Tensor]) -> list[str]:

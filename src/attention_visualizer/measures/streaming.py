@@ -242,14 +242,22 @@ class AttentionStatistics:
 
 
 class MeanWeights:
-    """The mean of all weights over a stream of images: hand `update` to `capture(model, consume=...)`."""
+    """The mean of all weights over a stream of images: hand `update` to `capture(model, consume=...)`.
 
-    def __init__(self) -> None:
+    Layers for which `max_bytes` do not suffice are left out.
+    """
+
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self.max_bytes = max_bytes
         self.sums: dict[str, Tensor] = {}  # layer name -> [head, query, key], float64
         self.counts: dict[str, int] = {}
 
     def update(self, layer: AttentionLayer) -> None:
         weights = layer.in_usual_order().weights
+        if self.max_bytes is not None and layer.name not in self.sums:
+            needed = 8 * weights[0].numel() + sum(total.nbytes for total in self.sums.values())
+            if needed > self.max_bytes:
+                return
         total = in_float64(weights.sum(dim=0, dtype=torch.float64 if has_float64(weights.device) else None))
         self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total
         self.counts[layer.name] = self.counts.get(layer.name, 0) + len(layer.weights)

@@ -85,6 +85,8 @@ class AttentionHistory:
                         entries.extend({} for _ in column)
                     for entry, value in zip(entries, column, strict=True):
                         entry[name] = value
+        except MemoryError:  # which says nothing of the file
+            raise
         except Exception as error:  # numpy and zipfile raise many kinds for a broken file
             if prevents_reading(error):
                 with reading(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from attention_visualizer.analysis.study.heads import Heads
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.attention.capture import Edit, intervene
+from attention_visualizer.attention.capture import AttentionLayer, Edit, capture, intervene
 from attention_visualizer.attention.edits import replace_by_mean, switch_off
 from attention_visualizer.attention.outputs import class_scores
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.intervals import Interval, learnt_threshold
+from attention_visualizer.measures.streaming import MeanWeights
 from attention_visualizer.support.parallel import on_all_cores
 
 Array = NDArray[Any]
@@ -35,12 +37,16 @@ class Ablation:
 
     short_name: str
     name: str
-    edit: Callable[[str, int | None, Tensor], Edit]  # of a layer's name, a head (None: all), the layer's mean weights
+    edit: Callable[[str, int | None, Callable[[], Tensor]], Edit]  # of a layer's name, a head (None: all), its mean
 
 
 ABLATIONS = {
     "zero": Ablation("zero ablation", "weights set to zero", lambda layer, head, mean: switch_off(layer, head)),
-    "mean": Ablation("mean ablation", "weights replaced by their mean", replace_by_mean),
+    "mean": Ablation(
+        "mean ablation",
+        "weights replaced by their mean",
+        lambda layer, head, mean: replace_by_mean(layer, head, mean()),
+    ),
 }
 
 
@@ -167,9 +173,27 @@ def ablated_logits(study: Study, rows: Array, ablation: Ablation, places: list[t
         head = None if column == num_heads else column
         study.progress(f"without layer {layer + 1}" if head is None else f"without head {layer + 1}.{head + 1}")
         name = survey.layer_names[layer]
-        return logits_of_rows(study, rows, ablation.edit(name, head, survey.mean_weights[name]))
+        return logits_of_rows(study, rows, ablation.edit(name, head, partial(mean_weights, study, rows, name)))
 
     return on_all_cores(logits_without, places, study.target.device)
+
+
+def mean_weights(study: Study, rows: Array, name: str) -> Tensor:
+    """Return a layer's mean weights [head, query, key]: those of the survey; of large layers, of which it keeps none,
+    over the images of these rows."""
+    known = study.survey.mean_weights
+    if name in known:
+        return known[name]
+    means = MeanWeights()
+
+    def consume(layer: AttentionLayer) -> None:
+        if layer.name == name:
+            means.update(layer)
+
+    with torch.no_grad(), capture(study.target.model, consume, study.target.geometry):
+        for images, _ in study.target.batches(rows):
+            study.target.model(images)
+    return means.compute()[name]
 
 
 def logits_of_rows(study: Study, rows: Array, edit: Edit | None = None) -> Array:

@@ -36,7 +36,7 @@ class Survey:
     geometries: list[Geometry]
     layer_names: list[str]
     left_out: list[str]  # layers whose keys have no place on the image
-    mean_weights: dict[str, Tensor]  # layer name -> [head, query, key], over all images
+    mean_weights: dict[str, Tensor]  # layer name -> [head, query, key], over all images; of small layers
     labels: Array  # [image], -1 where not known
     predicted: Array  # [image], -1 where nothing is classified
     probability: Array  # [image], of the predicted class, NaN where it is not known
@@ -180,7 +180,7 @@ class SurveyAccumulator:
         self.statistics = AttentionStatistics(
             REPORTED_MEASURES, lambda name, layer, values: self.batch_values.update({(name, layer): values})
         )
-        self.mean_weights = MeanWeights()
+        self.mean_weights = MeanWeights(MAX_BYTES)
         self.means = BootstrapMeans()
         self.means_by_class = BootstrapMeans(max(int(labels.max(initial=-1)) + 1, 1))
         self.means_by_outcome = BootstrapMeans(2)

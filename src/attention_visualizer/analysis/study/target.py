@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,7 +20,22 @@ from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import Observation, RolloutOptions, observe
 
+MAX_IMAGES = 500  # at once
+MAX_LAYER_BYTES = 2**28  # of the attention weights of one layer, of all images at once
+COPIES = 8  # of them that capture and measures hold at the same time: 4.2 were measured
 Rows = Sequence[int] | NDArray[np.int64]
+
+
+@dataclass
+class BatchLimit:
+    """The largest number of images that go through a model together, which may turn out to be too large."""
+
+    images: int
+
+    def halve(self) -> bool:
+        """Return False where it is one image already."""
+        self.images = max(1, (before := self.images) // 2)
+        return self.images < before
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,7 @@ class Target:
     query: Query | None = None  # None: the query that the model reads out
     rollout: RolloutOptions = RolloutOptions()
     device: torch.device = torch.device("cpu")
+    limit: BatchLimit = field(default_factory=lambda: BatchLimit(MAX_IMAGES))
 
     @property
     def num_parameters(self) -> int:
@@ -56,7 +73,7 @@ class Target:
         rows: indices into the image set; None for all of it in order.
         """
         rows = range(len(self.images)) if rows is None else rows
-        labels, size = self.images.labels, batch_size(self.images.shape)
+        labels, size = self.images.labels, min(self.limit.images, batch_size(self.images.shape))
         for start in range(0, len(rows), size):
             batch = [int(row) for row in rows[start : start + size]]
             yield (
@@ -84,4 +101,16 @@ class Target:
 def batch_size(shape: tuple[int, int, int]) -> int:
     """Return the number of images [channel, height, width] at once: bounds memory; larger batches are no faster on a
     CPU."""
-    return max(8, min(500, 500 * 28 * 28 // (shape[1] * shape[2])))
+    return max(8, min(MAX_IMAGES, MAX_IMAGES * 28 * 28 // (shape[1] * shape[2])))
+
+
+def affordable_images(observation: Observation, available: int | None) -> int:
+    """Return how many images at once leave the weights of one layer, and what is computed from them, small enough for
+    so many available bytes of memory."""
+    heads = (~np.isnan(observation.entropy[0])).sum(axis=1)
+    weights = max(
+        int(number) * math.prod(each.windows) * each.num_tokens**2
+        for number, each in zip(heads, observation.geometries, strict=True)
+    )
+    bound = MAX_LAYER_BYTES if available is None else min(MAX_LAYER_BYTES, available // COPIES)
+    return max(1, min(MAX_IMAGES, bound // (4 * weights)))
