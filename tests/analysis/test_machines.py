@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from attention_visualizer.analysis.importance.measure import measure as measure_
 from attention_visualizer.analysis.preparation import find_history
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.target import COPIES, affordable_images
+from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import InputFormat
 from attention_visualizer.runs.folders import RunFolder
@@ -158,3 +160,35 @@ def test_a_history_for_which_there_is_no_memory_is_not_called_broken(
     with pytest.raises(UserError, match="not enough memory to read") as raised:
         find_history(run)
     assert "delete" not in str(raised.value)
+
+
+# --- pictures that vanish ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["deleted", "emptied", "a folder", "several"])
+def test_pictures_that_vanish_are_left_out_of_all_chapters(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    study = visualizer_of(random_vit(num_layers=2), folder, tmp_path / "out").study
+    for name in ("1.png", "3.png")[: 2 if how == "several" else 1]:
+        (folder / name).write_bytes(b"") if how == "emptied" else (folder / name).unlink()
+    if how == "a folder":
+        (folder / "1.png").mkdir()
+    left = 3 if how == "several" else 4
+    written = write_analysis(study, "command", ["patterns", "statistics"])
+    assert not written.missing
+    report = written.report.read_text()
+    assert f"{left} images" in report and "1.png could not be read and is left out" in report
+    assert "5 images" not in report
+
+
+def test_a_folder_that_vanishes_is_one_line(tmp_path: Path, pictures: Path) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    study = visualizer_of(random_vit(num_layers=2), folder, tmp_path / "out").study
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="its images are not there any more"):
+        write_analysis(study, "command", ["statistics"])
+    assert not (tmp_path / "out" / "attention_analysis_report.md").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 from attention_visualizer.analysis.chapters import CHAPTERS, is_analysis_file, write_chapters
 from attention_visualizer.analysis.header import report_header
 from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.data.image_sets import ImageFolder, UnreadablePicture
 from attention_visualizer.files import atomic
 from attention_visualizer.files.staging import move_in, staging
 from attention_visualizer.report import markdown as markdown_report
@@ -41,7 +42,13 @@ def write_analysis(
     """
     with staging(study.output.folder) as new:
         staged = replace(study, output=replace(study.output, folder=new))
-        written = write_chapters(staged, chapters)
+        while True:
+            try:
+                written = write_chapters(staged, chapters)
+                header = report_header(staged, command, language)
+                break
+            except UnreadablePicture as gone:  # since the folder was listed: all chapters anew, of the same pictures
+                staged = without(staged, gone)
         missing = {name: chapter.missing for name, chapter in written.items() if chapter.missing}
         target = study.output.folder
         earlier = EarlierAnalysis.of(target)
@@ -53,13 +60,20 @@ def write_analysis(
         old = analysis_files(target, earlier)
         # Figures of an earlier analysis of the same weights stay; of others, they would mislead.
         kept = sorted(name for name in old - set(figures) if Path(name).suffix not in NUMBERS) if same else []
-        markdown_report.write(new, report_header(staged, command, language), written, kept)
+        markdown_report.write(new, header, written, kept)
         numbers = [name for suffix in NUMBERS if (new / (name := f"{markdown_report.STATISTICS}{suffix}")).exists()]
         files = [*figures, *numbers, markdown_report.PAGE, markdown_report.REPORT]
         move_in(new, target, files, [] if same else sorted(old - set(files)))
         if not missing:
             discard(target.with_name(f"{target.name}_incomplete"))
     return Written(target / markdown_report.REPORT, missing)
+
+
+def without(study: Study, gone: UnreadablePicture) -> Study:
+    """Return the study of the pictures that can still be read. Raise UserError where there is none."""
+    images = study.target.images
+    assert isinstance(images, ImageFolder)
+    return replace(study, target=replace(study.target, images=images.without(gone)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,12 +15,21 @@ from torch import Tensor
 from attention_visualizer.data.images import DatasetDescription, decode, normalise, read_picture, to_unit
 from attention_visualizer.data.input_format import InputFormat
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.memory import ran_out_of_memory
 from attention_visualizer.support.text import printable
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_ASPECT = 100  # times the other side: of a longer picture only the middle is scaled, as it might not fit the memory
+
+
+class UnreadablePicture(UserError):
+    """A picture that could be read when its folder was listed, and cannot be any more."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
 
 
 class ImageSet(Protocol):
@@ -168,7 +177,27 @@ class ImageFolder:
         return printable(self.files[number].relative_to(self.folder))
 
     def read(self, numbers: Iterable[int]) -> Tensor:
-        return torch.stack([read_formatted(self.files[number], self.format) for number in numbers])
+        return torch.stack([self._read(self.files[number]) for number in numbers])
+
+    def _read(self, path: Path) -> Tensor:
+        try:
+            return read_formatted(path, self.format)
+        except UserError as error:
+            if ran_out_of_memory(error):
+                raise
+            raise UnreadablePicture(path, str(error)) from error
+
+    def without(self, gone: UnreadablePicture) -> ImageFolder:
+        """Return the folder without a picture, and without all others that are not there any more. Raise UserError
+        where none is left."""
+        missing = [path for path in self.files if path == gone.path or not path.is_file()]
+        files = tuple(path for path in self.files if path not in missing)
+        if not files:
+            raise UserError(f"images={self.folder}: its images are not there any more")
+        names = {printable(path.relative_to(self.folder)): "not readable any more" for path in missing}
+        for name in names:
+            log.warning("%s cannot be read any more and is left out", printable(self.folder / name))
+        return replace(self, files=files, broken=self.broken | names)
 
     def model_input(self, pictures: Tensor) -> Tensor:
         mean = torch.tensor(self.format.mean, device=pictures.device)[:, None, None]
