@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from attention_visualizer.analysis.chapters import CHAPTERS, check_chapters, is_analysis_file
-from attention_visualizer.analysis.preparation import check_output, make_study
+from attention_visualizer.analysis.preparation import check_output, choose_device, make_study
 from attention_visualizer.analysis.study.analysed_weights import (
     Weights,
     find_weights,
@@ -24,6 +24,7 @@ from attention_visualizer.analysis.study.compared_runs import ComparedRun, find_
 from attention_visualizer.analysis.study.samples import SampleChoice
 from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.data.image_sets import ImageSet
+from attention_visualizer.data.images import read_picture
 from attention_visualizer.files import atomic
 from attention_visualizer.measures.observation import RolloutOptions
 from attention_visualizer.runs.folders import ANALYSIS
@@ -38,6 +39,9 @@ def analyze(options: dict[str, Any]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     chapters = options["chapters"] if isinstance(options["chapters"], list) else list(CHAPTERS)
     check_chapters(chapters)
+    choose_device(options["device"])  # before a large folder is read
+    if options["image"] is not None:
+        read_picture(options["image"], channels=1)
     budget = FULL if options["chapters"] == "full" else QUICK
     if options["subset"] is not None:
         budget = replace(budget, images=None if options["subset"] == "all" else options["subset"], max_cost=None)

@@ -69,7 +69,7 @@ def helps_as_text() -> Iterator[None]:
             options["help"] = str(options["help"])
         return super(argparse.ArgumentParser, parser).add_argument(*names, **options)
 
-    argparse.ArgumentParser.add_argument = add_argument  # type: ignore[method-assign]
+    argparse.ArgumentParser.add_argument = add_argument  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
