@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeGuard
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -93,7 +93,7 @@ def is_kind(logger: Logger, name: str) -> bool:
     return any(kind.__name__ == name and kind.__module__.partition(".")[0] in PACKAGES for kind in kinds)
 
 
-def is_tensorboard(logger: Logger) -> bool:
+def is_tensorboard(logger: Logger) -> TypeGuard[TensorBoardLogger]:
     return is_kind(logger, "TensorBoardLogger")
 
 
