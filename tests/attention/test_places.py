@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -54,20 +55,24 @@ def is_right(
 
 
 def test_every_place_that_is_drawn_is_right_and_nearly_all_are_drawn() -> None:
-    wrong, missing, placeable, refused = [], [], 0, 0
+    """Where something beside attention is seen of all tokens, more is refused, and nothing is wrong either."""
+    wrong, refused = [], 0
+    missing: dict[bool, list[Any]] = {False: [], True: []}  # whether something is seen beside attention
+    placeable = {False: 0, True: 0}
     for seed in range(NUM_MODELS):
         plan = random_plan(seed)
         model, layers = layers_of(plan)
         assert len(layers) == plan.depth
         for number, layer in enumerate(layers):
-            truth = model.middles(number)
+            truth, is_mixed = model.middles(number), bool(plan.beside) and number > 0
             is_overlapping = plan.embedding == "overlapping"
             if layer.geometry is not None and not is_right(layer, layer.geometry, truth, is_overlapping):
                 wrong.append((plan, number, layer.geometry))
-            placeable += truth is not None
+            placeable[is_mixed] += truth is not None
             refused += truth is None
             if truth is not None and layer.geometry is None:
-                missing.append((plan, number, layer.unplaced))
+                missing[is_mixed].append((plan, number, layer.unplaced))
     assert not wrong, wrong[:3]
-    assert placeable > 500 and refused > 100
-    assert len(missing) <= 0.05 * placeable, (len(missing), placeable, missing[:5])
+    assert placeable[False] > 500 and placeable[True] > 50 and refused > 100
+    assert len(missing[False]) <= 0.05 * placeable[False], (len(missing[False]), placeable, missing[False][:5])
+    assert len(missing[True]) <= 0.6 * placeable[True], (len(missing[True]), placeable)

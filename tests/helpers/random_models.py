@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ class Plan:
     residual: bool
     by_hand: bool
     depth: int
+    #: What tokens see of each other beside attention: "", a "norm" over all of them, a "gate" of the channels by their
+    #: mean, a "summary" token that is their mean, a "convolution" of neighbors.
+    beside: str
 
     @property
     def inner(self) -> tuple[int, int]:
@@ -66,7 +69,7 @@ def random_plan(seed: int) -> Plan:
         later = ""
     if later == "first" and grid[0] < 2:
         later = ""
-    return Plan(
+    plan = Plan(
         seed=seed,
         grid=grid,
         patch=(chance.randint(2, 5), chance.randint(2, 5)),
@@ -81,7 +84,14 @@ def random_plan(seed: int) -> Plan:
         residual=chance.random() < 0.8,
         by_hand=chance.random() < 0.4,
         depth=2 if later else chance.randint(1, 3),
+        beside="",
     )
+    beside = random.Random(f"beside {seed}").choice([""] * 8 + ["norm", "gate", "summary", "convolution"])
+    if beside == "convolution" and window is None:
+        return replace(plan, grid=(3 + grid[0], 3 + grid[1]), order="rows", later="", beside=beside)
+    if beside == "convolution" or (beside == "summary" and not plan.prefix):
+        return plan
+    return replace(plan, beside=beside)
 
 
 class RandomModel(nn.Module):
@@ -96,6 +106,7 @@ class RandomModel(nn.Module):
         self.positions = nn.Parameter(torch.randn(1, math.prod(plan.grid), WIDTH))
         self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(plan.depth))
         self.mixes = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(plan.depth))
+        self.kernel = nn.Parameter(torch.empty(WIDTH, 1, 3, 3))  # last, so that the others do not depend on it
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
@@ -119,7 +130,23 @@ class RandomModel(nn.Module):
             attended = self.attend(layer, tokens)
             tokens = F.layer_norm(tokens + attended if plan.residual else attended, (WIDTH,))
             tokens = tokens + mix(tokens).tanh()
+            tokens = self.seen_beside(tokens)
         return tokens.mean(dim=1)
+
+    def seen_beside(self, tokens: Tensor) -> Tensor:
+        plan = self.plan
+        if plan.beside == "norm":
+            return F.layer_norm(tokens, tokens.shape[1:])
+        if plan.beside == "gate":
+            return tokens * tokens.mean(dim=1, keepdim=True).sigmoid()
+        if plan.beside == "summary":
+            return torch.cat([tokens[:, 1:].mean(dim=1, keepdim=True), tokens[:, 1:]], dim=1)
+        if plan.beside == "convolution":
+            first, behind = plan.prefix, plan.prefix + math.prod(plan.grid)
+            image = tokens[:, first:behind].mT.unflatten(2, plan.grid)
+            seen = tokens[:, first:behind] + F.conv2d(image, self.kernel, padding=1, groups=WIDTH).flatten(2).mT
+            return torch.cat([tokens[:, :first], seen, tokens[:, behind:]], dim=1)
+        return tokens
 
     def prepared(self, images: Tensor) -> Tensor:
         plan = self.plan

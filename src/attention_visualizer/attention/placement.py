@@ -17,6 +17,7 @@ SAME_LINE = 0.5  # of the width of its patches: centres of one row of patches di
 MAX_LOPSIDED = 0.15  # of its width: how far the centre of a single line may be off its middle
 MIN_STEP = 0.3  # of the expected one: lines that are not so far apart may be chance
 UNEVEN = 0.5  # of the mean step: so much one step between the lines of a regular grid may be off
+MAX_BESIDE = 0.2  # of what all lines cover: so far the middle of one may lie from where it is drawn
 TOLERANCE = 1.0  # pixels by which interpolation moves an edge
 
 
@@ -56,15 +57,17 @@ def place(fields: ReceptiveFields) -> PlacedKeys | Unplaced:
     """
     if fields.depends_on_picture:
         return Unplaced("the number of its keys depends on the picture: tokens are selected or merged")
-    keys = np.flatnonzero(fields.answering)
-    if not len(keys):
+    if not fields.may_be_patches:
         return Unplaced(NOWHERE)
-    # The middle is exact where keys answer to their patches alone, the centre tells fields apart that overlap widely.
-    grids = grids_of(fields, keys, fields.middles) or grids_of(fields, keys, fields.centres)
+    grids = []
+    for keys in fields.may_be_patches:
+        # The middle is exact where keys answer to their patches alone, the centre tells fields apart that overlap.
+        grids += grids_of(fields, keys, fields.middles) or grids_of(fields, keys, fields.centres)
     if len(grids) != 1:
+        number, of = len(fields.may_be_patches[0]), fields.rows.shape[1]
         return Unplaced(
-            f"the {len(keys)} of its {len(fields.answering)} keys that answer to places are no grid of patches: tokens "
-            "were selected, merged or mixed"
+            f"the {number} of its {of} keys that answer to places are no grid of patches, or several: tokens were "
+            "selected, merged or mixed"
         )
     return grids[0]
 
@@ -143,8 +146,10 @@ def regular(middles: Array, firsts: Array, lasts: Array, size: int) -> Lines | N
         is_whole = abs(number * step - size) <= step / 2
         return Lines(number, 0.0, size / number) if is_whole else Lines(number, start, step)
     if number > 3:
-        steps = np.diff(middles[inner])
-        if steps.max() > (1 + UNEVEN) * steps.mean() or steps.min() < (1 - UNEVEN) * steps.mean():
+        steps = np.diff(middles)
+        if steps.max() > (1 + UNEVEN) * steps.mean() or steps[inner].min() < (1 - UNEVEN) * steps.mean():
             return None
-    # What the keys see reaches far beyond their patches: these divide it evenly.
-    return Lines(number, float(firsts.min()), expected)
+    # What the keys see reaches far beyond their patches: these divide it evenly, if the middles lie there.
+    lines = Lines(number, float(firsts.min()), expected)
+    drawn = lines.start + lines.step * (np.arange(number) + 0.5)
+    return lines if np.abs(middles - drawn).max() <= MAX_BESIDE * (lines.end - lines.start) else None

@@ -84,8 +84,7 @@ def measure_places(probe: Probe) -> dict[str, CallPlaces | Unplaced]:
             continue
         probe.policy = policy
         fields = measure(probe.moves, image, bands[0], bands[1], range(draws))
-        again = measure(probe.moves, image, bands[0], bands[1], range(draws, 2 * draws))
-        results = {name: same_place(place(fields[name]), place(again[name])) for name in left}
+        results = {name: place(fields[name]) for name in left}
         for name, result in confirmed(probe, fields, results).items():
             found[name] = probe.call_places(name, result) if isinstance(result, PlacedKeys) else result
     probe.policy = SwitchedOff
@@ -99,30 +98,35 @@ def measure_places(probe: Probe) -> dict[str, CallPlaces | Unplaced]:
     return without_selections(found)
 
 
-def same_place(one: PlacedKeys | Unplaced, other: PlacedKeys | Unplaced) -> PlacedKeys | Unplaced:
-    """Return what was found twice, with other pixels and other random numbers."""
-    if isinstance(one, Unplaced) or isinstance(other, Unplaced):
-        return one if isinstance(one, Unplaced) else other
-    if one.rows.number == other.rows.number and np.array_equal(one.order, other.order):
-        return one
-    return Unplaced("its keys answer to other places each time: tokens are selected or shuffled")
-
-
 def confirmed(
     probe: Probe, fields: dict[str, ReceptiveFields], results: dict[str, PlacedKeys | Unplaced]
 ) -> dict[str, PlacedKeys | Unplaced]:
     """Take the place of layers of which a key stays as it is where pixels of its patch change, or moves where none do
-    that it answers to: so do tokens that are selected by their content."""
-    if not any(isinstance(result, PlacedKeys) for result in results.values()):
+    that it answers to: so do tokens that are selected by their content, or shuffled.
+
+    Other pixels, and other random numbers, than those that the places were found with.
+    """
+    placed = [result for result in results.values() if isinstance(result, PlacedKeys)]
+    if not placed:
         return results
     image = probe.image
+    sides = image.shape[2:]
     generator = torch.Generator().manual_seed(0)
     cells = torch.rand(NUM_CONFIRMATIONS, 1, *CONFIRMING_CELLS, generator=generator) < CHANGED_SHARE
-    masks = torch.nn.functional.interpolate(cells.float(), image.shape[2:]).bool()
-    moves = probe.moves(torch.where(masks.to(image.device), other_pixels(image, draw=99), image))
+    rows = max((each.rows for each in placed), key=lambda lines: lines.number)
+    columns = max((each.columns for each in placed), key=lambda lines: lines.number)
+    masks = np.concatenate(
+        [
+            torch.nn.functional.interpolate(cells.float(), sides).bool()[:, 0].numpy(),
+            np.repeat(in_binary(rows, sides[0])[:, :, None], sides[1], axis=2),
+            np.repeat(in_binary(columns, sides[1])[:, None, :], sides[0], axis=1),
+        ]
+    )
+    different = torch.from_numpy(masks)[:, None].to(image.device)
+    moves = probe.moves(torch.where(different, other_pixels(image, draw=99), image))
     checked = dict(results)
     for name, result in results.items():
-        if isinstance(result, PlacedKeys) and not is_confirmed(result, fields[name], masks[:, 0].numpy(), moves[name]):
+        if isinstance(result, PlacedKeys) and not is_confirmed(result, fields[name], masks, moves[name]):
             checked[name] = Unplaced("its keys do not answer as patches would: tokens are selected by their content")
     return checked
 
@@ -176,15 +180,27 @@ def is_same_in_all(probe: Probe, moves: dict[str, Array], placed: PlacedKeys) ->
         return False
     row, column = np.divmod(np.arange(len(placed.order)), placed.columns.number)
     for axis, (lines, line) in enumerate(((placed.rows, row), (placed.columns, column))):
-        bits = np.arange((lines.number - 1).bit_length())[:, None]
-        of_lines = (np.arange(lines.number) >> bits & 1).astype(bool)
-        edges = edges_of(lines, probe.image.shape[2 + axis])
-        of_pixels = np.zeros((len(bits), probe.image.shape[2 + axis]), bool)
-        for number, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-            of_pixels[:, start:end] = of_lines[:, number, None]
-        if len(bits) and not is_expected(probe.moves(changed(probe.image, of_pixels, axis, draw=1)), of_lines[:, line]):
+        of_pixels = in_binary(lines, probe.image.shape[2 + axis])
+        if len(of_pixels) and not is_expected(
+            probe.moves(changed(probe.image, of_pixels, axis, draw=1)), binary_code(lines.number)[:, line]
+        ):
             return False
     return True
+
+
+def binary_code(number: int) -> Array:
+    """Return the numbers below `number` in binary: bool [bit, number]."""
+    bits = np.arange((number - 1).bit_length())[:, None]
+    return (np.arange(number) >> bits & 1).astype(bool)
+
+
+def in_binary(lines: Lines, size: int) -> Array:
+    """Return for each pixel along a side of `size` pixels the number of its line, in binary: bool [bit, pixel]."""
+    code, edges = binary_code(lines.number), edges_of(lines, size)
+    of_pixels = np.zeros((len(code), size), bool)
+    for number, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        of_pixels[:, start:end] = code[:, number, None]
+    return of_pixels
 
 
 def have_moved(moves: Array) -> Array:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_visualizer.attention.calls import ERROR_BOUND, largest
 from attention_visualizer.attention.function_call import FunctionCall, tensors_of
+from attention_visualizer.attention.proof import ERROR_BOUND, largest
 from attention_visualizer.attention.torch_internals import DisableTorchFunction
 
 NAMES_OF_REARRANGING = """

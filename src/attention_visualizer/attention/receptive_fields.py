@@ -27,6 +27,7 @@ Moves = Callable[[Tensor], dict[str, Array]]
 ANSWER = 1e-3  # of the median of what keys move by at the most: less is rounding
 MAX_EVERYWHERE = 0.3  # of its largest answer: what a key gives to every band is background, unless it is more
 MAX_WHOLE = 0.25  # keys that answer to the whole picture for each that answers to a place
+MIN_KEYS = 9  # of which places are told where each answers to each change of the picture
 MAX_SINGLE = 16  # so many bands are changed one by one
 
 
@@ -94,16 +95,24 @@ class ReceptiveFields:
     columns: Array  # the same
     row_edges: tuple[int, ...]  # pixels
     column_edges: tuple[int, ...]
+    has_background: bool = False  # most keys answer to each change of the picture, a little perhaps
     depends_on_picture: bool = False  # the number of its keys does
 
     @property
-    def answering(self) -> Array:
-        """Whether a key answers to a place: bool [key]. Few keys that answer to all rows and columns are tokens of the
-        whole picture, such as a mean; of many, places are not told apart."""
+    def may_be_patches(self) -> list[Array]:
+        """The keys that may be the patches, in each way that there is: those that answer to a place: [key].
+
+        Few keys that answer to all rows and columns are tokens of the whole picture, such as a mean. Of more they may
+        be, or patches that see all of a small picture. Where most answer to each change of it, to a norm over
+        all tokens for instance, few are in line by chance.
+        """
         some = (self.rows > 0).any(axis=0) & (self.columns > 0).any(axis=0)
         everywhere = (self.rows > 0).all(axis=0) & (self.columns > 0).all(axis=0)
         local = some & ~everywhere
-        return np.asarray(local if everywhere.sum() <= MAX_WHOLE * local.sum() else some)
+        few = everywhere.sum() <= MAX_WHOLE * local.sum()
+        candidates = [np.flatnonzero(each) for each in ([local] if few else [some, local])]
+        least = MIN_KEYS if self.has_background else 1
+        return [each for each in candidates if len(each) >= least]
 
     def extent(self, axis: Axis) -> tuple[Array, Array]:
         """Return the first pixel that each key answers to, and the one behind the last: [key] both."""
@@ -180,6 +189,7 @@ def measure(
             column_bands.answers(columns[name] / scale),
             row_bands.edges,
             column_bands.edges,
+            has_background=bool(np.mean((rows[name].min(axis=0) > 0) & (columns[name].min(axis=0) > 0)) > 0.5),
             depends_on_picture=bool(np.isnan(largest).any()),
         )
     return fields

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from attention_visualizer.data.images import DatasetDescription, decode, normalise, read_picture, to_unit
 from attention_visualizer.data.input_format import InputFormat
-from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.memory import ran_out_of_memory
+from attention_visualizer.support.errors import UserError, ran_out_of_memory
 from attention_visualizer.support.text import printable
 
 log = logging.getLogger(__name__)
