@@ -12,10 +12,10 @@ MAPS = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 
 def check_has_numbers(model: nn.Module) -> None:
-    """Raise UserError for a model of which a part is on PyTorch's meta device: it was never loaded."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise UserError(f"{type(model).__name__}: {name} is on the meta device, without numbers: load its weights")
+    """Raise UserError for a model that was never loaded: the first weights that images meet are on the meta device."""
+    weight = first_weight(model)
+    if weight is not None and weight.is_meta:
+        raise UserError(f"{type(model).__name__} is on the meta device, without numbers: load its weights")
 
 
 def holds_pixels(tensor: Tensor) -> bool:
@@ -31,8 +31,11 @@ def as_input(images: Tensor, model: nn.Module) -> Tensor:
 def input_type(model: nn.Module) -> torch.dtype:
     """Return the type of the weights that images meet first: of the first convolution or linear map, or of the first
     parameter; float32 where there is none of floating point, as in a quantised model."""
+    weight = first_weight(model)
+    return torch.float32 if weight is None else weight.dtype
+
+
+def first_weight(model: nn.Module) -> Tensor | None:
     firsts = [module.weight for module in model.modules() if isinstance(module, MAPS)]
-    for weight in (*firsts, *model.parameters()):
-        if isinstance(weight, Tensor) and weight.dtype in ERROR_BOUND:
-            return weight.dtype
-    return torch.float32
+    known = (each for each in (*firsts, *model.parameters()) if isinstance(each, Tensor) and each.dtype in ERROR_BOUND)
+    return next(known, None)

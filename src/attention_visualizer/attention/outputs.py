@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from attention_visualizer.attention.capture import force_eager
 
@@ -194,4 +195,5 @@ def parts_without_head(model: nn.Module) -> tuple[list[nn.Module], list[nn.Modul
 def has_matrix(module: nn.Module) -> bool:
     """Whether a module has a matrix of its own: a parameter, or what quantised layers keep in its place."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(sum(size > 1 for size in tensor.shape) > 1 for tensor in own) or hasattr(module, "_packed_params")
+    known = [tensor for tensor in own if not is_lazy(tensor)]
+    return any(sum(size > 1 for size in tensor.shape) > 1 for tensor in known) or hasattr(module, "_packed_params")

@@ -21,7 +21,7 @@ from attention_visualizer.runs.checkpoint import LoadedCheckpoint
 from attention_visualizer.runs.checkpoint_choice import load_chosen
 from attention_visualizer.runs.export import export_safetensors
 from attention_visualizer.runs.folders import RunFolder
-from attention_visualizer.support.errors import UserError, is_out_of_memory
+from attention_visualizer.support.errors import UserError, ran_out_of_memory
 from attention_visualizer.support.text import print_sanitised
 from attention_visualizer.training import configuration, resuming, slurm, sweeps
 from attention_visualizer.training import run as training_run
@@ -49,7 +49,7 @@ def run_job(config: DictConfig) -> float:
             print("Resume the sweep with the same command and resume=auto")
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if ran_out_of_memory(error):
             advice = "give a smaller data.batch_size= (with trainer.accumulate_grad_batches=) or a smaller model"
             error = UserError(f"out of memory: {advice}; the run can be resumed from its last checkpoint")
         if job is None:
