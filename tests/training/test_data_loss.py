@@ -20,7 +20,7 @@ from lightning import Callback, Trainer
 from attention_visualizer.files import plain_files, tensor_files
 from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.support.errors import UnreadableError, UserError
-from attention_visualizer.training import saving
+from attention_visualizer.training import saving, stopping
 from attention_visualizer.training.classifier import Classifier
 from tests.helpers.runs import BARE, BRIEF, Outcome, assert_same_training, last, only_run, run_folders, run_train
 
@@ -229,9 +229,12 @@ def test_other_signals_save_and_can_be_resumed_exactly(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     number = getattr(signal, name)
+    monkeypatch.setattr(stopping, "leave_terminal", lambda: None)  # which is the tests' own
+    earlier = signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored
     with monkeypatch.context() as patched:
         after_epoch(1, lambda _: os.kill(os.getpid(), number), patched, tmp_path)
         outcome = run_train(*SETTINGS, folder=tmp_path)
+    signal.signal(number, earlier)
     assert outcome.exit_code == 128 + number and "Traceback" not in outcome.err
     run = only_run(tmp_path)
     manifest = json.loads((run / "run.json").read_text())

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
-from attention_visualizer.attention import hand_written, recording
+from attention_visualizer.attention import hand_written, proof, recording
 from attention_visualizer.attention.capture import CaptureError
 from attention_visualizer.figures import attention_figures
 from attention_visualizer.measures.streaming import AttentionStatistics
@@ -197,7 +197,7 @@ CAPTURE_PLACES = {  # of a capture's own work around the model's calls
     "before a call": (hand_written.HandWrittenAttention, "before"),
     "after a call": (hand_written.HandWrittenAttention, "after"),
     "who calls": (recording, "calling_stack"),
-    "the proof": (recording, "largest"),
+    "the proof": (proof.Proof, "of"),
     "the end": (recording.Recorder, "finish"),
     "after dropout": (hand_written, "_state_after_dropout"),
     "torch.nn": (recording, "multi_head_body"),

@@ -49,7 +49,7 @@ def run_job(config: DictConfig) -> float:
             print("Resume the sweep with the same command and resume=auto")
         raise
     except Exception as error:
-        if ran_out_of_memory(error):
+        if ran_out_of_memory(error) and not command_line.is_foreseen(error):
             advice = "give a smaller data.batch_size= (with trainer.accumulate_grad_batches=) or a smaller model"
             error = UserError(f"out of memory: {advice}; the run can be resumed from its last checkpoint")
         if job is None:
