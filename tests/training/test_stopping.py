@@ -141,7 +141,7 @@ def test_what_was_seen_before_a_checkpoint_within_the_first_epoch_is_kept(tmp_pa
     step = load_checkpoint(path).step or 0
     kept = AttentionHistory.load(only_run(tmp_path) / "attention_history.npz")
     seen = [int(frame["step"]) for frame in kept.frames]
-    assert 0 < step < 648 and seen[:3] == [0, 1, 2] and seen[-1] <= step
+    assert 0 < step < 648 and seen[:3] == [0, 1, 2][: len(seen)] and seen[-1] <= step
     assert seen[-1] * 2 > step  # the last power of two
 
 
