@@ -127,6 +127,7 @@ class Harmful:
 def wrong_weights() -> dict[str, tuple[Any, str]]:
     state = trained().state_dict()
     below = {f"vit.{name}": tensor for name, tensor in state.items()}
+    teacher = {f"teacher.{name}": tensor.clone() for name, tensor in state.items()}
     return {
         "beside another head": (below | {"head.weight": torch.ones(3, 64)}, "lacks the weights"),
         "two models": (
