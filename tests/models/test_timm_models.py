@@ -130,10 +130,7 @@ def wrong_weights() -> dict[str, tuple[Any, str]]:
     teacher = {f"teacher.{name}": tensor.clone() for name, tensor in state.items()}
     return {
         "beside another head": (below | {"head.weight": torch.ones(3, 64)}, "lacks the weights"),
-        "two models": (
-            below | {f"teacher.{name}": tensor.clone() for name, tensor in state.items()},
-            "lacks the weights",
-        ),
+        "two models": (below | teacher, "lacks the weights"),
         "missing": ({name: tensor for name, tensor in state.items() if "norm.weight" not in name}, "lacks the weights"),
         "unknown": (state | {"extra": torch.ones(2)}, "unknown weights 'extra'"),
         "another shape": (state | {"blocks.0.mlp.fc1.weight": torch.ones(3, 3)}, "it is of another model"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,7 +130,12 @@ def read_paths(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are read, in order."""
     paths: list[Path] = []
     load = checkpoint_choice.load_checkpoint
-    monkeypatch.setattr(checkpoint_choice, "load_checkpoint", lambda path: paths.append(path) or load(path))
+
+    def read(path: Path, **options: Any) -> Any:
+        paths.append(path)
+        return load(path, **options)
+
+    monkeypatch.setattr(checkpoint_choice, "load_checkpoint", read)
     return paths
 
 

@@ -84,10 +84,7 @@ def _exists(path: Path) -> bool:
 
 def read_file(path: Path) -> np.ndarray:
     """Read one extracted file, checked by its hash."""
-    try:
-        content = read_bytes(path, MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): repair or delete it") from error
+    content = read_bytes(path, MAX_FILE_BYTES + 1)
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 != FILES[path.name]:
         raise UserError(

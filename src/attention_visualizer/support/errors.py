@@ -46,7 +46,7 @@ def reading(path: Path) -> Iterator[None]:
         if prevents_reading(error):
             raise UnreadableError(f"{path} cannot be read at the moment ({reason}); it may be whole") from error
         if isinstance(error, OSError):
-            raise UserError(f"{path} cannot be read: {reason}") from error
+            raise UserError(f"{path}: cannot be read ({reason}): repair or delete it") from error
         raise
 
 
