@@ -54,6 +54,11 @@ class BestCheckpoint(RunCheckpoint):
         )
         self.folder = folder
 
+    @property
+    def state_key(self) -> str:
+        """The name of its state in checkpoints: that of the class in version 2.0.0, whose runs go on."""
+        return super().state_key.replace(type(self).__qualname__, RunCheckpoint.__qualname__, 1)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget_missing()
         super().on_train_epoch_end(trainer, pl_module)
