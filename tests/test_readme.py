@@ -26,7 +26,8 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MNIST_DIR", str(tmp_path / "none"))
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [])  # the embedded digits will do
-    torch.save(VisionTransformer().state_dict(), "best_model.pth")
+    model = VisionTransformer()
+    torch.save({"model_state_dict": model.state_dict(), "config": model.config}, "best_model.pth")
     namespace: dict[str, object] = {}
     for block in blocks("python"):
         exec(block, namespace)  # noqa: S102
