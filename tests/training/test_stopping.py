@@ -150,6 +150,7 @@ def test_a_terminal_that_is_closed_stops_training_in_order(uninterrupted: Path, 
     """Nothing can be printed to it any more: no progress bar, and no word on where the checkpoint is."""
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
         os.chdir(tmp_path)
         os.execve(sys.executable, [sys.executable, str(PROJECT / "train.py"), *LONG], ENVIRONMENT)
     reader = threading.Thread(target=read_all, args=(terminal,), daemon=True)  # or the bar would block
