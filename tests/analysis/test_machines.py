@@ -22,7 +22,7 @@ from attention_visualizer.analysis.writing import write_analysis
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import InputFormat
 from attention_visualizer.runs.folders import RunFolder
-from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.errors import UnreadableError, UserError
 from attention_visualizer.support.machine import available_memory, peak_memory
 from tests.helpers.models import random_vit
 
@@ -157,7 +157,7 @@ def test_a_history_for_which_there_is_no_memory_is_not_called_broken(
     run = RunFolder(tmp_path)
     run.history_path.write_bytes(b"")
     monkeypatch.setattr("attention_visualizer.runs.history.read_bytes", fail)
-    with pytest.raises(UserError, match="not enough memory to read") as raised:
+    with pytest.raises(UnreadableError, match="not enough memory") as raised:
         find_history(run)
     assert "delete" not in str(raised.value)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from attention_visualizer.attention.kept_state import kept_state
 from attention_visualizer.attention.undisturbed import undisturbed
+from tests.helpers.models import Merging
 
 SEEN: list[int] = []
 TOTAL = 0
@@ -210,25 +211,6 @@ def test_passes_do_change_these_models() -> None:
 # --- modes -----------------------------------------------------------------------------------------------------
 
 
-class Merging(nn.Linear):
-    """Adds its low-rank part to the weight for evaluation, as LoRA layers do."""
-
-    def __init__(self) -> None:
-        super().__init__(3, 3)
-        self.part, self.merged = nn.Parameter(torch.full((3, 3), 0.1)), False
-
-    def train(self, mode: bool = True) -> Merging:
-        super().train(mode)
-        if mode == self.merged:
-            self.weight.data += (-1 if mode else 1) * self.part.data
-            self.merged = not mode
-        return self
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        assert self.merged is not self.training
-        return super().forward(inputs) if self.merged else super().forward(inputs) + F.linear(inputs, self.part)
-
-
 class Fusing(nn.Module):
     """Has its branches as one in evaluation, in another module."""
 
@@ -263,8 +245,8 @@ class Frozen(nn.Sequential):
         return self
 
 
-@pytest.mark.parametrize("make", [Merging, Fusing, Frozen])
-def test_a_mode_that_does_more_than_a_flag(make: type[nn.Module]) -> None:
+@pytest.mark.parametrize("make", [lambda: Merging(3, 3), Fusing, Frozen])
+def test_a_mode_that_does_more_than_a_flag(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(5)
     model, inputs = nn.Sequential(make()).train(), torch.randn(4, 3)
     weights = {name: value.clone() for name, value in model.state_dict().items()}

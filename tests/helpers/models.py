@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_visualizer.attention.geometry import Geometry
@@ -45,3 +46,22 @@ class HandWritten(nn.Module):
 
 
 HAND_WRITTEN_GEOMETRY = Geometry((3, 3), 1, (5, 5))  # of its tokens, on images of 15 x 15
+
+
+class Merging(nn.Linear):
+    """Adds its low-rank part to the weight for evaluation, as LoRA layers do."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.part, self.merged = nn.Parameter(torch.full_like(self.weight, 0.01)), False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.part.data
+            self.merged = not mode
+        return self
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        assert self.merged is not self.training
+        return super().forward(inputs) if self.merged else super().forward(inputs) + F.linear(inputs, self.part)

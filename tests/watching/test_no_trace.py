@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.watching.attention_logger import AttentionLogger
+from tests.helpers.models import Merging
 from tests.helpers.trainers import CLASSES, SIZE, Recorder, Steps, attention_warnings, fit, kept_in, vit
 
 PROBES = torch.randn(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
@@ -102,24 +103,6 @@ class FollowsSlowly(Whole):
         with torch.no_grad():
             self.slow.weight.lerp_(self.model.head.weight, 0.1)
         return super().forward(images) + self.slow.weight.sum(dim=1)
-
-
-class Merging(nn.Linear):
-    """Adds its low-rank part to the weight for evaluation, as LoRA layers do."""
-
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
-        self.part, self.merged = nn.Parameter(torch.full_like(self.weight, 0.01)), False
-
-    def train(self, mode: bool = True) -> Merging:
-        super().train(mode)
-        if mode == self.merged:
-            self.weight.data += (-1 if mode else 1) * self.part.data
-            self.merged = not mode
-        return self
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return super().forward(inputs) if self.merged else super().forward(inputs) + F.linear(inputs, self.part)
 
 
 class Merges(Whole):

@@ -157,13 +157,12 @@ def moved(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def find_history(run: RunFolder | None) -> AttentionHistory | None:
-    """Return the history of the run's training. Raise UserError for one that is broken."""
+    """Return the history of the run's training. Raise UserError for one that is broken, UnreadableError for one that
+    cannot be read at the moment."""
     if run is None or not run.history_path.is_file():
         return None
     try:
         return AttentionHistory.load(run.history_path)
-    except MemoryError:
-        raise UserError(f"there is not enough memory to read {run.history_path}: close other programs") from None
     except UserError as error:
         raise UserError(f"{error}: delete it to analyse without the evolution over training") from error
 

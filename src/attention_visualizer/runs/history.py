@@ -67,32 +67,30 @@ class AttentionHistory:
         """Read a history. Raise UserError where the file is not a whole one, UnreadableError where it cannot be read at
         the moment."""
         history = cls()
-        try:
-            content = io.BytesIO(read_bytes(Path(path), MAX_BYTES))
-            with zipfile.ZipFile(content) as archive:  # before anything is unpacked
-                if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
-                    raise ValueError(f"it unpacks to more than {MAX_BYTES:,} bytes")
-            with np.load(content, allow_pickle=False) as arrays:
-                for key in arrays.files:
-                    part, name = key.split("/")
-                    check_array(part, name, arrays[key])
-                    if part == "probe":
-                        history.probe[name] = arrays[key]
-                        continue
-                    entries = getattr(history, part)
-                    column = arrays[key]
-                    if not entries:
-                        entries.extend({} for _ in column)
-                    for entry, value in zip(entries, column, strict=True):
-                        entry[name] = value
-        except MemoryError:  # which says nothing of the file
-            raise
-        except Exception as error:  # numpy and zipfile raise many kinds for a broken file
-            if prevents_reading(error):
-                with reading(path):
+        with reading(Path(path)):
+            try:
+                content = io.BytesIO(read_bytes(Path(path), MAX_BYTES))
+                with zipfile.ZipFile(content) as archive:  # before anything is unpacked
+                    if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+                        raise ValueError(f"it unpacks to more than {MAX_BYTES:,} bytes")
+                with np.load(content, allow_pickle=False) as arrays:
+                    for key in arrays.files:
+                        part, name = key.split("/")
+                        check_array(part, name, arrays[key])
+                        if part == "probe":
+                            history.probe[name] = arrays[key]
+                            continue
+                        entries = getattr(history, part)
+                        column = arrays[key]
+                        if not entries:
+                            entries.extend({} for _ in column)
+                        for entry, value in zip(entries, column, strict=True):
+                            entry[name] = value
+            except Exception as error:  # numpy and zipfile raise many kinds for a broken file
+                if prevents_reading(error):
                     raise
-            reason = " ".join(str(error).replace(f"{path} ", "").split())
-            raise UserError(f"{path} is not a readable attention history ({reason:.200})") from error
+                reason = " ".join(str(error).replace(f"{path} ", "").split())
+                raise UserError(f"{path} is not a readable attention history ({reason:.200})") from error
         return history
 
 
