@@ -25,3 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chapters that run the model many times do so on few images: for tests of which files there are."""
     monkeypatch.setattr("attention_visualizer.analysis.preparation.QUICK", Budget(40, 2, 1e12))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU, for PyTorch and Lightning, whatever this one has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

@@ -197,8 +197,7 @@ def test_the_options(tmp_path: Path) -> None:
     assert not (tmp_path / "attention_analysis").exists()  # looking at samples writes nothing
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there() -> None:
+def test_a_gpu_that_is_not_there(no_gpu: None) -> None:
     with pytest.raises(UserError, match="device=cuda: no such GPU is available; use device=cpu"):
         AttentionVisualizer(small_model(), device="cuda")
 

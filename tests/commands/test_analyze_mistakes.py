@@ -102,14 +102,11 @@ def test_without_any_checkpoint_it_says_how_to_train(tmp_path: Path, arguments: 
         (f"output_dir={'long' * 100}", "output_dir="),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(one_run: Workplace, argument: str, said: str) -> None:
-    if argument == "device=mps" and torch.backends.mps.is_available():
-        pytest.skip("this machine has one")
+def test_a_mistake_is_one_line_and_leaves_nothing(one_run: Workplace, no_gpu: None, argument: str, said: str) -> None:
     assert_refused(one_run.path, argument, said=said)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there(one_run: Workplace) -> None:
+def test_a_gpu_that_is_not_there(one_run: Workplace, no_gpu: None) -> None:
     assert_refused(one_run.path, "device=cuda", said="device=cuda: no such GPU is available; use device=cpu")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -124,8 +123,7 @@ def test_mistakes_are_refused(folder: Path, override: str, named: str) -> None:
     assert_refused(run_train(*BRIEF, override, folder=folder), folder, named)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(folder: Path) -> None:
+def test_a_gpu_that_is_not_there(folder: Path, no_gpu: None) -> None:
     assert_refused(run_train(*BRIEF, "trainer=gpu", folder=folder), folder, "GPU", "trainer=cpu")
 
 
