@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from contextlib import suppress
@@ -46,6 +45,10 @@ def available_memory(device: torch.device) -> int | None:
 
 def peak_memory(device: torch.device) -> str:
     """Return how much memory this process has needed at the most, in words."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "not known on this system"
     unit = 1 if sys.platform == "darwin" else 1024
     text = f"{unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB at the most"
     if device.type == "cuda":

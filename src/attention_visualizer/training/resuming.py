@@ -32,7 +32,7 @@ RENAMED_TARGETS = {
     "lightning.pytorch.trainer.trainer.Trainer": None,
 }
 # What Lightning ships needs no trust of its own; where it writes is checked. (Its loggers may send data away.)
-LIGHTNINGS = {f"{callbacks.__name__}.{name}" for name in callbacks.__all__}
+LIGHTNING_CALLBACKS = {f"{callbacks.__name__}.{name}" for name in callbacks.__all__}
 # What the data set's defaults fill in.
 FILLED_IN = ("data.batch_size", "trainer.max_epochs")
 # Beside the model, which is compared with the checkpoint's.
@@ -72,7 +72,7 @@ def config_of_resumed_run(config: DictConfig) -> DictConfig:
         if OmegaConf.select(resumed, name) not in (value, None):
             raise UserError(f"{name}={OmegaConf.select(resumed, name)} cannot resume a run that began with {value}")
         OmegaConf.update(resumed, name, value)
-    foreign = targets(resumed) - targets(config) - shipped_targets() - LIGHTNINGS
+    foreign = targets(resumed) - targets(config) - shipped_targets() - LIGHTNING_CALLBACKS
     if foreign:  # a config file must not decide which code runs
         raise UserError(f"{folder.config_path} names classes that this program does not know: {', '.join(foreign)}")
     refuse_other_places(resumed, folder, {given.key_or_group for given in overrides})
