@@ -483,8 +483,7 @@ def test_the_command_compares_and_refuses(place: Place, trained: VisionTransform
     place.add("2025-01-01_00-00-00-000002", heads_moved(trained, ORDERS[0], 0.01, 1), 1)
 
     def analyze(*arguments: str) -> Any:
-        environment = {name: value for name, value in ENVIRONMENT.items() if name != "MNIST_DIR"}
-        return run_script("analyze.py", *arguments, folder=place.path, environment=environment)
+        return run_script("analyze.py", *arguments, folder=place.path, environment=ENVIRONMENT)
 
     done = analyze("runs=runs/2025-01-01_00-00-00-00000?", "chapters=[runs]", "num_samples=1", "output_dir=out")
     assert done.exit_code == 0, done.err

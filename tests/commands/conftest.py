@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from tests.helpers.analyses import Analysis, Workplace, random_model, succeed
-from tests.helpers.runs import Outcome
+from tests.helpers.runs import ENVIRONMENT, Outcome
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -43,10 +42,7 @@ def analysis(tmp_path_factory: pytest.TempPathFactory, digits: ImageDataModule, 
     run = work.add_run("2025-01-02_03-04-05-000006", model, with_history=True)
     run.config_path.unlink(missing_ok=True)  # the checkpoint alone suffices
     command = [sys.executable, str(PROJECT / "analyze.py"), "ckpt=best"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("MNIST_DIR", "HYDRA_FULL_ERROR")}
-    done = subprocess.run(
-        command, cwd=work.path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
-    )
+    done = subprocess.run(command, cwd=work.path, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     outcome = Outcome(done.returncode, done.stdout, done.stderr)
     assert outcome.exit_code == 0, outcome.err
     return Analysis(run, run.path / "attention_analysis", outcome)

@@ -354,14 +354,14 @@ def test_a_subclass_that_goes_on_to_another_model(place: Path, tmp_path: Path) -
     """What was said of the first one (three channels, its size) does not hold for this project's."""
     form = InputFormat((160, 160), 3, (0.5,) * 3, (0.5,) * 3)
     visualizer = Custom(
-        model=timm.create_model("test_vit"),
+        model=timm.create_model("test_vit", num_classes=2),
         images=place / "photos",
         geometry=Geometry((10, 10), 1, (16, 16)),
         image_format=form,
         class_names=["a", "b"],
         output_dir=tmp_path / "out",
     )
-    assert visualizer.logits().shape == (2, 1000)
+    assert visualizer.logits().shape == (2, 2)
     save_file(random_model().state_dict(), tmp_path / "own.safetensors", {"config": json.dumps(random_model().config)})
     report = visualizer.run_comprehensive_analysis(tmp_path / "own.safetensors").read_text()
     assert "4 x 4 patches of 7 x 7 pixels" in report and "3 layers x 2 heads" in report

@@ -32,6 +32,7 @@ from tests.helpers.analyses import (
     read_statistics,
     succeed,
 )
+from tests.helpers.runs import ENVIRONMENT
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -159,10 +160,7 @@ def test_an_analysis_that_is_stopped_leaves_the_earlier_one(
     beside = set(os.listdir(reported.parent))
     arguments = ["chapters=[patterns,layers]", "num_samples=1"]
     command = [sys.executable, "-c", STOPPED, name, str(PROJECT / "analyze.py"), *arguments]
-    environment = {name: value for name, value in os.environ.items() if name not in ("MNIST_DIR", "HYDRA_FULL_ERROR")}
-    done = subprocess.run(
-        command, cwd=work.path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100
-    )
+    done = subprocess.run(command, cwd=work.path, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     assert done.returncode == exit_code, done.stderr
     assert bytes_in(reported) == before
     left = set(os.listdir(reported.parent)) - beside

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs.checkpoint import CHECKPOINT_KEY, block_for
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.runs.history import AttentionHistory
-from tests.helpers.runs import Outcome, run_script
+from tests.helpers.runs import ENVIRONMENT, Outcome, run_script
 
 LAYERS, HEADS = 3, 2
 SIZES: dict[str, Any] = {"embed_dim": 22, "num_heads": HEADS, "num_layers": LAYERS, "mlp_dim": 29}
@@ -136,8 +135,7 @@ class Workplace:
 
 def analyze(*arguments: str, folder: Path) -> Outcome:
     """`python analyze.py ...` in `folder`, within this process and its environment."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("HYDRA_FULL_ERROR", "MNIST_DIR")}
-    return run_script("analyze.py", *arguments, folder=folder, environment=environment)
+    return run_script("analyze.py", *arguments, folder=folder, environment=ENVIRONMENT)
 
 
 def succeed(*arguments: str, folder: Path) -> Outcome:

@@ -36,7 +36,9 @@ MODEL = ("model.embed_dim=24", f"model.num_heads={HEADS}", f"model.num_layers={L
 TINY = ("data=digits", "data.batch_size=103", *MODEL, "model.attention_dropout=0.1")
 BRIEF = (*TINY, "trainer.max_epochs=1", "trainer.limit_train_batches=2")  # for what needs no training
 BARE = ("callbacks=none", "logger=none")
+# One thread, as in the tests' own process: with more, sums differ in their last bits.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("HYDRA_FULL_ERROR", "MNIST_DIR")}
+ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,7 @@ def run_script(name: str, *arguments: str, folder: Path, environment: dict[str, 
 def run_process(*arguments: str, folder: Path) -> Outcome:
     """`python train.py ...` in `folder`, as it is."""
     command = [sys.executable, str(PROJECT / "train.py"), *arguments]
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
@@ -111,7 +112,7 @@ class Training:
         self.process = subprocess.Popen(
             [sys.executable, *(["-c", program] if program else [str(PROJECT / "train.py")]), *arguments],
             cwd=folder,
-            env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+            env=ENVIRONMENT,
             stdout=self.log,
             stderr=subprocess.STDOUT,
             # A job in the background ignores Ctrl-C, and so would its children.

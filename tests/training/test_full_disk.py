@@ -28,7 +28,7 @@ def program(
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
     command = [*prefix, sys.executable, str(PROJECT / name), *arguments]
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = ENVIRONMENT | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, preexec_fn=limit
     )
@@ -138,9 +138,8 @@ def test_a_run_that_may_not_be_read_hides_no_other(trained: Path, tmp_path: Path
 @pytest.mark.parametrize("runs", [2, 8])
 def test_runs_started_in_the_same_instant_have_folders_of_their_own(runs: int, tmp_path: Path) -> None:
     command = [sys.executable, str(PROJECT / "train.py"), *BRIEF, *QUIET, "logger=none", "callbacks=none"]
-    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         for _ in range(runs)
     ]
     said = [process.communicate(timeout=300)[1].decode() for process in processes]

@@ -108,7 +108,7 @@ def test_a_full_disk_for_the_charts_is_a_warning_once_and_changes_no_weight(tmp_
     done = subprocess.run(
         [sys.executable, str(PROJECT / "train.py"), *TINY, "trainer.max_epochs=4"],
         cwd=tmp_path / "small",
-        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
