@@ -277,6 +277,12 @@ def test_moved_heads_are_found_and_called_recurring(planted: Study) -> None:
     for name, values in found.aligned.items():  # numbered alike, the runs' heads have the same values
         np.testing.assert_allclose(values[1:], np.broadcast_to(values[0], values[1:].shape), rtol=0.1, atol=0.02)
         assert min(pair.agreement[name] for pair in found.pairs) > 0.8 or name == "distance"
+        later = [  # each moved run's heads of the next layer that stand for the first run's: the same head in both
+            np.take_along_axis(np.roll(found.values[name][pair.second], -1, axis=0), pair.matching.partners, axis=1)
+            for pair in found.shifted
+            if pair.first == 0
+        ]
+        np.testing.assert_allclose(*later, rtol=0.1, atol=0.02)
     entropy = surveyed[1].survey.summaries["entropy"].mean / np.log(17)
     np.testing.assert_allclose(found.values["entropy"][1], entropy)
     partners, entropy_of_layers, *_, agreement = draw_seeds(found).axes

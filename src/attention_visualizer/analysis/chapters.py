@@ -26,7 +26,7 @@ from attention_visualizer.analysis.runs import chapter as runs_chapter
 from attention_visualizer.analysis.statistics import chapter as statistics_chapter
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.trust import chapter as trust_chapter
-from attention_visualizer.data.image_sets import UnreadablePicture
+from attention_visualizer.data.image_sets import VanishedPicture
 from attention_visualizer.report import markdown as markdown_report
 from attention_visualizer.report.chapter import Chapter
 from attention_visualizer.support.errors import UserError, ran_out_of_memory
@@ -93,14 +93,14 @@ def write_chapters(study: Study, names: Sequence[str]) -> dict[str, Chapter]:
 def write_chapter(study: Study, name: str, written: Mapping[str, Chapter]) -> Chapter:
     """One chapter, or why it is missing, checked together with those `written` before.
 
-    Where memory ends, it is tried with smaller batches, down to single images. Raise UnreadablePicture.
+    Where memory ends, it is tried with smaller batches, down to single images. Raise VanishedPicture.
     """
     while True:
         try:
             chapter = CHAPTERS[name](study)
             markdown_report.check(name, chapter, study.output.folder, written.values())
             return chapter
-        except UnreadablePicture:  # all chapters are of the same pictures
+        except VanishedPicture:  # all chapters are of the same pictures
             raise
         except Exception as error:  # whatever goes wrong in one chapter is no reason to lose the others
             log.debug("chapter %s", name, exc_info=True)

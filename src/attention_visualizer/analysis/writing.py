@@ -11,7 +11,7 @@ from pathlib import Path
 from attention_visualizer.analysis.chapters import CHAPTERS, is_analysis_file, write_chapters
 from attention_visualizer.analysis.header import report_header
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.data.image_sets import ImageFolder, UnreadablePicture
+from attention_visualizer.data.image_sets import ImageFolder, VanishedPicture
 from attention_visualizer.files import atomic
 from attention_visualizer.files.staging import move_in, staging
 from attention_visualizer.report import markdown as markdown_report
@@ -47,7 +47,7 @@ def write_analysis(
                 written = write_chapters(staged, chapters)
                 header = report_header(staged, command, language)
                 break
-            except UnreadablePicture as gone:  # since the folder was listed: all chapters anew, of the same pictures
+            except VanishedPicture as gone:  # since the folder was listed: all chapters anew, of the same pictures
                 staged = without(staged, gone)
         missing = {name: chapter.missing for name, chapter in written.items() if chapter.missing}
         target = study.output.folder
@@ -69,7 +69,7 @@ def write_analysis(
     return Written(target / markdown_report.REPORT, missing)
 
 
-def without(study: Study, gone: UnreadablePicture) -> Study:
+def without(study: Study, gone: VanishedPicture) -> Study:
     """Return the study of the pictures that can still be read. Raise UserError where there is none."""
     images = study.target.images
     assert isinstance(images, ImageFolder)

@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from attention_visualizer.attention.capture import force_eager
-
-CLASSIFIER_NAMES = ("head", "heads", "fc", "classifier", "mlp_head")
 
 #: What an output was made by: a linear map, a sigmoid or softmax, or something else.
 Maker = Literal["scores", "probabilities", "unknown"]
@@ -168,32 +165,3 @@ def predict(scores: ClassScores | None, num_images: int) -> tuple[NDArray[np.int
     if scores is None:
         return np.full(num_images, -1), np.full(num_images, np.nan, np.float32)
     return scores.predicted.cpu().numpy(), scores.probability.detach().cpu().numpy()
-
-
-def has_head(model: nn.Module) -> bool:
-    """Whether the model has a classification head, as far as its parts tell: that of a part is its own where nothing
-    learnt surrounds it."""
-    headless, learnt = parts_without_head(model)
-    return not headless or bool(learnt)
-
-
-def declares_no_head(module: nn.Module) -> bool:
-    """Whether a module declares no classes, had its head removed, or is Hugging Face's model without one."""
-    heads = [head for name in CLASSIFIER_NAMES if (head := getattr(module, name, None)) is not None]
-    if any(isinstance(head, nn.Identity) for head in heads) or getattr(module, "num_classes", None) == 0:
-        return True
-    return not heads and hasattr(module, "config") and getattr(module, "base_model", None) is module
-
-
-def parts_without_head(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return the modules that declare no head, and those outside them that have learnt matrices of their own."""
-    headless = [module for module in model.modules() if declares_no_head(module)]
-    inside = {id(part) for each in headless for part in each.modules()}
-    return headless, [module for module in model.modules() if id(module) not in inside and has_matrix(module)]
-
-
-def has_matrix(module: nn.Module) -> bool:
-    """Whether a module has a matrix of its own: a parameter, or what quantised layers keep in its place."""
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    known = [tensor for tensor in own if not is_lazy(tensor)]
-    return any(sum(size > 1 for size in tensor.shape) > 1 for tensor in known) or hasattr(module, "_packed_params")

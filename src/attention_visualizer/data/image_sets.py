@@ -23,7 +23,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 MAX_ASPECT = 100  # times the other side: of a longer picture only the middle is scaled, as it might not fit the memory
 
 
-class UnreadablePicture(UserError):
+class VanishedPicture(UserError):
     """A picture that could be read when its folder was listed, and cannot be any more."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -184,9 +184,9 @@ class ImageFolder:
         except UserError as error:
             if ran_out_of_memory(error):
                 raise
-            raise UnreadablePicture(path, str(error)) from error
+            raise VanishedPicture(path, str(error)) from error
 
-    def without(self, gone: UnreadablePicture) -> ImageFolder:
+    def without(self, gone: VanishedPicture) -> ImageFolder:
         """Return the folder without a picture, and without all others that are not there any more. Raise UserError
         where none is left."""
         missing = [path for path in self.files if path == gone.path or not path.is_file()]

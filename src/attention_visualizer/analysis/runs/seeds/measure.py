@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
@@ -190,7 +190,7 @@ def pair_with_next_layer(rows: Sequence[Array], values: dict[str, Array]) -> lis
     for first, second in combinations(range(len(rows)), 2):
         two_rows = [rows[first], np.roll(rows[second], -1, axis=1)]
         two_values = {name: np.stack([each[first], np.roll(each[second], -1, axis=0)]) for name, each in values.items()}
-        pairs.append(pair_heads(two_rows, two_values, 0, 1))
+        pairs.append(replace(pair_heads(two_rows, two_values, 0, 1), first=first, second=second))
     return pairs
 
 
