@@ -28,6 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from attention_visualizer.commands import train
+from tests.helpers.processes import Program
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Small enough to train in two seconds; no two sizes are equal. 12 batches of 103 of the 1,297 training images.
@@ -108,15 +109,10 @@ class Training:
     def __init__(self, *arguments: str, folder: Path, program: str | None = None) -> None:
         self.folder = folder
         self.before = set(run_folders(folder))
-        self.log = (folder / f"log_{time.monotonic_ns()}.txt").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, *(["-c", program] if program else [str(PROJECT / "train.py")]), *arguments],
-            cwd=folder,
-            env=ENVIRONMENT,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            # A job in the background ignores Ctrl-C, and so would its children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        self.log = folder / f"log_{time.monotonic_ns()}.txt"
+        self.log.touch()
+        self.process = Program(
+            program or str(PROJECT / "train.py"), *arguments, folder=folder, log=self.log, environment=ENVIRONMENT
         )
 
     def wait_until(self, what: Callable[[], Any], seconds: float = 300) -> None:
@@ -138,8 +134,7 @@ class Training:
         return self.process.wait(seconds)
 
     def output(self) -> str:
-        self.log.flush()
-        return Path(self.log.name).read_text()
+        return self.log.read_text()
 
 
 def run_folders(folder: Path) -> list[Path]:

@@ -1,0 +1,85 @@
+"""Programs as processes of their own, forked from one that has imported the libraries.
+
+Signals, kills, limits and exit codes are real; the ten seconds that imports take are spent once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([f"attention_visualizer.commands.{name}" for name in ("train", "analyze")] + [__name__])
+
+
+class Program:
+    """`python <program> <arguments>` in `folder`, with the interface of subprocess.Popen.
+
+    program: the path of a script, or Python code. largest: bytes of a file, or None.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        *arguments: str,
+        folder: Path,
+        log: Path,
+        environment: dict[str, str],
+        largest: int | None = None,
+    ) -> None:
+        self.process = FORKS.Process(
+            target=run, args=(program, arguments, folder, log, environment, largest), daemon=True
+        )
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, seconds: float) -> int:
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self.process), seconds)
+        return self.process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.process.pid is not None and self.process.is_alive():
+            os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def run(
+    program: str,
+    arguments: tuple[str, ...],
+    folder: Path,
+    log: Path,
+    environment: dict[str, str],
+    largest: int | None,
+) -> None:
+    """Be that program, in a process that was forked."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # A job in the background ignores Ctrl-C, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    is_script = program.endswith(".py")
+    sys.argv = [program if is_script else "-c", *arguments]
+    if is_script:
+        runpy.run_path(program, run_name="__main__")
+    else:
+        exec(compile(program, "-c", "exec"), {"__name__": "__main__"})
