@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +11,7 @@ import pytest
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from tests.helpers.analyses import Analysis, Workplace, random_model, succeed
-from tests.helpers.runs import ENVIRONMENT, Outcome
-
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.helpers.runs import PROJECT, run_process
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +37,7 @@ def analysis(tmp_path_factory: pytest.TempPathFactory, digits: ImageDataModule, 
     work = Workplace(tmp_path_factory.mktemp("analysis"), digits)
     run = work.add_run("2025-01-02_03-04-05-000006", model, with_history=True)
     run.config_path.unlink(missing_ok=True)  # the checkpoint alone suffices
-    command = [sys.executable, str(PROJECT / "analyze.py"), "ckpt=best"]
-    done = subprocess.run(command, cwd=work.path, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
-    outcome = Outcome(done.returncode, done.stdout, done.stderr)
+    outcome = run_process("ckpt=best", folder=work.path, program=str(PROJECT / "analyze.py"))
     assert outcome.exit_code == 0, outcome.err
     return Analysis(run, run.path / "attention_analysis", outcome)
 

@@ -6,8 +6,6 @@ import csv
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,7 @@ from tests.helpers.analyses import (
     read_statistics,
     succeed,
 )
-from tests.helpers.runs import ENVIRONMENT
-
-PROJECT = Path(__file__).resolve().parents[2]
+from tests.helpers.runs import PROJECT, run_process
 
 
 def test_a_second_analysis_keeps_figures_of_the_same_weights_only(work: Workplace, model: VisionTransformer) -> None:
@@ -159,13 +155,12 @@ def test_an_analysis_that_is_stopped_leaves_the_earlier_one(
     before = bytes_in(reported)
     beside = set(os.listdir(reported.parent))
     arguments = ["chapters=[patterns,layers]", "num_samples=1"]
-    command = [sys.executable, "-c", STOPPED, name, str(PROJECT / "analyze.py"), *arguments]
-    done = subprocess.run(command, cwd=work.path, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == exit_code, done.stderr
+    outcome = run_process(name, str(PROJECT / "analyze.py"), *arguments, folder=work.path, program=STOPPED)
+    assert outcome.exit_code == exit_code, outcome.err
     assert bytes_in(reported) == before
     left = set(os.listdir(reported.parent)) - beside
     if name != "SIGKILL":
-        assert not left and done.stderr.count("\n") == 1 and "interrupted" in done.stderr
+        assert not left and outcome.err.count("\n") == 1 and "interrupted" in outcome.err
     else:
         assert len(left) == 1 and left.pop().startswith(".attention_analysis.partial-")
         succeed("chapters=[patterns]", "num_samples=2", folder=work.path)

@@ -23,7 +23,7 @@ FORKS.set_forkserver_preload([f"attention_visualizer.commands.{name}" for name i
 class Program:
     """`python <program> <arguments>` in `folder`, with the interface of subprocess.Popen.
 
-    program: the path of a script, or Python code. largest: bytes of a file, or None.
+    program: the path of a script, or Python code. out, err: files for what it prints. largest: bytes of a file.
     """
 
     def __init__(
@@ -31,12 +31,13 @@ class Program:
         program: str,
         *arguments: str,
         folder: Path,
-        log: Path,
+        out: Path,
+        err: Path,
         environment: dict[str, str],
         largest: int | None = None,
     ) -> None:
         self.process = FORKS.Process(
-            target=run, args=(program, arguments, folder, log, environment, largest), daemon=True
+            target=run, args=(program, arguments, folder, out, err, environment, largest), daemon=True
         )
         self.process.start()
 
@@ -61,14 +62,15 @@ def run(
     program: str,
     arguments: tuple[str, ...],
     folder: Path,
-    log: Path,
+    out: Path,
+    err: Path,
     environment: dict[str, str],
     largest: int | None,
 ) -> None:
     """Be that program, in a process that was forked."""
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for path, number in ((out, 1), (err, 2)):
+        with path.open("a") as file:
+            os.dup2(file.fileno(), number)
     # A job in the background ignores Ctrl-C, and so would its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if largest is not None:

@@ -12,7 +12,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -96,11 +95,17 @@ def run_script(name: str, *arguments: str, folder: Path, environment: dict[str, 
     return Outcome(exit_code, out.getvalue(), err.getvalue())
 
 
-def run_process(*arguments: str, folder: Path) -> Outcome:
-    """`python train.py ...` in `folder`, as it is."""
-    command = [sys.executable, str(PROJECT / "train.py"), *arguments]
-    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+def run_process(
+    *arguments: str, folder: Path, program: str = str(PROJECT / "train.py"), largest: int | None = None
+) -> Outcome:
+    """`python train.py ...` in `folder`, or another program, as a process that cannot write files of more than
+    `largest` bytes."""
+    with tempfile.TemporaryDirectory() as beside:
+        out, err = Path(beside, "out"), Path(beside, "err")
+        process = Program(
+            program, *arguments, folder=folder, out=out, err=err, environment=ENVIRONMENT, largest=largest
+        )
+        return Outcome(process.wait(400), out.read_text(), err.read_text())
 
 
 class Training:
@@ -112,7 +117,12 @@ class Training:
         self.log = folder / f"log_{time.monotonic_ns()}.txt"
         self.log.touch()
         self.process = Program(
-            program or str(PROJECT / "train.py"), *arguments, folder=folder, log=self.log, environment=ENVIRONMENT
+            program or str(PROJECT / "train.py"),
+            *arguments,
+            folder=folder,
+            out=self.log,
+            err=self.log,
+            environment=ENVIRONMENT,
         )
 
     def wait_until(self, what: Callable[[], Any], seconds: float = 300) -> None:

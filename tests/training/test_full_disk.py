@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import BRIEF, ENVIRONMENT, PROJECT, Outcome, only_run, run_folders, run_train
+from tests.helpers.runs import (
+    BARE,
+    BRIEF,
+    ENVIRONMENT,
+    PROJECT,
+    Outcome,
+    Training,
+    only_run,
+    run_folders,
+    run_process,
+    run_train,
+)
 
 QUIET = ("trainer.enable_progress_bar=false", "trainer.enable_model_summary=false", "test=false")
 
@@ -22,16 +32,11 @@ def program(
     name: str, *arguments: str, folder: Path, prefix: Sequence[str] = (), largest: int | None = None
 ) -> Outcome:
     """`python <name> ...` in a process of its own, which cannot write files beyond `largest` bytes."""
-
-    def limit() -> None:
-        if largest is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-
+    if not prefix:
+        return run_process(*arguments, folder=folder, program=str(PROJECT / name), largest=largest)
     command = [*prefix, sys.executable, str(PROJECT / name), *arguments]
     environment = ENVIRONMENT | {"PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, preexec_fn=limit
-    )
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
@@ -137,13 +142,8 @@ def test_a_run_that_may_not_be_read_hides_no_other(trained: Path, tmp_path: Path
 @pytest.mark.long
 @pytest.mark.parametrize("runs", [2, 8])
 def test_runs_started_in_the_same_instant_have_folders_of_their_own(runs: int, tmp_path: Path) -> None:
-    command = [sys.executable, str(PROJECT / "train.py"), *BRIEF, *QUIET, "logger=none", "callbacks=none"]
-    processes = [
-        subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        for _ in range(runs)
-    ]
-    said = [process.communicate(timeout=300)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0] * runs, said
+    all_at_once = [Training(*BRIEF, *QUIET, *BARE, folder=tmp_path) for _ in range(runs)]
+    assert [each.end() for each in all_at_once] == [0] * runs, [each.output() for each in all_at_once]
     folders = run_folders(tmp_path)
     assert len(folders) == runs
     for path in folders:

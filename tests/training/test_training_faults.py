@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +24,13 @@ from attention_visualizer.training.saving import LastCheckpoint
 from tests.helpers.runs import (
     BARE,
     BATCHES,
-    ENVIRONMENT,
     EPOCHS,
-    PROJECT,
     TINY,
     Training,
     assert_same_training,
     only_run,
     run_folders,
+    run_process,
     run_train,
 )
 
@@ -105,18 +101,10 @@ def test_a_full_disk_for_the_charts_is_a_warning_once_and_changes_no_weight(tmp_
     """No file may be larger than 300 kB: enough for checkpoints, not for the charts."""
     (tmp_path / "small").mkdir()
     limit = 300_000
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / "train.py"), *TINY, "trainer.max_epochs=4"],
-        cwd=tmp_path / "small",
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("UserWarning") == 1 and "Traceback" not in done.stderr
-    assert "TensorBoardLogger writes no more, training continues: [Errno 27] File too large" in done.stderr
+    outcome = run_process(*TINY, "trainer.max_epochs=4", folder=tmp_path / "small", largest=limit)
+    assert outcome.exit_code == 0, outcome.err
+    assert outcome.err.count("UserWarning") == 1 and "Traceback" not in outcome.err
+    assert "TensorBoardLogger writes no more, training continues: [Errno 27] File too large" in outcome.err
     run = only_run(tmp_path / "small")
     assert max(path.stat().st_size for path in (run / "tensorboard").iterdir()) <= limit
     outcome = run_train(*TINY, "trainer.max_epochs=4", *BARE, folder=tmp_path)
