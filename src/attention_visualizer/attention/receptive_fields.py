@@ -143,9 +143,10 @@ def mean_moves(draws: Iterable[dict[str, Array]]) -> dict[str, Array]:
 
 def pictures(image: Tensor, bands: Bands, axis: Axis, draw: int = 0) -> Tensor:
     """Return the image [1, channel, height, width] with other pixels in each group of bands: [group, ...]."""
-    of_pixels = np.zeros((len(bands.groups), image.shape[2 + axis]), bool)
+    groups = bands.groups
+    of_pixels = np.zeros((len(groups), image.shape[2 + axis]), bool)
     for band, (start, end) in enumerate(zip(bands.edges[:-1], bands.edges[1:], strict=True)):
-        of_pixels[:, start:end] = bands.groups[:, band, None]
+        of_pixels[:, start:end] = groups[:, band, None]
     return changed(image, of_pixels, axis, draw)
 
 
