@@ -30,13 +30,18 @@ class Plan:
     margin: (
         str  # "", "resized" to half the size inside, "cropped" by a patch at each side, or "padded" to whole patches
     )
-    later: str  # before the second layer: "", "pooled" two by two, "half" (those of largest norm), "first" rows only
+    #: Before the second layer: "", "pooled" two by two, "half" (those of largest norm), "first" rows only, "turned" to
+    #: the other order, "sorted" by their norms, or the first is "replaced" by a token of no picture.
+    later: str
     residual: bool
     by_hand: bool
     depth: int
     #: What tokens see of each other beside attention: "", a "norm" over all of them, a "gate" of the channels by their
     #: mean, a "summary" token that is their mean, a "convolution" of neighbors.
     beside: str
+    #: Before the first layer: "" all patches, "some" or some "lines" of them, the same for all pictures, or as many as
+    #: "the picture" says.
+    kept: str = ""
 
     @property
     def inner(self) -> tuple[int, int]:
@@ -89,6 +94,14 @@ def random_plan(seed: int) -> Plan:
     beside = random.Random(f"beside {seed}").choice([""] * 8 + ["norm", "gate", "summary", "convolution"])
     if beside == "convolution" and window is None:
         return replace(plan, grid=(3 + grid[0], 3 + grid[1]), order="rows", later="", beside=beside)
+    is_plain = window is None and not plan.later and not beside
+    if is_plain and random.Random(f"kept {seed}").random() < 0.25:
+        kept = random.Random(f"what is kept {seed}").choice(["some", "lines", "lines", "lines", "the picture"])
+        return replace(plan, kept=kept, depth=1)
+    if is_plain and plan.depth > 1 and random.Random(f"later {seed}").random() < 0.4:
+        # Of two or three patches one may have the larger norm in all pictures.
+        kinds = ["turned", "replaced", "sorted"] if math.prod(grid) > 3 else ["turned", "replaced"]
+        return replace(plan, later=random.Random(f"what is later {seed}").choice(kinds))
     if beside == "convolution" or (beside == "summary" and not plan.prefix):
         return plan
     return replace(plan, beside=beside)
@@ -117,11 +130,19 @@ class RandomModel(nn.Module):
             "shuffled": torch.randperm(count, generator=generator),
         }
         self.order = orders[plan.order]  # the patch at each place among the tokens
+        if plan.kept in ("some", "lines"):
+            places = torch.rand(plan.grid, generator=generator) < 0.6
+            if plan.kept == "lines":
+                places = places[:, :1] & places[:1]
+            places = places if places.any() else ~places
+            self.order = self.order[places.flatten()[self.order]]
 
     def forward(self, images: Tensor) -> Tensor:
         plan = self.plan
         tokens = self.embed(self.prepared(images)) + self.positions
         tokens = tokens[:, self.order]
+        if plan.kept == "the picture":
+            tokens = tokens[:, : 1 + int(1000 * tokens.square().mean()) % tokens.shape[1]]
         extra = self.extra.expand(len(tokens), -1, -1)
         tokens = torch.cat([extra[:, : plan.prefix], tokens, extra[:, plan.prefix :]], dim=1)
         for number, (layer, mix) in enumerate(zip(self.layers, self.mixes, strict=True)):
@@ -174,6 +195,12 @@ class RandomModel(nn.Module):
         elif plan.later == "half":
             chosen = patches.norm(dim=2).topk(count // 2, dim=1).indices
             patches = patches.take_along_dim(chosen[:, :, None], dim=1)
+        elif plan.later == "turned":
+            patches = patches.flip(1)
+        elif plan.later == "sorted":
+            patches = patches.take_along_dim(patches.norm(dim=2).argsort(dim=1)[:, :, None], dim=1)
+        elif plan.later == "replaced":
+            patches = torch.cat([self.positions[:, :1].expand(len(patches), -1, -1), patches[:, 1:]], dim=1)
         else:
             patches = patches[:, : count // 2]
         return torch.cat([before, patches, behind], dim=1)
@@ -213,7 +240,9 @@ class RandomModel(nn.Module):
         """Where each key of a layer lies: the middle of its patch in pixels of the image, None for other tokens; None
         for a layer whose places nobody can draw on the image. For windows, all of an image, one after the other."""
         plan = self.plan
-        if plan.margin == "cropped" or (plan.later in ("half", "first") and number):
+        if plan.margin == "cropped" or plan.kept == "the picture":
+            return None
+        if plan.later in ("half", "first", "sorted") and number:
             return None
         scale = 2 if plan.margin == "resized" else 1
         of_patch = [
@@ -233,4 +262,13 @@ class RandomModel(nn.Module):
         else:
             of_patch = [of_patch[each] for each in self.order.tolist()]
         found: list[Any] = [None] * plan.prefix + of_patch + [None] * plan.suffix
+        if plan.later == "turned" and number:
+            found[plan.prefix : plan.prefix + len(of_patch)] = of_patch[::-1]
+        if plan.later == "replaced" and number:
+            found[plan.prefix] = None
         return found
+
+    def has_place(self, number: int) -> bool:
+        """Whether the keys of a layer are all patches of a grid."""
+        is_part = bool(self.plan.kept) or (self.plan.later == "replaced" and number > 0)
+        return self.middles(number) is not None and not is_part

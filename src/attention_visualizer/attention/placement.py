@@ -15,6 +15,7 @@ Array = NDArray[Any]
 NOWHERE = "its keys answer to no part of the picture"
 SAME_LINE = 0.5  # of the width of its patches: centres of one row of patches differ by less
 MAX_LOPSIDED = 0.15  # of its width: how far the centre of a single line may be off its middle
+MAX_APART = 0.5  # of their width: between lines that are further apart, others were left out
 MIN_STEP = 0.3  # of the expected one: lines that are not so far apart may be chance
 UNEVEN = 0.5  # of the mean step: so much one step between the lines of a regular grid may be off
 MAX_BESIDE = 0.2  # of what all lines cover: so far the middle of one may lie from where it is drawn
@@ -100,12 +101,9 @@ def lines_of(
     firsts, lasts = (each[keys] for each in fields.extent(axis))
     in_lines = middles.argsort(kind="stable").reshape(number, -1)
     of_lines = middles[in_lines]
-    spread = np.ptp(of_lines, axis=1).max()
-    gaps = of_lines[1:].min(axis=1) - of_lines[:-1].max(axis=1)
-    steps = np.diff(of_lines.mean(axis=1))
-    if spread > SAME_LINE * float(np.median(lasts - firsts)):
+    if np.ptp(of_lines, axis=1).max() > SAME_LINE * float(np.median(lasts - firsts)):
         return None
-    if number > 1 and (gaps.min() <= 0 or steps.min() < MIN_STEP * float(lasts.max() - firsts.min()) / number):
+    if (of_lines[1:].min(axis=1) <= of_lines[:-1].max(axis=1)).any():
         return None
     if number == 1 and is_lopsided(fields.centres(axis)[keys].mean(), firsts.min(), lasts.max()):
         return None
@@ -129,8 +127,10 @@ def regular(middles: Array, firsts: Array, lasts: Array, size: int) -> Lines | N
     number, widths = len(middles), lasts - firsts
     if number == 1:
         return Lines(1, float(firsts[0]), float(widths[0]))
+    if (firsts[1:] - lasts[:-1]).max() > MAX_APART * float(np.median(widths)):
+        return None
     if (lasts[:-1] == firsts[1:]).all():  # patch beside patch: exact
-        step = float(lasts[1] - firsts[1]) if number > 2 else float(widths.max())
+        step = float(widths.max())
         start = float(lasts[0]) - step
         cuts = start + step * np.arange(1, number)
         return Lines(number, start, step) if np.abs(cuts - firsts[1:]).max() <= TOLERANCE else None
