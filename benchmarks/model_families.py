@@ -57,6 +57,7 @@ class Result:
     num_layers: int
     sources: str
     geometries: str
+    places: str
     error: float
     agreement: float | None
     moved: float
@@ -356,6 +357,7 @@ def measure(example: Example) -> Result:
         len(layers),
         sources(layers),
         describe_geometries(layers),
+        describe_places(layers, images.shape[2:]),
         error,
         agreement,
         (watched - plain).abs().max().item() if not torch.equal(watched, plain) else 0.0,
@@ -407,6 +409,26 @@ def describe_geometries(layers: list[Any]) -> str:
     return "; ".join(parts)
 
 
+def describe_places(layers: list[Any], image: Any) -> str:
+    """How many layers have a place and how it is known, to the pixel or not, and why the others have none."""
+    geometries = [layer.geometry for layer in layers if layer.geometry is not None]
+    parts = []
+    for evidence in dict.fromkeys(geometry.evidence for geometry in geometries):
+        found = [geometry for geometry in geometries if geometry.evidence == evidence]
+        exact = sum(is_to_the_pixel(geometry, image) for geometry in found)
+        how = "" if not exact else " to the pixel" if exact == len(found) else f", {exact} to the pixel"
+        parts.append(f"{len(found)} of {len(layers)} {evidence}{how}")
+    reasons = [layer.unplaced for layer in layers if layer.geometry is None]
+    parts += [f"{reasons.count(reason)} not: {reason}" for reason in dict.fromkeys(reasons)]
+    return "; ".join(parts)
+
+
+def is_to_the_pixel(geometry: Any, image: Any) -> bool:
+    """Whether patches are of whole pixels and cover just the image."""
+    sides = zip(geometry.offset, geometry.grid, geometry.patch_size, image, strict=True)
+    return all(start == 0 and step == int(step) and number * step == side for start, number, step, side in sides)
+
+
 def explicit_path(example: Example) -> str:
     own = {"timm": "not fused, ", "transformers": "eager, "}.get(example.needs, "")
     shown = {"attn_drop": "hooks", "softmax": "its softmax", "need_weights": "need_weights=True"}
@@ -440,10 +462,11 @@ def print_results(results: list[Result], markdown: bool) -> None:
             f"{result.example.needs} {code.format(result.example.name)}",
             result.example.special,
             result.geometries,
+            result.places,
         )
         for result in results
     ]
-    print(table(("model", "special features", "geometry"), places, markdown))
+    print(table(("model", "special features", "geometry", "places"), places, markdown))
 
 
 def main() -> int:

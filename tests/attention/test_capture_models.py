@@ -198,17 +198,21 @@ def test_timms_cait_with_talking_heads_and_class_attention() -> None:
     assert torch.equal(attention[0].weights, own[0])
 
 
-def test_timms_levit_has_places_up_to_its_first_pooling() -> None:
+def test_timms_levit_has_places_behind_its_poolings() -> None:
+    """Tokens there are what attention made of others, without a residual connection: they lie where its queries do."""
     model = spread_out(
         timm.create_model(
-            "levit_128s", img_size=(64, 128), embed_dim=(16, 24, 32), depth=(1, 1, 1), num_heads=(2, 3, 4), key_dim=8
+            "levit_128s", img_size=128, embed_dim=(48, 64, 96), depth=(1, 1, 1), num_heads=(4, 4, 4), key_dim=16
         )
     )
-    found = summary(run(model, pictures(64, 128)))
-    assert found[0] == ("stages.0.blocks.0.attn", Geometry((4, 8), 0, (16, 16)))
-    assert found[1] == ("stages.1.downsample.attn_downsample", Geometry((4, 8), 0, (16, 16)))
-    # Behind it, tokens are what attention made of others, without a residual connection.
-    assert found[2] == ("stages.1.blocks.0.attn", None)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)):
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        model(pictures(128, 128))  # batch norms measure their input
+    found = [geometry for _, geometry in summary(run(model.eval(), pictures(128, 128)))]
+    assert found[:4] == [Geometry((8, 8), 0, (16, 16))] * 2 + [Geometry((4, 4), 0, (32, 32))] * 2
+    assert found[4] is None  # two rows of tokens: no grid is told from a selection
 
 
 def test_timms_pyramid_reduces_its_keys() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.gradients import asks_for_gradients, gradients_only
 from attention_visualizer.attention.placement import NOWHERE, Lines, PlacedKeys, Unplaced, place
 from attention_visualizer.attention.policies import OnlyItself, SwitchedOff
-from attention_visualizer.attention.probe import CallPlaces, Probe, Record, UnmeasurableError
+from attention_visualizer.attention.probe import QUERIES, CallPlaces, Probe, Record, UnmeasurableError
 from attention_visualizer.attention.receptive_fields import (
     ANSWER,
     Bands,
@@ -27,6 +28,7 @@ from attention_visualizer.attention.receptive_fields import (
     changed,
     measure,
     other_pixels,
+    pictures,
 )
 from attention_visualizer.attention.streams import Streams, find_streams
 from attention_visualizer.attention.undisturbed import undisturbed
@@ -37,6 +39,7 @@ EDGE = 1e-3  # pixels: less than this is rounding
 MAX_LINES = 64  # so many rows or columns of pixels are changed one by one
 MAX_BANDS_ALONE = 24  # of a picture's bands, so many are changed one by one, of more every so many together
 NUM_CONFIRMATIONS, CONFIRMING_CELLS, CHANGED_SHARE = 12, (8, 8), 0.15  # pictures with some of so many cells changed
+CLEAR_ANSWER, NO_ANSWER = 0.1, 1e-2  # of the median of what tokens move by at the most; rounding of weights is less
 MAX_CHANCE = 3  # lines that selected tokens may look like by chance
 LEFT_OUT = 0.25  # of a patch: a grid that leaves out more than this of an earlier one's is a selection
 MAX_STILL = 0.5  # of what keys move by: a key that sees none of the change moves less, by a norm over all tokens
@@ -66,7 +69,7 @@ class MeasuredPlaces:
 
 def measure_places(probe: Probe) -> dict[str, CallPlaces | Unplaced]:
     """Measure the places of the keys of all attention calls on the first image."""
-    image, names = probe.image, list(probe.windows)
+    image, names, sides = probe.image, list(probe.windows), probe.image.shape[2:]
     moves = probe.moves(changed(image, np.ones((1, image.shape[2]), bool), 0))
     moving = [position for position, name in enumerate(names) if np.count_nonzero(moves[name] > 0) > 1]
     placed = first_place(probe, moving[0]) if moving else None
@@ -75,7 +78,7 @@ def measure_places(probe: Probe) -> dict[str, CallPlaces | Unplaced]:
     found: dict[str, CallPlaces | Unplaced] = {}
     more_draws = 4 if image[0, 0].numel() <= SMALL else 2  # where one does not tell places apart
     for policy, draws in ((SwitchedOff, 1), (OnlyItself, 1), (SwitchedOff, more_draws)):
-        bands = [bands_of(placed, axis, image.shape[2 + axis], is_fine=draws == 1) for axis in range(2)]
+        bands = [bands_of(placed, axis, sides[axis], is_fine=draws == 1) for axis in range(2)]
         # Without residual connections, only their own values pass tokens on.
         left = [name for name in names if isinstance(found.get(name, Unplaced(NOWHERE)), Unplaced)]
         if policy is OnlyItself:
@@ -83,9 +86,14 @@ def measure_places(probe: Probe) -> dict[str, CallPlaces | Unplaced]:
         if not left:
             continue
         probe.policy = policy
+        own = own_keys(probe, bands) if policy is OnlyItself and isinstance(placed, PlacedKeys) else {}
+        if own and isinstance(placed, PlacedKeys):
+            probe.policy = partial(OnlyItself, own)
+            steps = placed.rows.step, placed.columns.step  # of some rows of tokens, pixels may lie between those left
+            bands = [Bands.of(range(size + 1), power_of_two(4 * step)) for size, step in zip(sides, steps, strict=True)]
         fields = measure(probe.moves, image, bands[0], bands[1], range(draws))
         results = {name: place(fields[name]) for name in left}
-        for name, result in confirmed(probe, fields, results).items():
+        for name, result in confirmed(probe, fields, results, are_some=bool(own)).items():
             found[name] = probe.call_places(name, result) if isinstance(result, PlacedKeys) else result
     probe.policy = SwitchedOff
     first = found.get(names[moving[0]]) if moving else None
@@ -98,8 +106,40 @@ def measure_places(probe: Probe) -> dict[str, CallPlaces | Unplaced]:
     return without_selections(found)
 
 
+def own_keys(probe: Probe, bands: Sequence[Bands]) -> dict[str, Tensor]:
+    """Find the key that each query of a call is made of the same token as, where there are fewer queries than keys: the
+    one that answers to the same changes of the picture; by the name of the call, [query]."""
+    found: dict[str, Tensor] = {}
+    probe.policy = partial(OnlyItself, found)
+    changes = torch.cat([pictures(probe.image, bands[axis], axis) for axis in range(2)])
+    for position, (name, num_queries) in enumerate(probe.queries.items()):
+        if not 1 < num_queries < probe.keys[name] or probe.windows[name] > 1:
+            continue
+        probe.stop = position
+        try:
+            moves = probe.moves(changes)
+        finally:
+            probe.stop = None
+        queries, keys = (in_typical_moves(moves[each]) for each in (QUERIES, name))
+        differ = (queries > CLEAR_ANSWER).T @ (keys < NO_ANSWER) | (queries < NO_ANSWER).T @ (keys > CLEAR_ANSWER)
+        same = ~differ  # [query, key]
+        if (same.sum(axis=1) == 1).all() and same.sum(axis=0).max() == 1:
+            found[name] = torch.from_numpy(same.argmax(axis=1))
+    return found
+
+
+def in_typical_moves(moves: Array) -> Array:
+    """Return moves [picture, token] as shares of what tokens move by at the most; NaN is what is not known."""
+    scale = np.median(np.nan_to_num(moves).max(axis=0))
+    return moves / scale if scale > 0 else np.full_like(moves, np.nan)
+
+
+def power_of_two(least: float) -> int:
+    return 2 ** int(np.ceil(np.log2(least)))
+
+
 def confirmed(
-    probe: Probe, fields: dict[str, ReceptiveFields], results: dict[str, PlacedKeys | Unplaced]
+    probe: Probe, fields: dict[str, ReceptiveFields], results: dict[str, PlacedKeys | Unplaced], are_some: bool = False
 ) -> dict[str, PlacedKeys | Unplaced]:
     """Take the place of layers of which a key stays as it is where pixels of its patch change, or moves where none do
     that it answers to: so do tokens that are selected by their content, or shuffled.
@@ -126,20 +166,31 @@ def confirmed(
     moves = probe.moves(torch.where(different, other_pixels(image, draw=99), image))
     checked = dict(results)
     for name, result in results.items():
-        if isinstance(result, PlacedKeys) and not is_confirmed(result, fields[name], masks, moves[name]):
+        if isinstance(result, PlacedKeys) and not is_confirmed(result, fields[name], masks, moves[name], are_some):
             checked[name] = Unplaced("its keys do not answer as patches would: tokens are selected by their content")
     return checked
 
 
-def is_confirmed(placed: PlacedKeys, fields: ReceptiveFields, changed: Array, moves: Array) -> bool:
-    """changed: bool [picture, row, column], of pixels; moves: [picture, key]."""
+def is_confirmed(
+    placed: PlacedKeys, fields: ReceptiveFields, changed: Array, moves: Array, are_some: bool = False
+) -> bool:
+    """changed: bool [picture, row, column], of pixels; moves: [picture, key].
+
+    are_some: whether keys are some of the tokens before, which have pixels between them that they do not answer to.
+    """
     height, width = changed.shape[1:]
     rows, columns = edges_of(placed.rows, height), edges_of(placed.columns, width)
     (top, bottom), (left, right) = fields.extent(0), fields.extent(1)
     moving, still = [], []
     for number, key in enumerate(placed.order):
         row, column = divmod(number, placed.columns.number)
-        inside = changed[:, rows[row] : rows[row + 1], columns[column] : columns[column + 1]].any(axis=(1, 2))
+        patch = [rows[row], rows[row + 1], columns[column], columns[column + 1]]
+        if are_some:
+            patch[::2] = max(patch[0], top[key]), max(patch[2], left[key])
+            patch[1::2] = min(patch[1], bottom[key]), min(patch[3], right[key])
+            if patch[0] >= patch[1] or patch[2] >= patch[3]:
+                return False
+        inside = changed[:, patch[0] : patch[1], patch[2] : patch[3]].any(axis=(1, 2))
         seen = changed[:, top[key] : bottom[key], left[key] : right[key]].any(axis=(1, 2))
         moving.append(moves[inside, key])
         still.append(moves[~seen, key])
@@ -153,7 +204,7 @@ def first_place(probe: Probe, position: int) -> PlacedKeys | Unplaced:
     name = list(probe.windows)[position]
     sides = probe.image.shape[2:]
     pixels = max(sides[0] * sides[1] / (probe.windows[name] * probe.keys[name]), 1.0)
-    modulus = 2 ** int(np.ceil(np.log2(2 * np.sqrt(pixels))))
+    modulus = power_of_two(2 * np.sqrt(pixels))
     probe.stop = position
     try:
         rows, columns = (Bands.of(range(size + 1), modulus) for size in sides)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -129,9 +129,11 @@ class SwitchedOff(Capture):
     def __init__(self, stop: int | None = None) -> None:
         self.stop = stop  # number of the call after which the pass may end
         self.values: dict[str, Tensor] = {}
+        self.num_queries: dict[str, int] = {}
 
     def receive(self, layer: AttentionLayer) -> Tensor:
         self.values[layer.name] = layer.values
+        self.num_queries[layer.name] = layer.weights.shape[-2]
         if layer.index == self.stop:
             raise PassIsOver
         return self.edited(layer)
@@ -144,11 +146,25 @@ class SwitchedOff(Capture):
 
 
 class OnlyItself(SwitchedOff):
-    """Let each query attend to its own key alone, where there are as many queries as keys; to none elsewhere."""
+    """Let each query attend to its own key alone: the one of its number where there are as many queries as keys, that
+    of `own_keys` [query] where it is known, and to none elsewhere."""
+
+    def __init__(self, own_keys: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.own_keys = own_keys or {}  # by the name of the call
+        self.weights: Tensor | None = None  # the model's own, of the call after which the pass ends
+
+    def receive(self, layer: AttentionLayer) -> Tensor:
+        if layer.index == self.stop:
+            self.weights = layer.weights
+        return super().receive(layer)
 
     def edited(self, layer: AttentionLayer) -> Tensor:
         weights = super().edited(layer)
-        if weights.shape[-2] == weights.shape[-1]:
+        own = self.own_keys.get(layer.name)
+        if own is not None:
+            weights.scatter_(-1, own.to(weights.device)[:, None].expand(*weights.shape[:-1], 1), 1.0)
+        elif weights.shape[-2] == weights.shape[-1]:
             weights.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return weights
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.placement import PlacedKeys
-from attention_visualizer.attention.policies import OneCallOff, SwitchedOff
+from attention_visualizer.attention.policies import OneCallOff, OnlyItself, SwitchedOff
 from attention_visualizer.support.double_precision import in_float64
 from attention_visualizer.support.errors import ran_out_of_memory
 
 Array = NDArray[Any]
+QUERIES = "queries"  # among the moves of keys, those of the queries of the call that a pass ends with
+STILL = 1e-6  # of the largest move: less is rounding, of keys that stay as they are
 MAX_PICTURES = 16  # of 224 x 224 pixels in one pass, and fewer of larger ones
 #: A call of a model, and what becomes of its attention -> the values of each attention call, by name, in their order:
 #: [batch, head, key, column].
@@ -57,9 +59,11 @@ class Probe:
         self.windows: dict[str, int] = {}  # of each attention call
         self.keys: dict[str, int] = {}
         self.is_image = True  # rather than values that attention is called with
-        for name, values in self.values(images, SwitchedOff()).items():
+        policy = SwitchedOff()
+        for name, values in self.values(images, policy).items():
             self.windows[name], self.keys[name] = len(values), values.shape[2]
             self.is_image = self.is_image and not (values.shape == images.shape and torch.equal(values, images))
+        self.queries = policy.num_queries
 
     def values(self, pictures: Tensor, policy: SwitchedOff) -> dict[str, Tensor]:
         call = self.call
@@ -90,6 +94,8 @@ class Probe:
                 self.at_once = len(part) // 2
                 continue
             parts.append({name: self._moves(name, values.get(name), len(part)) for name in self._names(values)})
+            if isinstance(policy, OnlyItself) and policy.weights is not None:
+                parts[-1][QUERIES] = moves_of_queries(policy.weights, next(iter(parts[-1].values())))
             start += len(part)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -127,6 +133,17 @@ class Probe:
                 moves = np.nan_to_num(self._moves(name, values.get(name), number + 1), nan=np.inf).max(axis=1)
                 depends[later, first : first + number] = moves[:-1] > moves[-1]
         return depends
+
+
+def moves_of_queries(weights: Tensor, moves_of_keys: Array) -> Array:
+    """Return how far each query moves from that of the first picture, seen in its weights for keys that do not, the sum
+    of their softmax aside: [picture, head, query, key], [picture, key] -> [picture, query]; NaN where it has no two."""
+    moving = torch.from_numpy(moves_of_keys > STILL * moves_of_keys.max()).to(weights.device)
+    logarithms = weights.where(weights > torch.finfo(weights.dtype).tiny, torch.nan).log()
+    change = (logarithms[1:] - logarithms[:1]).where(~moving[:, None, None, :], torch.nan)
+    change = change.where((~change.isnan()).sum(dim=-1, keepdim=True) > 1, torch.nan)
+    change = (change - change.nanmean(dim=-1, keepdim=True)).abs()
+    return change.nanmean(dim=(1, 3)).cpu().numpy()
 
 
 class UnmeasurableError(Exception):
