@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
@@ -65,6 +65,8 @@ VIT_BASE = Setup("ViT-B/16, 224 pixels", 224, 16, 3, 768, 12, 12, 4.0, 64, 1)
 VIT_LARGE = Setup("ViT-L/14, 518 pixels", 518, 14, 3, 1024, 24, 16, 4.0, 1, 1)
 NARROW = Setup("ViT of width 192, 224 pixels", 224, 16, 3, 192, 12, 3, 4.0, 64, 1)
 QUICK = Setup("small ViT, 32 pixels", 32, 8, 3, 32, 3, 2, 2.0, 2, 2)
+
+PLACED = ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "pvt_v2_b1", "levit_128")
 
 WAYS = {
     "plain": "plain forward pass",
@@ -257,7 +259,35 @@ def paper_table(markdown: bool) -> str:
     return table(("calculated", "layers x heads x tokens²", "map of a layer", "stored", "streamed"), rows, markdown)
 
 
-PARTS = ("default", "base", "depth", "paper")
+def places_table(repeats: int, markdown: bool) -> str:
+    """What measuring places adds to the first capture of a model, random weights, in this process."""
+    import timm
+    import torch
+
+    from attention_visualizer.attention.capture import capture
+
+    def seconds(model: Any, images: Any, captured: bool) -> float:
+        began = time.process_time()
+        with capture(model, consume=lambda layer: None) if captured else nullcontext():
+            model(images)
+        return time.process_time() - began
+
+    torch.set_num_threads(1)
+    rows = []
+    for name in PLACED:
+        images = torch.randn(8, 3, 224, 224)
+        times = []
+        with torch.inference_mode():
+            for _ in range(repeats):
+                model = timm.create_model(name).eval()
+                model(images[:1])  # warm up
+                times.append([seconds(model, images, captured) for captured in (False, True, True)])
+        plain, first, later = map(statistics.median, zip(*times, strict=True))
+        rows.append((f"timm {name}", f"{first / plain:.1f}", f"{later / plain:.2f}"))
+    return table(("8 images, of a plain pass", "first capture", "later ones"), rows, markdown)
+
+
+PARTS = ("default", "base", "depth", "places", "paper")
 
 
 def main() -> None:
@@ -273,6 +303,8 @@ def main() -> None:
     for part in options.parts:
         if part == "depth":
             print(depth_table(NARROW, [4, 12, 24, 48], options.markdown))
+        elif part == "places":
+            print(places_table(options.repeats, options.markdown))
         elif part == "paper":
             print(paper_table(options.markdown))
         else:

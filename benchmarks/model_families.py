@@ -357,7 +357,7 @@ def measure(example: Example) -> Result:
         len(layers),
         sources(layers),
         describe_geometries(layers),
-        describe_places(layers, images.shape[2:]),
+        describe_places(model, layers, images.shape[2:]),
         error,
         agreement,
         (watched - plain).abs().max().item() if not torch.equal(watched, plain) else 0.0,
@@ -409,24 +409,26 @@ def describe_geometries(layers: list[Any]) -> str:
     return "; ".join(parts)
 
 
-def describe_places(layers: list[Any], image: Any) -> str:
-    """How many layers have a place and how it is known, to the pixel or not, and why the others have none."""
+def describe_places(model: Any, layers: list[Any], image: Any) -> str:
+    """How many layers have a place and how exactly it is known, and why the others have none."""
     geometries = [layer.geometry for layer in layers if layer.geometry is not None]
-    parts = []
-    for evidence in dict.fromkeys(geometry.evidence for geometry in geometries):
-        found = [geometry for geometry in geometries if geometry.evidence == evidence]
-        exact = sum(is_to_the_pixel(geometry, image) for geometry in found)
-        how = "" if not exact else " to the pixel" if exact == len(found) else f", {exact} to the pixel"
-        parts.append(f"{len(found)} of {len(layers)} {evidence}{how}")
+    found = [f"{geometry.evidence} {exactness(model, geometry, image)}" for geometry in geometries]
+    parts = [f"{found.count(how)} {how}" for how in dict.fromkeys(found)]
     reasons = [layer.unplaced for layer in layers if layer.geometry is None]
     parts += [f"{reasons.count(reason)} not: {reason}" for reason in dict.fromkeys(reasons)]
     return "; ".join(parts)
 
 
-def is_to_the_pixel(geometry: Any, image: Any) -> bool:
-    """Whether patches are of whole pixels and cover just the image."""
+def exactness(model: Any, geometry: Any, image: Any) -> str:
+    """Tokens of convolutions that overlap see more than their patches, one that resizes images cuts through pixels."""
+    from torch import nn
+
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if any(size > stride for each in convolutions for size, stride in zip(each.kernel_size, each.stride, strict=True)):
+        return "to half a patch"
     sides = zip(geometry.offset, geometry.grid, geometry.patch_size, image, strict=True)
-    return all(start == 0 and step == int(step) and number * step == side for start, number, step, side in sides)
+    is_whole = all(start == 0 and step == int(step) and number * step == side for start, number, step, side in sides)
+    return "to the pixel" if is_whole else "up to interpolation"
 
 
 def explicit_path(example: Example) -> str:

@@ -124,7 +124,7 @@ def test_the_cost_on_paper_is_that_of_one_float_for_each_pair_of_tokens(cost: An
 def test_a_part_that_does_not_exist_is_an_error() -> None:
     result = run("capture_cost.py", "everything")
     assert result.returncode == 2
-    assert "default, base, depth, paper" in result.stderr
+    assert "default, base, depth, places, paper" in result.stderr
 
 
 def test_what_watching_costs_is_measured_in_real_runs() -> None:

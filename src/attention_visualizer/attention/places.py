@@ -37,7 +37,7 @@ from attention_visualizer.support.errors import ran_out_of_memory, summary
 Array = NDArray[Any]
 EDGE = 1e-3  # pixels: less than this is rounding
 MAX_LINES = 64  # so many rows or columns of pixels are changed one by one
-MAX_BANDS_ALONE = 24  # of a picture's bands, so many are changed one by one, of more every so many together
+MAX_BANDS_ALONE = 32  # of a picture's bands, so many are changed one by one, of more every so many together
 NUM_CONFIRMATIONS, CONFIRMING_CELLS, CHANGED_SHARE = 12, (8, 8), 0.15  # pictures with some of so many cells changed
 CLEAR_ANSWER, NO_ANSWER = 0.1, 1e-2  # of the median of what tokens move by at the most; rounding of weights is less
 MAX_CHANCE = 3  # lines that selected tokens may look like by chance
