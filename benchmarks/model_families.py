@@ -413,7 +413,7 @@ def describe_places(model: Any, layers: list[Any], image: Any) -> str:
     """How many layers have a place and how exactly it is known, and why the others have none."""
     geometries = [layer.geometry for layer in layers if layer.geometry is not None]
     found = [f"{geometry.evidence} {exactness(model, geometry, image)}" for geometry in geometries]
-    parts = [f"{found.count(how)} {how}" for how in dict.fromkeys(found)]
+    parts = [f"{found.count(how)} of {len(layers)} {how}" for how in dict.fromkeys(found)]
     reasons = [layer.unplaced for layer in layers if layer.geometry is None]
     parts += [f"{reasons.count(reason)} not: {reason}" for reason in dict.fromkeys(reasons)]
     return "; ".join(parts)

@@ -277,7 +277,7 @@ def bands_of(placed: PlacedKeys | Unplaced | None, axis: int, size: int, is_fine
     else:
         inner = np.linspace(0, size, min(OTHER_BANDS, size) + 1).round()
     edges = sorted({0, *inner.astype(int).tolist(), size})
-    return Bands.of(edges, len(edges) if len(edges) <= MAX_BANDS_ALONE else 16)
+    return Bands.of(edges, len(edges) if len(edges) - 1 <= MAX_BANDS_ALONE else 16)
 
 
 def without_selections(found: Mapping[str, CallPlaces | Unplaced]) -> dict[str, CallPlaces | Unplaced]:
