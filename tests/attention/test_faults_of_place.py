@@ -102,6 +102,18 @@ def test_bytes_are_images_too() -> None:
     assert layers_of(model, pixels, model=model)[0].geometry == Geometry((2, 3), 1, (16, 16))
 
 
+@pytest.mark.parametrize(("size", "kernel"), [((16, 128), (16, 32)), ((128, 16), (48, 16)), ((160, 160), (48, 16))])
+def test_patches_that_overlap_by_far_are_drawn_where_they_are_seen(
+    size: tuple[int, int], kernel: tuple[int, int]
+) -> None:
+    """Each sees several times what it would alone, and so much more than the number of patches tells."""
+    model = Small()
+    beside = tuple((side - 16) // 2 for side in kernel)
+    model.cut = nn.Conv2d(3, WIDTH, kernel, 16, padding=beside)
+    layers = layers_of(model, images(*size), model=model)
+    assert [layer.geometry for layer in layers] == [Geometry((size[0] // 16, size[1] // 16), 1, (16, 16))] * 2
+
+
 # --- several inputs ----------------------------------------------------------------------------------------------
 
 

@@ -207,8 +207,13 @@ def first_place(probe: Probe, position: int) -> PlacedKeys | Unplaced:
     modulus = power_of_two(2 * np.sqrt(pixels))
     probe.stop = position
     try:
-        rows, columns = (Bands.of(range(size + 1), modulus) for size in sides)
-        return place(measure(probe.moves, probe.image, rows, columns)[name])
+        while True:
+            rows, columns = (Bands.of(range(size + 1), modulus) for size in sides)
+            fields = measure(probe.moves, probe.image, rows, columns)[name]
+            # What is as wide as the modulus answers to every residue: which pixels it sees is not told.
+            if fields.typical_width < modulus or modulus >= max(sides):
+                return place(fields)
+            modulus *= 2
     finally:
         probe.stop = None
 

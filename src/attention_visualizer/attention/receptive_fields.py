@@ -122,6 +122,13 @@ class ReceptiveFields:
         pixels = np.asarray(edges)
         return pixels[first], pixels[last]
 
+    @property
+    def typical_width(self) -> float:
+        """The median, over keys that answer, of the larger side of what they answer to, in pixels."""
+        some = (self.rows > 0).any(axis=0) & (self.columns > 0).any(axis=0)
+        sides = [last - first for first, last in (self.extent(axis) for axis in range(2))]
+        return float(np.median(np.maximum(*sides)[some])) if some.any() else 0.0
+
     def middles(self, axis: Axis) -> Array:
         """Return the middle between the first and the last pixel that each key answers to: [key]."""
         first, last = self.extent(axis)
