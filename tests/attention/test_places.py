@@ -129,7 +129,9 @@ def test_tokens_that_attention_made_lie_where_its_queries_do() -> None:
     placed: dict[str, list[bool]] = {}
     for seed in range(40):
         model = Thinning(seed).eval()
-        images = torch.randn(2, 3, model.grid[0] * model.patch, model.grid[1] * model.patch)
+        images = torch.randn(
+            2, 3, *(side * model.patch for side in model.grid), generator=torch.Generator().manual_seed(seed)
+        )
         with torch.no_grad(), capture(model) as attention:
             model(images)
         layer = list(attention)[-1]

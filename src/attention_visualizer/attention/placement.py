@@ -15,7 +15,7 @@ Array = NDArray[Any]
 NOWHERE = "its keys answer to no part of the picture"
 SAME_LINE = 0.5  # of the width of its patches: centres of one row of patches differ by less
 MAX_LOPSIDED = 0.15  # of its width: how far the centre of a single line may be off its middle
-MAX_APART = 0.5  # of their width: between lines that are further apart, others were left out
+MAX_APART = 0.5  # of their width: between lines that are further apart, others were left out, evenly or not
 MIN_STEP = 0.3  # of the expected one: lines that are not so far apart may be chance
 UNEVEN = 0.5  # of the mean step: so much one step between the lines of a regular grid may be off
 MAX_BESIDE = 0.2  # of what all lines cover: so far the middle of one may lie from where it is drawn
@@ -128,7 +128,9 @@ def regular(middles: Array, firsts: Array, lasts: Array, size: int) -> Lines | N
     if number == 1:
         return Lines(1, float(firsts[0]), float(widths[0]))
     if (firsts[1:] - lasts[:-1]).max() > MAX_APART * float(np.median(widths)):
-        return None
+        # Of every second line, as strided attention leaves, each stands for what lies between.
+        if number == 2 or np.ptp(np.diff(firsts)) > TOLERANCE:
+            return None
     if (lasts[:-1] == firsts[1:]).all():  # patch beside patch: exact
         step = float(widths.max())
         start = float(lasts[0]) - step
