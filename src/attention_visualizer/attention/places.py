@@ -31,7 +31,7 @@ from attention_visualizer.attention.receptive_fields import (
     pictures,
 )
 from attention_visualizer.attention.streams import Streams, find_streams
-from attention_visualizer.attention.undisturbed import undisturbed
+from attention_visualizer.attention.undisturbed import both_undisturbed
 from attention_visualizer.support.errors import ran_out_of_memory, summary
 
 Array = NDArray[Any]
@@ -357,7 +357,7 @@ def places_of(owner: nn.Module, model: nn.Module, call: FunctionCall, record: Re
     known = _cache.setdefault(owner, {})
     if key not in known:
         try:
-            with _measuring(), undisturbed(owner), undisturbed(model):
+            with _measuring(), both_undisturbed(owner, model):
                 known[key] = measured_with(call, record, model)
         except UnmeasurableError as error:
             known[key] = MeasuredPlaces(failure=str(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,16 @@ def undisturbed(model: nn.Module, *others: Any, hooks: bool = False) -> Iterator
                 model.eval()
         for module in model.modules():
             module.training = False
+        yield
+
+
+@contextmanager
+def both_undisturbed(one: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Let both run as `undisturbed` does, once each also where one is a part of the other, or both are the same."""
+    outer = [each for each, rest in ((one, other), (other, one)) if not any(part is each for part in rest.modules())]
+    with ExitStack() as stack:
+        for each in outer or [one]:
+            stack.enter_context(undisturbed(each))
         yield
 
 
