@@ -28,7 +28,7 @@ from tests.helpers.analyses import (
 
 
 @pytest.mark.parametrize("file_format", ["pdf", "svg"])
-def test_vector_formats(work: Workplace, model: VisionTransformer, file_format: str) -> None:
+def test_vector_formats(work: Workplace, model: VisionTransformer, small_budget: None, file_format: str) -> None:
     """Every figure in that format (of PDF, one of each kind), each with the note that these are not MNIST's."""
     work.add_run("2025-01-01_00-00-00-000000", model, with_history=True)
     chapters = ["chapters=[patterns,statistics,evolution]"] if file_format == "pdf" else []
@@ -52,7 +52,9 @@ def test_vector_formats(work: Workplace, model: VisionTransformer, file_format: 
             assert NOT_MNIST in svg_text(path), path.name
 
 
-def test_random_weights_stand_on_the_face_of_every_figure(work: Workplace, model: VisionTransformer) -> None:
+def test_random_weights_stand_on_the_face_of_every_figure(
+    work: Workplace, model: VisionTransformer, small_budget: None
+) -> None:
     work.add_run("2025-01-01_00-00-00-000000", model, with_history=True)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         succeed("ckpt=random", "format=svg", "num_samples=1", "output_dir=out", folder=work.path)
