@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([f"attention_visualizer.commands.{name}" for name in ("train", "analyze")] + [__name__])
@@ -76,6 +77,7 @@ def run(
     if largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     torch.set_num_threads(1)
+    threadpool_limits(1)  # the libraries are loaded: the environment comes too late for them
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -94,7 +94,10 @@ def measure_places(probe: Probe) -> dict[str, CallPlaces | Unplaced]:
         fields = measure(probe.moves, image, bands[0], bands[1], range(draws))
         results = {name: place(fields[name]) for name in left}
         for name, result in confirmed(probe, fields, results, are_some=bool(own)).items():
-            found[name] = probe.call_places(name, result) if isinstance(result, PlacedKeys) else result
+            if isinstance(result, PlacedKeys):
+                found[name] = probe.call_places(name, result)
+            elif result.reason != NOWHERE or name not in found:  # or the reason before says more
+                found[name] = result
     probe.policy = SwitchedOff
     first = found.get(names[moving[0]]) if moving else None
     if (
