@@ -150,9 +150,9 @@ def test_the_model_and_the_global_random_state_stay_as_they_are(name: str) -> No
 @each_model
 def test_no_gpu_is_seeded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of a GPU's generator would not be put back."""
-    seeded = []
+    model, seeded = trained(name), []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    random_weights(trained(name), 0)
+    random_weights(model, 0)
     assert not seeded
     torch.manual_seed(0)
     assert seeded == [0]  # so a seed would have been noticed
