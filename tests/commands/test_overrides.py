@@ -100,7 +100,7 @@ def train_with(chosen: list[str], root: Path) -> Outcome:
 def test_random_overrides_train_or_are_refused(tmp_path: Path, no_work: None) -> None:
     codes = []
 
-    @always_the_same(100)
+    @always_the_same(60)
     @given(overrides(train_fields()))
     def check(chosen: list[str]) -> None:
         codes.append(train_with(chosen, tmp_path).exit_code)
@@ -152,7 +152,7 @@ def test_what_random_overrides_found(override: str, named: str, tmp_path: Path, 
 
 @pytest.mark.long
 def test_random_combinations_of_right_values_train(tmp_path: Path) -> None:
-    @always_the_same(24)
+    @always_the_same(12)
     @given(right_ones())
     def check(chosen: list[str]) -> None:
         folder = fresh(tmp_path)
@@ -171,7 +171,7 @@ def test_random_overrides_train_to_the_end_or_are_refused(tmp_path: Path) -> Non
     """As the quick test, with real training; what diverges says so and keeps its run folder."""
     brief = ("trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
 
-    @always_the_same(70)
+    @always_the_same(40)
     @given(overrides(train_fields(), most=1))
     def check(chosen: list[str]) -> None:
         folder = fresh(tmp_path)
@@ -200,7 +200,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_random_overrides_are_analysed_or_refused(trained: Path, no_work: None) -> None:
     before, codes = content(trained), []
 
-    @always_the_same(150)
+    @always_the_same(80)
     @given(overrides(analyze_fields(), most=1))
     def check(chosen: list[str]) -> None:
         outcome = run_script("analyze.py", *chosen, folder=trained, environment=ENVIRONMENT)
