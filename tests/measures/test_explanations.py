@@ -249,9 +249,10 @@ def test_methods_that_do_not_apply_are_left_out() -> None:
 
 
 def test_layers_without_a_place_stop_what_runs_through_all_layers() -> None:
-    """The last layers of MaxViT are in one grid; a rollout of them alone would not be the model's."""
-    model = timm.create_model("maxvit_rmlp_pico_rw_256", img_size=128, num_classes=3).eval()
-    maps = explain(model, torch.randn(1, 3, 128, 128)).maps
+    """XCiT's last layers are in one grid, its others between channels; a rollout of these alone would not be the
+    model's."""
+    model = timm.create_model("xcit_nano_12_p16_224", img_size=64, num_classes=3).eval()
+    maps = explain(model, torch.randn(1, 3, 64, 64)).maps
     assert "gradient x attention" in maps and not {"rollout", "relevance"} & maps.keys()
 
 
