@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy  # noqa: F401  its BLAS must be loaded to be limited
 import pytest
 import torch
@@ -9,8 +11,10 @@ from threadpoolctl import threadpool_limits
 
 from attention_visualizer.analysis.study.budget import Budget
 
+# Sums in another order differ in their last bits; and more threads than cores wait for each other.
 torch.set_num_threads(1)
-threadpool_limits(1)  # sums in another order differ in their last bits from those of processes with one thread
+threadpool_limits(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for all processes that tests start
 
 
 @pytest.hookimpl(tryfirst=True)

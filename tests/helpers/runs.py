@@ -36,9 +36,7 @@ MODEL = ("model.embed_dim=24", f"model.num_heads={HEADS}", f"model.num_layers={L
 TINY = ("data=digits", "data.batch_size=103", *MODEL, "model.attention_dropout=0.1")
 BRIEF = (*TINY, "trainer.max_epochs=1", "trainer.limit_train_batches=2")  # for what needs no training
 BARE = ("callbacks=none", "logger=none")
-# One thread, as in the tests' own process: with more, sums differ in their last bits.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("HYDRA_FULL_ERROR", "MNIST_DIR")}
-ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 
 
 @dataclass(frozen=True)
