@@ -193,11 +193,14 @@ def test_killed_at_random_moments_and_gone_on_with_it_is_the_same_run(uninterrup
     """KILLS=100 in the environment kills that often."""
     chance = random.Random(0)
     killed, wanted = 0, int(os.environ.get("KILLS", "5"))
-    seconds = json.loads((uninterrupted / "run.json").read_text())["metrics"]["seconds"]
+    epoch = json.loads((uninterrupted / "run.json").read_text())["metrics"]["seconds"] * BATCHES / STEPS
     while killed < wanted:
+        began = time.time_ns()
         training = Training(*LONG, "resume=auto", folder=tmp_path)
         training.wait_until(lambda training=training: "Run folder:" in training.output())  # type: ignore[misc]
-        time.sleep(chance.uniform(0, 1.2 * seconds / wanted))
+        if chance.random() < 3 / wanted:  # so often it gets on by an epoch or two, of twelve
+            training.wait_for_checkpoint(newer_than=began)
+        time.sleep(chance.uniform(0, epoch / 2))
         if training.process.poll() is None:
             training.process.kill()
             killed += 1
