@@ -35,8 +35,7 @@ def program(
     if not prefix:
         return run_process(*arguments, folder=folder, program=str(PROJECT / name), largest=largest)
     command = [*prefix, sys.executable, str(PROJECT / name), *arguments]
-    environment = ENVIRONMENT | {"PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

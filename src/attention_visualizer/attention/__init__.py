@@ -19,6 +19,7 @@ Hands out capture, intervene, Geometry and the search for the ViT inside a modul
     layers.py          what capture hands out
     model_search.py    find the Vision Transformer inside a module
     outputs.py         class scores and probabilities, whatever form an output has
+    own_keys.py        which key each query is made of the same token as
     placement.py       from receptive fields to a grid of patches, or why there is none
     places.py          the places of all keys of a model, measured once
     policies.py        what becomes of a recorded layer: handed out, with gradients, edited, switched off

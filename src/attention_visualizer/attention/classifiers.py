@@ -20,7 +20,7 @@ class HeadWatch:
     def __init__(self, model: nn.Module, around: nn.Module | None = None) -> None:
         self.model = model
         self.headless, self.learnt = parts_without_head(model)
-        self.gives_features = not has_head(model)  # until something runs
+        self.gives_features = bool(self.headless) and not self.learnt  # until something runs
         self.features: Any = None  # what the last module without a head returned
         parts = list((around or model).modules())
         self.unused: dict[nn.Module, int] = {part: part.in_features for part in parts if isinstance(part, nn.Linear)}
@@ -68,13 +68,6 @@ def watched_head(model: nn.Module, around: nn.Module | None = None) -> Iterator[
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def has_head(model: nn.Module) -> bool:
-    """Whether the model has a classification head, as far as its parts tell: that of a part is its own where nothing
-    learnt surrounds it."""
-    headless, learnt = parts_without_head(model)
-    return not headless or bool(learnt)
 
 
 def declares_no_head(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from attention_visualizer.attention.callers import may_be_images
 from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.gradients import asks_for_gradients, gradients_only
+from attention_visualizer.attention.own_keys import own_keys
 from attention_visualizer.attention.placement import NOWHERE, Lines, PlacedKeys, Unplaced, place
 from attention_visualizer.attention.policies import OnlyItself, SwitchedOff
-from attention_visualizer.attention.probe import QUERIES, CallPlaces, Probe, Record, UnmeasurableError
+from attention_visualizer.attention.probe import CallPlaces, Probe, Record, UnmeasurableError
 from attention_visualizer.attention.receptive_fields import (
     ANSWER,
     Bands,
@@ -28,7 +29,6 @@ from attention_visualizer.attention.receptive_fields import (
     changed,
     measure,
     other_pixels,
-    pictures,
 )
 from attention_visualizer.attention.streams import Streams, find_streams
 from attention_visualizer.attention.undisturbed import both_undisturbed
@@ -39,7 +39,6 @@ EDGE = 1e-3  # pixels: less than this is rounding
 MAX_LINES = 64  # so many rows or columns of pixels are changed one by one
 MAX_BANDS_ALONE = 32  # of a picture's bands, so many are changed one by one, of more every so many together
 NUM_CONFIRMATIONS, CONFIRMING_CELLS, CHANGED_SHARE = 12, (8, 8), 0.15  # pictures with some of so many cells changed
-CLEAR_ANSWER, NO_ANSWER = 0.1, 1e-2  # of the median of what tokens move by at the most; rounding of weights is less
 MAX_CHANCE = 3  # lines that selected tokens may look like by chance
 LEFT_OUT = 0.25  # of a patch: a grid that leaves out more than this of an earlier one's is a selection
 MAX_STILL = 0.5  # of what keys move by: a key that sees none of the change moves less, by a norm over all tokens
@@ -86,8 +85,8 @@ def measure_places(probe: Probe) -> dict[str, CallPlaces | Unplaced]:
         if not left:
             continue
         probe.policy = policy
-        own = own_keys(probe, bands) if policy is OnlyItself and isinstance(placed, PlacedKeys) else {}
-        if own and isinstance(placed, PlacedKeys):
+        own: dict[str, Tensor] = {}
+        if policy is OnlyItself and isinstance(placed, PlacedKeys) and (own := own_keys(probe, bands)):
             probe.policy = partial(OnlyItself, own)
             steps = placed.rows.step, placed.columns.step  # of some rows of tokens, pixels may lie between those left
             bands = [Bands.of(range(size + 1), power_of_two(4 * step)) for size, step in zip(sides, steps, strict=True)]
@@ -107,34 +106,6 @@ def measure_places(probe: Probe) -> dict[str, CallPlaces | Unplaced]:
     ):
         found[names[moving[0]]] = replace(first, keys=placed)  # to the pixel
     return without_selections(found)
-
-
-def own_keys(probe: Probe, bands: Sequence[Bands]) -> dict[str, Tensor]:
-    """Find the key that each query of a call is made of the same token as, where there are fewer queries than keys: the
-    one that answers to the same changes of the picture; by the name of the call, [query]."""
-    found: dict[str, Tensor] = {}
-    probe.policy = partial(OnlyItself, found)
-    changes = torch.cat([pictures(probe.image, bands[axis], axis) for axis in range(2)])
-    for position, (name, num_queries) in enumerate(probe.queries.items()):
-        if not 1 < num_queries < probe.keys[name] or probe.windows[name] > 1:
-            continue
-        probe.stop = position
-        try:
-            moves = probe.moves(changes)
-        finally:
-            probe.stop = None
-        queries, keys = (in_typical_moves(moves[each]) for each in (QUERIES, name))
-        differ = (queries > CLEAR_ANSWER).T @ (keys < NO_ANSWER) | (queries < NO_ANSWER).T @ (keys > CLEAR_ANSWER)
-        same = ~differ  # [query, key]
-        if (same.sum(axis=1) == 1).all() and same.sum(axis=0).max() == 1:
-            found[name] = torch.from_numpy(same.argmax(axis=1))
-    return found
-
-
-def in_typical_moves(moves: Array) -> Array:
-    """Return moves [picture, token] as shares of what tokens move by at the most; NaN is what is not known."""
-    scale = np.median(np.nan_to_num(moves).max(axis=0))
-    return moves / scale if scale > 0 else np.full_like(moves, np.nan)
 
 
 def power_of_two(least: float) -> int:
