@@ -19,7 +19,6 @@ from attention_visualizer.data.ink import (
     ink_amount,
     ink_pixels,
     inked_patches,
-    interior_emptiness,
     patch_shares,
 )
 
@@ -101,11 +100,3 @@ def test_the_border_is_the_outermost_patches() -> None:
     expected = [[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
     assert border_patches((4, 5)).reshape(4, 5).astype(int).tolist() == expected
     assert border_patches((2, 7)).all() and border_patches((7, 1)).all()
-
-
-def test_emptiness_is_of_the_interior_alone() -> None:
-    inked = np.zeros((3, 4, 5), dtype=bool)
-    inked[1, 0], inked[1, 1, 1:3] = True, True  # two of six inside
-    inked[2] = True
-    assert interior_emptiness(inked.reshape(3, -1), (4, 5)).tolist() == pytest.approx([1, 4 / 6, 0])
-    assert np.isnan(interior_emptiness(inked[:, :2].reshape(3, -1), (2, 5))).all()

@@ -10,16 +10,16 @@ import scipy.stats
 from attention_visualizer.measures import head_roles, intervals
 from attention_visualizer.measures.head_roles import (
     NO_ROLE,
-    border_excess,
     clustered,
     divergences,
-    ink_followed,
+    ink_correlation,
     name_roles,
+    on_brightest,
     selectivity,
 )
 from attention_visualizer.measures.intervals import Interval
 
-BOUNDS = {"ink": 0.05, "place": 0.5, "content": 0.5, "class token": 0.5, "distance": 0.5, "border": 0.5}
+BOUNDS = {"ink": 0.3, "brightest patch": 0.5, "fixed position": 0.8, "content-dependent": 0.8, "neighbours": 0.5}
 
 
 def rows_of(generator: np.random.Generator, sharpness: float, shape: tuple[int, ...]) -> np.ndarray:
@@ -102,14 +102,18 @@ def test_entropy_is_scipys_and_of_nothing_nothing() -> None:
 
 def test_ink_is_followed_only_beyond_places() -> None:
     generator = np.random.default_rng(1)
-    inked = generator.random((2000, 4)) < [0.9, 0.5, 0.5, 0.1]
-    place = np.tile([0.7, 0.1, 0.1, 0.1], (2000, 1))  # always where ink usually is
-    follower = inked / np.maximum(inked.sum(axis=1, keepdims=True), 1)
-    avoider = ~inked / np.maximum((~inked).sum(axis=1, keepdims=True), 1)
-    found = ink_followed(np.stack([place, follower, avoider], axis=1), inked).mean(axis=0)
-    assert found[0] == pytest.approx(0, abs=1e-12) and found[1] > 0.2 and found[2] < -0.2
-    covariance = sum(np.cov(follower[:, patch], inked[:, patch], bias=True)[0, 1] for patch in range(4))
-    assert found[1] == pytest.approx(covariance)
+    amount = generator.random((2000, 4)) * [0.9, 0.5, 0.5, 0.1]
+    place = np.tile([0.7, 0.1, 0.1, 0.1], (2000, 1))  # always where most ink usually is
+    follower = amount / amount.sum(axis=1, keepdims=True)
+    avoider = (1 - amount) / (1 - amount).sum(axis=1, keepdims=True)
+    found, moves = ink_correlation(np.stack([place, follower, avoider], axis=1), amount)
+    assert found[0] == 0 and found[1] > 0.5 and found[2] < -0.5 and not moves[:, 0].any()
+
+
+def test_the_brightest_patch_may_be_one_of_several() -> None:
+    amount = np.array([[0.1, 0.9, 0.9], [0.5, 0.2, 0.1]])
+    shares = np.array([[[0.2, 0.3, 0.5], [0.6, 0.2, 0.2]], [[0.2, 0.3, 0.5], [np.nan] * 3]])
+    assert on_brightest(shares, amount) == pytest.approx(np.array([[1, 0], [0, np.nan]]), nan_ok=True)
 
 
 def interval(value: float, width: float = 0.02) -> Interval:
@@ -120,11 +124,10 @@ def named(**changes: object) -> list[str]:
     plain: dict[str, object] = {
         "follows": interval(0.0),
         "p_value": 0.001,
-        "place": interval(0.1),
-        "content": interval(0.1),
-        "class_token": interval(0.1),
-        "distance": interval(1.0),
-        "border": interval(0.0),
+        "brightest": interval(0.1),
+        "place": interval(0.4),
+        "content": interval(0.4),
+        "closeness": interval(0.0),
         "bounds": BOUNDS,
     }
     return name_roles(**{**plain, **changes})  # type: ignore[arg-type]
@@ -134,28 +137,27 @@ def named(**changes: object) -> list[str]:
     ("changes", "expected"),
     [
         ({}, [NO_ROLE]),
-        ({"follows": interval(0.2)}, ["ink"]),
-        ({"follows": interval(-0.2)}, ["background"]),
-        ({"follows": interval(0.04, 0.001)}, [NO_ROLE]),  # significant, but less than the minimum effect
-        ({"follows": interval(0.06, 0.03)}, [NO_ROLE]),  # the interval reaches below it
-        ({"follows": interval(0.2), "p_value": 0.2}, [NO_ROLE]),
-        ({"follows": interval(0.2), "bounds": BOUNDS | {"ink": 0.25}}, [NO_ROLE]),  # random weights reach as much
+        ({"follows": interval(0.4)}, ["ink"]),
+        ({"follows": interval(-0.4)}, ["background"]),
+        ({"follows": interval(0.2, 0.001)}, [NO_ROLE]),  # significant, but less than the minimum effect
+        ({"follows": interval(0.31, 0.03)}, [NO_ROLE]),  # the interval reaches below it
+        ({"follows": interval(0.4), "p_value": 0.02}, [NO_ROLE]),
+        ({"follows": interval(0.4), "bounds": BOUNDS | {"ink": 0.45}}, [NO_ROLE]),  # controls reach as much
+        ({"follows": interval(0.4), "place": interval(0.2), "content": interval(0.2)}, [NO_ROLE]),  # hardly selects
+        ({"brightest": interval(0.6)}, ["brightest patch"]),
+        ({"brightest": interval(0.51)}, [NO_ROLE]),
+        ({"brightest": interval(0.6), "bounds": BOUNDS | {"brightest patch": 0.7}}, [NO_ROLE]),
+        ({"brightest": interval(1.0, 0.0), "bounds": BOUNDS | {"brightest patch": 1.0}}, [NO_ROLE]),
         ({"place": interval(2.0)}, ["fixed position"]),
         ({"place": interval(2.0), "content": interval(1.0)}, [NO_ROLE]),  # neither is most of it
-        ({"content": interval(1.5)}, ["content-dependent"]),
-        ({"class_token": interval(0.6)}, ["class token"]),
-        ({"class_token": interval(0.51)}, [NO_ROLE]),  # the interval reaches below the minimum effect
-        ({"class_token": interval(0.6), "bounds": BOUNDS | {"class token": 0.7}}, [NO_ROLE]),
-        ({"class_token": interval(float("nan")), "distance": interval(float("nan"))}, [NO_ROLE]),
-        ({"distance": interval(0.4)}, ["neighbours"]),
-        ({"distance": interval(0.49)}, [NO_ROLE]),
-        ({"distance": interval(0.4), "bounds": BOUNDS | {"distance": 0.3}}, [NO_ROLE]),
-        ({"border": interval(0.8)}, ["border"]),
-        ({"border": interval(-0.8)}, [NO_ROLE]),
-        ({"border": interval(0.51)}, [NO_ROLE]),
-        ({"border": interval(0.8), "bounds": BOUNDS | {"border": 0.9}}, [NO_ROLE]),
-        ({"border": interval(float("nan"))}, [NO_ROLE]),  # where the interior is seldom empty
-        ({"follows": interval(0.2), "place": interval(2.0)}, ["ink", "fixed position"]),
+        ({"place": interval(2.0), "bounds": BOUNDS | {"fixed position": 0.9}}, [NO_ROLE]),
+        ({"place": interval(0.4), "content": interval(0.05)}, [NO_ROLE]),  # hardly selects
+        ({"content": interval(2.0)}, ["content-dependent"]),
+        ({"closeness": interval(float("nan"))}, [NO_ROLE]),
+        ({"closeness": interval(0.6)}, ["neighbours"]),
+        ({"closeness": interval(0.51)}, [NO_ROLE]),
+        ({"closeness": interval(0.6), "bounds": BOUNDS | {"neighbours": 0.7}}, [NO_ROLE]),
+        ({"follows": interval(0.4), "place": interval(2.0)}, ["ink", "fixed position"]),
     ],
 )
 def test_a_role_is_named_where_the_numbers_carry_it(changes: dict[str, object], expected: list[str]) -> None:
@@ -174,19 +176,6 @@ def test_divergences_are_scipys() -> None:
         for second in range(4):
             each = [scipy.spatial.distance.jensenshannon(row[first], row[second]) ** 2 for row in rows.astype(float)]
             assert found[first, second] == pytest.approx(np.mean(each), abs=1e-6)
-
-
-def test_the_border_is_compared_among_empty_patches() -> None:
-    """A 3 x 3 grid, its middle the interior: a head on the corner, one on the middle, a uniform one."""
-    border = np.arange(9) != 4
-    inked = np.zeros((3, 9), dtype=bool)
-    inked[1, 1:4] = True  # five empty ones left at the border
-    inked[2, 4] = True  # no empty one inside
-    shares = np.stack([np.eye(9)[0], np.eye(9)[4], np.full(9, 1 / 9)])[None].repeat(3, axis=0)
-    found = border_excess(shares, inked, border)
-    np.testing.assert_allclose(found[:2], [[9 / 8, -9, 0], [9 / 5, -9, 0]], atol=1e-6)
-    assert np.isnan(found[2]).all()
-    assert np.isnan(border_excess(shares, inked, np.ones(9, dtype=bool))).all()
 
 
 def test_like_heads_are_clustered() -> None:

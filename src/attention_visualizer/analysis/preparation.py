@@ -78,6 +78,7 @@ def make_study(
         compared_runs,
         head_layers,
         weights_digest=weights.digest,
+        controls_folder=folder / "controls",
     )
 
 

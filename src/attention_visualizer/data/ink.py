@@ -64,10 +64,3 @@ def border_patches(grid: tuple[int, int]) -> NDArray[np.bool_]:
     border = np.ones(grid, dtype=bool)
     border[1:-1, 1:-1] = False
     return border.ravel()
-
-
-def interior_emptiness(inked: NDArray[Any], grid: tuple[int, int]) -> NDArray[np.float64]:
-    """Return the share of the patches off the border that hold no ink: bool [image, patch] -> [image]; NaN on a grid
-    that is border only."""
-    interior = ~inked[:, ~border_patches(grid)]
-    return np.asarray(interior.mean(axis=1)) if interior.shape[1] else np.full(len(inked), np.nan)

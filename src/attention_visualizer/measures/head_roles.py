@@ -14,25 +14,23 @@ from attention_visualizer.measures.intervals import Interval
 
 Array = NDArray[Any]
 
-# Declared before anything was measured: what a role needs at least. A share of 0.05 is one patch's worth of uniform
-# attention on a 4 x 4 grid; a nat is a factor of 2.7 in the number of patches.
-MIN_INK = 0.05  # share of the attention on patches
-MIN_SELECTIVITY = 0.5  # nats
-MIN_ON_CLASS_TOKEN = 0.5  # share of the row
-MIN_ON_BORDER = 0.5  # of a uniform share, more than empty patches of the interior get
-OFTEN_EMPTY = 0.5  # share of the interior's patches without ink, from which border and interior are compared
-NEAR = 0.5  # of the distance that uniform attention has
-MOSTLY = 0.8  # the part of a head's selectivity that one cause must have to give it its name
-# Times the largest of any head with random weights. At 1.5, 2 to 3 % of other models with random weights would have a
-# head beyond three of them; at 2, fewer than 1 in 100.
-CONTROL_FACTOR = 2.0
+# Declared before anything was measured: what a role needs at least. None of these is larger only because a head is
+# sharper; in return, all but the last are asked of selective heads only.
+MIN_CORRELATION = 0.3  # with the amount of ink: Cohen (1988) calls it medium
+MIN_ON_BRIGHTEST = 0.5  # share of images whose most attended patch is the brightest
+MIN_CLOSENESS = 0.5  # short of the distance that uniform attention has
+MIN_PART = 0.8  # of a head's selectivity that is position, or content
+MIN_SELECTIVITY = 0.5  # nats: a factor of 1.6 in the number of patches
+# Part of the way from the largest value of any control to 1 that a role must lie beyond it. Of models that are such
+# controls themselves, at most one in twenty then has a role (benchmarks/findings.py).
+BEYOND_CONTROLS = 0.2
 NO_ROLE = "no distinct role"
 
 MAX_IMAGES = 2000  # for pairs of heads and for intervals of selectivity
 # Nats of at most 0.69 between two heads, on average over images: a reader would take maps that diverge less for one
 # head's.
 MAX_DIVERGENCE = 0.1
-ROLES = ("ink", "background", "fixed position", "content-dependent", "class token", "neighbours", "border")
+ROLES = ("ink", "background", "brightest patch", "fixed position", "content-dependent", "neighbours")
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,32 @@ def entropy(rows: Array) -> Array:
     return np.asarray(-np.sum(terms, axis=-1, dtype=np.float64))
 
 
-def ink_followed(shares: Array, inked: Array) -> Array:
-    """Return how much more each image's inked patches get than by position: [image, ...].
+def ink_correlation(shares: Array, amount: Array) -> tuple[Array, Array]:
+    """Compute the correlation of a head's attention with the amount of ink within positions: [head], and what each
+    image moves it by, [image, head]. 0 for a head with the same map on every image, whatever that map is.
 
-    shares: [image, ..., patch]; inked: [image, patch]. The mean over images is sum_p cov(share_p, inked_p): exactly 0
-    for a head with the same map on every image, whatever that map is.
+    shares: [image, head, patch]; amount: [image, patch]. Unlike a covariance, it is not larger for a sharper head.
     """
-    centred = (inked - inked.mean(axis=0)).astype(np.float32)
-    centred = centred.reshape(len(inked), *[1] * (shares.ndim - 2), -1)
-    return ((shares - shares.mean(axis=0)) * centred).sum(axis=-1, dtype=np.float64)
+    moving = (shares - shares.mean(axis=0)).astype(np.float64)
+    ink = (amount - amount.mean(axis=0)).astype(np.float64)
+    products = np.einsum("ihp,ip->ih", moving, ink)
+    squares, of_ink = np.einsum("ihp,ihp->ih", moving, moving), (ink**2).sum(axis=1)[:, None]
+    norm = np.sqrt(squares.sum(axis=0) * of_ink.sum())
+    varies = squares.sum(axis=0) > 1e-9 * len(shares)
+    norm = np.where(varies, norm, 1.0)
+    value = np.where(varies, products.sum(axis=0) / norm, 0.0)
+    relative = squares / np.where(varies, squares.sum(axis=0), 1.0) + of_ink / max(of_ink.sum(), 1e-30)
+    moves = np.where(varies, products / norm - value * relative / 2, 0.0)
+    undefined = np.isnan(shares).any(axis=(0, 2))
+    return np.where(undefined, np.nan, value), np.where(undefined, np.nan, moves)
+
+
+def on_brightest(shares: Array, amount: Array) -> Array:
+    """Return whether a head's most attended patch is the brightest, or as bright: [image, head], NaN for heads that a
+    layer does not have. shares: [image, head, patch]; amount: [image, patch]."""
+    most = np.where(np.isnan(shares), -1, shares).argmax(axis=-1)
+    hit = np.take_along_axis(amount, most, axis=1) >= amount.max(axis=1, keepdims=True) - 1e-6
+    return np.where(np.isnan(shares).any(axis=-1), np.nan, hit)
 
 
 def selectivity(rows: Array, num_keys: Array) -> Selectivity:
@@ -103,53 +118,49 @@ def nan_mean(values: Array) -> Array:
 def name_roles(
     follows: Interval,
     p_value: float,
+    brightest: Interval,
     place: Interval,
     content: Interval,
-    class_token: Interval,
-    distance: Interval,
-    border: Interval,
+    closeness: Interval,
     bounds: dict[str, float],
 ) -> list[str]:
     """Return one head's roles: each value beyond its bound, its whole interval beyond the least effect.
 
-    follows, place, content, border: of the attention on patches alone, so that what a head gives to the class token
-    has its own name. distance: relative to uniform attention, its bound from above.
+    follows: the correlation with ink, p_value: its own; brightest: a share of images; place, content: of the
+    selectivity, nats; closeness: how far the mean distance falls short of uniform attention's; bounds: see
+    `role_bounds`.
     """
     roles = []
-    if abs(follows.value) >= bounds["ink"] and p_value < intervals.LEVEL:
-        if follows.low >= MIN_INK:
+    total = float(place.value + content.value)
+    is_selective = total >= MIN_SELECTIVITY
+    if is_selective and abs(follows.value) > bounds["ink"] and p_value < intervals.CHAPTER_LEVEL:
+        if follows.low >= MIN_CORRELATION:
             roles.append("ink")
-        elif follows.high <= -MIN_INK:
+        elif follows.high <= -MIN_CORRELATION:
             roles.append("background")
-    total = place.value + content.value
-    if place.value >= bounds["place"] and place.low >= MIN_SELECTIVITY and place.value >= MOSTLY * total:
-        roles.append("fixed position")
-    if content.value >= bounds["content"] and content.low >= MIN_SELECTIVITY and content.value >= MOSTLY * total:
-        roles.append("content-dependent")
-    if class_token.value >= bounds["class token"] and class_token.low >= MIN_ON_CLASS_TOKEN:
-        roles.append("class token")
-    if distance.value <= bounds["distance"] and distance.high <= NEAR:
+    if is_selective and brightest.value > bounds["brightest patch"] and brightest.low >= MIN_ON_BRIGHTEST:
+        roles.append("brightest patch")
+    for name, part in (("fixed position", place), ("content-dependent", content)):
+        if is_selective and part.value > bounds[name] * total and part.low >= MIN_PART * total:
+            roles.append(name)
+    if closeness.value > bounds["neighbours"] and closeness.low >= MIN_CLOSENESS:
         roles.append("neighbours")
-    if border.value >= bounds["border"] and border.low >= MIN_ON_BORDER:
-        roles.append("border")
     return roles or [NO_ROLE]
 
 
-def border_excess(shares: Array, inked: Array, border: Array) -> Array:
-    """Return how much more an empty patch at the border gets than an empty one of the interior, in uniform shares:
-    [image, ...], NaN for images that lack one or the other.
-
-    shares: [image, ..., patch]; inked: bool [image, patch]; border: bool [patch].
-    """
-
-    def mean_over_empty(patches: Array) -> Array:
-        empty = (patches & ~inked).astype(np.float32)
-        count = empty.sum(axis=-1, dtype=np.float64)
-        total = np.einsum("i...p,ip->i...", shares, empty, optimize=True)
-        count = count.reshape(-1, *[1] * (total.ndim - 1))
-        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-
-    return (mean_over_empty(border) - mean_over_empty(~border)) * shares.shape[-1]
+def role_bounds(reached: dict[str, float]) -> dict[str, float]:
+    """Return what each value must reach: the least effect, and BEYOND_CONTROLS of the way from the largest value of any
+    control, `reached`, to 1."""
+    least = {
+        "ink": MIN_CORRELATION,
+        "brightest patch": MIN_ON_BRIGHTEST,
+        "fixed position": MIN_PART,
+        "content-dependent": MIN_PART,
+        "neighbours": MIN_CLOSENESS,
+    }
+    return {
+        name: max(minimum, reached[name] + BEYOND_CONTROLS * (1 - reached[name])) for name, minimum in least.items()
+    }
 
 
 def divergences(rows: Array) -> tuple[Array, Array]:

@@ -20,7 +20,10 @@ Array = NDArray[Any]
 
 REPLICATES = 1000
 PERMUTATIONS = 999
-LEVEL = 0.05  # of tests and, as 1 - LEVEL, of intervals
+LEVEL = 0.05  # of all tests of a report together and, as 1 - LEVEL, of intervals
+# Five chapters make statements: roles, class by class, importance, claims, runs. Each keeps its own false ones below
+# this rate, so that those of a whole report stay below LEVEL, whichever chapters it has.
+CHAPTER_LEVEL = LEVEL / 5
 PERMUTATION_BATCH = 64  # permutations at once: bounds memory
 NORMAL = NormalDist().inv_cdf(1 - LEVEL / 2)  # 1.96
 MAX_EXACT_UNITS = 14  # units of which all sign flips are counted
@@ -175,39 +178,6 @@ def share_change(before: Array, after: Array) -> Interval:
     return Interval(change, np.maximum(change - below, -1), np.minimum(change + above, 1), n)
 
 
-def standardised_mean(values: Array) -> Array:
-    """Return Cohen's d of paired differences [image, ...], mean over standard deviation: [...]; 0 where all are 0, NaN
-    where any is."""
-    mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
-    # Of NaN, copysign alone would make an infinite effect.
-    constant = np.where((mean == 0) | np.isnan(mean), mean, np.copysign(np.inf, mean))
-    return np.divide(mean, deviation, out=constant, where=deviation > 0)
-
-
-def standardised_mean_interval(values: Array) -> Interval:
-    """Return `standardised_mean` with its interval, from resampled means of the differences and of their squares."""
-    effect = standardised_mean(values)
-    moments = BootstrapMeans()
-    moments.update(np.stack([values, np.square(values)], axis=1))
-    _, replicates = moments.resampled()
-    mean, variance = replicates[:, 0], replicates[:, 1] - replicates[:, 0] ** 2
-    varies = np.ptp(values, axis=0) > 0
-    deviation = np.sqrt(np.where(varies, np.maximum(variance, np.finfo(float).tiny), 1))
-    low, high = percentiles(mean / deviation)
-    return Interval(effect, np.where(varies, low, effect), np.where(varies, high, effect), len(values))
-
-
-def permutation_p_value(observed: Array, null: Array) -> Array:
-    """Return the two-sided p-value (b + 1) / (B + 1) (Phipson and Smyth, 2010): how often a statistic of permuted data
-    [permutation, ...] lies as far from the mean of all as the observed one [...]; NaN where that is."""
-    # The observed one is among all: else few permutations would reject too often.
-    middle = (null.sum(axis=0) + observed) / (len(null) + 1)
-    # A permutation that gives back the data must count, whatever its rounding, in float32 too.
-    distance = np.abs(observed - middle) * (1 - 1e-5)
-    p_value = ((np.abs(null - middle) >= distance).sum(axis=0) + 1) / (len(null) + 1)
-    return np.where(np.isnan(distance), np.nan, p_value)
-
-
 def spearman(first: Array, second: Array, axis: int = -1) -> Array:
     """Return Spearman's rank correlation along an axis; NaN where either is constant."""
     import scipy.stats
@@ -303,6 +273,21 @@ def permuted_products(
     return observed, null
 
 
+def largest_of_all_p_value(observed: Array, null: Array) -> Array:
+    """Return two-sided p-values for all statistics together: how often the largest of all, each standardised by its own
+    permutations, is as large as an observed one (Westfall and Young, 1993). observed: [...]; null: [permutation, ...];
+    1 for one that no permutation changes, NaN where it is NaN."""
+    # The observed ones are among all: else few permutations would reject too often.
+    every = np.concatenate([null, observed[None]])
+    middle, deviation = every.mean(axis=0), every.std(axis=0)
+    scale = np.where(deviation > 1e-7 * np.abs(middle), deviation, np.inf)
+    distance = np.abs(observed - middle) / scale
+    largest = np.nanmax(np.abs(null - middle) / scale, axis=tuple(range(1, null.ndim)), initial=0.0)
+    # A permutation that gives back the data must count, whatever its rounding, in float32 too.
+    p_value = ((largest[:, None] >= distance.ravel() * (1 - 1e-5)).sum(axis=0) + 1) / (len(null) + 1)
+    return np.where(np.isnan(observed), np.nan, p_value.reshape(observed.shape))
+
+
 def largest_difference_test(first: Array, second: Array, permutations: int = PERMUTATIONS, seed: int = 0) -> Array:
     """Return p-values that two groups of images have the same mean, for all places together: [image, ...] -> [...].
 
@@ -335,6 +320,26 @@ def false_discovery_control(p_values: Array) -> Array:
     if defined.any():
         adjusted[defined] = scipy.stats.false_discovery_control(p_values[defined])
     return adjusted
+
+
+def holm(p_values: Array) -> Array:
+    """Adjust p-values so that those below a level hold any false one at most at that rate (Holm, 1979): [test] -> the
+    same; NaN stays and does not count."""
+    adjusted = np.full(p_values.shape, np.nan)
+    (known,) = np.nonzero(~np.isnan(p_values))
+    order = known[np.argsort(p_values[known], kind="stable")]
+    steps = p_values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
+def normal_p_value(replicates: Array) -> float:
+    """Return the two-sided p-value of a difference from its bootstrap replicates [replicate], taken for normal, so
+    that it can be smaller than one of their number; NaN where any replicate is."""
+    deviation = float(replicates.std())
+    if not deviation:
+        return float(replicates.mean() == 0)
+    return 2 * NormalDist().cdf(-abs(float(replicates.mean())) / deviation)
 
 
 def learnt_threshold(chance: float) -> float:

@@ -23,7 +23,7 @@ IMAGES_PER_LEVEL = 50  # of few images fewer levels are made
 
 @dataclass(frozen=True)
 class Excess:
-    """How much more of the values the patches with the feature get than matched patches without it."""
+    """A quantity of patches with a feature and of matched ones without it, such as how much more the former get."""
 
     value: Array  # [...], in the values' unit
     influences: Array  # what each image moves it by, [image, ...]; they sum to 0
@@ -98,6 +98,49 @@ def excess(values: Array, feature: Array, strata: Array) -> Excess:
     image_squares = (deviations**2).sum(axis=1)
     influences = (products - image_deviations @ means - image_squares[:, None] * value) / squares
     return Excess(value.reshape(shape), influences.reshape(images, *shape))
+
+
+def relative_excess(values: Array, predicted: Array, feature: Array, strata: Array) -> tuple[Excess, Array]:
+    """Compute by which part the patches with the feature get more than is predicted for them, beyond what matched
+    patches without it do: the excess of values - predicted, divided by what those patches get. Return that, and the
+    divisors [...].
+
+    A ratio of attention to attention, it says the same of sharp maps and of nearly uniform ones. values, predicted:
+    [image, ..., patch]; feature, strata: [image, patch].
+    """
+    return ratio(excess(values - predicted, feature, strata), matched_mean(values, feature, strata))
+
+
+def contrast(values: Array, feature: Array, strata: Array) -> tuple[Excess, Array]:
+    """Compute (with - without) / (with + without) of what patches with the feature and matched patches without it get,
+    from -1 to 1, and the divisors: [image, ..., patch] -> [...]."""
+    more, without = excess(values, feature, strata), matched_mean(values, feature, strata)
+    return ratio(more, Excess(more.value + 2 * without.value, more.influences + 2 * without.influences))
+
+
+def ratio(part: Excess, whole: Excess) -> tuple[Excess, Array]:
+    """Divide one by the other, by the delta method; return the divisors as well."""
+    value = part.value / whole.value
+    return Excess(value, (part.influences - value * whole.influences) / whole.value), whole.value
+
+
+def matched_mean(values: Array, feature: Array, strata: Array) -> Excess:
+    """Compute the mean of the values over patches without the feature, weighted so that each stratum counts as in
+    `excess`: [image, ..., patch] -> [...]; NaN where no stratum has both kinds."""
+    shape = values.shape[1:-1]
+    compared = strata != OUTSIDE
+    counts = np.bincount(strata[compared])
+    with_feature = np.bincount(strata[compared], feature[compared].astype(np.float64))
+    weights = np.zeros(feature.shape)
+    weights[compared] = (with_feature / np.maximum(counts, 1))[strata[compared]]
+    weights *= ~feature
+    total = float(weights.sum())
+    if not total:
+        return Excess(np.full(shape, np.nan), np.full((len(values), *shape), np.nan))
+    sums = np.einsum("ip,ivp->iv", weights, values.reshape(len(values), -1, values.shape[-1]))
+    value = sums.sum(axis=0) / total
+    influences = (sums - weights.sum(axis=1)[:, None] * value) / total
+    return Excess(value.reshape(shape), influences.reshape(len(values), *shape))
 
 
 def permuted_excess(

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from attention_visualizer.analysis.claims.declared import (
     MIN_ATTENTION,
+    MIN_CONTRAST,
     MIN_DISTANCE,
-    MIN_SPREAD,
     MIN_VARIANCE,
-    MOST,
     WHOLE,
 )
 from attention_visualizer.analysis.claims.figure import draw
 from attention_visualizer.analysis.claims.measure import JudgedClaims, measure
-from attention_visualizer.analysis.claims.verdicts import CONTROL_FACTOR, Judgement, Result
+from attention_visualizer.analysis.claims.verdicts import Result
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.data.ink import border_patches
 from attention_visualizer.data.strokes import BEND
+from attention_visualizer.measures.intervals import CHAPTER_LEVEL
 from attention_visualizer.measures.matched_patches import num_levels
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
 TITLE = "Common claims, tested"
-COLUMNS = ["claim", "quantity", "value (95 % interval)", "n", "random weights", "null", "effect"]
 MIN_IMAGES = 100  # from which like patches can be found
 
 
@@ -40,71 +40,93 @@ def write(study: Study) -> Chapter:
     facts = {
         "n": judged.n,
         "kind": f"{judged.image_kind}s",
-        "controls": judged.num_controls,
+        "controls": judged.controls_text,
         "levels": num_levels(judged.n),
         "missing": "".join(f" {sentence}" for sentence in judged.missing),
+        "grid": grid_text(judged.measured.content.grid),
     }
     return Chapter(
         TITLE,
         TEXT.format(**facts),
         [FigureFile(name, CAPTION.format(**facts))],
-        [claim_table(judged.judgements, judged.n), requirement_table(judged.judgements, judged.n), layer_table(judged)],
+        [claim_table(judged), requirement_table(judged), layer_table(judged)],
         numbers(judged),
         finding=Finding(finding_text(judged), name),
         caution=CAUTION,
     )
 
 
-def claim_table(judgements: Sequence[Judgement], n: int) -> Table:
+def claim_table(judged: JudgedClaims) -> Table:
     rows = [
         [
             judgement.claim.name,
-            *result_cells(judgement.results[0]),
-            f"{judgement.adjusted:.3f}",
+            *result_cells(judgement.results[0], judged.controls),
+            f"{judgement.adjusted:.4f}",
             f"{judgement.verdict}: {judgement.reason}",
         ]
-        for judgement in judgements
+        for judgement in judged.judgements
     ]
     caption = (
-        f"One row per claim, with the requirement that is farthest from being met, n = {n:,}. Effect: in units of the "
-        f"minimum effect, and (d) in standard deviations over images. p: the largest of the claim's requirements, "
-        f"adjusted over the {len(judgements)} claims."
+        f"One row per claim, n = {judged.n:,}, with the requirement that decides: the one that is farthest from being "
+        f"met, or where any layer suffices, the strongest, selected for its size. Effect: in units of the minimum "
+        f"effect, and (d) in standard deviations over images. p: of the claim, Holm-adjusted over the "
+        f"{len(judged.judgements)} claims and the layers."
     )
-    return Table(caption, [*COLUMNS, "p adjusted", "verdict"], rows)
+    return Table(caption, [*columns_of(judged.controls), "p adjusted", "verdict"], rows)
 
 
-def requirement_table(judgements: Sequence[Judgement], n: int) -> Table:
+def requirement_table(judged: JudgedClaims) -> Table:
     """Make a row for each requirement of the claims that have more than one."""
     rows = [
-        [judgement.claim.name, *result_cells(result), f"{result.p_value:.3f}", result.failure or "holds"]
-        for judgement in judgements
+        [
+            judgement.claim.name,
+            *result_cells(result, judged.controls),
+            f"{result.p_value:.4f}",
+            result.failure or "holds",
+        ]
+        for judgement in judged.judgements
         if len(judgement.results) > 1
         for result in judgement.results
     ]
-    caption = f"All requirements of claims that have more than one, n = {n:,}. p: not adjusted."
-    return Table(caption, [*COLUMNS, "p", "holds"], rows)
+    caption = f"All requirements of claims that have more than one, n = {judged.n:,}. p: not adjusted."
+    return Table(caption, [*columns_of(judged.controls), "p", "holds"], rows)
 
 
 def layer_table(judged: JudgedClaims) -> Table:
     layers = range(judged.measured.num_layers)
     columns = ["attention on", *(f"layer {layer + 1}" for layer in layers)]
-    rows = [[name, *(excess[layer].text(2) for layer in layers)] for name, excess in judged.excess_by_layer.items()]
+    rows = [[name, *(value[layer].text(2) for layer in layers)] for name, value in judged.by_layer.items()]
     caption = (
-        f"By layer: attention on the feature minus that on matched patches without it, in uniform shares, mean over "
-        f"heads, with 95 % intervals, n = {judged.n:,}."
+        f"By layer, mean over heads, with 95 % intervals, n = {judged.n:,}. Ink: against empty patches, as a part of "
+        "their sum. The others: beyond what the amounts of ink and the class predict, as a part of what matched "
+        "patches get."
     )
     return Table(caption, columns, rows)
 
 
-def result_cells(result: Result) -> list[str]:
-    """Return quantity, value, n, controls, null and effect."""
+def columns_of(controls: Iterable[str]) -> list[str]:
+    return ["claim", "quantity", "value (95 % interval)", "n", *controls, "null", "effect"]
+
+
+def result_cells(result: Result, controls: Iterable[str]) -> list[str]:
+    """Return quantity, value, n, the range of each kind of control, null and effect."""
     requirement = result.requirement
-    controls = f"{min(result.controls):.3f} to {max(result.controls):.3f}" if result.controls else "no comparison"
+    ranges = [range_text(result.controls.get(kind, ())) for kind in controls]
     value = effect = "–"
     if not np.isnan(result.value):
         value = f"{result.value:.3f} ({result.low:.3f} to {result.high:.3f})"
         effect = f"{result.value / requirement.minimum:.2f} (d {result.standardised:.2f})"
-    return [f"{requirement.quantity}, {requirement.unit}", value, f"{result.n:,}", controls, requirement.null, effect]
+    return [f"{requirement.quantity}, {requirement.unit}", value, f"{result.n:,}", *ranges, requirement.null, effect]
+
+
+def range_text(values: Sequence[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}" if values else "no comparison"
+
+
+def grid_text(grid: tuple[int, int]) -> str:
+    """Say what a coarse grid cannot express; nothing for a fine one."""
+    at_border = int(border_patches(grid).sum()) / (grid[0] * grid[1])
+    return COARSE.format(rows=grid[0], columns=grid[1], border=at_border) if at_border > 0.5 else ""
 
 
 def finding_text(judged: JudgedClaims) -> str:
@@ -113,7 +135,7 @@ def finding_text(judged: JudgedClaims) -> str:
     text = (
         f"Of {len(judgements)} common claims about attention, {counts['supported']} are supported, "
         f"{counts['not supported']} are not, and {counts['cannot be decided by attention alone']} cannot be decided by "
-        f"attention alone (n = {judged.n:,} {judged.image_kind}s, {judged.num_controls} models with random weights)."
+        f"attention alone (n = {judged.n:,} {judged.image_kind}s; controls: {judged.controls_text})."
     )
     supported = [judgement for judgement in judgements if judgement.verdict == "supported"]
     clearest = max(supported or judgements, key=lambda judgement: judgement.results[0].margin)
@@ -121,7 +143,7 @@ def finding_text(judged: JudgedClaims) -> str:
     if np.isnan(weakest.value):
         return text
     return (
-        f"{text} {'The clearest' if supported else 'The closest'}: “{clearest.claim.name}”, with "
+        f"{text} {'The clearest' if supported else 'The closest'}, picked afterwards: “{clearest.claim.name}”, with "
         f"{weakest.value:.2f} {weakest.requirement.unit} (95 % interval {weakest.low:.2f} to {weakest.high:.2f}) for "
         f"{weakest.requirement.quantity}."
     )
@@ -130,9 +152,9 @@ def finding_text(judged: JudgedClaims) -> str:
 def numbers(judged: JudgedClaims) -> dict[str, Any]:
     return {
         "images": judged.n,
-        "controls": judged.num_controls,
+        "controls": judged.controls,
         "left_out": judged.missing,
-        "excess_by_layer": {name: interval.numbers() for name, interval in judged.excess_by_layer.items()},
+        "by_layer": {name: interval.numbers() for name, interval in judged.by_layer.items()},
         "claims": [
             {
                 "claim": judgement.claim.name,
@@ -168,27 +190,41 @@ NO_INK = "These claims are about digits of ink on an empty background, which the
 CHAPTER = ChapterWriter(TITLE, write, ("attention_claims",), {Need.INK: NO_INK})
 
 TEXT = f"""Common claims about the attention maps of digit models, each expressed as quantities declared before any
-model was analysed, and tested over {{n:,}} {{kind}}. Attention is that of the readout query, renormalised over the N
-patches; a uniform share is 1/N. Shallow, middle and deep layers are thirds of the depth.
+model was analysed, and tested over {{n:,}} {{kind}}. Attention is that of the readout query, mean over heads,
+renormalised over the patches. Shallow, middle and deep layers are thirds of the depth.
 
 **More attention than other ink.** End points, junctions (three strokes or more) and bends ({BEND:.0f}° or more) come
-from the skeleton of the ink. A patch with one is compared with matched patches: at the same position in other images,
-with about as much ink ({{levels}} levels per position) but no such point; likewise for edges, with more edge than the
-median. Ink itself is compared with empty patches at the same position. The test permutes the feature among matched
-patches.
+from the skeleton of the ink. Shares of attention compete: a patch gets more where the rest of the image holds less ink,
+and patches with such points stand in such images. So the attention is first predicted from the amounts of ink of all
+patches and the class of the image, by a softmax regression (linear, quadratic and inked or not) on the other half of
+the images; attention on the brightest patch, at any sharpness, is predicted by it whole. What is left over is compared
+between patches with a point and matched patches: at the same position in other images, with about as much ink
+({{levels}} levels per position) but no such point; likewise for edges, with more edge than the median. It is given as
+a part of what the matched patches get, which means the same for sharp maps and for nearly uniform ones. Each layer and
+the mean over layers are tested; any one suffices, with p adjusted for their number. Ink itself is contrasted with empty
+patches at the same position.
 
-**Heads.** A head's value is the one that a majority of layers reach, and on average over layers it must exceed the mean
-of the layer's other heads; the test draws a head at random in each layer. Heads have no identity across seeds: a
-verdict on "head 1" is about this model's numbering, which does not carry over to another training run.
+**Space.** Attention distances are also tested against the same maps with patches at permuted places.
 
-**Verdicts.** A claim is supported if all its requirements hold: the 95 % interval excludes no effect, p is below 0.05
-after false discovery rate (FDR) control over all claims, the effect reaches a minimum declared in advance
-({MIN_ATTENTION:g} of a uniform share, {MIN_DISTANCE:g} of the distance of uniform attention, {MIN_SPREAD:g} of
-the patches beyond other heads, {MIN_VARIANCE:g} of the variance between classes; {WHOLE:g} of the inked patches for
-"the whole digit", {MOST:g} of all patches for "everything"), and it is {CONTROL_FACTOR:g} times as large as in any of
-{{controls}} models of the same architecture with random weights. Random weights follow ink significantly, so
-significance alone never suffices. Intervals and p-values are over images of this one model.{{missing}}"""
-CAPTION = """One row per claim, n = {n:,} {kind}: the requirement that is farthest from being met, in units of its
-minimum effect. Grey: the range of random weights."""
+**Controls.** {{controls}}. Sharpened weights are random ones with each head's logits scaled so that its attention is
+as sharp as the trained head's. Models with shuffled labels know the labels of other images by heart that were permuted
+among them: they have learnt to see, but nothing about the classes.
+
+**Verdicts.** A claim is supported if the model's accuracy is above chance and its requirements hold: the 95 % interval
+excludes no effect, p is below {CHAPTER_LEVEL:g} (Holm-adjusted over all claims; five chapters of a report make
+statements, so together they make a false one in at most 5 % of reports), the effect reaches a minimum declared in
+advance ({MIN_ATTENTION:g} of what matched patches get, a contrast of {MIN_CONTRAST:g}, {MIN_DISTANCE:g} of the distance
+of uniform attention, {MIN_VARIANCE:g} of the variance between classes; {WHOLE:g} of the inked patches for "the whole
+digit"), and it is beyond what any control reaches by that minimum. Intervals and p-values are over images of this
+one model.{{missing}}{{grid}}
+
+**Numbered heads.** "Head 1 attends to the stroke, head 2 to junctions, head 3 to the background, head 4 to everything"
+is not tested: a model's heads are interchangeable, so their numbers mean nothing, within a layer or from one run to
+the next. What each head does is in the chapter on roles."""
+COARSE = """ With {rows} x {columns} patches, {border:.0%} of which lie at the border, "edges", "local" and "details"
+can hardly be told apart: `python train.py experiment=fine_patches` trains a model with patches of 4 pixels, whose
+report can."""
+CAPTION = """One row per claim, n = {n:,} {kind}: the requirement that decides, in units of its minimum effect. Grey:
+the range of all controls."""
 CAUTION = """A supported claim says where this one model's attention goes, not that its predictions depend on it, and
-"not supported" does not prove the contrary; verdicts on numbered heads do not carry over to another training run."""
+"not supported" does not prove the contrary."""

@@ -12,47 +12,50 @@ from numpy.typing import NDArray
 
 from attention_visualizer.analysis.claims.content import Content
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
-from attention_visualizer.data import ink
-from attention_visualizer.measures.head_roles import OFTEN_EMPTY, border_excess, nan_mean
+from attention_visualizer.measures.head_roles import nan_mean
 from attention_visualizer.measures.intervals import PERMUTATION_BATCH, PERMUTATIONS, REPLICATES
-from attention_visualizer.measures.matched_patches import excess, permuted_excess
+from attention_visualizer.measures.matched_patches import (
+    Excess,
+    contrast,
+    permuted_excess,
+    relative_excess,
+)
+from attention_visualizer.measures.predicted_attention import ink_features, predict_out_of_fold
 
 Array = NDArray[Any]
 
 IMAGES_AT_ONCE = 1000  # while resampling: bounds memory
+# So many that p survives the correction for several layers and claims: 1 / 20,000 x 13 layers x 9 claims is 0.006.
+FEATURE_PERMUTATIONS = 19_999
+PLACE_PERMUTATIONS = 4_999
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The quantities of one model over n images.
+    """The quantities of one model over n images, of the mean attention over heads.
 
-    Values are "spread", "coverage", "border", "distance", "classes", and the excess attention on each of the content's
-    features; what could not be measured is left out or NaN.
+    Values are "coverage", "distance", "classes", and the attention on each of the content's features beyond what is
+    predicted, see `gather`; what could not be measured is left out or NaN.
     """
 
-    values: dict[str, Array]  # quantity -> [layer, head], [layer] or []
+    values: dict[str, Array]  # quantity -> [layer] or []
     replicates: dict[str, Array]  # the same with a first axis for resampled images, empty where it was not resampled
-    relative: Array  # [image, layer, patch], mean over heads of the attention, relative to a uniform share
+    unexplained: dict[str, Array]  # feature -> what is permuted, in the value's unit: [image, layer, patch]
     content: Content
+    num_layers: int
     depth: tuple[int, ...]  # indices of the layers that depth trends may use
     n: int
     p_classes: float | None = None  # of the label permutations, None without labels
-    emptiness: float = float("nan")  # share of the interior's patches without ink, NaN where all lie at the border
+    permuted_places: Array | None = None  # of "distance": [1 + permutation, layer], the first with places as they are
     counts: dict[str, int] = field(default_factory=dict)  # n of the quantities that are not of all n images
 
-    @property
-    def num_layers(self) -> int:
-        return self.relative.shape[1]
-
-    @property
-    def num_heads(self) -> int:
-        return self.values["ink"].shape[1]
-
     def permutation_p_value(self, feature: str, weights: Array) -> float:
-        """Test the excess on a feature of sum_layer weights x attention, by permuting the feature within its strata:
-        the two-sided p-value, NaN where there is nothing to compare. weights: [layer]."""
-        values = np.tensordot(self.relative, weights, axes=(1, 0))  # [image, patch]
-        observed, null = permuted_excess(values, self.content.features[feature], self.content.strata[feature])
+        """Test sum_layer weights x the value of a feature by permuting the feature within its strata: the two-sided
+        p-value, NaN where there is nothing to compare. weights: [layer]."""
+        values = np.tensordot(self.unexplained[feature], weights, axes=(1, 0))  # [image, patch]
+        observed, null = permuted_excess(
+            values, self.content.features[feature], self.content.strata[feature], FEATURE_PERMUTATIONS
+        )
         if np.isnan(observed):
             return float("nan")
         return float(((np.abs(null) >= abs(observed) * (1 - 1e-9)).sum() + 1) / (len(null) + 1))
@@ -66,6 +69,7 @@ class Distances:
     value: Array  # [layer]
     replicates: Array  # [replicate, layer], of resampled images
     n: int
+    permuted_places: Array | None = None  # [1 + permutation, layer], see `with_permuted_places`
 
 
 def gather(
@@ -80,36 +84,51 @@ def gather(
 
     shares: [image, layer, head, patch], which sum to 1 over patches; labels: [image], None where not known; distances:
     of the patch queries; resampled: whether with replicates and permutations, which controls do without.
+
+    Attention on ink is contrasted with that on empty patches of the same places. Attention on edges and points is what
+    goes beyond a prediction from the amounts of ink of all patches and the class, in parts of what matched patches
+    without one get: shares compete, so that less ink elsewhere in an image alone makes more attention.
     """
-    n, patches = len(shares), shares.shape[-1]
-    relative = shares * np.float32(patches)
-    parts = {name: excess(relative, content.features[name], content.strata[name]) for name in content.features}
-    means: dict[str, Array] = {"spread": spread(shares), "coverage": coverage(over_heads(shares), content)}
-    counts: dict[str, int] = {}
-    emptiness = float(ink.interior_emptiness(content.inked, content.grid).mean())
-    if emptiness >= OFTEN_EMPTY:
-        # Among empty patches, so that it is not ink again; of images that have some at the border and some inside.
-        border = border_excess(shares, content.inked, ink.border_patches(content.grid))
-        means["border"] = border[~np.isnan(border).all(axis=(1, 2))]
-        counts["border"] = len(means["border"])
+    maps = over_heads(shares)
+    predicted = predict_out_of_fold(maps, ink_features(content.amount, content.inked, labels))
+    parts: dict[str, Excess] = {}
+    unexplained: dict[str, Array] = {}
+    for name, feature in content.features.items():
+        strata, residuals = content.strata[name], maps if name == "ink" else maps - predicted
+        if name == "ink":
+            parts[name], unit = contrast(maps, feature, strata)
+        else:
+            parts[name], unit = relative_excess(maps, predicted, feature, strata)
+        if resampled:
+            unexplained[name] = residuals / unit[:, None]
+    of_images = coverage(maps, content)
     values = {name: part.value for name, part in parts.items()}
-    values |= {name: each.mean(axis=0, dtype=np.float64) for name, each in means.items()}
-    replicates = {}
+    values["coverage"] = of_images.mean(axis=0, dtype=np.float64)
+    replicates: dict[str, Array] = {}
     if resampled:
         influences = {name: part.influences for name, part in parts.items()}
-        influences |= {name: (each - values[name]) / len(each) for name, each in means.items() if name != "border"}
-        replicates = resample(values, influences)
-        if "border" in means:
-            replicates |= resample(values, {"border": (means["border"] - values["border"]) / counts["border"]})
-    layers = over_heads(relative)
+        replicates = resample(values, influences | {"coverage": (of_images - values["coverage"]) / len(of_images)})
+    counts: dict[str, int] = {}
+    placed = None
     if distances is not None and not np.isnan(distances.value).all():
         values["distance"], replicates["distance"] = distances.value, distances.replicates
-        counts["distance"] = distances.n
+        counts["distance"], placed = distances.n, distances.permuted_places
     p_classes = None
     if labels is not None and len(np.unique(labels)) > 1:
-        share, repeated, p_classes = between_classes(layers, content.amount, labels, resampled)
+        share, repeated, p_classes = between_classes(maps, content.amount, labels, resampled)
         values["classes"], replicates["classes"] = np.array(share), repeated
-    return Evidence(values, replicates, layers, content, tuple(depth), n, p_classes, emptiness, counts)
+    return Evidence(
+        values,
+        replicates,
+        unexplained,
+        content,
+        maps.shape[1],
+        tuple(depth),
+        len(shares),
+        p_classes,
+        placed,
+        counts,
+    )
 
 
 def evidence_of(survey: Survey, images: torch.Tensor, resampled: bool = True) -> Evidence:
@@ -124,14 +143,47 @@ def evidence_of(survey: Survey, images: torch.Tensor, resampled: bool = True) ->
     labels = survey.labels[survey.kept][has_ink]
     known = None if (labels < 0).any() else labels
     depth = np.flatnonzero(survey.patch_queries_count).tolist()
-    return gather(survey.shares[has_ink], content, known, depth, resampled_distances(survey), resampled)
+    return gather(survey.shares[has_ink], content, known, depth, resampled_distances(survey, resampled), resampled)
 
 
-def resampled_distances(survey: Survey) -> Distances:
+def resampled_distances(survey: Survey, resampled: bool = True) -> Distances:
     """Return the distances of all images of the survey, also of those whose maps it did not keep."""
     _, replicates = survey.means.resampled()
     distances = replicates[:, MEASURE_NAMES.index("distance"), :, -1] / survey.uniform_distances
-    return Distances(survey.relative_distances.value[:, -1], distances, survey.num_images)
+    placed = with_permuted_places(survey) if resampled else None
+    return Distances(survey.relative_distances.value[:, -1], distances, survey.num_images, placed)
+
+
+def with_permuted_places(survey: Survey, permutations: int = PLACE_PERMUTATIONS) -> Array | None:
+    """Return the attention distance of the mean weights relative to uniform attention's, with the patches where they
+    are and then at permuted places, where "near" has no meaning: [1 + permutation, layer], NaN for layers whose patch
+    queries do not count. None where the survey keeps no mean weights, or layers differ in their grids."""
+    counting = np.flatnonzero(survey.patch_queries_count)
+    geometries = {survey.geometries[layer] for layer in counting}
+    names = [survey.layer_names[layer] for layer in counting]
+    if len(geometries) != 1 or any(name not in survey.mean_weights for name in names):
+        return None
+    (geometry,) = geometries
+    first, patches = geometry.num_prefix_tokens, geometry.num_patches
+    if geometry.window is not None or any(
+        tuple(survey.mean_weights[name].shape[1:]) != (geometry.num_tokens,) * 2 for name in names
+    ):
+        return None
+    centers = geometry.patch_centers()
+    apart = torch.cdist(centers, centers).numpy()
+    stacked = np.stack(
+        [
+            survey.mean_weights[name][:, first : first + patches, first : first + patches].mean(dim=0).cpu().numpy()
+            for name in names
+        ]
+    )
+    stacked = (stacked / stacked.sum(axis=-1, keepdims=True)).reshape(len(names), -1)
+    generator = np.random.default_rng(0)
+    found = np.full((1 + permutations, survey.maps.shape[1]), np.nan)
+    for number in range(1 + permutations):
+        order = generator.permutation(patches) if number else np.arange(patches)
+        found[number, counting] = stacked @ apart[np.ix_(order, order)].ravel() / patches
+    return found / survey.uniform_distances
 
 
 def over_heads(maps: Array) -> Array:
@@ -139,15 +191,10 @@ def over_heads(maps: Array) -> Array:
     return nan_mean(maps.swapaxes(2, 3))
 
 
-def spread(shares: Array) -> Array:
-    """Return the share of the patches that attention is spread over, perplexity / patches: [..., patch] -> [...]."""
-    return perplexity(shares) / shares.shape[-1]
-
-
-def coverage(shares: Array, content: Content) -> Array:
+def coverage(maps: Array, content: Content) -> Array:
     """Return the share of the inked patches that the attention on ink is spread over, 1 where all get as much: [image,
     layer, patch] -> [image, layer]."""
-    on_ink = shares * content.inked[:, None]
+    on_ink = maps * content.inked[:, None]
     on_ink = on_ink / np.maximum(on_ink.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
     return perplexity(on_ink) / content.inked.sum(axis=-1)[:, None]
 

@@ -1,4 +1,4 @@
-"""The evidence of the model and of random weights, and the verdicts that it gives."""
+"""The evidence of the model and of the controls, and the verdicts that it gives."""
 
 from __future__ import annotations
 
@@ -8,45 +8,66 @@ from functools import cached_property
 from attention_visualizer.analysis.claims.declared import declared_claims
 from attention_visualizer.analysis.claims.evidence import Evidence, evidence_of
 from attention_visualizer.analysis.claims.verdicts import Judgement, judge
+from attention_visualizer.analysis.study.controls import SHUFFLED
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.measures.head_roles import nan_mean
 from attention_visualizer.measures.intervals import Interval, percentiles
+
+NO_SHUFFLED = (
+    "Models that know shuffled labels by heart are missing among the controls: training them would take too long, or "
+    "there are too few images."
+)
 
 
 @dataclass(frozen=True)
 class JudgedClaims:
     judgements: list[Judgement]
-    missing: list[str]  # sentences on claims that cannot be tested on this model
+    missing: list[str]  # sentences on claims that cannot be tested on this model, and on missing controls
     measured: Evidence
-    num_controls: int
+    controls: dict[str, int]  # kind -> number of models
     image_kind: str  # such as "test image"
 
     @property
     def n(self) -> int:
         return self.measured.n
 
+    @property
+    def controls_text(self) -> str:
+        """Name the controls: "3 models with random weights, 3 with shuffled labels"."""
+        return ", ".join(f"{count} with {kind}" for kind, count in self.controls.items())
+
     @cached_property
-    def excess_by_layer(self) -> dict[str, Interval]:
-        """Return feature -> [layer], the excess attention on it, mean over heads, in units of a uniform share."""
+    def by_layer(self) -> dict[str, Interval]:
+        """Return feature -> [layer], in its unit."""
         measured, intervals = self.measured, {}
         for name in measured.content.features:
-            low, high = percentiles(nan_mean(measured.replicates[name]))
-            intervals[name] = Interval(nan_mean(measured.values[name]), low, high, measured.n)
+            intervals[name] = Interval(measured.values[name], *percentiles(measured.replicates[name]), measured.n)
         return intervals
 
 
 def measure(study: Study) -> JudgedClaims:
     images = study.target.images
+    study.progress("attention on edges and points")
     measured = evidence_of(study.survey, images.read(study.survey.kept))
     controls = control_evidence(study)
     study.progress("verdicts")
     claims, missing = declared_claims(measured)
-    return JudgedClaims(judge(claims, measured, controls), missing, measured, len(controls), images.kind)
+    if SHUFFLED not in controls:
+        missing.append(NO_SHUFFLED)
+    return JudgedClaims(
+        judge(claims, measured, controls, study.has_learnt),
+        missing,
+        measured,
+        {kind: len(evidences) for kind, evidences in controls.items()},
+        images.kind,
+    )
 
 
-def control_evidence(study: Study) -> list[Evidence]:
-    """Gather the evidence of each model with random weights, over the images of its survey."""
-    return [
-        evidence_of(survey, study.target.images.read(study.control_rows[survey.kept].tolist()), resampled=False)
-        for survey in study.control_surveys
-    ]
+def control_evidence(study: Study) -> dict[str, list[Evidence]]:
+    """Gather the evidence of each control, by kind, over the images of its survey."""
+    return {
+        kind: [
+            evidence_of(survey, study.target.images.read(study.control_rows[survey.kept].tolist()), resampled=False)
+            for survey in surveys
+        ]
+        for kind, surveys in study.controls.items()
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,21 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention_visualizer.analysis.claims.evidence import Evidence
-from attention_visualizer.measures.intervals import (
-    LEVEL,
-    bootstrap_p_value,
-    false_discovery_control,
-    percentiles,
-)
+from attention_visualizer.measures.intervals import CHAPTER_LEVEL, holm, normal_p_value, percentiles
 
 Array = NDArray[Any]
 Verdict = Literal["supported", "not supported", "cannot be decided by attention alone"]
 
-TOO_FEW_HEADS = (
-    "it holds, but with so few layers and heads, heads drawn at random in each layer do as well in more than "
-    f"{LEVEL:.0%} of the draws: a model with more of them could decide it"
-)
-CONTROL_FACTOR = 1.5  # times the largest value that random weights reach
+NOT_LEARNT = "the model's accuracy is not above chance, so its attention shows nothing learnt"
 
 
 @dataclass(frozen=True)
@@ -35,20 +26,18 @@ class Requirement:
     minimum: float  # the smallest value that counts
     #: From the evidence's values or replicates to the quantity, [] or [replicate].
     statistic: Callable[[dict[str, Array]], Array]
-    #: The values that a control reaches, for a claim about one head those of each of its heads; None where a control is
-    #: no comparison.
-    of_control: Callable[[dict[str, Array]], Array] | None
     p_value: Callable[[Evidence], float] | None = None  # None for that of the resampled images
     null: str = "images resampled"
-    unit: str = "of a uniform share"
-    smallest_p: Callable[[Evidence], float] | None = None  # that the test can give; None where it is always small
+    unit: str = "of what matched patches get"
     n_from: str = ""  # the evidence's quantity whose images are counted; "" for all of them
+    compared: bool = True  # whether a control that reaches as much speaks against it
 
 
 @dataclass(frozen=True)
 class Claim:
     name: str
     requirements: tuple[Requirement, ...]
+    anywhere: bool = False  # whether one of them suffices (each is of another layer), rather than all being needed
     undecided_by: str = ""  # why attention cannot decide it even where all requirements hold, and what would
 
 
@@ -60,12 +49,11 @@ class Result:
     value: float
     low: float
     high: float
-    controls: tuple[float, ...]  # of random weights, () for none
+    controls: Mapping[str, tuple[float, ...]]  # kind -> what each model of it reaches
     standardised: float  # the value in standard deviations over its n images
     p_value: float
     threshold: float  # that the value must reach
     n: int
-    testable: bool = True  # whether the test could give a p-value below LEVEL at all
 
     @property
     def failure(self) -> str:
@@ -78,13 +66,18 @@ class Result:
         if self.value < minimum:
             return f"{self.value:.3f} is below the minimum effect of {minimum:g}"
         if np.isinf(self.threshold):
-            return "there is no model with random weights to compare with"
+            return "there is no control to compare with"
         if self.value < self.threshold:
-            largest = max(map(abs, self.controls))
-            return (
-                f"{self.value:.3f} is less than {CONTROL_FACTOR:g} times the largest of random weights ({largest:.3f})"
-            )
+            kind, largest = self.largest_control
+            return f"{self.value:.3f} is not {minimum:g} beyond the largest of {kind} ({largest:.3f})"
         return "" if self.low > 0 else "its interval includes no effect"
+
+    @property
+    def largest_control(self) -> tuple[str, float]:
+        """The kind of control that comes farthest, and how far."""
+        reached = {kind: max(values) for kind, values in self.controls.items() if values}
+        kind = max(reached, key=lambda each: reached[each])
+        return kind, reached[kind]
 
     @property
     def margin(self) -> float:
@@ -97,56 +90,79 @@ class Judgement:
     """The verdict on a claim."""
 
     claim: Claim
-    results: tuple[Result, ...]  # of all that it requires, the weakest first
-    p_value: float  # the largest of the results', since all must hold
+    #: Of all requirements; in front the one that decides: the weakest, or the strongest where one suffices.
+    results: tuple[Result, ...]
+    p_value: float  # of all requirements together
     adjusted: float  # the same, adjusted over all claims
     verdict: Verdict
     reason: str  # a clause
 
 
-def judge(claims: Sequence[Claim], measured: Evidence, controls: Sequence[Evidence]) -> list[Judgement]:
-    """Judge each claim: it is supported where each requirement has an interval without 0, an adjusted p-value below
-    LEVEL, its minimum effect, and CONTROL_FACTOR times what any control reaches. Without a control none is."""
-    results_by_claim = []
-    for claim in claims:
-        results = [check(requirement, measured, controls) for requirement in claim.requirements]
-        # What fails comes first, the weakest of it ahead.
-        results_by_claim.append(tuple(sorted(results, key=lambda result: (not result.failure, result.margin))))
-    p_values = np.array([max(result.p_value for result in results) for results in results_by_claim])
+def judge(
+    claims: Sequence[Claim],
+    measured: Evidence,
+    controls: Mapping[str, Sequence[Evidence]],
+    has_learnt: bool = True,
+) -> list[Judgement]:
+    """Judge each claim: it is supported where its requirements have an interval without 0, an adjusted p-value below
+    CHAPTER_LEVEL, and their minimum effect, beyond what any control reaches. Without controls none is, and none for a
+    model that has learnt nothing.
+
+    controls: the evidence of each model by the kind of control.
+    """
+    ordered = [in_order(claim, [check(each, measured, controls) for each in claim.requirements]) for claim in claims]
+    p_values = np.array(
+        [joint_p_value(claim, results) for claim, results in zip(claims, ordered, strict=True)], dtype=np.float64
+    )
     return [
-        Judgement(claim, results, float(p_value), float(adjusted), *decide(claim, results, float(adjusted)))
-        for claim, results, p_value, adjusted in zip(
-            claims, results_by_claim, p_values, false_discovery_control(p_values), strict=True
-        )
+        Judgement(claim, results, float(p_value), float(adjusted), *decide(claim, results, adjusted, has_learnt))
+        for claim, results, p_value, adjusted in zip(claims, ordered, p_values, holm(p_values), strict=True)
     ]
 
 
-def decide(claim: Claim, results: Sequence[Result], adjusted: float) -> tuple[Verdict, str]:
-    """Return the verdict and its reason. results: the weakest first; adjusted: p-value of the claim."""
-    weakest = results[0]
-    if weakest.failure:
-        return "not supported", f"{weakest.requirement.quantity}: {weakest.failure}"
-    if not adjusted < LEVEL:
-        likeliest = max(results, key=lambda result: result.p_value)
-        if not likeliest.testable:
-            return "cannot be decided by attention alone", f"{likeliest.requirement.quantity}: {TOO_FEW_HEADS}"
-        return "not supported", f"{likeliest.requirement.quantity}: p is {adjusted:.3f} after adjustment"
+def in_order(claim: Claim, results: Sequence[Result]) -> tuple[Result, ...]:
+    """Put what decides in front."""
+    if claim.anywhere:
+        return tuple(sorted(results, key=lambda result: (bool(result.failure), -result.margin)))
+    return tuple(sorted(results, key=lambda result: (not result.failure, result.margin)))
+
+
+def joint_p_value(claim: Claim, results: Sequence[Result]) -> float:
+    """Return the largest p-value where all must hold; where one suffices, the deciding one times their number."""
+    if claim.anywhere:
+        return min(1.0, results[0].p_value * len(results))
+    return max(result.p_value for result in results)
+
+
+def decide(claim: Claim, results: Sequence[Result], adjusted: float, has_learnt: bool) -> tuple[Verdict, str]:
+    """Return the verdict and its reason. results: in order; adjusted: p-value of the claim."""
+    first = results[0]
+    if not has_learnt:
+        return "not supported", NOT_LEARNT
+    if first.failure:
+        return "not supported", f"{first.requirement.quantity}: {first.failure}"
+    if not adjusted < CHAPTER_LEVEL:
+        return "not supported", f"{first.requirement.quantity}: p is {adjusted:.3f} after adjustment"
     if claim.undecided_by:
         return "cannot be decided by attention alone", claim.undecided_by
-    return "supported", f"all requirements hold; the weakest is {weakest.requirement.quantity}"
+    if claim.anywhere:
+        holding = sum(not result.failure for result in results)
+        return "supported", f"{first.requirement.quantity}; {holding} of {len(results)} such requirements hold"
+    return "supported", f"all requirements hold; the weakest is {first.requirement.quantity}"
 
 
-def check(requirement: Requirement, measured: Evidence, controls: Sequence[Evidence]) -> Result:
+def check(requirement: Requirement, measured: Evidence, controls: Mapping[str, Sequence[Evidence]]) -> Result:
     value = float(requirement.statistic(measured.values))
     replicates = np.asarray(requirement.statistic(measured.replicates), dtype=np.float64)
     low, high = (float(end) for end in percentiles(replicates))
-    reached: tuple[float, ...] = ()
+    reached: dict[str, tuple[float, ...]] = {}
     threshold = requirement.minimum
-    if requirement.of_control is not None:
-        of_controls = [np.ravel(requirement.of_control(control.values)) for control in controls]
-        reached = tuple(float(each) for values in of_controls for each in values if not np.isnan(each))
-        threshold = max(threshold, CONTROL_FACTOR * max(map(abs, reached), default=np.inf))
-    p_value = bootstrap_p_value(replicates) if requirement.p_value is None else requirement.p_value(measured)
+    if requirement.compared:
+        for kind, evidences in controls.items():
+            values = [float(requirement.statistic(evidence.values)) for evidence in evidences]
+            reached[kind] = tuple(each for each in values if not np.isnan(each))
+        threshold += max(0.0, max((each for values in reached.values() for each in values), default=np.inf))
+    p_value = normal_p_value(replicates) if requirement.p_value is None else requirement.p_value(measured)
     n = measured.counts.get(requirement.n_from, measured.n)
     deviation = float(replicates.std()) * np.sqrt(n)
     return Result(
@@ -159,5 +175,4 @@ def check(requirement: Requirement, measured: Evidence, controls: Sequence[Evide
         p_value=1.0 if np.isnan(p_value) else p_value,
         threshold=threshold,
         n=n,
-        testable=requirement.smallest_p is None or requirement.smallest_p(measured) < LEVEL,
     )

@@ -13,18 +13,18 @@ from attention_visualizer.analysis.study.heads import Heads
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.head_roles import (
-    CONTROL_FACTOR,
+    BEYOND_CONTROLS,
     MAX_DIVERGENCE,
-    MIN_INK,
-    MIN_ON_BORDER,
-    MOSTLY,
+    MIN_CORRELATION,
+    MIN_ON_BRIGHTEST,
+    MIN_PART,
+    MIN_SELECTIVITY,
     NO_ROLE,
-    OFTEN_EMPTY,
     ROLES,
 )
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
-TWO_DIGITS = ("position (nats)", "content (nats)", "border - interior (uniform shares)")
+TWO_DIGITS = ("position (nats)", "content (nats)")
 
 
 def write(study: Study) -> Chapter:
@@ -38,8 +38,8 @@ def write(study: Study) -> Chapter:
         [
             FigureFile(
                 roles_file,
-                "Left: how much more a head gives to inked patches than its mean map would, with 95 % intervals over "
-                f"{measured.num_images:,} test images; grey: the range of heads with random weights; dashed: the "
+                "Left: correlation of a head's attention with the amount of ink, within positions, with 95 % intervals "
+                f"over {measured.num_images:,} test images; grey: the range of all heads of the controls; dashed: the "
                 "threshold for a role. Middle: selectivity on patches, split into the part that is the same for every "
                 f"image (position) and the part that changes with it (content), means over "
                 f"{roles.selectivity.place.n:,} images. Right: the roles that the measurements support.",
@@ -50,7 +50,7 @@ def write(study: Study) -> Chapter:
                 "images, ordered by similarity; boxes mark clusters of similar heads.",
             ),
         ],
-        [ink_table(roles, heads), place_table(roles, heads)],
+        [ink_table(roles, heads), place_table(roles, heads), control_table(measured)],
         numbers_of(measured),
         finding=finding_of(measured, roles_file),
         caution="A role describes where a head's weights go on this test set. It does not say what the head is for, "
@@ -63,17 +63,18 @@ def ink_table(roles: Roles, heads: Heads) -> Table:
         [
             label,
             roles.on_ink[place].text(),
-            roles.follows_ink[place].text(),
-            roles.effect[place].text(2),
+            roles.follows_ink[place].text(2),
             f"{roles.p_value[place]:.3f}",
+            roles.brightest[place].text(1, percent=True),
             ", ".join(names),
         ]
         for place, label, names in zip(heads, heads.labels, roles.names, strict=True)
     ]
     return Table(
-        f"Attention on ink by head, over {roles.on_ink.n:,} test images, with 95 % intervals: shares of the attention "
-        f"on patches. A uniform head gives inked patches {roles.uniform.text()}.",
-        ["head", "on inked patches", "beyond position", "d", "p (adjusted)", "role"],
+        f"Attention on ink by head, over {roles.on_ink.n:,} test images, with 95 % intervals. A uniform head gives "
+        f"inked patches {roles.uniform.text()} of its attention on patches. p: of the correlation, for all heads "
+        "together.",
+        ["head", "on inked patches", "correlation with ink", "p", "most on the brightest patch", "role"],
         rows,
     )
 
@@ -85,18 +86,12 @@ def place_table(roles: Roles, heads: Heads) -> Table:
         "position (nats)": place,
         "content (nats)": content,
         "class token": roles.class_token,
-        "distance / uniform": roles.distance,
+        "distance short of uniform": roles.closeness,
     }
     caption = (
         f"What each head attends to, with 95 % intervals over {roles.entropy.n:,} test images (position and content: "
         f"of the attention on patches, {place.n:,} of the images)."
     )
-    if roles.compares_border:
-        columns["border - interior (uniform shares)"] = roles.border
-        caption += (
-            f" Border: empty patches there minus empty interior ones, {roles.border.n:,} images that have both; heads "
-            f"with random weights reach {roles.reached['border']:.2f}."
-        )
     rows = [
         [label, *(interval[head].text(2 if name in TWO_DIGITS else 3) for name, interval in columns.items())]
         for head, label in zip(heads, heads.labels, strict=True)
@@ -104,24 +99,40 @@ def place_table(roles: Roles, heads: Heads) -> Table:
     return Table(caption, ["head", *columns], rows)
 
 
+def control_table(measured: MeasuredHeads) -> Table:
+    """What a role needs beside what heads of each kind of control reach."""
+    roles = measured.roles
+    kinds = list(roles.reached)
+    rows = [
+        [quantity, *(f"{roles.reached[kind][name]:.2f}" for kind in kinds), f"{bound:.2f}"]
+        for (name, bound), quantity in zip(roles.bounds.items(), QUANTITIES, strict=True)
+    ]
+    return Table(
+        f"The largest value of any head of the controls, and what a role requires. The first four: of heads with a "
+        f"selectivity of at least {MIN_SELECTIVITY} nats.",
+        ["quantity", *(f"{kind} ({measured.controls[kind]})" for kind in kinds), "required"],
+        rows,
+    )
+
+
 def numbers_of(measured: MeasuredHeads) -> dict[str, Any]:
     roles, index = measured.roles, measured.heads.index
     return {
         "heads": measured.heads.labels,
         "roles": roles.names,
+        "controls": measured.controls,
+        "reached_by_controls": roles.reached,
         "bounds": roles.bounds,
         "entropy": roles.entropy[index].numbers(),
         "on_ink": roles.on_ink[index].numbers(),
         "on_ink_of_a_uniform_head": roles.uniform.numbers(),
-        "follows_ink": roles.follows_ink[index].numbers(),
-        "effect": roles.effect[index].numbers(),
+        "correlation_with_ink": roles.follows_ink[index].numbers(),
         "p_value_adjusted": roles.p_value[index],
+        "brightest_patch": roles.brightest[index].numbers(),
         "place": roles.selectivity.place[index].numbers(),
         "content": roles.selectivity.content[index].numbers(),
         "class_token": roles.class_token[index].numbers(),
-        "distance": roles.distance[index].numbers(),
-        "border": roles.border[index].numbers() if roles.compares_border else None,
-        "interior_emptiness": roles.emptiness.numbers(),
+        "closeness": roles.closeness[index].numbers(),
         "divergence": measured.redundancy.divergence,
         "cluster": measured.redundancy.cluster,
     }
@@ -134,22 +145,22 @@ def role_counts(roles: Roles) -> dict[str, int]:
 
 def finding_of(measured: MeasuredHeads, figure: str) -> Finding:
     heads, roles, n = measured.heads, measured.roles, measured.num_images
+    if not measured.has_learnt:
+        return Finding(f"The model's accuracy is not above chance, so no head has a role (n = {n:,}).", figure)
     counts = role_counts(roles)
     with_role = len(heads) - counts[NO_ROLE]
+    beyond = f"beyond all heads of {controls_text(measured)}"
     if not with_role:
-        return Finding(f"No head of {len(heads)} has a role that the measurements support (n = {n:,}).", figure)
+        return Finding(f"No head of {len(heads)} has a role {beyond} (n = {n:,}).", figure)
     listed = ", ".join(f"{count} {role}" for role, count in counts.items() if count and role != NO_ROLE)
     several = sum(len(names) > 1 for names in roles.names)
     if several:
         listed += f"; {several} of them {'has' if several == 1 else 'have'} more than one"
-    follows = roles.follows_ink[heads.index]
-    strongest = int(np.argmax(np.abs(follows.value)))
-    return Finding(
-        f"{with_role} of {len(heads)} heads have a measured role ({listed}). Head {heads.labels[strongest]} "
-        f"responds most strongly to ink: {follows[strongest].text()} of its attention beyond its usual positions "
-        f"(n = {n:,}).",
-        figure,
-    )
+    return Finding(f"{with_role} of {len(heads)} heads have a role {beyond}: {listed} (n = {n:,}).", figure)
+
+
+def controls_text(measured: MeasuredHeads) -> str:
+    return ", ".join(f"{count} models with {kind}" for kind, count in measured.controls.items()) or "no control"
 
 
 def text_of(measured: MeasuredHeads) -> str:
@@ -158,30 +169,17 @@ def text_of(measured: MeasuredHeads) -> str:
         TEXT.format(
             n=measured.num_images,
             uniform=roles.uniform.text(),
-            controls=measured.num_controls,
-            ink=roles.bounds["ink"],
-            least=MIN_INK,
-            place=roles.bounds["place"],
-            content=roles.bounds["content"],
-            beyond=CONTROL_FACTOR,
-            mostly=MOSTLY,
-            near=roles.bounds["distance"],
-            token=roles.bounds["class token"],
+            controls=controls_text(measured),
+            beyond=BEYOND_CONTROLS,
+            correlation=MIN_CORRELATION,
+            brightest=MIN_ON_BRIGHTEST,
+            part=MIN_PART,
+            selective=MIN_SELECTIVITY,
         ),
-        border_text(roles),
         f"Heads without a distinct role: {role_counts(roles)[NO_ROLE]} of {len(roles.names)}.",
         redundancy_text(measured.redundancy),
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def border_text(roles: Roles) -> str:
-    if np.isnan(roles.emptiness.value):
-        return NO_INTERIOR
-    emptiness = roles.emptiness.text(1, percent=True)
-    if not roles.compares_border:
-        return SELDOM_EMPTY.format(empty=emptiness, n=roles.emptiness.n, often=OFTEN_EMPTY)
-    return BORDER.format(empty=emptiness, n=roles.emptiness.n, bound=roles.bounds["border"], least=MIN_ON_BORDER)
 
 
 def redundancy_text(redundancy: Redundancy) -> str:
@@ -208,26 +206,28 @@ def redundancy_text(redundancy: Redundancy) -> str:
 NO_INK = "Roles are measured against ink, so they need a test set of digits on an empty background."
 CHAPTER = ChapterWriter("Head roles", write, ("attention_roles", "attention_redundancy"), {Need.INK: NO_INK})
 
+QUANTITIES = (
+    "correlation with ink, either sign",
+    "share of images with most on the brightest patch",
+    "position's part of the selectivity",
+    "content's part of the selectivity",
+    "distance short of uniform",
+)
+
 TEXT = """Over {n:,} test images. A head with uniform attention would give inked patches {uniform} of it. Most of what
-heads give to ink beyond that is due to **position**: the middle of the image is mostly inked. So each head is compared
-with what its own mean map would give to the ink of each image. The difference is 0 for a head that always attends to
-the same positions; its p-value comes from permuting the ink maps among images (999 permutations, FDR-adjusted over all
+heads give to ink beyond that is due to **position**: the middle of the image is mostly inked. So a head's attention is
+correlated with the amount of ink *within* positions: 0 for a head that always attends to the same positions, and no
+larger for a sharper head. p comes from permuting the amounts of ink among images (999 permutations, the largest of all
 heads). How far a head is from uniform on the patches is split in two: what its mean map shows (position) and what
-changes from image to image (content). Attention to the class token is counted separately.
+changes from image to image (content).
 
-A role requires a value beyond the minimum effect declared in advance *and* beyond {beyond} times the largest value of
-any head of {controls} models with random weights. Ink or background: {ink:.3f} of the attention on patches (minimum
-effect {least}). Fixed position: {place:.2f} nats, content-dependent: {content:.2f} nats, each with {mostly:.0%} of the
-head's selectivity. Class token: {token:.2f} of the row. Neighbours: a mean distance below {near:.2f} of uniform
-attention's, without a last layer of which only the class token is read."""
-
-BORDER = """Empty patches at the border are compared with empty interior ones; {empty} of the interior patches hold no
-ink (mean over {n:,} images). Border: {bound:.2f} of a uniform share more there (minimum effect {least})."""
-
-SELDOM_EMPTY = """The border is not compared with the interior here: only {empty} of the interior patches hold no ink
-(mean over {n:,} images). With less than {often:.0%}, the comparison would rest on a few patches of unusual digits."""
-
-NO_INTERIOR = """The border is not compared with the interior: all patches lie at the border."""
+A role requires a value beyond the minimum declared in advance (a correlation of {correlation} with the amount of ink or
+the lack of it; the most attended patch being the brightest in {brightest:.0%} of images; {part:.0%} of the selectivity
+in position, or in content; half of uniform attention's distance) *and* {beyond:.0%} of the way from the largest value
+of any head of the controls to 1, in a model that has learnt something; but for the last, of a head with a selectivity
+of at least {selective} nats. Controls: {controls}. Sharpened weights are random
+ones with each head's logits scaled so that it is as sharp as the trained head: sharp heads have places and images that
+they prefer without learning, too."""
 
 REDUNDANCY = """Between two heads the divergence is {mean} nats on average over {pairs} pairs and {n:,} images (0: the
 same map on every image, 0.69: no patch in common). {count} of the pairs {verb} by less than {alike} nats; clustered by

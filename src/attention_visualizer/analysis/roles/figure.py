@@ -39,14 +39,14 @@ def draw_roles(measured: MeasuredHeads) -> Figure:
 
 
 def draw_followed_ink(roles: Roles, heads: Heads, heights: np.ndarray, axis: Axes) -> None:
-    """Draw how much more inked patches get than by place alone, what random weights reach, and the bound for a role."""
-    reached, bound = roles.reached["ink"], roles.bounds["ink"]
-    axis.axvspan(-reached, reached, color=charts.BAND, zorder=0, label="heads with random weights")
+    """Draw the correlation of each head with ink, what controls reach, and the bound for a role."""
+    reached, bound = max((each["ink"] for each in roles.reached.values()), default=0.0), roles.bounds["ink"]
+    axis.axvspan(-reached, reached, color=charts.BAND, zorder=0, label="heads of controls")
     for position, label in ((-bound, ""), (bound, "threshold for a role")):
         axis.axvline(position, color=charts.REFERENCE, linestyle="--", linewidth=1, label=label)
     follows = roles.follows_ink[heads.index]
     charts.forest(heights, follows.value, follows.low, follows.high, axis)
-    axis.set_xlabel("attention on inked patches beyond position (share)")
+    axis.set_xlabel("correlation of attention with ink, within positions")
 
 
 def write_names(roles: Roles, heights: np.ndarray, axis: Axes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,15 @@ from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.data import ink
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.head_roles import (
-    CONTROL_FACTOR,
-    MIN_INK,
-    MIN_ON_BORDER,
-    MIN_ON_CLASS_TOKEN,
     MIN_SELECTIVITY,
-    NEAR,
-    OFTEN_EMPTY,
+    NO_ROLE,
     Selectivity,
-    border_excess,
     clustered,
     divergences,
-    entropy,
-    ink_followed,
+    ink_correlation,
     name_roles,
+    on_brightest,
+    role_bounds,
 )
 from attention_visualizer.measures.intervals import Interval
 
@@ -41,7 +36,8 @@ class MeasuredHeads:
     roles: Roles
     redundancy: Redundancy
     num_patches: int
-    num_controls: int  # models with random weights
+    controls: dict[str, int]  # kind -> number of models
+    has_learnt: bool  # whether the model's accuracy is above chance: else no head is said to have a role
 
     @property
     def num_images(self) -> int:
@@ -56,23 +52,15 @@ class Roles:
     entropy: Interval  # of the whole row, nats
     on_ink: Interval  # share of the attention on patches that inked ones get
     uniform: Interval  # the same of a uniform head: one value
-    follows_ink: Interval  # how much more that is than the same head's mean map would give them
-    effect: Interval  # that as Cohen's d over images
-    p_value: Array  # within-position permutation, adjusted over all heads
+    follows_ink: Interval  # correlation with the amount of ink within positions
+    p_value: Array  # within-position permutation, for all heads together
+    brightest: Interval  # share of images whose most attended patch is the brightest
     selectivity: Selectivity  # of the attention on patches
     class_token: Interval  # share of the row
-    distance: Interval  # in multiples of uniform attention's; NaN where patch queries do not count
-    border: Interval  # how much more empty patches get at the border than inside, in uniform shares
-    emptiness: Interval  # share of the interior's patches without ink: one value
-    reached: dict[str, float]  # by any head with random weights, see `reached_by`
+    closeness: Interval  # short of uniform attention's distance, relative to it; NaN where patch queries do not count
+    reached: dict[str, dict[str, float]]  # kind of control -> by any of its heads, see `reached_by`
     bounds: dict[str, float]  # what a role needs, see `role_bounds`
     names: list[list[str]]  # of each existing head: the roles that its measures carry, or NO_ROLE
-
-    @property
-    def compares_border(self) -> bool:
-        """Return whether the interior is often empty; else the comparison would rest on a few patches of unusual
-        images."""
-        return self.border.n > 0
 
 
 @dataclass(frozen=True)
@@ -89,14 +77,24 @@ class Redundancy:
 def measure(study: Study) -> MeasuredHeads:
     survey, images, heads = study.survey, study.target.images, Heads.of(study.survey)
     study.progress("roles of heads")
+    amount = ink.in_patches(ink.ink_amount, images, survey.kept, survey.grid)
     inked = ink.in_patches(ink.inked_patches, images, survey.kept, survey.grid)
-    controls = [
-        (control, ink.in_patches(ink.inked_patches, images, study.control_rows[control.kept], survey.grid))
-        for control in study.control_surveys
-    ]
-    roles = find_roles(survey, inked, controls)
-    redundancy = measure_redundancy(survey, study.control_surveys)
-    return MeasuredHeads(heads, roles, redundancy, survey.maps.shape[-1], len(controls))
+    controls = {
+        kind: [
+            (control, ink.in_patches(ink.ink_amount, images, study.control_rows[control.kept], survey.grid))
+            for control in surveys
+        ]
+        for kind, surveys in study.controls.items()
+    }
+    roles = find_roles(survey, amount, inked, controls, study.has_learnt)
+    return MeasuredHeads(
+        heads,
+        roles,
+        measure_redundancy(survey, study.control_surveys),
+        survey.maps.shape[-1],
+        {kind: len(surveys) for kind, surveys in controls.items()},
+        study.has_learnt,
+    )
 
 
 def measure_redundancy(survey: Survey, controls: Sequence[Survey]) -> Redundancy:
@@ -109,34 +107,40 @@ def measure_redundancy(survey: Survey, controls: Sequence[Survey]) -> Redundancy
     return Redundancy(divergence, of_images, order, cluster, control)
 
 
-def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Array]]) -> Roles:
+def find_roles(
+    survey: Survey,
+    amount: Array,
+    inked: Array,
+    controls: Mapping[str, Sequence[tuple[Survey, Array]]],
+    has_learnt: bool = True,
+) -> Roles:
     """Measure each head and name its roles.
 
-    inked: bool [kept, patch] of the images whose maps the survey kept; controls: surveys of models with random weights,
-    each with the same of its images.
+    amount, inked: of ink, [kept, patch], of the images whose maps the survey kept; controls: surveys by their kind,
+    each with the amounts of its images; has_learnt: else no head has a role.
     """
     shares = survey.shares
-    followed = ink_followed(shares, inked)
-    observed, null = intervals.permuted_products(shares.reshape(len(shares), -1, shares.shape[-1]), inked)
-    p_value = intervals.false_discovery_control(intervals.permutation_p_value(observed, null))
-    p_value = p_value.reshape(shares.shape[1:3])
-    selective = survey.patch_selectivity
-    class_token, distance = survey.mean_of("class_token")[:, :-1], survey.relative_distances[:, :-1]
-    reached = reached_by(controls)
-    bounds = role_bounds(reached)
-    follows = intervals.bootstrap_mean(followed)
-    border, emptiness = border_interval(survey, inked)
+    observed, null = intervals.permuted_products(shares.reshape(len(shares), -1, shares.shape[-1]), amount)
+    p_value = intervals.largest_of_all_p_value(observed, null).reshape(shares.shape[1:3])
+    follows, brightest = ink_intervals(survey, amount)
+    split = survey.patch_selectivity
+    distance = survey.relative_distances[:, :-1]
+    closeness = Interval(1 - distance.value, 1 - distance.high, 1 - distance.low, distance.n)
+    reached = {kind: reached_by(surveys) for kind, surveys in controls.items()}
+    largest = {name: max((each[name] for each in reached.values()), default=0.0) for name in MEASURED}
+    bounds = role_bounds(largest)
     names = [
         name_roles(
             follows[place],
             float(p_value[place]),
-            selective.place[place],
-            selective.content[place],
-            class_token[place],
-            distance[place],
-            border[place],
+            brightest[place],
+            split.place[place],
+            split.content[place],
+            closeness[place],
             bounds,
         )
+        if has_learnt
+        else [NO_ROLE]
         for place in Heads.of(survey)
     ]
     return Roles(
@@ -144,60 +148,55 @@ def find_roles(survey: Survey, inked: Array, controls: Sequence[tuple[Survey, Ar
         on_ink=intervals.bootstrap_mean((shares * inked[:, None, None]).sum(axis=-1)),
         uniform=intervals.bootstrap_mean(inked.mean(axis=1)),
         follows_ink=follows,
-        effect=intervals.standardised_mean_interval(followed),
         p_value=p_value,
-        selectivity=selective,
-        class_token=class_token,
-        distance=distance,
-        border=border,
-        emptiness=emptiness,
+        brightest=brightest,
+        selectivity=split,
+        class_token=survey.mean_of("class_token")[:, :-1],
+        closeness=closeness,
         reached=reached,
         bounds=bounds,
         names=names,
     )
 
 
-def border_interval(survey: Survey, inked: Array) -> tuple[Interval, Interval]:
-    """Return `border_excess` over the images that have empty patches at the border and inside, [layer, head], NaN where
-    the interior is seldom empty; and how often it is empty."""
-    emptiness = intervals.bootstrap_mean(ink.interior_emptiness(inked, survey.grid))
-    excess = border_excess(survey.shares, inked, ink.border_patches(survey.grid))
-    has_both = ~np.isnan(excess).reshape(len(excess), -1).all(axis=1)
-    if emptiness.value >= OFTEN_EMPTY and has_both.any():
-        return intervals.bootstrap_mean(excess[has_both]), emptiness
-    undefined = np.full(excess.shape[1:], np.nan)
-    return Interval(undefined, undefined, undefined, 0), emptiness
+MEASURED = ("ink", "brightest patch", "fixed position", "content-dependent", "neighbours")
+
+
+def ink_intervals(survey: Survey, amount: Array) -> tuple[Interval, Interval]:
+    """Return the correlation of each head with ink, and how often its most attended patch is the brightest: [layer,
+    head] each."""
+    shares = survey.shares
+    flat = shares.reshape(len(shares), -1, shares.shape[-1])
+    value, moves = ink_correlation(flat, amount)
+    # Influences sum to the value's own deviation: the mean of n times them is 0.
+    around = intervals.bootstrap_mean(moves * len(shares))
+    hits = intervals.bootstrap_mean(on_brightest(flat, amount))
+
+    def by_layer(value: Array, low: Array, high: Array) -> Interval:
+        shape = shares.shape[1:3]
+        return Interval(value.reshape(shape), low.reshape(shape), high.reshape(shape), len(shares))
+
+    return by_layer(value, value + around.low, value + around.high), by_layer(hits.value, hits.low, hits.high)
 
 
 def reached_by(controls: Sequence[tuple[Survey, Array]]) -> dict[str, float]:
-    """Return the largest value of any head with random weights; for "distance", how far below uniform attention's."""
-    reached = {"ink": 0.0, "place": 0.0, "content": 0.0, "class token": 0.0, "distance": 0.0, "border": 0.0}
-    for survey, inked in controls:
-        of_mean = entropy(survey.shares.mean(axis=0))
+    """Return the largest value of any head of these controls, each with the amounts of ink of its images; of what is
+    asked of selective heads only, that of any selective one."""
+    reached = dict.fromkeys(MEASURED, 0.0)
+    for survey, amount in controls:
+        shares = survey.shares.reshape(len(survey.shares), -1, survey.shares.shape[-1])
+        split = survey.patch_selectivity
+        place, content = split.place.value.ravel(), split.content.value.ravel()
+        total = place + content
+        selective = np.where(total >= MIN_SELECTIVITY, 1.0, np.nan)
         values = {
-            "ink": np.abs(ink_followed(survey.shares, inked).mean(axis=0)),
-            "place": np.log(survey.shares.shape[-1]) - of_mean,
-            "content": of_mean - entropy(survey.shares).mean(axis=0),
-            "class token": survey.mean_of("class_token").value[:, :-1],
-            "distance": 1 - survey.relative_distances.value[:, :-1],
-            "border": border_interval(survey, inked)[0].value,
+            "ink": selective * np.abs(ink_correlation(shares, amount)[0]),
+            "brightest patch": selective * on_brightest(shares, amount).mean(axis=0),
+            "fixed position": selective * place / total,
+            "content-dependent": selective * content / total,
+            "neighbours": 1 - survey.relative_distances.value[:, :-1],
         }
         for name, of_heads in values.items():
             # Without NaN, of which a layer with fewer heads has some.
             reached[name] = max(reached[name], float(np.fmax.reduce(of_heads, axis=None, initial=0.0)))
     return reached
-
-
-def role_bounds(reached: dict[str, float]) -> dict[str, float]:
-    """Return what each value must reach: the least effect, or CONTROL_FACTOR times what random weights reach;
-    "distance" must lie below its bound."""
-    least = {
-        "ink": MIN_INK,
-        "place": MIN_SELECTIVITY,
-        "content": MIN_SELECTIVITY,
-        "class token": MIN_ON_CLASS_TOKEN,
-        "distance": 1 - NEAR,
-        "border": MIN_ON_BORDER,
-    }
-    bounds = {name: max(least[name], CONTROL_FACTOR * reached[name]) for name in least}
-    return bounds | {"distance": 1 - bounds["distance"]}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import cv2
@@ -16,6 +17,15 @@ from torch import Tensor, nn
 
 from attention_visualizer.analysis.study.budget import QUICK, Budget
 from attention_visualizer.analysis.study.compared_runs import ComparedRun
+from attention_visualizer.analysis.study.controls import (
+    MAX_SHUFFLED,
+    RANDOM,
+    SHARPENED,
+    SHUFFLED,
+    random_surveys,
+    sharpened_surveys,
+    shuffled_surveys,
+)
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.samples import Sample, check_sample
 from attention_visualizer.analysis.study.survey import Survey
@@ -23,12 +33,11 @@ from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.attention.outputs import class_scores, predict
 from attention_visualizer.figures.attention_figures import ExplainedImage, class_name
 from attention_visualizer.figures.panels import PanelFigure
-from attention_visualizer.measures.intervals import Interval, share_interval, stratified
+from attention_visualizer.measures.intervals import Interval, learnt_threshold, share_interval, stratified
 from attention_visualizer.measures.observation import Observation
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.report.chapter import FigureFile
 from attention_visualizer.runs.history import AttentionHistory
-from attention_visualizer.support.parallel import on_all_cores
 
 HeadLayers = Literal["all", "last"]
 MAX_THUMBNAIL_SIDE = 224  # pixels a side, twice those of a tile
@@ -67,6 +76,7 @@ class Study:
     head_layers: HeadLayers = "all"
     progress: ProgressMessages = field(default_factory=ProgressMessages)
     weights_digest: str | None = None  # the first 16 hex digits of the weights' SHA-256, where it is known
+    controls_folder: Path | None = None  # where control models that were trained are kept for the next analysis
     errors: list[float] = field(default_factory=list)  # reconstruction errors that the captures of this study measured
 
     @property
@@ -130,11 +140,27 @@ class Study:
     def control_surveys(self) -> list[Survey]:
         """Of the control models; `Survey.kept` are positions in `control_rows`."""
         self.progress(f"{len(self.control_models)} models with random weights")
-        return on_all_cores(
-            lambda model: self.target.with_model(model).survey(self.control_rows),
-            self.control_models,
-            self.target.device,
-        )
+        return random_surveys(self.target, self.control_models, self.control_rows)
+
+    @cached_property
+    def controls(self) -> dict[str, list[Survey]]:
+        """Return the surveys of each kind of control, which claims and roles must exceed; `Survey.kept` are positions
+        in `control_rows`. Shuffled labels are missing where classes are not known, or training would take too long."""
+        self.progress(f"{len(self.control_models)} models with {SHARPENED}")
+        surveys = {
+            RANDOM: self.control_surveys,
+            SHARPENED: sharpened_surveys(self.target, self.control_models, self.control_rows, self.survey),
+        }
+        count = min(MAX_SHUFFLED, self.budget.controls)
+        shuffled = shuffled_surveys(self.target, count, self.control_rows, self.controls_folder, self.progress)
+        return {kind: each for kind, each in {**surveys, SHUFFLED: shuffled}.items() if each}
+
+    @cached_property
+    def has_learnt(self) -> bool:
+        """Return whether the accuracy, with its whole interval, is well above that of guessing; False where it is not
+        known. Of a model that has learnt nothing, no statement is made."""
+        classes = self.target.images.num_classes
+        return bool(self.accuracy is not None and classes and self.accuracy.low > learnt_threshold(1 / classes))
 
     @cached_property
     def accuracy(self) -> Interval | None:
