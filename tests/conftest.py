@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chapters that run the model many times do so on few images: for tests of which files there are."""
-    monkeypatch.setattr("attention_visualizer.analysis.preparation.QUICK", Budget(40, 2, 1e12))
+    monkeypatch.setattr("attention_visualizer.analysis.preparation.QUICK", Budget(40, 2))
 
 
 @pytest.fixture

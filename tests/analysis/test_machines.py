@@ -14,7 +14,6 @@ from torch import nn
 
 from attention_visualizer import AttentionVisualizer
 from attention_visualizer.analysis.chapters import write_chapter, write_chapters
-from attention_visualizer.analysis.importance.measure import measure as measure_importance
 from attention_visualizer.analysis.preparation import find_history
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.target import COPIES, affordable_images
@@ -133,19 +132,6 @@ def test_the_memory_that_is_free_is_known() -> None:
     free = available_memory(torch.device("cpu"))
     assert free is None or 10**7 < free < 10**14
     assert "GB at the most" in peak_memory(torch.device("cpu"))
-
-
-def test_mean_weights_of_layers_that_are_not_kept_are_computed_when_they_are_needed(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = study_of(pictures, tmp_path)
-    rows = np.arange(5)
-    kept = measure_importance(study, rows)
-    monkeypatch.setattr("attention_visualizer.analysis.study.survey.MAX_BYTES", 8 * 3 * 26**2)
-    fewer = study_of(pictures, tmp_path)
-    assert len(fewer.survey.mean_weights) == 1
-    for name, change in measure_importance(fewer, rows).score_changes.items():
-        np.testing.assert_allclose(change.value, kept.score_changes[name].value, atol=1e-5)
 
 
 def test_a_history_for_which_there_is_no_memory_is_not_called_broken(

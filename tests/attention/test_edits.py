@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention_visualizer.attention.capture import AttentionLayer, CaptureError, Edit, capture, intervene
-from attention_visualizer.attention.edits import make_uniform, permute_keys, replace_by_mean, switch_off
+from attention_visualizer.attention.edits import (
+    attend_as_partner,
+    attend_to_maximum,
+    in_all_layers,
+    make_uniform,
+    permute_keys,
+    replace_by_mean,
+    switch_off,
+    together,
+)
 from attention_visualizer.support.errors import UserError
 
 BATCH, TOKENS, HEADS, DIM = 2, 7, 3, 5
@@ -122,9 +131,21 @@ def moved_keys(weights: Tensor) -> Tensor:
     return moved
 
 
+def mean_of_some_queries(weights: Tensor) -> Tensor:
+    mixed = [MEAN[1, query].expand(BATCH, -1) if query in (2, 3) else weights[:, query] for query in range(TOKENS)]
+    return torch.stack(mixed, dim=1)
+
+
+def one_hot(weights: Tensor) -> Tensor:
+    return (weights == weights.amax(dim=-1, keepdim=True)).to(weights)
+
+
 EDITS: dict[str, tuple[Edit, Callable[[Tensor], Tensor]]] = {
     "off": (switch_off("blocks.0", 1), lambda weights: weights * 0),
     "mean": (replace_by_mean("blocks.0", 1, MEAN), lambda weights: MEAN[1].to(weights).expand_as(weights)),
+    "mean of two queries": (replace_by_mean("blocks.0", 1, MEAN, slice(2, 4)), mean_of_some_queries),
+    "one-hot": (attend_to_maximum("blocks.0", 1), one_hot),
+    "partner": (attend_as_partner("blocks.0", 1), lambda weights: torch.stack([weights[1], weights[1]])),
     "uniform": (make_uniform("blocks.0", 1), lambda weights: weights * 0 + 1 / TOKENS),
     "permuted": (permute_keys("blocks.0", 1, ORDER), moved_keys),
 }
@@ -160,6 +181,54 @@ def test_all_heads_are_edited_together(way: str) -> None:
             edited = model(inputs())
         changed = normalized(lambda layer, weights, change=change: change(weights) if layer == 1 else weights)
         torch.testing.assert_close(edited, explicitly(model, inputs(), changed), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_layers_are_edited(way: str) -> None:
+    model = Model(way, depth=3)
+    changes: dict[Callable[[str], Edit], Callable[[Tensor], Tensor]] = {
+        switch_off: torch.zeros_like,
+        make_uniform: lambda weights: torch.full_like(weights, 1 / TOKENS),
+        attend_to_maximum: one_hot,
+        lambda layer: replace_by_mean(layer, None, MEAN, 0): lambda weights: torch.cat(
+            [MEAN[:, :1].expand(BATCH, -1, -1, -1), weights[:, :, 1:]], dim=2
+        ),
+    }
+    for edit_of, change in changes.items():
+        with torch.no_grad(), intervene(model, in_all_layers(edit_of)):
+            edited = model(inputs())
+        changed = normalized(lambda layer, weights, change=change: change(weights))
+        torch.testing.assert_close(edited, explicitly(model, inputs(), changed), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_images_attend_as_their_partners_do_in_an_unedited_pass(way: str) -> None:
+    model, partners = Model(way, depth=3), inputs(seed=9)
+    with torch.no_grad(), capture(model) as attention:
+        alone = model(partners)
+    clean = [layer.weights for layer in attention]
+    expected = explicitly(model, inputs(), normalized(lambda layer, weights: clean[layer]))
+    with torch.no_grad(), intervene(model, in_all_layers(attend_as_partner)):
+        edited = model(torch.cat([inputs(), partners]))
+    torch.testing.assert_close(edited[:BATCH], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(edited[BATCH:], alone, rtol=0, atol=1e-5)
+
+
+def test_images_without_partners_are_refused() -> None:
+    model = Model()
+    with pytest.raises(UserError, match="as many partners"), torch.no_grad():
+        with intervene(model, in_all_layers(attend_as_partner)):
+            model(inputs()[:1])
+
+
+def test_edits_together_are_one_after_the_other() -> None:
+    model = Model()
+    edit = together([switch_off("blocks.0", 0), make_uniform("blocks.1", 2), switch_off("blocks.0", 2)])
+    with torch.no_grad(), intervene(model, edit):
+        edited = model(inputs())
+    with torch.no_grad(), intervene(model, switch_off("blocks.0", 0)), intervene(model, switch_off("blocks.0", 2)):
+        with intervene(model, make_uniform("blocks.1", 2)):
+            torch.testing.assert_close(edited, model(inputs()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", WAYS)

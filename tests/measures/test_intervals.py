@@ -399,3 +399,18 @@ def test_intervals_in_other_units() -> None:
     found = intervals.Interval(np.array(0.02), np.array(-0.01), np.array(0.05), 9).times(-100)
     assert found.text(0) == "-2 (-5 to 1)" and found.n == 9
     assert intervals.Interval(np.array(-1e-9), np.array(-0.1), np.array(0.0), 9).text(1) == "0.0 (-0.1 to 0.0)"
+
+
+def test_holms_adjustment_is_the_step_down_one() -> None:
+    p_values = np.array([[0.01, np.nan], [0.04, 0.03], [0.005, 0.9]])
+    expected = [[0.04, np.nan], [0.09, 0.09], [0.025, 0.9]]  # 5 x 0.005, 4 x 0.01, 3 x 0.03, never less than before
+    np.testing.assert_allclose(intervals.holm(p_values), expected)
+    assert np.isnan(intervals.holm(np.array([np.nan]))).all() and intervals.holm(np.array([0.7, 0.8])).tolist() == [
+        1,
+        1,
+    ]
+
+
+def test_halves_alternate_within_each_class() -> None:
+    labels = np.array([2, 0, 2, 2, 0, 1, 2, 0])
+    assert np.flatnonzero(intervals.alternate_halves(labels)).tolist() == [2, 4, 6]

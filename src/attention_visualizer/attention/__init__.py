@@ -6,7 +6,7 @@ Hands out capture, intervene, Geometry and the search for the ViT inside a modul
     calls.py           an attention call: its weights, its values and how to compute it again
     capture.py         capture and intervene
     classifiers.py     whether a model classifies, seen from what runs
-    edits.py           ready-made edits: switch off, average, make uniform, shuffle
+    edits.py           ready-made edits: switch off, average, make uniform or one-hot, shuffle, as on another image
     einsum.py          the axes of an einsum
     function_call.py   a call of a PyTorch function, with its arguments
     geometry.py        the positions of tokens on the image, and what models declare of their patches

@@ -300,9 +300,8 @@ def changes(
     ax: Axes | None = None,
     reach: float = 1.0,
     columns: list[str] | None = None,
-    colorbar: bool = True,
 ) -> Axes:
-    """Draw layers down, heads across, on a scale from -reach (red) over 0 (white) to reach (blue), with numbers."""
+    """Draw whole numbers, layers down, heads across, on a scale from -reach (blue) over 0 (white) to reach (red)."""
     import seaborn
 
     ax = ax or new_axes()
@@ -311,13 +310,12 @@ def changes(
         ax=ax,
         vmin=-reach,
         vmax=reach,
-        cmap="RdBu",
+        cmap="RdBu_r",
         annot=values.size <= MAX_ANNOTATED,
-        fmt="z.1f",  # no "-0.0"
+        fmt="+,.0f",
         annot_kws={"fontsize": 9},
         linewidths=0.5,
-        cbar=colorbar,
-        cbar_kws={"label": label} if colorbar else None,
+        cbar_kws={"label": label, "ticks": MaxNLocator(integer=True)},
         xticklabels=columns or [str(head + 1) for head in range(values.shape[1])],
         yticklabels=[str(layer + 1) for layer in range(values.shape[0])],
     )

@@ -342,6 +342,15 @@ def normal_p_value(replicates: Array) -> float:
     return 2 * NormalDist().cdf(-abs(float(replicates.mean())) / deviation)
 
 
+def alternate_halves(labels: Array) -> Array:
+    """Return which images are of the second of two halves: of each class, in order, the second, the fourth and so on;
+    bool [image]. What is chosen on one half is reported on the other."""
+    second = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        second[np.flatnonzero(labels == label)[1::2]] = True
+    return second
+
+
 def learnt_threshold(chance: float) -> float:
     """Return the accuracy above which a model counts as trained: 10 % of the way from chance to perfect, which models
     with random weights do not reach by luck."""

@@ -242,7 +242,8 @@ class AttentionStatistics:
 
 
 class MeanWeights:
-    """The mean of all weights over a stream of images: hand `update` to `capture(model, consume=...)`.
+    """The mean of all weights over a stream of images, tokens in the model's own order: hand `update` to
+    `capture(model, consume=...)`.
 
     Layers for which `max_bytes` do not suffice are left out.
     """
@@ -253,7 +254,7 @@ class MeanWeights:
         self.counts: dict[str, int] = {}
 
     def update(self, layer: AttentionLayer) -> None:
-        weights = layer.in_usual_order().weights
+        weights = layer.weights
         if self.max_bytes is not None and layer.name not in self.sums:
             needed = 8 * weights[0].numel() + sum(total.nbytes for total in self.sums.values())
             if needed > self.max_bytes:

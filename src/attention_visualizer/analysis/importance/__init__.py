@@ -1,8 +1,11 @@
-"""What the prediction needs: heads and layers ablated.
+"""What the prediction needs of attention: weights replaced in all layers at once, heads and layers ablated.
 
 Hands out the chapter.
 
-    chapter.py  texts and tables
-    figure.py   the figure
-    measure.py  what changes without each head and layer
+    chapter.py  texts and numbers
+    figure.py   the figures
+    measure.py  which interventions there are, and what changes with each
+    outcomes.py predictions with and without an intervention: errors, accuracy, score
+    tables.py   the tables
+    trials.py   passes over images with edited attention
 """

@@ -1,4 +1,4 @@
-"""What the prediction needs: each head and each layer ablated, and how the predictions then change."""
+"""What the prediction needs of attention: weights replaced in all layers at once, then heads and layers ablated."""
 
 from __future__ import annotations
 
@@ -6,173 +6,209 @@ from typing import Any
 
 import numpy as np
 
-from attention_visualizer.analysis.importance.figure import draw
-from attention_visualizer.analysis.importance.measure import ABLATIONS, MIN_PART, Importance, measure, num_passes
+from attention_visualizer.analysis.importance.figure import draw_heads, draw_whole_model
+from attention_visualizer.analysis.importance.measure import Importance, measure, num_passes
+from attention_visualizer.analysis.importance.outcomes import MIN_RISE
+from attention_visualizer.analysis.importance.tables import tables_of
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.budget import MIN_IMAGES
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
+from attention_visualizer.report.chapter import Chapter, FigureFile, Finding
 
 
 def write(study: Study) -> Chapter:
     title = CHAPTER.title
     if len(study.target.images) < MIN_IMAGES:
         return Chapter(title, f"Omitted: head importance needs at least {MIN_IMAGES} images.")
-    rows = study.affordable_rows(num_passes(study))
+    rows = study.affordable_rows(num_passes(study), of_all=True)
     if rows is None:
         return Chapter(title, TOO_MUCH.format(passes=num_passes(study)))
     measured = measure(study, rows)
-    figure = study.output.save(draw(measured), "attention_importance")
+    whole_model = study.output.save(draw_whole_model(measured), "attention_interventions")
+    heads = study.output.save(draw_heads(measured), "attention_importance")
     return Chapter(
         title,
         text_of(measured),
         [
             FigureFile(
-                figure,
-                f"Change of the {measured.class_source} class's score with each head ablated (last column: the "
-                f"whole layer), in percent of the score, over {measured.images}. Below: the loss against the head's "
-                "entropy and confidence, one point per head with its 95 % interval.",
-            )
+                whole_model,
+                f"What the model still classifies when attention is replaced in all layers at once, over "
+                f"{measured.images}; bars: 95 % intervals.",
+            ),
+            FigureFile(
+                heads,
+                "Above: more errors without each head (last column: the whole layer), in zero ablation; the colours "
+                "end at the largest change of a single head. Below: heads ablated together, and the errors against "
+                "the heads' entropy.",
+            ),
         ],
-        [importance_table(measured)],
+        tables_of(measured),
         numbers_of(measured),
-        finding=Finding(headline(measured), figure),
-        caution="A head whose loss is small may still have a function that others share (one head is ablated at a "
-        "time, with all others intact).",
+        finding=Finding(headline(measured), whole_model),
+        caution="A head that is not needed may still have a function that others share, and attention with other "
+        "weights is attention that the model was not trained with.",
     )
 
 
 def headline(measured: Importance) -> str:
     """The finding, in two sentences."""
-    count, needed, n = len(measured.heads), measured.num_mattering("zero"), measured.score.n
+    count, n = len(measured.heads), measured.accuracy.n
     if not measured.is_learnt and measured.class_source == "predicted":
         return (
             "Without true classes, head importance cannot be determined; the figure shows how the model's predictions "
-            f"change without each of {count} heads (n = {n:,})."
+            f"change with other attention and without each of {count} heads (n = {n:,})."
         )
     if not measured.is_learnt:
         return f"The model's accuracy is not above chance, so no head can matter (n = {n:,})."
-    loss = measured.loss("zero")
-    most_needed = int(loss.value.argmax())
-    accuracy_loss = measured.accuracy_changes["zero"][measured.heads.index][most_needed].times(-100)
-    accuracy = "accuracy" if measured.class_source == "true" else "agreement with its own predictions"
+    needed = len(measured.needed_heads)
     return (
-        f"{needed or 'None'} of {count} heads {'is' if needed < 2 else 'are'} needed alone: zero ablation costs more "
-        f"than {MIN_PART:.0%} of the class's score. The most important, head "
-        f"{measured.heads.labels[most_needed]}, costs {loss[most_needed].text(2)} of {measured.score.text(2)} logits "
-        f"and {accuracy_loss.text(2)} percentage points of {accuracy} (n = {n:,})."
+        f"{whole_model_sentence(measured)} {needed or 'None'} of {count} heads {'is' if needed < 2 else 'are'} needed "
+        f"alone; {costliest_sentence(measured)} (n = {n:,})."
+    )
+
+
+def whole_model_sentence(measured: Importance) -> str:
+    """What is left of the accuracy with average maps, or with uniform attention where these are too large."""
+    outcomes = measured.whole_model
+    name, words = "average map", "replaced by its average map"
+    if name not in outcomes.names:
+        name, words = "uniform attention", "made uniform"
+    accuracy = outcomes.accuracy[outcomes.names.index(name)]
+    return (
+        f"With every layer's attention {words} the model still classifies {float(accuracy.value):.1%} correctly "
+        f"({float(measured.accuracy.value):.1%} as it is)."
+    ).replace("%", " %")
+
+
+def costliest_sentence(measured: Importance) -> str:
+    rise = measured.rise_of_heads
+    if rise.max() <= 0:
+        return f"without any one of them the errors stay at {measured.zero.errors_before:,} or fewer"
+    costliest = int(rise.argmax())
+    return (
+        f"without head {measured.heads.labels[costliest]}, the costliest (picked afterwards), errors go from "
+        f"{measured.zero.errors_before:,} to {measured.zero.errors[costliest]:,}"
     )
 
 
 def text_of(measured: Importance) -> str:
-    constant = measured.constant_heads
+    zero = measured.zero
     return TEXT.format(
         who=measured.images,
         classes=measured.class_source,
-        score=measured.score.text(2),
-        accuracy=measured.accuracy.text(2, percent=True),
-        least=measured.least_loss,
-        part=MIN_PART,
-        zero=measured.num_mattering("zero"),
-        mean=measured.num_mattering("mean"),
-        count=len(measured.heads),
-        correlations=correlations_text(measured),
-        chance=chance_text(measured),
-        fixed=FIXED.format(names=", ".join(constant), count=len(constant)) if constant else "",
+        errors="errors" if measured.class_source == "true" else "predictions other than its own",
+        before=zero.errors_before,
+        n=measured.accuracy.n,
+        rise=MIN_RISE,
+        family=len(zero.names),
+        verdict=verdict_text(measured),
+        joint=joint_text(measured),
+        correlation=correlation_text(measured),
     )
 
 
-def correlations_text(measured: Importance) -> str:
-    """Return all known correlations; empty where there are none."""
-    correlations = [
-        f"{label.split(' (')[0]} "
-        + ", ".join(
-            f"{value.text(2)} for {ABLATIONS[ablation].short_name} (p = {correlation.p_value[ablation]:.3f})"
-            for ablation, value in correlation.value.items()
-        )
-        for label, correlation in measured.correlations.items()
-        if not all(np.isnan(value.value) for value in correlation.value.values())
-    ]
-    return CORRELATIONS.format(count=len(measured.heads), pairs="; ".join(correlations)) if correlations else ""
+def verdict_text(measured: Importance) -> str:
+    """Which heads are needed and what could not have been seen, or why nothing can be said."""
+    if not measured.is_learnt:
+        return UNKNOWN if measured.class_source == "predicted" else CHANCE
+    zero, needed = measured.zero, measured.needed_heads
+    return NEEDED.format(
+        needed=len(needed),
+        count=len(measured.heads),
+        names=f": {', '.join(needed)}" if needed else "",
+        layers=int(measured.needed(zero)[len(measured.heads) :].sum()),
+        all_layers=len(zero.names) - len(measured.heads),
+        averaged="" if measured.mean is None else AVERAGED.format(count=int(measured.needed(measured.mean).sum())),
+        detectable=zero.detectable_rise,
+        before=zero.errors_before,
+        reached=zero.errors_before + zero.detectable_rise,
+        n=measured.accuracy.n,
+    )
 
 
-def chance_text(measured: Importance) -> str:
-    """Return why no head can be said to matter, where that is so."""
-    if measured.is_learnt:
+def joint_text(measured: Importance) -> str:
+    joint = measured.joint
+    if joint is None:
         return ""
-    return UNKNOWN if measured.class_source == "predicted" else CHANCE
+    return JOINT.format(
+        n=joint.most.accuracy.n,
+        count=joint.counts[-1],
+        most=joint.most.accuracy[-1].text(1, percent=True),
+        least=joint.least.accuracy[-1].text(1, percent=True),
+        word="accuracy" if measured.class_source == "true" else "agreement with its own predictions",
+    )
+
+
+def correlation_text(measured: Importance) -> str:
+    if np.isnan(measured.entropy_correlation.value):
+        return ""
+    return CORRELATION.format(
+        value=measured.entropy_correlation.text(2), p=measured.entropy_p_value, count=len(measured.heads)
+    )
 
 
 def numbers_of(measured: Importance) -> dict[str, Any]:
-    index = measured.heads.index
+    joint = measured.joint
     return {
-        "images": measured.score.n,
+        "images": measured.accuracy.n,
         "classes": measured.class_source,
         "score": measured.score.numbers(),
         "accuracy": measured.accuracy.numbers(),
-        "least_change": measured.least_loss,
+        "errors": measured.zero.errors_before,
+        "least_rise": MIN_RISE,
+        "detectable_rise": measured.zero.detectable_rise if measured.class_source == "true" else None,
         "heads": measured.heads.labels,
-        **{
-            f"{ablation}_ablation": {
-                "score": measured.score_changes[ablation][index].numbers(),
-                "accuracy": measured.accuracy_changes[ablation][index].numbers(),
-                "score_of_layers": measured.score_changes[ablation][:, -1].numbers(),
-                "accuracy_of_layers": measured.accuracy_changes[ablation][:, -1].numbers(),
-                "matters": measured.matters(ablation)[index].tolist(),
-            }
-            for ablation in ABLATIONS
+        "whole_model": measured.whole_model.numbers(),
+        "zero_ablation": {**measured.zero.numbers(), "needed": measured.needed(measured.zero)},
+        "mean_ablation": None
+        if measured.mean is None
+        else {**measured.mean.numbers(), "needed": measured.needed(measured.mean)},
+        "joint_ablation": None
+        if joint is None
+        else {
+            "images": joint.most.accuracy.n,
+            "errors": joint.most.errors_before,
+            "ranking": joint.ranking,
+            "heads_ablated": joint.counts,
+            "most_needed": joint.most.numbers(),
+            "least_needed": joint.least.numbers(),
         },
         "rank_correlation": {
-            label: {
-                ablation: {**value.numbers(), "p_value_adjusted": correlation.p_value[ablation]}
-                for ablation, value in correlation.value.items()
-            }
-            for label, correlation in measured.correlations.items()
+            "entropy": {**measured.entropy_correlation.numbers(), "p_value": measured.entropy_p_value}
         },
     }
 
 
-def importance_table(measured: Importance) -> Table:
-    quantity = "accuracy" if measured.class_source == "true" else "same prediction"
-    columns = [
-        "without",
-        "score, zero ablation (logits)",
-        "score, mean ablation (logits)",
-        f"{quantity}, zero ablation (points)",
-        f"{quantity}, mean ablation (points)",
-        "matters",
-    ]
-    num_layers = len(measured.score_changes["zero"].value)
-    places = [
-        *zip(measured.heads, measured.heads.labels, strict=True),
-        *(((layer, -1), f"layer {layer + 1}") for layer in range(num_layers)),
-    ]
-    rows = [
-        [
-            name,
-            *(measured.score_changes[ablation][place].text(2) for ablation in ABLATIONS),
-            *(measured.accuracy_changes[ablation][place].times(100).text(1) for ablation in ABLATIONS),
-            " and ".join(ablation for ablation in ABLATIONS if measured.matters(ablation)[place]) or "–",
-        ]
-        for place, name in places
-    ]
-    return Table(
-        f"Change without a head or a layer, with 95 % intervals over {measured.score.n:,} images; points: "
-        "percentage points (interval: Newcombe, 1998).",
-        columns,
-        rows,
-    )
-
-
 NO_SCORES = "The model gives no class scores, so the effect of a head on them cannot be measured."
-CHAPTER = ChapterWriter("Head importance", write, ("attention_importance",), {Need.CLASSIFIER: NO_SCORES})
+CHAPTER = ChapterWriter(
+    "Head importance", write, ("attention_interventions", "attention_importance"), {Need.CLASSIFIER: NO_SCORES}
+)
 
-TEXT = """Over {who}, each head is ablated in two ways, all others intact: **zero ablation** (its weights are set to 0)
-and **mean ablation** (its weights are replaced by their mean over images, so that only its dependence on the image is
-lost). Measured are the score of the {classes} class (its logit relative to the mean logit), {score} with all heads, and
-the fraction of predictions that are the {classes} class, {accuracy}. A head matters if the whole interval of its loss
-lies beyond {part:.0%} of the score, {least:.2f}: {zero} of {count} heads in zero ablation, {mean} in mean
-ablation.{chance}{fixed}{correlations}"""
+TEXT = """**What does the answer need of attention?** Over {who}, attention weights are replaced in all layers at once,
+everything else as it is: by each head's average map over these images, which is the same for every image; by that only
+in the class token's row, where one is read; by the attention that the model has on another image, of any class (paired
+by a fixed ring; the weights are those of an unedited pass); by all weight on the largest; by uniform weights; by none.
+
+**Heads and layers.** Each is ablated with all others intact (zero ablation: its weights are 0), and each layer also
+replaced by its average map (mean ablation). Counted are {errors}, {before:,} of {n:,} with all heads; the score is the
+logit of the {classes} class relative to the mean logit. A head or layer is *needed* if errors rise by at least
+{rise:.0%} and p < 0.05 (exact McNemar test, Holm-adjusted over {family}).{verdict}{joint}{correlation}"""
+
+NEEDED = """ {needed} of {count} heads are needed alone{names}, and {layers} of {all_layers} layers{averaged}. With
+{n:,} images the test finds, in 4 of 5 cases, a rise of {detectable:,} errors (from {before:,} to {reached:,}); what
+costs less may not be seen."""
+
+AVERAGED = " ({count} still when only averaged)"
+
+JOINT = """
+
+**Heads together.** Ranked on one half of the images (of each class, the first, third, fifth, ...), on the other
+({n:,}) the model without the {count} most needed heads has {most} {word}, without the {count} least needed {least}."""
+
+CORRELATION = """
+
+Over the {count} heads the rise in errors and the entropy of the readout row have a rank correlation of {value}, p =
+{p:.3f} by permutation."""
 
 TOO_MUCH = """Omitted: it takes {passes:,} passes over each image, which is slow for a model of this size. `subset=50`
 runs it on 50 images."""
@@ -182,11 +218,3 @@ CHANCE = """ The accuracy is not above chance, so no head can matter."""
 UNKNOWN = (
     """ The true classes are not known, and a model always agrees with itself, so no head is reported to matter."""
 )
-
-FIXED = """ For {count} heads mean ablation removes at least nine tenths of the loss: their contribution is nearly the
-same for every image ({names})."""
-
-CORRELATIONS = """
-
-Rank correlations of the loss over the {count} heads, with 95 % intervals over heads and p by permutation
-(FDR-adjusted over all of them): {pairs}."""

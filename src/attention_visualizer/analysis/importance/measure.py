@@ -1,82 +1,54 @@
-"""What a class's score and the accuracy lose without each head and each layer, and what that loss goes along with."""
+"""What predictions need of attention: interventions in all layers at once, heads and layers ablated, heads together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from attention_visualizer.analysis.importance.outcomes import Answers, Outcomes
+from attention_visualizer.analysis.importance.trials import AverageMaps, Passes, Trial, whole_model_trials
 from attention_visualizer.analysis.study.heads import Heads
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.attention.capture import AttentionLayer, Edit, capture, intervene
-from attention_visualizer.attention.edits import replace_by_mean, switch_off
-from attention_visualizer.attention.outputs import class_scores
+from attention_visualizer.attention.edits import replace_by_mean, switch_off, together
 from attention_visualizer.measures import intervals
-from attention_visualizer.measures.intervals import Interval, learnt_threshold
-from attention_visualizer.measures.streaming import MeanWeights
-from attention_visualizer.support.parallel import on_all_cores
+from attention_visualizer.measures.intervals import Interval, alternate_halves, learnt_threshold
 
 Array = NDArray[Any]
 
-# Declared beforehand: a head matters if, without it, the class's score falls by at least this part of what it is.
-MIN_PART = 0.05
-# Declared beforehand: a head works alike on every image if at most this part of its loss is left when it is averaged.
-CONSTANT_PART = 0.1
-
 
 @dataclass(frozen=True)
-class Ablation:
-    """A way to take away what a head contributes."""
+class JointAblation:
+    """Heads ablated together: ranked on one half of the images, judged on the other."""
 
-    short_name: str
-    name: str
-    edit: Callable[[str, int | None, Callable[[], Tensor]], Edit]  # of a layer's name, a head (None: all), its mean
-
-
-ABLATIONS = {
-    "zero": Ablation("zero ablation", "weights set to zero", lambda layer, head, mean: switch_off(layer, head)),
-    "mean": Ablation(
-        "mean ablation",
-        "weights replaced by their mean",
-        lambda layer, head, mean: replace_by_mean(layer, head, mean()),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """Spearman's correlation between a quantity of heads and the loss without them, by ablation."""
-
-    quantity: Array  # [existing head]
-    value: dict[str, Interval]
-    p_value: dict[str, float]  # by permutation, adjusted for all quantities and ablations
+    ranking: list[str]  # labels of all heads, the most needed first
+    counts: list[int]  # of heads ablated together
+    most: Outcomes  # without so many of the most needed heads
+    least: Outcomes  # without so many of the least needed heads
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What changes without each head.
-
-    Changes are [layer, head + 1] by ablation, paired by image; the last column is the whole layer, and heads that a
-    layer does not have are NaN.
-    """
+    """What changes with each intervention, over the same images."""
 
     heads: Heads
     images: str  # how many of which kind
     class_source: Literal["true", "predicted"]  # which class's score; the predicted where true ones are not known
-    #: The class's logit relative to the mean of all logits (a common shift changes no prediction), with all heads.
+    #: The class's logit relative to the mean of all logits (a common shift changes no prediction), as the model is.
     score: Interval
-    accuracy: Interval  # with all heads
-    score_changes: dict[str, Interval]
-    accuracy_changes: dict[str, Interval]
+    accuracy: Interval  # as the model is
     chance_accuracy: float  # of guessing
-    correlations: dict[str, Correlation]  # by the quantity's name, with its unit
+    whole_model: Outcomes  # interventions in all layers at once
+    zero: Outcomes  # without each existing head and then without each layer: zero ablation
+    mean: Outcomes | None  # with the average map in each layer: mean ablation; None where no layer's map is known
+    joint: JointAblation | None  # None for a single head
+    entropy: Array  # [existing head], mean of the readout query's, nats
+    entropy_correlation: Interval  # Spearman's, of that with the rise in errors without the head
+    entropy_p_value: float  # by permutation
 
     @property
     def is_learnt(self) -> bool:
@@ -85,150 +57,118 @@ class Importance:
         learnt = self.accuracy.low > learnt_threshold(self.chance_accuracy) and self.score.low > 0
         return bool(self.class_source == "true" and learnt)
 
-    @property
-    def least_loss(self) -> float:
-        """The least loss of the score without a head that matters."""
-        return MIN_PART * abs(float(self.score.value))
-
-    def matters(self, ablation: str) -> Array:
-        """Return whether the whole interval lies beyond the least loss: bool [layer, head + 1]."""
-        with np.errstate(invalid="ignore"):
-            return np.asarray((self.score_changes[ablation].high <= -self.least_loss) & self.is_learnt)
-
-    def num_mattering(self, ablation: str) -> int:
-        """The number of single heads that matter."""
-        return int(self.matters(ablation)[self.heads.index].sum())
-
-    def loss(self, ablation: str) -> Interval:
-        """The loss of the score without each head, [existing head]."""
-        return self.score_changes[ablation][self.heads.index].times(-1)
+    def needed(self, outcomes: Outcomes) -> Array:
+        """Return which of the interventions take away what is needed: bool [intervention]."""
+        return outcomes.is_needed & self.is_learnt
 
     @property
-    def constant_heads(self) -> list[str]:
-        """Return the labels of the heads whose loss is nearly all gone when they are averaged instead of switched
-        off."""
-        zero, mean = (self.score_changes[ablation][self.heads.index] for ablation in ABLATIONS)
-        is_constant = (zero.high < 0) & (mean.value > CONSTANT_PART * zero.value)
-        return [label for label, constant in zip(self.heads.labels, is_constant, strict=True) if constant]
+    def needed_heads(self) -> list[str]:
+        """The labels of the heads that are needed alone."""
+        needed = self.needed(self.zero)[: len(self.heads)]
+        return [label for label, is_needed in zip(self.heads.labels, needed, strict=True) if is_needed]
+
+    @property
+    def rise_of_heads(self) -> Array:
+        """How many more errors there are without each head: [existing head]."""
+        return self.zero.rise[: len(self.heads)]
 
 
 def num_passes(study: Study) -> int:
-    """Return how often `measure` runs the model over each image."""
-    return len(ABLATIONS) * len(ablated_places(study)) + 1
+    """Return about how often `measure` runs the model over each image."""
+    num_heads, num_layers = len(Heads.of(study.survey)), len(study.survey.layer_names)
+    # As it is, its average maps, and those in all layers at once, every one of which is possible.
+    whole_model = 2 + 7
+    joint = len(joint_counts(num_heads))  # two rankings, over half of the images
+    return whole_model + num_heads + 2 * num_layers + joint
 
 
 def measure(study: Study, rows: Array) -> Importance:
-    """Ablate each head and each layer over the images of these rows. Raise ValueError for a model without scores."""
-    survey, heads, places = study.survey, Heads.of(study.survey), ablated_places(study)
-    classes = (survey.predicted if survey.correct is None else survey.labels)[rows]
-    logits = logits_of_rows(study, rows)
-    score, is_right = relative_score(logits, classes), logits.argmax(axis=1) == classes
-    score_changes, accuracy_changes = {}, {}
-    for name, ablation in ABLATIONS.items():
-        ablated = ablated_logits(study, rows, ablation, places)
-        changes = np.stack([relative_score(each, classes) - score for each in ablated], axis=-1)
-        score_changes[name] = intervals.bootstrap_mean(by_layer(changes, places))
-        still_right = np.stack([each.argmax(axis=1) == classes for each in ablated], axis=-1)
-        change = intervals.share_change(is_right, still_right)
-        value, low, high = (by_layer(each, places) for each in (change.value, change.low, change.high))
-        accuracy_changes[name] = Interval(value, low, high, change.n)
-    quantities = {"attention entropy (nats)": "entropy", "head confidence (share)": "confidence"}
+    """Try all interventions over the images of these rows. Raise ValueError for a model without scores."""
+    survey, heads = study.survey, Heads.of(study.survey)
+    has_classes = survey.correct is not None
+    passes = Passes(study, rows, (survey.labels if has_classes else survey.predicted)[rows])
+    before, maps = passes.answers(), passes.average_maps()
+    groups = {
+        "whole model": whole_model_trials(maps),
+        "zero": [*map(partial(without_head, study), heads), *without_layers(study)],
+        "mean": averaged_layers(study, maps),
+    }
+    answers = iter(passes.try_all([trial for trials in groups.values() for trial in trials]))
+    after = {group: [next(answers) for _ in trials] for group, trials in groups.items()}
+    outcomes = {
+        group: Outcomes.of([trial.name for trial in trials], before, after[group], has_classes)
+        for group, trials in groups.items()
+        if trials
+    }
+    entropy = survey.mean_of("entropy").value[heads.index]
+    rise = outcomes["zero"].rise[: len(heads)]
+    correlation, p_value = intervals.rank_correlation(entropy, rise)
     return Importance(
         heads=heads,
         images=f"{len(rows):,} {study.target.images.kind}s",
-        class_source="predicted" if survey.correct is None else "true",
-        score=intervals.bootstrap_mean(score),
-        accuracy=intervals.share_interval(is_right.sum(), len(is_right)),
-        score_changes=score_changes,
-        accuracy_changes=accuracy_changes,
-        chance_accuracy=1 / logits.shape[1],
-        correlations=correlate(
-            {label: survey.mean_of(name).value[heads.index] for label, name in quantities.items()},
-            {name: -change.value[heads.index] for name, change in score_changes.items()},
-        ),
+        class_source="true" if has_classes else "predicted",
+        score=intervals.bootstrap_mean(before.score),
+        accuracy=intervals.share_interval(before.is_right.sum(), len(rows)),
+        chance_accuracy=1 / study.first_observation.num_classes,
+        whole_model=outcomes["whole model"],
+        zero=outcomes["zero"],
+        mean=outcomes.get("mean"),
+        joint=joint_ablation(passes, heads, after["zero"], before, has_classes) if len(heads) > 1 else None,
+        entropy=entropy,
+        entropy_correlation=correlation,
+        entropy_p_value=p_value,
     )
 
 
-def ablated_places(study: Study) -> list[tuple[int, int]]:
-    """(layer, column) of each existing head and then of each whole layer, whose column is the one behind the heads."""
-    num_layers, num_heads = study.survey.maps.shape[1:3]
-    return [*Heads.of(study.survey), *((layer, num_heads) for layer in range(num_layers))]
+def without_head(study: Study, place: tuple[int, int]) -> Trial:
+    layer, head = place
+    return Trial(f"head {layer + 1}.{head + 1}", switch_off(study.survey.layer_names[layer], head))
 
 
-def by_layer(values: Array, places: list[tuple[int, int]]) -> Array:
-    """Return values [..., place] as [..., layer, column], NaN elsewhere."""
-    layers, columns = np.array(places).T
-    filled = np.full((*values.shape[:-1], layers.max() + 1, columns.max() + 1), np.nan)
-    filled[..., layers, columns] = values
-    return filled
+def without_layers(study: Study) -> list[Trial]:
+    return [Trial(f"layer {layer + 1}", switch_off(name)) for layer, name in enumerate(study.survey.layer_names)]
 
 
-def ablated_logits(study: Study, rows: Array, ablation: Ablation, places: list[tuple[int, int]]) -> list[Array]:
-    """Return the logits [image, class] without each of the places."""
-    survey = study.survey
-    num_heads = survey.maps.shape[2]
-
-    def logits_without(place: tuple[int, int]) -> Array:
-        layer, column = place
-        head = None if column == num_heads else column
-        study.progress(f"without layer {layer + 1}" if head is None else f"without head {layer + 1}.{head + 1}")
-        name = survey.layer_names[layer]
-        return logits_of_rows(study, rows, ablation.edit(name, head, partial(mean_weights, study, rows, name)))
-
-    return on_all_cores(logits_without, places, study.target.device)
+def averaged_layers(study: Study, maps: AverageMaps) -> list[Trial]:
+    """Return the trials with the average map in a layer, of all layers whose map is known."""
+    return [
+        Trial(f"layer {layer + 1}", replace_by_mean(name, None, maps.weights[name]))
+        for layer, name in enumerate(study.survey.layer_names)
+        if name in maps.weights
+    ]
 
 
-def mean_weights(study: Study, rows: Array, name: str) -> Tensor:
-    """Return a layer's mean weights [head, query, key]: those of the survey; of large layers, of which it keeps none,
-    over the images of these rows."""
-    known = study.survey.mean_weights
-    if name in known:
-        return known[name]
-    means = MeanWeights()
-
-    def consume(layer: AttentionLayer) -> None:
-        if layer.name == name:
-            means.update(layer)
-
-    with torch.no_grad(), capture(study.target.model, consume, study.target.geometry):
-        for images, _ in study.target.batches(rows):
-            study.target.model(images)
-    return means.compute()[name]
+def joint_counts(num_heads: int) -> list[int]:
+    """Return 1, 2, 4, 8, ..., fewer than all heads."""
+    return [2**power for power in range(math.ceil(math.log2(num_heads)))] if num_heads > 1 else []
 
 
-def logits_of_rows(study: Study, rows: Array, edit: Edit | None = None) -> Array:
-    """Return the logits of the images of these rows, float64 [image, class]."""
-    model, batches = study.target.model, []
-    with torch.no_grad(), ExitStack() as stack:
-        if edit is not None:
-            stack.enter_context(intervene(model, edit))
-        for images, _ in study.target.batches(rows):
-            scores = class_scores(model, images, model(images))
-            if scores is None:
-                raise ValueError("the model gives no class scores")
-            batches.append(scores.logits.cpu().double().numpy())
-    return np.concatenate(batches)
+def joint_ablation(
+    passes: Passes, heads: Heads, without: list[Answers], before: Answers, has_classes: bool
+) -> JointAblation:
+    """Ablate the most and the least needed heads together. without: the answers without each head, then others."""
+    second = alternate_halves(passes.classes)
+    ranking = most_needed_first(before.of_images(~second), [each.of_images(~second) for each in without[: len(heads)]])
+    trials = [without_head(passes.study, place) for place in heads]
+    counts = joint_counts(len(heads))
+
+    def jointly(order: Array) -> list[Trial]:
+        return [Trial(f"{count} heads", together([trials[head].edit for head in order[:count]])) for count in counts]
+
+    joint = [*jointly(ranking), *jointly(ranking[::-1])]
+    judged = passes.of_images(np.flatnonzero(second))
+    answers = judged.try_all(joint)
+    names, before = [trial.name for trial in joint], before.of_images(second)
+    most, least = (
+        Outcomes.of(names[part], before, answers[part], has_classes)
+        for part in (slice(len(counts)), slice(len(counts), None))
+    )
+    return JointAblation([heads.labels[head] for head in ranking], counts, most, least)
 
 
-def relative_score(logits: Array, classes: Array) -> Array:
-    """Return the logits [image, class] at the classes [image], relative to their mean over all classes: [image]."""
-    return np.asarray((logits - logits.mean(axis=1, keepdims=True))[np.arange(len(logits)), classes])
-
-
-def correlate(quantities: dict[str, Array], losses: dict[str, Array]) -> dict[str, Correlation]:
-    """Each quantity [head] with each loss [head]; NaN where there are too few heads, or all are equal."""
-    correlations = {
-        (label, ablation): intervals.rank_correlation(values, loss)
-        for label, values in quantities.items()
-        for ablation, loss in losses.items()
-    }
-    adjusted = intervals.false_discovery_control(np.array([p_value for _, p_value in correlations.values()]))
-    p_values = dict(zip(correlations, adjusted.tolist(), strict=True))
-    return {
-        label: Correlation(
-            values,
-            {ablation: correlations[label, ablation][0] for ablation in losses},
-            {ablation: p_values[label, ablation] for ablation in losses},
-        )
-        for label, values in quantities.items()
-    }
+def most_needed_first(before: Answers, without: list[Answers]) -> Array:
+    """Return the heads in the order of the errors that there are without them, the most first; where these are equal,
+    in that of the score: [head]."""
+    errors = [int((~each.is_right).sum()) for each in without]
+    scores = [float((each.score - before.score).mean()) for each in without]
+    return np.lexsort((scores, -np.array(errors)))

@@ -188,10 +188,10 @@ class Study:
         num_tokens = max(geometry.num_tokens for geometry in self.first_observation.geometries)
         return passes * self.target.num_parameters * num_tokens
 
-    def affordable_rows(self, passes: int) -> NDArray[np.int64] | None:
+    def affordable_rows(self, passes: int, of_all: bool = False) -> NDArray[np.int64] | None:
         """Return the rows of the images for a chapter that runs the model over each `passes` times; None where it would
-        cost more than the budget allows."""
-        count = self.budget.affordable_images(self.cost_of_image(passes), len(self.target.images))
+        cost more than the budget allows. of_all: see `Budget.affordable_images`."""
+        count = self.budget.affordable_images(self.cost_of_image(passes), len(self.target.images), of_all)
         return None if count is None else self.stratified_rows(count)
 
     def stratified_rows(self, count: int) -> NDArray[np.int64]:

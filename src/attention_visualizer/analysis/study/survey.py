@@ -36,7 +36,7 @@ class Survey:
     geometries: list[Geometry]
     layer_names: list[str]
     left_out: list[str]  # layers whose keys have no place on the image
-    mean_weights: dict[str, Tensor]  # layer name -> [head, query, key], over all images; of small layers
+    mean_weights: dict[str, Tensor]  # layer name -> [head, query, key], tokens in the usual order; of small layers
     labels: Array  # [image], -1 where not known
     predicted: Array  # [image], -1 where nothing is classified
     probability: Array  # [image], of the predicted class, NaN where it is not known
@@ -194,7 +194,9 @@ class SurveyAccumulator:
     ) -> None:
         self.batch_values.clear()
         collector = ObservationCollector(rollout=rollout)
-        consume = consumers(self.statistics.update, self.mean_weights.update, collector)
+        consume = consumers(
+            self.statistics.update, lambda layer: self.mean_weights.update(layer.in_usual_order()), collector
+        )
         with capture(model, consume, geometry) as attention, watched_head(model) as head:
             output = model(batch)
         collector.left_out += attention.unseen
