@@ -244,7 +244,7 @@ def test_only_the_chapters_that_were_asked_for(work: Workplace, model: VisionTra
         "statistics": {*(f"{stem}.png" for stem in STATISTICS_FIGURES), "attention_statistics.csv"},
         "atlas": {f"{stem}.png" for stem in FINDINGS_FIGURES[:3]},
         "roles": {f"{stem}.png" for stem in FINDINGS_FIGURES[3:5]},
-        "importance": {"attention_importance.png"},
+        "importance": {"attention_interventions.png", "attention_importance.png"},
         "trust": {"attention_trust.png"},
         "claims": {"attention_claims.png"},
         "evolution": {"attention_evolution.png", "attention_evolution.webp"},

@@ -40,6 +40,7 @@ FINDINGS_FIGURES = (
     "attention_atlas_differences",
     "attention_roles",
     "attention_redundancy",
+    "attention_interventions",
     "attention_importance",
     "attention_trust",
     "attention_claims",

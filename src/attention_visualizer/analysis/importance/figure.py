@@ -36,7 +36,7 @@ def draw_whole_model(measured: Importance) -> Figure:
         axis.plot(error.value, row, "o", color=color, markersize=6)
         text = f"{accuracy.text(2, percent=True)}; {errors_name(measured)}: {count:,}"
         axis.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=10.5)
-    axis.axvline(errors[0].value, color=charts.REFERENCE, linestyle="--", linewidth=1)
+    axis.axvline(float(errors[0].value), color=charts.REFERENCE, linestyle="--", linewidth=1)
     axis.set_yticks(range(len(names)), names, fontsize=10.5)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xscale("log")
@@ -52,8 +52,8 @@ def draw_whole_model(measured: Importance) -> Figure:
 def error_percentage(accuracy: Interval) -> Interval:
     """Return what is missing to an accuracy in percent, at least half an image, to be drawn on a logarithmic axis."""
     least = 50 / accuracy.n
-    ends = (np.maximum(100 * (1 - each), least) for each in (accuracy.value, accuracy.high, accuracy.low))
-    return Interval(*ends, accuracy.n)
+    value, low, high = (np.maximum(100 * (1 - each), least) for each in (accuracy.value, accuracy.high, accuracy.low))
+    return Interval(value, low, high, accuracy.n)
 
 
 def draw_heads(measured: Importance) -> Figure:
@@ -61,7 +61,8 @@ def draw_heads(measured: Importance) -> Figure:
     num_layers, num_columns = rises_by_layer(measured).shape
     heights = max(3.0, 0.42 * num_layers + 1.4), 4.2
     figure = Figure(figsize=(max(11.0, 0.7 * num_columns + 4), sum(heights)), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+    upper, lower = parts
     draw_rises(upper.subplots(), measured)
     axes = lower.subplots(1, 2 if measured.joint is not None else 1, squeeze=False)[0]
     draw_entropy(axes[-1], measured)

@@ -171,4 +171,4 @@ def most_needed_first(before: Answers, without: list[Answers]) -> Array:
     in that of the score: [head]."""
     errors = [int((~each.is_right).sum()) for each in without]
     scores = [float((each.score - before.score).mean()) for each in without]
-    return np.lexsort((scores, -np.array(errors)))
+    return np.array(sorted(range(len(without)), key=lambda head: (-errors[head], scores[head])))
