@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -212,6 +213,31 @@ def test_images_attend_as_their_partners_do_in_an_unedited_pass(way: str) -> Non
         edited = model(torch.cat([inputs(), partners]))
     torch.testing.assert_close(edited[:BATCH], expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(edited[BATCH:], alone, rtol=0, atol=1e-5)
+
+
+def test_partners_of_images_in_windows() -> None:
+    """An image's windows, nine and then four, follow each other in the batch."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=48, window_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 2),
+        num_classes=3,
+    ).eval()  # fmt: skip
+    with torch.no_grad():  # attention that differs between images
+        for name, parameter in model.named_parameters():
+            parameter.mul_(12 if "attn" in name else 1)
+    images, partners = torch.randn(2, 2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), capture(model) as attention:
+        model(partners)
+    clean = {layer.name: layer.weights for layer in attention}
+    assert {len(weights) for weights in clean.values()} == {2 * 9, 2 * 4}
+    with torch.no_grad():
+        with intervene(model, lambda layer, weights: clean[layer.name]):
+            expected = model(images)
+        with intervene(model, in_all_layers(attend_as_partner)):
+            edited = model(torch.cat([images, partners]))[:2]
+        plain = model(images)
+    torch.testing.assert_close(edited, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(edited, plain, atol=1e-2)
 
 
 def test_images_without_partners_are_refused() -> None:

@@ -195,8 +195,8 @@ logit of the {classes} class relative to the mean logit. A head or layer is *nee
 {rise:.0%} and p < 0.05 (exact McNemar test, Holm-adjusted over {family}).{verdict}{joint}{correlation}"""
 
 NEEDED = """ {needed} of {count} heads are needed alone{names}, and {layers} of {all_layers} layers{averaged}. With
-{n:,} images the test finds, in 4 of 5 cases, a rise of {detectable:,} errors (from {before:,} to {reached:,}); what
-costs less may not be seen."""
+{n:,} images the test finds, in 4 of 5 cases, a rise of {detectable:,} errors (from {before:,} to {reached:,}) or more;
+what costs less may not be seen."""
 
 AVERAGED = " ({count} still when only averaged)"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 MIN_IMAGES = 30  # with fewer, intervals say nothing
 # Of two cores with AVX-512, which do 6e10 in a second with edited attention: 500 images of the default model, 1.4e7 an
-# image and pass, take 0.17 s on one of them (docs/models.md), and 1.3 times that edited. Cores without it may take three
-# times as long. Time is not measured where the analysis runs, so that it takes the same images everywhere.
+# image and pass, take 0.17 s on one of them (docs/models.md), and 1.3 times that edited. Cores without it may take
+# three times as long. Time is not measured where the analysis runs, so that it takes the same images everywhere.
 TWO_MINUTES = 7.2e12
 
 
