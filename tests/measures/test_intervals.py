@@ -121,11 +121,6 @@ def test_the_largest_of_all_keeps_the_level_for_all_together() -> None:
     assert np.flatnonzero(largest_of_all_p_value(observed, spreads * generator.standard_normal((999, 7))) < 0.05) == [0]
 
 
-def test_holm_by_hand() -> None:
-    found = intervals.holm(np.array([0.04, 0.01, np.nan, 0.03, 0.9]))
-    assert found == pytest.approx([0.09, 0.04, np.nan, 0.09, 0.9], nan_ok=True)
-
-
 def test_p_values_of_replicates_taken_for_normal() -> None:
     replicates = np.random.default_rng(0).normal(3.0, 1.0, 100_000)
     assert intervals.normal_p_value(replicates) == pytest.approx(2 * scipy.stats.norm.sf(3), rel=0.1)

@@ -323,13 +323,13 @@ def false_discovery_control(p_values: Array) -> Array:
 
 
 def holm(p_values: Array) -> Array:
-    """Adjust p-values so that those below a level hold any false one at most at that rate (Holm, 1979): [test] -> the
-    same; NaN stays and does not count."""
-    adjusted = np.full(p_values.shape, np.nan)
-    (known,) = np.nonzero(~np.isnan(p_values))
-    order = known[np.argsort(p_values[known], kind="stable")]
-    steps = p_values[order] * np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    """Adjust p-values so that any of those below a level is a false one with at most that chance (Holm, 1979); NaN
+    stays and does not count."""
+    adjusted = np.full(np.shape(p_values), np.nan)
+    defined = ~np.isnan(p_values)
+    order = np.argsort(p_values[defined])
+    steps = p_values[defined][order] * np.arange(len(order), 0, -1)
+    adjusted[defined] = np.minimum(np.maximum.accumulate(steps), 1)[np.argsort(order)]
     return adjusted
 
 
