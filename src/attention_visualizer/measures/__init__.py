@@ -2,17 +2,18 @@
 
 Hands out functions of arrays and tensors; no files, no figures. May use data, models, attention and below.
 
-    explanations.py     maps by attention, rollout, values, gradients and relevance
-    head_matching.py    pair the heads of two models that do the same
-    head_roles.py       what single heads follow, as numbers
-    intervals.py        bootstrap intervals, permutation tests, multiple-testing correction
-    map_measures.py     entropy, distance, rollout and the like, of attention weights
-    matched_patches.py  excess attention on a feature, between matched patches
-    observation.py      what a model predicts and attends to on a few images, as arrays
-    paired_errors.py    McNemar's test of errors on the same images, and its power
-    perturbation.py     deletion and insertion curves
+    explanations.py         maps by attention, rollout, values, gradients and relevance
+    head_matching.py        pair the heads of two models that do the same
+    head_roles.py           what single heads follow, as numbers
+    intervals.py            bootstrap intervals, permutation tests, multiple-testing correction
+    map_measures.py         entropy, distance, rollout and the like, of attention weights
+    matched_patches.py      excess attention on a feature, between matched patches
+    observation.py          what a model predicts and attends to on a few images, as arrays
+    paired_errors.py        McNemar's test of errors on the same images, and its power
+    perturbation.py         deletion and insertion curves
     predicted_attention.py  attention as far as the amounts of ink predict it
-    streaming.py        statistics over any number of images in bounded memory
+    shapley.py              Shapley values and leave-one-out of patches
+    streaming.py            statistics over any number of images in bounded memory
 """
 
 from attention_visualizer.measures.map_measures import (

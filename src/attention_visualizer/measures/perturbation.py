@@ -6,9 +6,8 @@ A ranking is an order of the patches, [image, patch], the most relevant one firs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -51,11 +50,20 @@ class Curves:
         return np.asarray(np.trapezoid(self.insertion, self.shares, axis=1))
 
 
+def random_orders(num_images: int, num_patches: int, seed: int | Sequence[int] = 0) -> Array:
+    """Draw an order of the patches for each image: [image, patch]."""
+    return np.random.default_rng(seed).permuted(np.tile(np.arange(num_patches), (num_images, 1)), axis=1)
+
+
 def ranking_of(maps: Array, seed: int = 0) -> Array:
     """Rank patches by falling value, equal ones in random order: [image, patch] -> [image, patch]."""
-    shuffled = np.random.default_rng(seed).permuted(np.tile(np.arange(maps.shape[1]), (len(maps), 1)), axis=1)
-    order = np.argsort(-np.take_along_axis(maps, shuffled, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(shuffled, order, axis=1)
+    return ranking_with_ties(maps, random_orders(len(maps), maps.shape[1], seed))
+
+
+def ranking_with_ties(maps: Array, ties: Array) -> Array:
+    """Rank patches by falling value, equal ones in the order of `ties`: [image, patch] twice -> [image, patch]."""
+    order = np.argsort(-np.take_along_axis(maps, ties, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(ties, order, axis=1)
 
 
 def step_sizes(num_patches: int) -> Array:
@@ -80,49 +88,34 @@ class Perturbation:
         self.background = (ink.ink_amount(images, self.grid) == 0).numpy()
         with torch.no_grad():
             self.tokens = model.embed(to_input(images))
-        # For the whole and the empty image, which all curves share.
-        nothing, everything = (np.full(self.background.shape, is_visible) for is_visible in (False, True))
-        self.ends = {
-            operator: (self.probabilities(nothing, operator), self.probabilities(everything, operator))
-            for operator in OPERATORS
-        }
+        #: What the model was asked already, (image, its visible patches) -> probability: rankings share many sets.
+        self.known: dict[Operator, dict[tuple[int, bytes], float]] = {operator: {} for operator in OPERATORS}
 
     def curves(self, ranking: Array, operator: Operator) -> Curves:
         """Run deletion and insertion along a ranking [image, patch]."""
         places = np.argsort(ranking, axis=1)  # of each patch in the order
-        num_patches = ranking.shape[1]
-        counts = step_sizes(num_patches)
-        empty, whole = self.ends[operator]
+        counts = step_sizes(ranking.shape[1])
         return Curves(
-            counts / num_patches,
-            self._along([places >= count for count in counts], operator, whole, empty),
-            self._along([places < count for count in counts], operator, empty, whole),
+            counts / ranking.shape[1],
+            np.stack([self.probabilities(places >= count, operator) for count in counts], axis=1),
+            np.stack([self.probabilities(places < count, operator) for count in counts], axis=1),
         )
 
-    def _along(self, visible: list[Array], operator: Operator, first: Array, last: Array) -> Array:
-        """Return the probabilities at each step [image, step], those at the ends being known."""
-        steps = [first]
-        for before, now in pairwise(visible[:-1]):
-            changed = before != now
-            if operator == "fill":
-                changed &= ~self.background  # painted as background, these stay what they are
-            rows = np.flatnonzero(changed.any(axis=1))
-            probabilities = steps[-1].copy()
-            probabilities[rows] = self.probabilities(now[rows], operator, rows)
-            steps.append(probabilities)
-        return np.stack([*steps, last], axis=1)
-
-    def probabilities(self, visible: Array, operator: Operator, rows: Array | None = None) -> Array:
-        """Return the probability of the class with only the visible patches, the same number of them in each image, of
-        the images `rows` (None: all): bool [image, patch] -> [image]."""
-        selected = torch.arange(len(self.images)) if rows is None else torch.from_numpy(rows)
-        if not len(selected):
-            return np.zeros(0)
-        logits = self._logits_filled if operator == "fill" else self._logits_dropped
-        with torch.no_grad():
-            probability = logits(torch.from_numpy(visible), selected).softmax(dim=-1)
-        of_class = probability.gather(1, self.classes[selected, None].to(probability.device))[:, 0]
-        return np.asarray(of_class.cpu().double().numpy())
+    def probabilities(self, visible: Array, operator: Operator) -> Array:
+        """Return the probability of each image's class with only the visible patches, the same number of them in each
+        image: bool [image, patch] -> [image]. The model is asked once for each picture that this makes."""
+        if operator == "fill":
+            visible = visible & ~self.background  # painted as background, these stay what they are
+        known = self.known[operator]
+        keys = [(row, packed.tobytes()) for row, packed in enumerate(np.packbits(visible, axis=1))]
+        rows = np.array([row for row, key in enumerate(keys) if key not in known], dtype=np.int64)
+        if len(rows):
+            logits = self._logits_filled if operator == "fill" else self._logits_dropped
+            with torch.no_grad():
+                probability = logits(torch.from_numpy(visible[rows]), torch.from_numpy(rows)).softmax(dim=-1)
+            of_class = probability.gather(1, self.classes[rows, None].to(probability.device))[:, 0].tolist()
+            known.update(zip([keys[row] for row in rows], of_class, strict=True))
+        return np.array([known[key] for key in keys])
 
     def _logits_filled(self, visible: Tensor, rows: Tensor) -> Tensor:
         height, width = (side // count for side, count in zip(self.images.shape[2:], self.grid, strict=True))

@@ -1,23 +1,34 @@
-"""Is the map an explanation? One table, one figure and one sentence for each method."""
+"""Is the map an explanation? A figure, tables, and for each method a verdict in degrees."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.trust.figure import draw
 from attention_visualizer.analysis.trust.measure import PASSES, TrustResult, measure
 from attention_visualizer.analysis.trust.verdict import (
-    CONTROL_FACTOR,
-    DIRECTIONS,
+    AMOUNT,
+    BASELINES,
+    COMPARISONS,
+    EDGES,
+    HALVES,
+    INKED,
+    LEAVE_ONE_OUT,
     MAX_LIKENESS,
     MIN_GAIN,
+    MIN_SHARE,
     OPERATOR_NAMES,
-    Gain,
+    REFERENCES,
+    SHAPLEY,
+    Gains,
+    MethodTrust,
+    signed,
 )
 from attention_visualizer.measures.intervals import Interval
-from attention_visualizer.measures.perturbation import OPERATORS
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
 
@@ -34,14 +45,14 @@ def write(study: Study) -> Chapter:
             FigureFile(
                 figure,
                 "Above: probability of the predicted class as patches are removed (deletion) or restored (insertion), "
-                f"most relevant first, mean over {result.num_images:,} test images; grey: random and "
-                "ink-only baseline rankings. Below: the area gained over these three (trust requires each point right "
-                f"of the dashed line, and of the bar of its colour, {CONTROL_FACTOR:g} times the gain of the method's "
-                "map with random weights), and the similarity of each map to its map as more and more layers are "
-                f"randomised, over {result.num_control_images} images.",
+                f"most relevant first, mean over {result.num_images:,} test images; black: rankings that ask the model "
+                "itself; grey: baselines. Below: how much of what Shapley values gain over inked patches in random "
+                "order each ranking gains, with 95 % intervals (trust requires more than the dashed line, and more "
+                "besides), and the similarity of each map to its map as more and more layers are randomised, over "
+                f"{result.num_control_images} images.",
             )
         ],
-        [value_table(result), gain_table(result), control_table(result)],
+        [verdict_table(result), area_table(result), gain_table(result)],
         numbers_of(result),
         finding=Finding(headline(result), figure),
         caution="A map that is not trusted still shows correctly where the attention weights go; it just does not "
@@ -52,125 +63,160 @@ def write(study: Study) -> Chapter:
 
 
 def headline(result: TrustResult) -> str:
-    best = max(result.methods, key=lambda each: float(each.worst.value.value) - each.worst.needed)
-    who = "None of the maps is"
-    if result.trusted:
-        who = f"Of the maps, {', '.join(result.trusted)} {'is' if len(result.trusted) == 1 else 'are'}"
+    shares = [float(each.gains.share[SHAPLEY].value) for each in result.methods]
+    trusted = f"Trusted: {', '.join(result.trusted)}" if result.trusted else "No map is trusted"
+    if np.isnan(shares).all():
+        return f"{trusted} as an explanation of this checkpoint's predictions (n = {result.num_images:,})."
+    best = result.methods[int(np.nanargmax(shares))]
     return (
-        f"{who} to be trusted as an explanation of this checkpoint's predictions. The criterion is the class "
-        f"probability gained over random and ink-only rankings; the best map, {best.name}, is weakest in "
-        f"{best.worst.text} (n = {result.num_images:,})."
+        f"The map that explains most, {best.name} (the largest of {len(shares)}, picked afterwards), gains "
+        f"{best.degrees}. {trusted} as an explanation of this checkpoint's predictions (n = {result.num_images:,})."
     )
 
 
 def text_of(result: TrustResult) -> str:
+    whole, half = (
+        next(each for each in result.references if each.name == SHAPLEY).gains.mean_over[INKED],
+        result.calibration.verdict.gains.mean_over[INKED],
+    )
+    failures = result.calibration.verdict.failures
     return TEXT.format(
         n=result.num_images,
         least=MIN_GAIN,
+        share=MIN_SHARE,
         likeness=MAX_LIKENESS,
-        beyond=CONTROL_FACTOR,
         controls=result.num_controls,
         randomised=result.num_control_images,
-        reasons="\n".join(f"- {each.reason}" for each in result.methods),
+        permutations=result.num_permutations,
+        whole=signed(whole),
+        half=signed(half),
+        passing=f"do not pass: {failures[0]}" if failures else "pass",
+        power=f"{result.calibration.passes:.0%}",
+        verdicts="\n".join(f"- {each.name}: {each.degrees}. {each.reason}" for each in result.methods),
     )
 
 
-def value_table(result: TrustResult) -> Table:
-    """Areas, pointing game, mass on ink; baselines below the methods."""
+def verdict_table(result: TrustResult) -> Table:
+    """The verdict in degrees."""
     columns = [
         "ranking by",
-        *(f"{direction}, {OPERATOR_NAMES[operator]}" for operator in OPERATORS for direction in DIRECTIONS),
+        "of what Shapley values gain",
+        "of what leave-one-out gains",
+        "beats amount of ink",
+        "beats amount of edge",
+        "least gain over its maps of random weights",
+        "similarity to them (largest)",
         "top-ranked patch is inked",
         "mass on inked patches",
-        "similarity, all weights random (largest)",
+        "verdict",
     ]
-    rows = [
-        [
-            each.name,
-            *(each.areas[operator, direction].text() for operator in OPERATORS for direction in DIRECTIONS),
-            each.pointing.text(1, percent=True),
-            each.mass.text(),
-            "–" if each.closest_control is None else each.closest_control.text(2),
-        ]
-        for each in result.rankings
-    ]
+    rows = []
+    for each in result.rankings:
+        is_method, controls = each in result.methods, each.gains.over_controls
+        rows.append(
+            [
+                each.name,
+                *(each.gains.share[name].text(0, percent=True) for name in REFERENCES),
+                *(beats(each.gains, name) if each.name != name else "–" for name in (AMOUNT, EDGES)),
+                "–" if controls is None else controls[int(controls.value.argmin())].text(),
+                "–" if each.closest_control is None else each.closest_control.text(2),
+                "–" if each.pointing is None else each.pointing.text(1, percent=True),
+                "–" if each.mass is None else each.mass.text(),
+                ("trusted" if each.is_trusted else "not trusted") if is_method else "–",
+            ]
+        )
     return Table(
-        f"Area under deletion curves (low is good) and insertion curves (high is good), over {result.num_images:,} "
-        f"test images (similarity: {result.num_control_images}; {result.num_controls} models with "
-        "random weights), with 95 % intervals. The last three rows are the baselines; the first of them has a "
-        "uniform map.",
+        f"How much of what rankings by {' and by '.join(REFERENCES)} gain over inked patches in random order each "
+        f"ranking gains, mean over both directions and both ways of removing, {result.num_images:,} test images; "
+        f"maps of {result.num_controls} models with random weights, {result.num_control_images} images. Rows without a "
+        "verdict are references, which ask the model itself, and baselines.",
         columns,
         rows,
     )
 
 
+def beats(gains: Gains, baseline: str) -> str:
+    return f"{gains.beats(baseline)}, {gains.mean_over[baseline].text()}"
+
+
+def area_table(result: TrustResult) -> Table:
+    columns = [f"{direction}, {OPERATOR_NAMES[operator]}" for operator, direction in COMPARISONS]
+    rows = [[each.name, *texts(each.areas)] for each in result.rankings]
+    return Table(
+        f"Area under deletion curves (low is good) and insertion curves (high is good), over {result.num_images:,} "
+        f"test images, with 95 % intervals. References and baselines ({', '.join(BASELINES)}) stand below the methods.",
+        ["ranking by", *columns],
+        rows,
+    )
+
+
 def gain_table(result: TrustResult) -> Table:
-    """Each comparison that trust needs."""
+    """Each comparison, in probability and as a share of what Shapley values gain."""
+    compared = [*result.methods, *result.references]
+    kinds = [(name, [texts(each.gains.over[name]) for each in compared]) for name in BASELINES]
+    shares = [texts(each.gains.shares[SHAPLEY], percent=True) for each in compared]
+    kinds.append((f"{INKED}, share of Shapley values' gain", shares))
     rows = [
-        [gain.comparison, gain.baseline, *(each.gains[index].value.text() for each in result.methods)]
-        for index, gain in enumerate(result.methods[0].gains)
+        [f"{direction}, {OPERATOR_NAMES[operator]}", against, *(each[number] for each in values)]
+        for number, (operator, direction) in enumerate(COMPARISONS)
+        for against, values in kinds
     ]
-    rows.append(["verdict", "", *("trusted" if each.is_trusted else "not trusted" for each in result.methods)])
     return Table(
-        f"Probability gained over the random and ink-only rankings, paired over {result.num_images:,} "
-        f"images; trust requires at least {MIN_GAIN} and {CONTROL_FACTOR:g} times the value in the next table in "
-        "every row, with the interval above 0.",
-        ["gain", "against", *(each.name for each in result.methods)],
+        f"Probability gained over each baseline, paired over {result.num_images:,} images, with 95 % intervals.",
+        ["gain", "against", *(each.name for each in compared)],
         rows,
     )
 
 
-def control_table(result: TrustResult) -> Table:
-    """Each comparison without training."""
-    rows = [
-        [gain.comparison, gain.baseline, *(control_text(each.gains[index]) for each in result.methods)]
-        for index, gain in enumerate(result.methods[0].gains)
-    ]
-    return Table(
-        f"The same for maps with random weights, on the checkpoint's predictions: the largest of "
-        f"{result.num_controls} models, {result.num_control_images} images.",
-        ["gain", "against", *(each.name for each in result.methods)],
-        rows,
-    )
-
-
-def control_text(gain: Gain) -> str:
-    return "–" if gain.control is None else gain.control.text()
+def texts(values: Interval, percent: bool = False) -> list[str]:
+    """Of [operator, direction], in the order of COMPARISONS."""
+    return [values[place].text(0 if percent else 3, percent) for place in np.ndindex(values.value.shape)]
 
 
 def numbers_of(result: TrustResult) -> dict[str, Any]:
+    calibration = result.calibration
     return {
         "images": result.num_images,
         "images_randomised": result.num_control_images,
         "controls": result.num_controls,
+        "permutations": result.num_permutations,
         "stages": result.stages,
         "least_gain": MIN_GAIN,
-        "beyond_controls": CONTROL_FACTOR,
+        "least_share": MIN_SHARE,
         "most_likeness": MAX_LIKENESS,
+        "comparisons": [f"{direction}, {operator}" for operator, direction in COMPARISONS],
+        "power": {
+            "ranking": HALVES[0],
+            "passes": not calibration.verdict.failures,
+            "share_of_resamples": calibration.passes,
+            **numbers_of_ranking(calibration.verdict),
+        },
         "rankings": {
             each.name: {
-                "areas": {
-                    f"{direction}, {operator}": value.numbers() for (operator, direction), value in each.areas.items()
-                },
-                "gains": [
-                    {
-                        "direction": gain.direction,
-                        "operator": gain.operator,
-                        "against": gain.baseline,
-                        **gain.value.numbers(),
-                        "random_weights": numbers_or_null(gain.controls),
-                        "needed": gain.needed,
-                    }
-                    for gain in each.gains
-                ],
-                "pointing_game": each.pointing.numbers(),
-                "mass_on_ink": each.mass.numbers(),
+                **numbers_of_ranking(each),
+                "pointing_game": numbers_or_null(each.pointing),
+                "mass_on_ink": numbers_or_null(each.mass),
                 "likeness": numbers_or_null(each.likeness),
                 "likeness_of_controls": numbers_or_null(each.control_likeness),
-                "trusted": None if each.name in result.baselines else each.is_trusted,
+                "beats_amount_of_ink": each.gains.beats(AMOUNT),
+                "trusted": each.is_trusted if each in result.methods else None,
+                "failures": each.failures if each in result.methods else None,
             }
             for each in result.rankings
         },
+    }
+
+
+def numbers_of_ranking(ranking: MethodTrust) -> dict[str, Any]:
+    gains = ranking.gains
+    return {
+        "areas": ranking.areas.numbers(),
+        "gains": {name: each.numbers() for name, each in gains.over.items()},
+        "mean_gains": {name: each.numbers() for name, each in gains.mean_over.items()},
+        "share_of_shapley_values": gains.share[SHAPLEY].numbers(),
+        "shares_of_shapley_values": gains.shares[SHAPLEY].numbers(),
+        "share_of_leave_one_out": gains.share[LEAVE_ONE_OUT].numbers(),
+        "gains_over_random_weights": numbers_or_null(gains.over_controls),
     }
 
 
@@ -189,13 +235,20 @@ CHAPTER = ChapterWriter(
 
 TEXT = """Patches are removed from {n:,} test images, and restored, in the order of a map; a map that shows what the
 prediction depends on makes the probability of the predicted class fall early and rise early. On digits this mostly
-measures ink: black patches are background, and removing them changes nothing. So every map has to beat three baseline
-rankings, all patches in random order, inked patches in random order and patches by the amount of ink, in deletion and
-in insertion, with patches filled with background and with their tokens dropped: by at least {least} in mean probability
-each time, the interval above 0. The gain must come from what was learnt: the method's maps of {controls} models with
-random weights are tested on this model's predictions for {randomised} of the images, and the gain must be {beyond:g}
-times the largest of theirs. And the map must depend on the weights: its rank correlation with the map of each model
-with random weights may be at most {likeness}. A map of random weights may be faithful to random predictions, so nothing
-is trusted unless the model's accuracy is above chance and above that of random weights.
+measures ink: black patches are background, and removing them changes nothing. So maps are compared with four baseline
+rankings (all patches in random order; inked patches first, in random order; patches by their amount of ink; by their
+amount of stroke edge) and with rankings that ask the model itself what it needs: Shapley values of that probability,
+from {permutations} permutations for each way of removing (patches filled with background, tokens dropped), and
+leave-one-out. They cost hundreds of passes and show what is possible, though not its limit: with all permutations
+Shapley values gain {whole} over inked patches in random order, with half of them {half}, so that more would gain a
+little more.
 
-{reasons}"""
+A map is trusted if, on average over deletion, insertion and both ways of removing, it surely gains more than
+{share:.0%} of that; beats every baseline by at least {least}, with the interval above 0, and is nowhere surely worse;
+gains as much over the same method's maps of each of {controls} models with random weights (on this model's predictions
+for {randomised} of the images); and has a rank correlation with these of at most {likeness}. Nothing is trusted unless
+the accuracy is above chance and above that of random weights. Can the truth pass? Shapley values from half of the
+permutations, judged beside those from the other half, with the random-weight maps of all methods as controls,
+{passing}; they would in {power} of resampled sets of images.
+
+{verdicts}"""

@@ -1,4 +1,4 @@
-"""What a map must show to be trusted as an explanation, and whether it does: from curves to one verdict a method."""
+"""What a ranking gains, and what it must gain to be trusted as an explanation: from curves to one verdict a method."""
 
 from __future__ import annotations
 
@@ -8,60 +8,173 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_visualizer.measures import intervals
-from attention_visualizer.measures.intervals import Interval, share_interval
+from attention_visualizer.measures.intervals import BootstrapMeans, Interval
 from attention_visualizer.measures.perturbation import OPERATORS, Curves, Operator
 
 Array = NDArray[Any]
 
-RANDOM, INKED, AMOUNT = "random", "random among inked", "amount of ink"
-BASELINES = (RANDOM, INKED, AMOUNT)  # on an empty background, beating plain chance only says that ink was found
+RANDOM, INKED, AMOUNT, EDGES = "random", "random among inked", "amount of ink", "amount of edge"
+BASELINES = (RANDOM, INKED, AMOUNT, EDGES)  # on an empty background, beating plain chance only says that ink was found
+SHAPLEY, LEAVE_ONE_OUT = "Shapley values", "leave-one-out"
+REFERENCES = (SHAPLEY, LEAVE_ONE_OUT)  # ask the model itself, with the operator that they are tested with
+HALVES = ("Shapley values, first half of the permutations", "Shapley values, second half")
 DIRECTIONS = ("deletion", "insertion")
 OPERATOR_NAMES = {"fill": "background fill", "drop": "tokens dropped"}
+COMPARISONS = [(operator, direction) for operator in OPERATORS for direction in DIRECTIONS]
 
-# Declared beforehand: what trust needs at least.
+# Declared beforehand: what trust needs at least. Shapley values meet it, which each report checks anew.
+MIN_SHARE = 0.5  # of what Shapley values gain: a map that misses more than it shows is no explanation
 MIN_GAIN = 0.02  # of the class's probability, mean over the shares of patches: two points in a hundred
 MAX_LIKENESS = 0.5  # rank correlation with the map of random weights: a map that stays is not about the weights
-CONTROL_FACTOR = 1.5  # times the largest gain of the same method's maps of random weights, for these answers
+RESAMPLES = 100  # of the images, for the power of the rule: its standard error is at most 0.05
+
+
+def performance(curves: dict[tuple[str, Operator], Curves], ranking: str) -> Array:
+    """Return how well the answers follow a ranking, higher is better: the area under the insertion curve, minus that
+    under the deletion curve, [image, operator, direction]."""
+    areas = [[-curves[ranking, each].deletion_area, curves[ranking, each].insertion_area] for each in OPERATORS]
+    return np.moveaxis(np.array(areas), 2, 0)
+
+
+def mean_of_comparisons(values: Array) -> Array:
+    """[..., operator, direction] -> [...]."""
+    return np.asarray(values.mean(axis=(-2, -1)))
 
 
 @dataclass(frozen=True)
-class Gain:
-    """How much better than a baseline a map is, in mean probability, paired over images; positive is better."""
+class Gains:
+    """How much better than others a ranking is, in mean probability, over images."""
 
-    operator: Operator
-    direction: str
-    baseline: str
-    value: Interval
-    #: The same of the method's maps of random weights, [control], for the same answers; None without any.
-    controls: Interval | None = None
+    over: dict[str, Interval]  # baseline -> [operator, direction]
+    mean_over: dict[str, Interval]  # baseline -> mean over operators and directions
+    share: dict[
+        str, Interval
+    ]  # of what a reference gains over random among inked, of those means; NaN where too little
+    shares: dict[str, Interval]  # the same, [operator, direction]
+    #: Over the same method's map of random weights, mean over operators and directions, [control]; None without any.
+    over_controls: Interval | None
 
-    @property
-    def control(self) -> Interval | None:
-        """The gain of the random weights that come furthest."""
-        return None if self.controls is None else self.controls[int(self.controls.value.argmax())]
+    def failures(self) -> list[str]:
+        """Return what trust misses, as plain phrases."""
+        found, share = [], self.share[SHAPLEY]
+        if not share.low > MIN_SHARE:  # NaN is none
+            found.append(
+                "Shapley values themselves gain too little here to compare with"
+                if np.isnan(share.value)
+                else f"it gains {share.text(0, percent=True)} of what Shapley values gain, not surely more than "
+                f"{MIN_SHARE:.0%}"
+            )
+        weakest = min(self.mean_over, key=lambda name: float(self.mean_over[name].value))
+        if not is_enough(self.mean_over[weakest]):
+            found.append(f"its gain over the ranking by {weakest} is {signed(self.mean_over[weakest])}")
+        worse = [
+            f"it is worse than the ranking by {name} in {direction}, {OPERATOR_NAMES[operator]}"
+            for name, gain in self.over.items()
+            for (operator, direction), high in zip(COMPARISONS, gain.high.flat, strict=True)
+            if high < 0
+        ]
+        found += worse[:1]
+        if self.over_controls is None:
+            found.append("there is no model with random weights to compare with")
+        else:
+            control = self.over_controls[int(self.over_controls.value.argmin())]
+            if not is_enough(control):
+                found.append(f"its gain over a map of random weights is {signed(control)}")
+        return found
 
-    @property
-    def needed(self) -> float:
-        return MIN_GAIN if self.control is None else max(MIN_GAIN, CONTROL_FACTOR * float(self.control.value))
+    def beats(self, baseline: str) -> str:
+        """Return "yes", "no" where a gain of MIN_GAIN is ruled out, or "not distinguishable"."""
+        gain = self.mean_over[baseline]
+        return "yes" if is_enough(gain) else "no" if gain.high < MIN_GAIN else "not distinguishable"
 
-    @property
-    def comparison(self) -> str:
-        """The direction and the operator, in words."""
-        return f"{self.direction}, {OPERATOR_NAMES[self.operator]}"
 
-    @property
-    def is_enough(self) -> bool:
-        return bool(self.value.value >= self.needed and self.value.low > 0)
+def is_enough(gain: Interval) -> bool:
+    return bool(gain.value >= MIN_GAIN and gain.low > 0)
 
-    @property
-    def text(self) -> str:
-        """Where, and how much: "deletion, background fill, against amount of ink, +0.031 (...), needs 0.02"."""
-        value, low, high = (float(each) for each in (self.value.value, self.value.low, self.value.high))
-        return (
-            f"{self.comparison}, against {self.baseline}: {value:+.3f} ({low:+.3f} to {high:+.3f}), required "
-            f"{self.needed:.3f}"
+
+def signed(gain: Interval) -> str:
+    return f"{float(gain.value):+.3f} ({float(gain.low):+.3f} to {float(gain.high):+.3f})"
+
+
+@dataclass(frozen=True)
+class PairedGains:
+    """What a ranking and the references gain, image by image."""
+
+    over: dict[str, Array]  # the ranking over each baseline, [image, operator, direction]
+    possible: dict[str, Array]  # each reference over random among inked, [image, operator, direction]
+    over_controls: Array  # the ranking over each map of random weights, [control image, control]
+    control_rows: Array  # the rows of these images that the controls are over
+
+    @classmethod
+    def of(
+        cls,
+        ranking: Array,
+        baselines: dict[str, Array],
+        references: dict[str, Array],
+        controls: list[Array],
+        control_rows: Array,
+    ) -> PairedGains:
+        """All but control_rows are performances, [image, operator, direction]."""
+        own = ranking[control_rows]
+        differences = [mean_of_comparisons(own - control) for control in controls]
+        return cls(
+            {name: ranking - each for name, each in baselines.items()},
+            {name: each - baselines[INKED] for name, each in references.items()},
+            np.stack(differences, axis=1) if controls else np.zeros((len(control_rows), 0)),
+            control_rows,
         )
+
+    def resampled(self, rows: Array) -> PairedGains:
+        """The same of these images, any of them several times or not at all."""
+        positions = np.full(rows.size, -1)
+        positions[self.control_rows] = np.arange(len(self.control_rows))
+        kept = positions[rows][positions[rows] >= 0]
+        return PairedGains(
+            {name: each[rows] for name, each in self.over.items()},
+            {name: each[rows] for name, each in self.possible.items()},
+            self.over_controls[kept],
+            np.flatnonzero(positions[rows] >= 0),
+        )
+
+    def summary(self) -> Gains:
+        """The means with their intervals, all from the same resampled images, so that shares are paired."""
+        values = {("over", name): each for name, each in self.over.items()}
+        values |= {("possible", name): each for name, each in self.possible.items()}
+        stream = BootstrapMeans()
+        stream.update(np.stack(list(values.values()), axis=1))
+        at = {key: position for position, key in enumerate(values)}
+
+        def ratio(reference: str, mean: Any) -> Interval:
+            """Of means [..., operator, direction] by way of `mean`; NaN where the reference has no gain to speak of."""
+            own, whole = at["over", INKED], at["possible", reference]
+            possible = stream.of(lambda means: mean(means[..., whole, :, :]))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = stream.of(lambda means: mean(means[..., own, :, :]) / mean(means[..., whole, :, :]))
+            is_defined = (possible.low > 0) & (possible.value >= MIN_GAIN)
+            value, low, high = (np.where(is_defined, each, np.nan) for each in (share.value, share.low, share.high))
+            return Interval(value, low, high, share.n)
+
+        def gain(name: str, mean: Any) -> Interval:
+            return stream.of(lambda means: mean(means[..., at["over", name], :, :]))
+
+        controls = None
+        if self.over_controls.size:
+            control_stream = BootstrapMeans()
+            control_stream.update(self.over_controls)
+            controls = control_stream.of_group()
+        return Gains(
+            {name: gain(name, np.asarray) for name in self.over},
+            {name: gain(name, mean_of_comparisons) for name in self.over},
+            {name: ratio(name, mean_of_comparisons) for name in self.possible},
+            {name: ratio(name, np.asarray) for name in self.possible},
+            controls,
+        )
+
+    def chance_of_passing(self, seed: int = 0) -> float:
+        """Return the share of resampled sets of images in which the ranking has every gain that trust needs."""
+        generator, count = np.random.default_rng(seed), len(self.over[INKED])
+        samples = (self.resampled(generator.integers(count, size=count)) for _ in range(RESAMPLES))
+        return float(np.mean([not sample.summary().failures() for sample in samples]))
 
 
 @dataclass(frozen=True)
@@ -69,23 +182,13 @@ class MethodTrust:
     """What one ranking of patches was measured to do, and whether it is to be trusted as an explanation."""
 
     name: str
-    areas: dict[tuple[Operator, str], Interval]  # (operator, direction) -> area under the curve
-    gains: list[Gain]  # by operator, direction and baseline
-    pointing: Interval  # share of images whose highest patch holds ink
-    mass: Interval  # share of the map on inked patches
+    areas: Interval  # under the curves, [operator, direction]
+    gains: Gains
+    pointing: Interval | None = None  # share of images whose highest patch holds ink
+    mass: Interval | None = None  # share of the map on inked patches
     likeness: Interval | None = None  # rank correlation with the original map, [stage of randomisation]
     control_likeness: Interval | None = None  # the same of each model with all weights random, [control]
     is_learnt: bool = True  # whether the model has learnt something, so that there is something to explain
-
-    @property
-    def worst(self) -> Gain:
-        """The gain that is least beyond what it needs."""
-        return min(self.gains, key=lambda gain: float(gain.value.value) - gain.needed)
-
-    @property
-    def is_faithful(self) -> bool:
-        """Better than every baseline, in both directions with every operator, and not without training."""
-        return all(gain.is_enough and gain.controls is not None for gain in self.gains)
 
     @property
     def closest_control(self) -> Interval | None:
@@ -99,100 +202,38 @@ class MethodTrust:
         return self.closest_control is not None and bool(self.closest_control.high <= MAX_LIKENESS)
 
     @property
+    def failures(self) -> list[str]:
+        """Return what trust misses, as plain phrases."""
+        if not self.is_learnt:
+            return ["the accuracy is not above chance and that of random weights, so nothing was learnt"]
+        found = self.gains.failures()
+        if self.closest_control is not None and not self.is_sensitive:
+            found.append(f"its similarity to the map of random weights is {self.closest_control.text(2)}")
+        return found
+
+    @property
     def is_trusted(self) -> bool:
-        return self.is_learnt and self.is_faithful and self.is_sensitive
+        return not self.failures
+
+    @property
+    def degrees(self) -> str:
+        """The verdict in degrees: how much it gains, whether it beats the ink, whether it is about the weights."""
+        share = self.gains.share[SHAPLEY]
+        gained = "no share can be given" if np.isnan(share.value) else f"{share.text(0, percent=True)}"
+        likeness = self.closest_control
+        depends = "unknown" if likeness is None else "yes" if self.is_sensitive else "no"
+        return (
+            f"{gained} of what Shapley values gain; beats the amount of ink: {self.gains.beats(AMOUNT)} "
+            f"({signed(self.gains.mean_over[AMOUNT])}); depends on the weights: {depends}"
+        )
 
     @property
     def reason(self) -> str:
         """The verdict in one plain sentence."""
-        refused = f"Do not trust {self.name} here:"
-        if not self.is_learnt:
-            return f"{refused} the accuracy is not above chance and that of random weights, so nothing was learnt."
-        failing = sum(not gain.is_enough for gain in self.gains)
-        if failing:
-            return (
-                f"{refused} in {failing} of {len(self.gains)} comparisons with random and ink-only rankings it "
-                f"misses the required gain (worst: {self.worst.text})."
-            )
-        if self.closest_control is None:
-            return f"{refused} there is no model with random weights to compare with."
-        if not self.is_sensitive:
-            return (
-                f"{refused} its similarity to the map of random weights is {self.closest_control.text(2)}, so it does "
-                "not depend on what was learnt."
-            )
+        if self.failures:
+            return f"Do not trust {self.name} here: {self.failures[0]}."
         return (
-            f"Trust {self.name} here, as to which patches the prediction depends on: it beats every random and "
-            f"ink-only ranking (weakest: {self.worst.text}) and changes when the weights are randomised."
+            f"Trust {self.name} here, as to which patches the prediction depends on: it gains more than half of what "
+            "Shapley values gain, beats every baseline ranking and its maps of random weights, and depends on the "
+            "weights."
         )
-
-
-@dataclass(frozen=True)
-class ControlMap:
-    """One method's maps of random weights."""
-
-    curves: dict[Operator, Curves]  # of the model in question along these maps
-    likeness: Array  # rank correlation with the original map, [image]
-
-
-def judge(
-    name: str,
-    curves: dict[Operator, Curves],
-    baselines: dict[tuple[str, Operator], Curves],
-    maps: Array,
-    ranking: Array,
-    inked: Array,
-    *,
-    likeness: Interval | None,
-    controls: list[ControlMap],
-    control_rows: Array,
-    is_learnt: bool,
-) -> MethodTrust:
-    """Sum up what was measured of one ranking. maps, ranking, inked: [image, patch]; control_rows: the rows of these
-    images that the controls are over."""
-    gains = gains_over(curves, baselines)
-    control_gains = [gains_over(control.curves, baselines, control_rows) for control in controls]
-    hits = np.take_along_axis(inked, ranking[:, :1], axis=1)
-    total = np.maximum(maps.sum(axis=1), 1e-30)
-    return MethodTrust(
-        name,
-        {
-            (operator, direction): intervals.bootstrap_mean(area(curves[operator], direction))
-            for operator in OPERATORS
-            for direction in DIRECTIONS
-        },
-        [
-            Gain(
-                *comparison, intervals.bootstrap_mean(gain), mean_of_each([each[comparison] for each in control_gains])
-            )
-            for comparison, gain in gains.items()
-        ],
-        share_interval(int(hits.sum()), len(hits)),
-        intervals.bootstrap_mean((maps * inked).sum(axis=1) / total),
-        likeness,
-        mean_of_each([control.likeness for control in controls]),
-        is_learnt,
-    )
-
-
-def mean_of_each(values: list[Array]) -> Interval | None:
-    """The mean of each model's values [image]: [model]; None without a model."""
-    return intervals.bootstrap_mean(np.stack(values, axis=1)) if values else None
-
-
-def gains_over(
-    curves: dict[Operator, Curves], baselines: dict[tuple[str, Operator], Curves], rows: Array | slice = slice(None)
-) -> dict[tuple[Operator, str, str], Array]:
-    """(operator, direction, baseline) -> by how much the area is better than the baseline's, [image]. rows: those of
-    the baselines' images that `curves` are over."""
-    return {
-        (operator, direction, baseline): sign
-        * (area(curves[operator], direction) - area(baselines[baseline, operator], direction)[rows])
-        for operator in OPERATORS
-        for direction, sign in zip(DIRECTIONS, (-1, 1), strict=True)
-        for baseline in BASELINES
-    }
-
-
-def area(curves: Curves, direction: str) -> Array:
-    return curves.deletion_area if direction == "deletion" else curves.insertion_area
