@@ -95,7 +95,7 @@ def test_dropped_tokens_are_as_if_they_had_never_been(pooling: str, pictures: Te
 def test_curves_begin_and_end_at_the_whole_and_the_empty_picture(operator: str, pictures: Tensor) -> None:
     model, classes = model_of(), np.array([4, 4, 4, 0, 1])
     perturbation = Perturbation(model, pictures, classes, to_input)
-    curves = perturbation.curves(ranking_of(np.random.default_rng(0).random((5, 16))), operator)  # type: ignore[arg-type]
+    (curves,) = perturbation.curves(ranking_of(np.random.default_rng(0).random((5, 16)))[None], operator)  # type: ignore[arg-type]
     with torch.no_grad():
         whole = model(to_input(pictures)).softmax(dim=-1)[torch.arange(5), torch.from_numpy(classes)].numpy()
     np.testing.assert_allclose(curves.deletion[:, 0], whole, rtol=1e-5)
@@ -107,7 +107,7 @@ def test_curves_begin_and_end_at_the_whole_and_the_empty_picture(operator: str, 
 def test_removing_in_one_order_is_restoring_in_the_other(pictures: Tensor) -> None:
     perturbation = Perturbation(model_of(), pictures, np.zeros(5, np.int64), to_input)
     ranking = ranking_of(np.random.default_rng(4).random((5, 16)))
-    forward, backward = perturbation.curves(ranking, "fill"), perturbation.curves(ranking[:, ::-1].copy(), "fill")
+    forward, backward = perturbation.curves(np.stack([ranking, ranking[:, ::-1]]), "fill")
     np.testing.assert_allclose(forward.deletion, backward.insertion[:, ::-1], rtol=1e-6)
 
 
@@ -121,8 +121,7 @@ def test_a_model_that_needs_one_patch_falls_when_it_goes(pictures: Tensor) -> No
 
     perturbation = Perturbation(OnePatch(**SIZES), pictures | 64, np.zeros(5, np.int64), to_input)  # type: ignore[arg-type]
     known = np.tile((np.arange(16) == 5).astype(float), (5, 1))
-    right = perturbation.curves(ranking_of(known), "fill")
-    wrong = perturbation.curves(ranking_of(-known), "fill")
+    right, wrong = perturbation.curves(np.stack([ranking_of(known), ranking_of(-known)]), "fill")
     assert (right.deletion[:, 1:] == 0.5).all() and (right.insertion[:, 1:] > 0.9).all()
     assert (wrong.deletion[:, :16] > 0.9).all() and (wrong.insertion[:, :16] == 0.5).all()
     assert (right.deletion_area < wrong.deletion_area - 0.3).all()
@@ -133,7 +132,7 @@ def test_deletion_is_quantus_pixel_flipping(pictures: Tensor) -> None:
 
     model, classes = model_of(), np.array([0, 3, 9, 1, 1])
     maps = np.random.default_rng(6).random((5, 16))
-    found = Perturbation(model, pictures, classes, to_input).curves(ranking_of(maps), "fill")
+    (found,) = Perturbation(model, pictures, classes, to_input).curves(ranking_of(maps)[None], "fill")
     flipping = quantus.PixelFlipping(
         features_in_step=9, perturb_baseline=0.0, normalise=False, abs=False, disable_warnings=True
     )
@@ -168,11 +167,11 @@ def test_background_goes_through_the_model_once_and_counts_all_the_same(pictures
     ranking = ranking_of(np.random.default_rng(0).random((5, 16)))
     sizes: list[int] = []
     model.patch_embed.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    found = perturbation.curves(ranking, "fill")
+    (found,) = perturbation.curves(ranking[None], "fill")
     # Of the 8 drawn patches, 7 pictures each way, and the whole and the empty one.
     assert sum(sizes) <= 5 * 16
     asked = len(sizes)
-    perturbation.curves(ranking, "fill")
+    perturbation.curves(np.stack([ranking, ranking]), "fill")
     assert len(sizes) == asked
     places = np.argsort(ranking, axis=1)
     for step in range(17):

@@ -24,7 +24,7 @@ def random_game(num_images: int, num_patches: int) -> Array:
 
 
 def answers(game: Array, visible: Array) -> Array:
-    return game[np.arange(len(game)), visible @ (1 << np.arange(visible.shape[1]))]
+    return game[np.arange(len(game)), visible @ (1 << np.arange(visible.shape[-1]))]
 
 
 def by_subsets(game: Array, num_patches: int) -> Array:
@@ -56,13 +56,13 @@ def test_few_orders_add_up_and_come_near() -> None:
     pairs = antithetic_pairs(40, 5)
     found = shapley_values(lambda visible: answers(game, visible), pairs.reshape(-1, 40, 5))
     np.testing.assert_allclose(found.sum(axis=1), game[:, -1] - game[:, 0])
-    exact = by_subsets(game, 5)
-    assert np.abs(found - exact).mean() < 0.15 * np.abs(exact - exact.mean()).mean()
+    # Contributions of a game of noise vary by 0.41: 72 orders leave a standard error of 0.048, a mean error of 0.038.
+    assert np.abs(found - by_subsets(game, 5)).mean() < 0.04
 
 
 def test_a_patch_without_effect_is_worth_nothing() -> None:
     game = random_game(4, 3)
-    found = shapley_values(lambda visible: answers(game, visible[:, [0, 1, 3]]), antithetic_pairs(4, 4)[:, 0])
+    found = shapley_values(lambda visible: answers(game, visible[..., [0, 1, 3]]), antithetic_pairs(4, 4)[:, 0])
     assert (found[:, 2] == 0).all() and (found[:, [0, 1, 3]] != 0).all()
 
 

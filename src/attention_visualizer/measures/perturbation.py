@@ -91,31 +91,30 @@ class Perturbation:
         #: What the model was asked already, (image, its visible patches) -> probability: rankings share many sets.
         self.known: dict[Operator, dict[tuple[int, bytes], float]] = {operator: {} for operator in OPERATORS}
 
-    def curves(self, ranking: Array, operator: Operator) -> Curves:
-        """Run deletion and insertion along a ranking [image, patch]."""
-        places = np.argsort(ranking, axis=1)  # of each patch in the order
-        counts = step_sizes(ranking.shape[1])
-        return Curves(
-            counts / ranking.shape[1],
-            np.stack([self.probabilities(places >= count, operator) for count in counts], axis=1),
-            np.stack([self.probabilities(places < count, operator) for count in counts], axis=1),
-        )
+    def curves(self, rankings: Array, operator: Operator) -> list[Curves]:
+        """Run deletion and insertion along each ranking: [ranking, image, patch]."""
+        places = np.argsort(rankings, axis=-1)  # of each patch in the order
+        counts = step_sizes(rankings.shape[-1])
+        deletion = np.stack([self.probabilities(places >= count, operator) for count in counts], axis=-1)
+        insertion = np.stack([self.probabilities(places < count, operator) for count in counts], axis=-1)
+        return [Curves(counts / rankings.shape[-1], *both) for both in zip(deletion, insertion, strict=True)]
 
     def probabilities(self, visible: Array, operator: Operator) -> Array:
-        """Return the probability of each image's class with only the visible patches, the same number of them in each
-        image: bool [image, patch] -> [image]. The model is asked once for each picture that this makes."""
+        """Return the probability of each image's class with only the visible patches, the same number of them
+        everywhere: bool [..., image, patch] -> [..., image]. The model is asked once for each picture."""
         if operator == "fill":
             visible = visible & ~self.background  # painted as background, these stay what they are
-        known = self.known[operator]
-        keys = [(row, packed.tobytes()) for row, packed in enumerate(np.packbits(visible, axis=1))]
-        rows = np.array([row for row, key in enumerate(keys) if key not in known], dtype=np.int64)
-        if len(rows):
+        flat, known = visible.reshape(-1, visible.shape[-1]), self.known[operator]
+        keys = [(at % len(self.images), packed.tobytes()) for at, packed in enumerate(np.packbits(flat, axis=1))]
+        first = {key: at for at, key in reversed(list(enumerate(keys))) if key not in known}
+        if first:
             logits = self._logits_filled if operator == "fill" else self._logits_dropped
+            images = torch.tensor([image for image, _ in first])
             with torch.no_grad():
-                probability = logits(torch.from_numpy(visible[rows]), torch.from_numpy(rows)).softmax(dim=-1)
-            of_class = probability.gather(1, self.classes[rows, None].to(probability.device))[:, 0].tolist()
-            known.update(zip([keys[row] for row in rows], of_class, strict=True))
-        return np.array([known[key] for key in keys])
+                probability = logits(torch.from_numpy(flat[list(first.values())]), images).softmax(dim=-1)
+            of_class = probability.gather(1, self.classes[images, None].to(probability.device))[:, 0]
+            known.update(zip(first, of_class.tolist(), strict=True))
+        return np.array([known[key] for key in keys]).reshape(visible.shape[:-1])
 
     def _logits_filled(self, visible: Tensor, rows: Tensor) -> Tensor:
         height, width = (side // count for side, count in zip(self.images.shape[2:], self.grid, strict=True))

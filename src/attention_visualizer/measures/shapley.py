@@ -1,7 +1,7 @@
 """What each patch is worth to an answer, found by asking the model: Shapley values and leave-one-out.
 
-A value function says what the model answers of some of the patches: bool [image, patch], which of them are visible, as
-many in each image, -> [image]. `Perturbation.probabilities` is one for each way of hiding the others.
+A value function says what the model answers of some of the patches: bool [..., image, patch], which of them are
+visible, equally many everywhere, -> [..., image]. `Perturbation.probabilities` is one for each way of hiding the rest.
 """
 
 from __future__ import annotations
@@ -35,18 +35,13 @@ def shapley_values(value: ValueFunction, orders: Array) -> Array:
     (Mitchell et al., 2022, JMLR 23, 43). The values of an image add up to the answer of the whole image minus that of
     the empty one.
     """
-    return np.mean([_gains_along(value, order) for order in orders], axis=0)
-
-
-def _gains_along(value: ValueFunction, order: Array) -> Array:
-    """Return what the answer gains as each patch becomes visible: [image, patch], in the patches' own order."""
-    places = np.argsort(order, axis=1)
-    answers = [value(places < count) for count in range(order.shape[1] + 1)]
-    return np.take_along_axis(np.diff(np.stack(answers, axis=1), axis=1), places, axis=1)
+    places = np.argsort(orders, axis=-1)  # of each patch in the order
+    answers = np.stack([value(places < count) for count in range(orders.shape[-1] + 1)], axis=-1)
+    return np.asarray(np.take_along_axis(np.diff(answers, axis=-1), places, axis=-1).mean(axis=0))
 
 
 def leave_one_out(value: ValueFunction, num_images: int, num_patches: int) -> Array:
     """Return what the answer loses without each patch alone (Zeiler and Fergus, 2014): [image, patch]."""
-    whole = np.ones((num_images, num_patches), dtype=bool)
-    others = [np.tile(np.arange(num_patches) != patch, (num_images, 1)) for patch in range(num_patches)]
-    return value(whole)[:, None] - np.stack([value(each) for each in others], axis=1)
+    whole = value(np.ones((num_images, num_patches), dtype=bool))
+    others = np.broadcast_to(~np.eye(num_patches, dtype=bool)[:, None], (num_patches, num_images, num_patches))
+    return whole[:, None] - value(others).T

@@ -38,7 +38,7 @@ from attention_visualizer.support.parallel import on_all_cores
 Array = NDArray[Any]
 
 LAST_LAYER = "attention, last layer"  # what `explain` calls it
-MAX_TOKENS = 1000  # at once: small blocks keep all cores busy, and bound what `Perturbation` remembers
+MAX_TOKENS = 1000  # of a block of images, which goes through the model once for each of some ten rankings together
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def curves_along(
         own = {name: ranking[block] for name, ranking in rankings.items()}
         if orders is not None:
             own |= rankings_by_asking(perturbation, operator, orders[:, :, block])
-        return {name: perturbation.curves(ranking, operator) for name, ranking in own.items()}
+        return dict(zip(own, perturbation.curves(np.stack(list(own.values())), operator), strict=True))
 
     tasks = [(operator, block) for operator in OPERATORS for block in blocks]
     parts: dict[tuple[str, Operator], list[Curves]] = {}
