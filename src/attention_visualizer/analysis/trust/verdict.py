@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_visualizer.measures.intervals import BootstrapMeans, Interval
+from attention_visualizer.measures.intervals import REPLICATES, BootstrapMeans, Interval
 from attention_visualizer.measures.perturbation import OPERATORS, Curves, Operator
 
 Array = NDArray[Any]
@@ -27,6 +27,7 @@ MIN_SHARE = 0.5  # of what Shapley values gain: a map that misses more than it s
 MIN_GAIN = 0.02  # of the class's probability, mean over the shares of patches: two points in a hundred
 MAX_LIKENESS = 0.5  # rank correlation with the map of random weights: a map that stays is not about the weights
 RESAMPLES = 100  # of the images, for the power of the rule: its standard error is at most 0.05
+POWER_REPLICATES = 200  # of the intervals of each of them
 
 
 def performance(curves: dict[tuple[str, Operator], Curves], ranking: str) -> Array:
@@ -136,11 +137,11 @@ class PairedGains:
             np.flatnonzero(positions[rows] >= 0),
         )
 
-    def summary(self) -> Gains:
+    def summary(self, replicates: int = REPLICATES) -> Gains:
         """The means with their intervals, all from the same resampled images, so that shares are paired."""
         values = {("over", name): each for name, each in self.over.items()}
         values |= {("possible", name): each for name, each in self.possible.items()}
-        stream = BootstrapMeans()
+        stream = BootstrapMeans(replicates=replicates)
         stream.update(np.stack(list(values.values()), axis=1))
         at = {key: position for position, key in enumerate(values)}
 
@@ -159,7 +160,7 @@ class PairedGains:
 
         controls = None
         if self.over_controls.size:
-            control_stream = BootstrapMeans()
+            control_stream = BootstrapMeans(replicates=replicates)
             control_stream.update(self.over_controls)
             controls = control_stream.of_group()
         return Gains(
@@ -174,7 +175,7 @@ class PairedGains:
         """Return the share of resampled sets of images in which the ranking has every gain that trust needs."""
         generator, count = np.random.default_rng(seed), len(self.over[INKED])
         samples = (self.resampled(generator.integers(count, size=count)) for _ in range(RESAMPLES))
-        return float(np.mean([not sample.summary().failures() for sample in samples]))
+        return float(np.mean([not sample.summary(POWER_REPLICATES).failures() for sample in samples]))
 
 
 @dataclass(frozen=True)
