@@ -83,7 +83,7 @@ def text_of(result: TrustResult) -> str:
     return TEXT.format(
         n=result.num_images,
         least=MIN_GAIN,
-        share=MIN_SHARE,
+        share=100 * MIN_SHARE,
         likeness=MAX_LIKENESS,
         controls=result.num_controls,
         randomised=result.num_control_images,
@@ -91,8 +91,8 @@ def text_of(result: TrustResult) -> str:
         whole=signed(whole),
         half=signed(half),
         passing=f"do not pass: {failures[0]}" if failures else "pass",
-        power=f"{result.calibration.passes:.0%}",
-        verdicts="\n".join(f"- {each.name}: {each.degrees}. {each.reason}" for each in result.methods),
+        power=f"{100 * result.calibration.passes:.0f} %",
+        verdicts="\n".join(f"- **{each.name}**: {each.degrees}. {each.reason}" for each in result.methods),
     )
 
 
@@ -239,12 +239,12 @@ measures ink: black patches are background, and removing them changes nothing. S
 rankings (all patches in random order; inked patches first, in random order; patches by their amount of ink; by their
 amount of stroke edge) and with rankings that ask the model itself what it needs: Shapley values of that probability,
 from {permutations} permutations for each way of removing (patches filled with background, tokens dropped), and
-leave-one-out. They cost hundreds of passes and show what is possible, though not its limit: with all permutations
-Shapley values gain {whole} over inked patches in random order, with half of them {half}, so that more would gain a
-little more.
+leave-one-out. They cost hundreds of passes an image and show what is possible, though not its limit: Shapley values
+gain {whole} over inked patches in random order, with half of the permutations {half}. Unlike the maps they have a sign,
+so that what speaks against the class comes last, and part of their lead is due to that.
 
 A map is trusted if, on average over deletion, insertion and both ways of removing, it surely gains more than
-{share:.0%} of that; beats every baseline by at least {least}, with the interval above 0, and is nowhere surely worse;
+{share:.0f} % of that; beats every baseline by at least {least}, with the interval above 0, and is nowhere surely worse;
 gains as much over the same method's maps of each of {controls} models with random weights (on this model's predictions
 for {randomised} of the images); and has a rank correlation with these of at most {likeness}. Nothing is trusted unless
 the accuracy is above chance and above that of random weights. Can the truth pass? Shapley values from half of the

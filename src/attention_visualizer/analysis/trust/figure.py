@@ -65,7 +65,7 @@ def draw_curves(figure: SubFigure, result: TrustResult) -> None:
 def draw_shares(axis: Axes, result: TrustResult) -> None:
     """A row for each ranking: its share of what Shapley values gain, and the same in each comparison."""
     colors = dict(zip((each.name for each in result.methods), COLORS, strict=True))
-    shown = [each for each in result.rankings if each.name not in (SHAPLEY, INKED)]  # they are 1 and 0
+    shown = [each for each in result.rankings if each.name not in (SHAPLEY, INKED, RANDOM)]  # 1, 0 and far below
     heights = -np.arange(len(shown))
     for at, each in zip(heights, shown, strict=True):
         share = each.gains.share[SHAPLEY]

@@ -58,13 +58,10 @@ class Gains:
     def failures(self) -> list[str]:
         """Return what trust misses, as plain phrases."""
         found, share = [], self.share[SHAPLEY]
-        if not share.low > MIN_SHARE:  # NaN is none
-            found.append(
-                "Shapley values themselves gain too little here to compare with"
-                if np.isnan(share.value)
-                else f"it gains {share.text(0, percent=True)} of what Shapley values gain, not surely more than "
-                f"{MIN_SHARE:.0%}"
-            )
+        if np.isnan(share.value):
+            found.append("Shapley values themselves gain too little here to compare with")
+        elif share.low <= MIN_SHARE:
+            found.append(f"its share of what Shapley values gain is not surely above {100 * MIN_SHARE:.0f} %")
         weakest = min(self.mean_over, key=lambda name: float(self.mean_over[name].value))
         if not is_enough(self.mean_over[weakest]):
             found.append(f"its gain over the ranking by {weakest} is {signed(self.mean_over[weakest])}")
@@ -232,9 +229,8 @@ class MethodTrust:
     def reason(self) -> str:
         """The verdict in one plain sentence."""
         if self.failures:
-            return f"Do not trust {self.name} here: {self.failures[0]}."
+            return f"Not trusted: {self.failures[0]}."
         return (
-            f"Trust {self.name} here, as to which patches the prediction depends on: it gains more than half of what "
-            "Shapley values gain, beats every baseline ranking and its maps of random weights, and depends on the "
-            "weights."
+            "Trusted, as to which patches the prediction depends on: it gains most of what Shapley values gain, beats "
+            "every baseline ranking and its maps of random weights, and depends on the weights."
         )
