@@ -96,7 +96,7 @@ def test_a_map_that_gains_enough_and_needs_the_weights_is_trusted() -> None:
     assert found.is_trusted and found.reason.startswith("Trusted, ") and not found.failures
     assert float(found.gains.share[SHAPLEY].value) == pytest.approx(0.75, abs=0.02)
     assert (
-        "75 % (7" in found.degrees and "amount of ink: yes (+0.1" in found.degrees and "weights: yes" in found.degrees
+        "75 % (7" in found.degrees and "amount of ink: yes, +0.1" in found.degrees and "weights: yes" in found.degrees
     )
     assert set(found.gains.over) == set(BASELINES) and found.gains.over[AMOUNT].value.shape == (2, 2)
 

@@ -221,8 +221,8 @@ class MethodTrust:
         likeness = self.closest_control
         depends = "unknown" if likeness is None else "yes" if self.is_sensitive else "no"
         return (
-            f"{gained} of what Shapley values gain; beats the amount of ink: {self.gains.beats(AMOUNT)} "
-            f"({signed(self.gains.mean_over[AMOUNT])}); depends on the weights: {depends}"
+            f"{gained} of what Shapley values gain; beats the amount of ink: {self.gains.beats(AMOUNT)}, "
+            f"{signed(self.gains.mean_over[AMOUNT])}; depends on the weights: {depends}"
         )
 
     @property
