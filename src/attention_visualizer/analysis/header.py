@@ -76,7 +76,10 @@ def describe_input(format: InputFormat) -> str:
     )
 
 
-CHOSEN = " (unless named: in test-set order, the first of each class, then the second of each, ...)"
+CHOSEN = (
+    " (unless named: in test-set order, the first of each class, then the second of each, ...; the last quarter are "
+    "the first wrong answers, of different classes, where a trained model gives any)"
+)
 
 
 def describe_model(study: Study) -> str:

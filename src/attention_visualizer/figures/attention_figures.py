@@ -91,14 +91,15 @@ class ExplainedImage:
 
     @property
     def verdict(self) -> str:
-        """The true and the predicted class, as far as they are known."""
+        """The true and the predicted class, as far as they are known, and whether they differ."""
         parts = []
         if self.true_class is not None:
             parts.append(f"true {self.true_class}")
         if self.predicted_class is not None:
             share = "" if np.isnan(self.probability) else f" ({self.probability:.1%})"
             parts.append(f"predicted {self.predicted_class}{share}")
-        return ", ".join(parts)
+        differ = len(parts) == 2 and self.true_class != self.predicted_class
+        return ", ".join(parts) + (": wrong" if differ else "")
 
     def input_tile(self) -> Tile:
         return Tile(self.marked(self.image), "input")

@@ -25,6 +25,7 @@ LEVEL = 0.05  # of all tests of a report together and, as 1 - LEVEL, of interval
 # this rate, so that those of a whole report stay below LEVEL, whichever chapters it has.
 CHAPTER_LEVEL = LEVEL / 5
 PERMUTATION_BATCH = 64  # permutations at once: bounds memory
+IMAGES_AT_ONCE = 1000  # that get random signs: bounds memory
 NORMAL = NormalDist().inv_cdf(1 - LEVEL / 2)  # 1.96
 MAX_EXACT_UNITS = 14  # units of which all sign flips are counted
 
@@ -288,26 +289,31 @@ def largest_of_all_p_value(observed: Array, null: Array) -> Array:
     return np.where(np.isnan(observed), np.nan, p_value.reshape(observed.shape))
 
 
-def largest_difference_test(first: Array, second: Array, permutations: int = PERMUTATIONS, seed: int = 0) -> Array:
-    """Return p-values that two groups of images have the same mean, for all places together: [image, ...] -> [...].
-
-    They come from the largest of all standardised differences under permuted membership (Westfall and Young, 1993).
-    """
-    shape, n = first.shape[1:], len(first)
-    pooled = np.concatenate([first, second]).reshape(n + len(second), -1).astype(np.float64)
-    total = len(pooled)
-    deviation = pooled.std(axis=0)
-    varies = deviation > 1e-12
-    scaled = np.zeros_like(pooled)
-    scaled[:, varies] = (pooled[:, varies] - pooled[:, varies].mean(axis=0)) / deviation[varies]
-    contrast = np.full(total, -1 / (total - n))
-    contrast[:n] = 1 / n
-    observed = np.abs(contrast @ scaled)
+def sign_flipped_sums(influences: Array, flips: int = PERMUTATIONS, seed: int = 0) -> Array:
+    """Return sums over images with random signs (wild bootstrap: Wu, 1986; Mammen, 1993), how they would lie if each
+    image's expectation were 0, whatever its variance: [image, ...] -> [flip, ...]."""
     generator = np.random.default_rng(seed)
-    contrasts = np.stack([contrast[generator.permutation(total)] for _ in range(permutations)])
-    largest = np.abs(contrasts @ scaled).max(axis=1)
-    p_values = ((largest[:, None] >= observed * (1 - 1e-9)).sum(axis=0) + 1) / (permutations + 1)
-    return p_values.reshape(shape)
+    flat = influences.reshape(len(influences), -1).astype(np.float32, copy=False)
+    sums = np.zeros((flips, flat.shape[1]), dtype=np.float32)
+    for start in range(0, len(flat), IMAGES_AT_ONCE):
+        block = flat[start : start + IMAGES_AT_ONCE]
+        sums += generator.choice(np.array([-1, 1], np.float32), (flips, len(block))) @ block
+    return sums.reshape(flips, *influences.shape[1:])
+
+
+def largest_effect_test(effects: Array, influences: Array, flips: int = PERMUTATIONS) -> Array:
+    """Return p-values that effects are 0, for all of them together: [...].
+
+    They come from the largest of all standardised sums of influences with random signs (Westfall and Young, 1993).
+    effects: [...]; influences: of each image's noise on them, [image, ...].
+    """
+    deviation = np.sqrt(np.square(influences, dtype=np.float64).sum(axis=0))
+    varies = deviation > 1e-12
+    scale = np.divide(1, deviation, out=np.zeros(deviation.shape), where=varies)
+    largest = (np.abs(sign_flipped_sums(influences, flips)) * scale).reshape(flips, -1).max(axis=1)
+    reached = np.sort(largest)
+    above = flips - np.searchsorted(reached, np.abs(effects) * scale * (1 - 1e-6))
+    return np.where(varies, (above + 1) / (flips + 1), 1.0)
 
 
 def false_discovery_control(p_values: Array) -> Array:

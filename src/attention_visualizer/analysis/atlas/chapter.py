@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention_visualizer.analysis.atlas.figure import draw_differences, draw_maps, draw_rollouts
-from attention_visualizer.analysis.atlas.measure import MAX_OF_CLASS, MIN_SHARE, Atlas, Difference, measure
+from attention_visualizer.analysis.atlas.measure import MIN_SHARE, Atlas, measure
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.measures import intervals
 from attention_visualizer.measures.intervals import Interval
-from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table, escape_markdown
+from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
 Array = NDArray[Any]
 
@@ -24,13 +24,13 @@ def write(study: Study) -> Chapter:
     files = save_figures(atlas, study.output)
     return Chapter(
         CHAPTER.title,
-        TEXT.format(which=atlas.images, least=MIN_SHARE, permutations=intervals.PERMUTATIONS),
+        TEXT.format(which=atlas.images, least=MIN_SHARE, flips=intervals.PERMUTATIONS),
         files,
-        [difference_table(atlas)],
+        [rung_table(atlas), difference_table(atlas)] if atlas.differences else [],
         numbers_of(atlas),
         finding=finding_of(atlas, files[-1].name) if atlas.differences else None,
-        caution="Mean maps of two classes differ where their ink does. Only what remains after the ink at each "
-        "position is regressed out can be due to attention itself, and a linear regression on ink is a rough model.",
+        caution="Mean maps of two classes differ where their ink does. What no regression on the ink predicts may "
+        "still be a function of the image that none of them describes.",
     )
 
 
@@ -53,10 +53,9 @@ def save_figures(atlas: Atlas, output: Output) -> list[FigureFile]:
     files.append(
         FigureFile(
             output.save(draw_differences(atlas), "attention_atlas_differences"),
-            "Differences between the mean maps of two classes, in shares of the attention on patches "
-            f"({of_each_class(atlas.differences)}). Ring: significant "
-            f"(p < 0.05, corrected over all positions of a pair) and at least {MIN_SHARE:.0%}; full dot: also with "
-            "the ink at that position regressed out. Last: the difference of the ink, rings where it is significant.",
+            "Differences between the mean maps of two classes, in shares of the attention on patches. Ring: "
+            f"significant (p < 0.05, corrected over all places of all pairs) and at least {MIN_SHARE:.0%}; full dot: "
+            "so, too, beyond each regression on ink and pixels. Last: difference of the ink, ringed if significant.",
         )
     )
     return files
@@ -69,17 +68,20 @@ def numbers_of(atlas: Atlas) -> dict[str, Any]:
         "mean_maps": rounded(atlas.maps),
         "mean_rollouts": None if atlas.rollouts is None else rounded(atlas.rollouts),
         "ink": rounded(atlas.ink),
+        "taken_out": [
+            {"what": rung.taken_out, "regressors": rung.regressors, "predicted": rung.predicted} for rung in atlas.rungs
+        ],
         "pairs": [
             {
                 "classes": [atlas.names[each.first], atlas.names[each.second]],
+                "confused": each.confused,
                 "images": each.counts,
                 "attention": rounded_interval(each.attention),
                 "p_value": each.p_value,
-                "beyond_ink": rounded_interval(each.beyond_ink),
-                "beyond_ink_p_value": each.beyond_ink_p_value,
-                "with_ink": rounded_interval(each.with_ink),
                 "ink": rounded_interval(each.ink),
                 "ink_p_value": each.ink_p_value,
+                "largest_on_half": each.largest,
+                "largest_on_other_half": rounded_interval(each.largest_elsewhere),
             }
             for each in atlas.differences
         ],
@@ -95,65 +97,63 @@ def rounded_interval(interval: Interval) -> dict[str, Any]:
     return Interval(value, low, high, interval.n).numbers()
 
 
-def of_each_class(differences: list[Difference]) -> str:
-    """Return which images of a class its mean is over."""
-    most = max((count for each in differences for count in each.counts), default=0)
-    return f"the first {MAX_OF_CLASS:,} images of each class" if most == MAX_OF_CLASS else "all images of both classes"
-
-
-def largest(interval: Interval) -> tuple[tuple[int, int], Interval]:
-    """Return where [layer, patch] a difference is largest, and what it is there."""
-    layer, patch = np.unravel_index(int(np.abs(interval.value).argmax()), interval.value.shape)
-    return (int(layer), int(patch)), interval[layer, patch]
-
-
 def finding_of(atlas: Atlas, figure: str) -> Finding:
-    differences, names = atlas.differences, atlas.names
-    places = sum(each.p_value.size for each in differences)
-    differing = sum(int(each.differs().sum()) for each in differences)
-    beyond = sum(int(each.differs_beyond_ink().sum()) for each in differences)
-    most = max(differences, key=lambda each: float(np.abs(each.beyond_ink.value).max()))
-    (layer, _), value = largest(most.beyond_ink)
+    differ = atlas.differ
+    of_rung = differ.sum(axis=(1, 2, 3))
     return Finding(
-        f"Between {len(differences)} pairs of easily confused classes, {differing} of {places} positions (layer "
-        f"and patch) get different attention, {beyond} also with the ink at that position regressed out; most for "
-        f"{escape_markdown(names[most.first])} and {escape_markdown(names[most.second])} in layer {layer + 1}, "
-        f"{value.text()} of the attention (n = {most.counts[0]} and {most.counts[1]}).",
+        f"Between {len(atlas.differences)} pairs of easily confused classes, {of_rung[0]} of {differ[0].size} "
+        f"positions (layer and patch) get different attention: {of_rung[1]} beyond a line in the ink of the position, "
+        f"{differ.all(axis=0).sum()} beyond each of the regressions on all inks and on pixels.",
         figure,
+    )
+
+
+def rung_table(atlas: Atlas) -> Table:
+    rows = [
+        [rung.taken_out, str(rung.regressors), f"{rung.predicted:.0%}", f"{there.sum()} of {there.size}"]
+        for rung, there in zip(atlas.rungs, atlas.differ, strict=True)
+    ]
+    beyond = atlas.differ.all(axis=0)
+    return Table(
+        f"Positions (layer and patch) of {len(atlas.differences)} pairs of classes whose attention differs when "
+        f"something is taken out of maps and classes by regression over {atlas.images}, out of fold. The last row "
+        "counts the positions that differ in every other row.",
+        ["taken out", "regressors", "of the maps' variance, predicted", "positions that differ"],
+        [*rows, ["each of these", "", "", f"{beyond.sum()} of {beyond.size}"]],
     )
 
 
 def difference_table(atlas: Atlas) -> Table:
     rows = []
     for each in atlas.differences:
-        (layer, patch), most = largest(each.attention)
+        layer, patch = each.largest
         row, column = divmod(patch, atlas.grid[1])
         rows.append(
             [
                 f"{atlas.names[each.first]} minus {atlas.names[each.second]}",
+                "look alike" if each.confused is None else f"confused {each.confused} times (picked afterwards)",
                 f"{each.counts[0]:,} and {each.counts[1]:,}",
-                most.text(),
                 f"layer {layer + 1}, row {row + 1}, column {column + 1}",
-                f"{int(each.differs().sum())} of {each.p_value.size}",
-                f"{int(each.differs_beyond_ink().sum())} of {each.p_value.size}",
-                each.with_ink.text(0, percent=True),
-                f"{int(each.ink_differs().sum())} of {each.ink_p_value.size}",
+                each.largest_elsewhere.text(),
+                f"{each.differs[0].sum()} of {each.differs[0].size}",
+                f"{each.differs_in_all.sum()} of {each.differs_in_all.size}",
+                f"{each.ink_differs.sum()} of {each.ink_differs.size}",
             ]
         )
     columns = [
         "classes",
+        "why",
         "images",
-        "largest difference (share)",
-        "where",
+        "largest on half of the images",
+        "there, on the other half (share)",
         "positions that differ",
-        "ink regressed out",
-        "of the squares, explained by ink",
+        "beyond each regression",
         "patches whose ink differs",
     ]
     return Table(
-        "Pairs of classes: similar-looking digits, then those that this model confuses most, over "
-        f"{of_each_class(atlas.differences)}, with 95 % intervals over images. The largest difference was "
-        "selected for its size, so another test set would show a somewhat smaller one there.",
+        "Pairs of classes: similar-looking digits, named beforehand, then those that this model confuses most on the "
+        "same images. Where a difference is largest was chosen on half of the images of both classes; its value (95 % "
+        "interval over images) is of the other half.",
         columns,
         rows,
     )
@@ -168,9 +168,13 @@ CHAPTER = ChapterWriter(
 )
 
 TEXT = """Mean maps over {which}, as shares of the attention on patches. A class's mean map resembles its mean
-image, because some heads follow ink; differences between classes are therefore tested twice. First as they are:
-positions with a ring differ significantly, corrected over all layers and patches of a pair ({permutations} permutations
-of the classes' labels, the largest standardised difference, p < 0.05), and by at least {least:.0%} of the attention.
-Then without ink: the attention at each position is regressed linearly on its own ink, and the residuals are tested in
-the same way (full dots). The regression is rough: attention may follow ink elsewhere in the image, so a full dot is a
-difference that the ink at this position does not explain, not one that no ink explains."""
+image, because some heads follow ink; differences between classes are therefore tested several times. First as they
+are: positions with a ring differ significantly, corrected over all layers and patches of all pairs together ({flips}
+random signs of the images' residuals, the largest standardised difference, p < 0.05), and by at least {least:.0%} of
+the attention. Then with more and more taken out by regression over all images ({{table:1}}): a line in the ink of the
+position; the inks of all patches; their squares and products; their softmax at three strengths; or all inks and the
+main components of the pixels. The class is regressed on the same, so that a p-value says whether it predicts attention
+beyond the regressors; the size is what is left of the difference. Full dots are significant and of that size in each
+of these. No regression is the last word. Attention is a function of the pixels, so that a full dot is a difference
+that none of these describes; and what predicts attention predicts the class, too, so that no dot is not no
+difference."""

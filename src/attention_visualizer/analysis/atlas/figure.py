@@ -59,25 +59,25 @@ def draw_classes(atlas: Atlas, maps: Array, columns: list[str], headline: str, s
 def draw_differences(atlas: Atlas) -> PanelFigure:
     """Draw a row for each pair of classes: the difference by layer, then that of the ink."""
     grid, differences = atlas.grid, atlas.differences
-    largest = max(float(np.abs(each.attention.value).max()) for each in differences)
+    largest = max(float(np.abs(each.attention.value[0]).max()) for each in differences)
     largest_ink = max(float(np.abs(each.ink.value).max()) for each in differences)
     scale = signed_scale(largest, "difference of the share of attention", "PuOr_r")
     ink_scale = signed_scale(largest_ink, "difference of the ink", "RdGy_r")
     tiles: list[list[Tile | None]] = []
     for each in differences:
         row: list[Tile | None] = [
-            Tile(marked(scale.to_rgb(values.reshape(grid)), differs.reshape(grid), beyond.reshape(grid)))
-            for values, differs, beyond in zip(
-                each.attention.value, each.differs(), each.differs_beyond_ink(), strict=True
+            Tile(marked(scale.to_rgb(values.reshape(grid)), differs.reshape(grid), in_all.reshape(grid)))
+            for values, differs, in_all in zip(
+                each.attention.value[0], each.differs[0], each.differs_in_all, strict=True
             )
         ]
         ink = ink_scale.to_rgb(each.ink.value.reshape(grid))
-        row.append(Tile(marked(ink, each.ink_differs().reshape(grid), np.zeros(grid, bool))))
+        row.append(Tile(marked(ink, each.ink_differs.reshape(grid), np.zeros(grid, bool))))
         tiles.append(row)
     return tile_grid(
         tiles,
         "Where the maps of two classes differ",
-        "first class minus second; ring: significant; full dot: also with the local ink regressed out",
+        "first class minus second; ring: significant; full dot: also beyond each regression on the ink",
         column_titles=[*layer_titles(atlas), "ink"],
         row_titles=[f"{atlas.names[each.first]} minus {atlas.names[each.second]}" for each in differences],
         tile_size=96,

@@ -1,7 +1,8 @@
-"""Mean maps of each class, and where those of two classes differ, with and without what goes with their ink."""
+"""Mean maps of each class, and where those of two classes differ, with and without what ink predicts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,15 +14,13 @@ from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.data import ink
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.measures import intervals
+from attention_visualizer.measures.ink_regression import PIXEL_COMPONENTS, Residuals, main_components, residuals_of
 from attention_visualizer.measures.intervals import Interval
 
 Array = NDArray[Any]
 
 ALIKE_DIGITS = (("4", "9"), ("3", "5"), ("3", "8"), ("7", "9"))
 MAX_CONFUSED_PAIRS = 2  # pairs that this model confuses most, besides
-MAX_OF_CLASS = 1000  # images of one class in a permutation test: bounds memory
-IMAGES_AT_ONCE = 500  # while resampling: bounds memory
-NO_SPREAD = 1e-12  # variance of a patch's ink, below which nothing can be predicted from it
 MIN_SHARE = 0.01  # declared beforehand: a difference of less than this share of the attention is not shown as one
 
 
@@ -39,33 +38,51 @@ class Atlas:
     maps: Array  # mean over heads, shares of the attention on patches: [class, layer, patch]
     rollouts: Array | None  # shares of what reaches the patches: [class, layer, patch]; None where there are none
     ink: Array  # brightness, 0 to 1: [class, patch]
+    rungs: list[Rung]  # from nothing taken out to the most
     differences: list[Difference]
+
+    @property
+    def differ(self) -> Array:
+        """Return where the classes of a pair differ beyond what was taken out: bool [rung, pair, layer, patch]."""
+        return np.stack([each.differs for each in self.differences], axis=1)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What was taken out of the maps before classes were compared."""
+
+    taken_out: str  # in words
+    regressors: int  # of each place
+    predicted: float  # share of the variance of the maps that they predict, out of fold
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first class's mean map minus the second's. p-values hold for all places of a pair together, intervals for
-    each."""
+    """The first class's mean map minus the second's. p-values hold for all places of all pairs together, intervals for
+    each place."""
 
     first: int  # class
     second: int
+    confused: int | None  # how often the model takes one for the other, None for a pair named beforehand
     counts: tuple[int, int]  # images of each
-    attention: Interval  # shares of the attention on patches: [layer, patch]
-    p_value: Array  # [layer, patch]
-    beyond_ink: Interval  # what is left when each place's attention is predicted from its own ink: [layer, patch]
-    beyond_ink_p_value: Array  # [layer, patch]
-    with_ink: Interval  # share of the difference's squares, over layers and places, that this takes away: one value
+    attention: Interval  # of each rung's residuals, shares of the attention on patches: [rung, layer, patch]
+    p_value: Array  # that the class says nothing beyond what was taken out: [rung, layer, patch]
     ink: Interval  # brightness, 0 to 1: [patch]
     ink_p_value: Array  # [patch]
+    largest: tuple[int, int]  # layer and patch with the largest difference on half of the images, nothing taken out
+    largest_elsewhere: Interval  # what it is there on the other half
 
+    @property
     def differs(self) -> Array:
-        """bool [layer, patch]"""
+        """Return where the classes differ beyond what was taken out: bool [rung, layer, patch]."""
         return np.asarray((self.p_value < intervals.LEVEL) & (np.abs(self.attention.value) >= MIN_SHARE))
 
-    def differs_beyond_ink(self) -> Array:
-        """bool [layer, patch]"""
-        return np.asarray((self.beyond_ink_p_value < intervals.LEVEL) & (np.abs(self.beyond_ink.value) >= MIN_SHARE))
+    @property
+    def differs_in_all(self) -> Array:
+        """Return where they differ whatever was taken out: bool [layer, patch]."""
+        return np.asarray(self.differs.all(axis=0))
 
+    @property
     def ink_differs(self) -> Array:
         """bool [patch]"""
         return np.asarray(self.ink_p_value < intervals.LEVEL)
@@ -80,10 +97,10 @@ def measure(study: Study) -> Atlas:
     if survey.rollouts is not None:
         shares = survey.rollouts / survey.rollouts.sum(axis=-1, keepdims=True)
         rollouts = class_means(shares, labels, len(names))
-    differences = []
-    for first, second in chosen_pairs(names, labels, survey.predicted[survey.kept]):
-        study.progress(f"classes {names[first]} and {names[second]}")
-        differences.append(measure_difference(maps, amount, labels, first, second))
+    pixels = main_components(pixel_values(images, survey.kept), PIXEL_COMPONENTS)
+    pairs = chosen_pairs(names, labels, survey.predicted[survey.kept])
+    study.progress(f"{len(pairs)} pairs of classes")
+    rungs, differences = compare(maps, amount, labels, pixels, pairs) if pairs else ([], [])
     return Atlas(
         names,
         np.bincount(labels, minlength=len(names)),
@@ -95,6 +112,7 @@ def measure(study: Study) -> Atlas:
         class_means(maps, labels, len(names)),
         rollouts,
         class_means(amount, labels, len(names)),
+        rungs,
         differences,
     )
 
@@ -121,94 +139,108 @@ def mean_images(images: ImageSet, rows: Array, labels: Array) -> Array:
     return (sums / counts[:, None, None, None]).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def chosen_pairs(names: list[str], labels: Array, predicted: Array) -> list[tuple[int, int]]:
-    """Return digits that look alike, then those that this model confuses most, in either direction."""
-    alike = [pair for pair in ALIKE_DIGITS if set(pair) <= set(names)]
-    pairs = [(names.index(first), names.index(second)) for first, second in alike]
+def pixel_values(images: ImageSet, rows: Array) -> Array:
+    """Return the brightness of all pixels, 0 to 1: float32 [image, pixel]."""
+    return np.concatenate(
+        [pixels.amax(dim=1).flatten(1).float().numpy() / 255 for _, pixels in ink.in_blocks(images, rows)]
+    )
+
+
+def chosen_pairs(names: list[str], labels: Array, predicted: Array) -> dict[tuple[int, int], int | None]:
+    """Return digits that look alike, then those that this model confuses most, in either direction, with how often; of
+    classes with an image for each half."""
+    counts = np.bincount(labels, minlength=len(names))
+    known = {name for name, count in zip(names, counts, strict=True) if count >= 2}
+    alike = [pair for pair in ALIKE_DIGITS if set(pair) <= known]
+    pairs: dict[tuple[int, int], int | None] = {
+        (names.index(first), names.index(second)): None for first, second in alike
+    }
     confused = np.zeros((len(names), len(names)), dtype=np.int64)
     np.add.at(confused, (labels, predicted), 1)
     both = np.triu(confused + confused.T, 1)
     order = np.argsort(-both, axis=None, kind="stable")
     most_confused = [(int(each // len(names)), int(each % len(names))) for each in order if both.flat[each] > 0]
-    return pairs + [pair for pair in most_confused if pair not in pairs][:MAX_CONFUSED_PAIRS]
+    others = [pair for pair in most_confused if pair not in pairs and counts[list(pair)].min() >= 2]
+    return pairs | {pair: int(both[pair]) for pair in others[:MAX_CONFUSED_PAIRS]}
 
 
-def without_ink(maps: Array, amount: Array) -> Array:
-    """Return what the ink of a place does not predict of its attention, by a line for each layer and place.
+def compare(
+    maps: Array, amount: Array, labels: Array, pixels: Array, pairs: Mapping[tuple[int, int], int | None]
+) -> tuple[list[Rung], list[Difference]]:
+    """Compare the mean maps of pairs of classes, with more and more taken out.
 
-    maps: [image, layer, patch]; amount: [image, patch] -> residuals [image, layer, patch], of mean 0.
+    maps: [image, layer, patch]; amount: ink, [image, patch]; labels: [image]; pixels: their main components, [image,
+    component]; pairs: classes -> how often they are confused.
     """
-    ink_centred = (amount - amount.mean(axis=0))[:, None]
-    maps_centred = maps - maps.mean(axis=0)
-    spread = (ink_centred**2).sum(axis=0)
-    slope = np.divide(
-        (maps_centred * ink_centred).sum(axis=0),
-        spread,
-        out=np.zeros(maps.shape[1:]),
-        where=spread > NO_SPREAD * len(amount),
+    rungs, compared = [], []
+    for residuals in residuals_of(maps, amount, labels, pixels):
+        predicted = 1 - float(residuals.maps.var(axis=0).sum() / max(maps.var(axis=0).sum(), 1e-12))
+        rungs.append(Rung(residuals.taken_out, residuals.regressors or 0, predicted))
+        compared.append((group_differences(residuals.maps, labels, pairs), class_test(residuals, pairs)))
+    of_ink = group_differences(amount, labels, pairs)
+    indicators = [indicator(labels, pair) for pair in pairs]
+    noise = amount - class_means(amount, labels, int(labels.max()) + 1)[labels]
+    ink_p_value = intervals.largest_effect_test(
+        np.stack([each.value for each in of_ink]), np.stack([each[:, None] * noise for each in indicators], axis=1)
     )
-    return maps_centred - slope * ink_centred
-
-
-def measure_difference(maps: Array, amount: Array, labels: Array, first: int, second: int) -> Difference:
-    """Compare two classes. maps: [image, layer, patch]; amount: ink, [image, patch]; labels: [image]."""
-    rows = [np.flatnonzero(labels == each)[:MAX_OF_CLASS] for each in (first, second)]
-    both = np.concatenate(rows)
-    residuals = without_ink(maps[both], amount[both])
-    count = len(rows[0])
-    p_value = intervals.largest_difference_test(maps[rows[0]], maps[rows[1]])
-    beyond_p_value = intervals.largest_difference_test(residuals[:count], residuals[count:])
-    ink_p_value = intervals.largest_difference_test(amount[rows[0]], amount[rows[1]])
-    attention, beyond, with_ink, of_ink = resampled_differences(maps[both], amount[both], count)
-    return Difference(
-        first,
-        second,
-        (count, len(rows[1])),
-        attention,
-        p_value,
-        beyond,
-        beyond_p_value,
-        with_ink,
-        of_ink,
-        ink_p_value,
-    )
-
-
-def resampled_differences(maps: Array, amount: Array, count: int) -> tuple[Interval, ...]:
-    """Return differences between the first `count` images and the others, each group resampled apart: of the attention
-    [layer, patch], of what the ink of a place does not predict of it [layer, patch], the share of squares that goes
-    with ink, and of the ink [patch].
-
-    The lines through the ink are fitted again in each replicate, from the means of maps, ink, their product and square.
-    """
-    n, num_layers, num_patches = maps.shape
-    moments = intervals.BootstrapMeans(2)
-    for start in range(0, n, IMAGES_AT_ONCE):
-        block = slice(start, start + IMAGES_AT_ONCE)
-        block_ink, block_maps = amount[block, None], maps[block]
-        moments.update(
-            np.concatenate([block_maps, block_ink, block_maps * block_ink, block_ink**2], axis=1),
-            (np.arange(n)[block] >= count).astype(np.int64),
+    largest = [largest_of_half(maps, labels, pair) for pair in pairs]
+    return rungs, [
+        Difference(
+            first,
+            second,
+            confused,
+            (int((labels == first).sum()), int((labels == second).sum())),
+            stacked([of_pairs[index] for of_pairs, _ in compared]),
+            np.stack([p_values[index] for _, p_values in compared]),
+            of_ink[index],
+            ink_p_value[index],
+            *largest[index],
         )
+        for index, ((first, second), confused) in enumerate(pairs.items())
+    ]
 
-    def differences(first: Array, second: Array) -> tuple[Array, ...]:
-        """Return the quantity from the groups' means [..., moment, patch]."""
-        pooled = (count * first + (n - count) * second) / n
-        maps_mean, ink_mean = pooled[..., :num_layers, :], pooled[..., num_layers : num_layers + 1, :]
-        spread = pooled[..., -1:, :] - ink_mean**2
-        together = pooled[..., num_layers + 1 : -1, :] - maps_mean * ink_mean
-        slope = np.divide(together, spread, out=np.zeros_like(together), where=spread > NO_SPREAD)
-        between = first - second
-        attention, of_ink = between[..., :num_layers, :], between[..., num_layers : num_layers + 1, :]
-        beyond = attention - slope * of_ink
-        total = (attention**2).sum(axis=(-2, -1))
-        unexplained = np.divide((beyond**2).sum(axis=(-2, -1)), total, out=np.full_like(total, np.nan), where=total > 0)
-        return attention, beyond, 1 - unexplained, of_ink[..., 0, :]
 
-    (first, first_replicates), (second, second_replicates) = moments.resampled(0), moments.resampled(1)
-    values = differences(first, second)
-    replicates = differences(first_replicates, second_replicates)
-    return tuple(
-        Interval(np.asarray(value), *intervals.percentiles(each), n)
-        for value, each in zip(values, replicates, strict=True)
-    )
+def indicator(labels: Array, pair: tuple[int, int]) -> Array:
+    """Return the weights of images whose sum is the mean of the first class minus that of the second: [image]."""
+    first, second = (labels == each for each in pair)
+    return (first / max(first.sum(), 1) - second / max(second.sum(), 1)).astype(np.float32)
+
+
+def group_differences(values: Array, labels: Array, pairs: Iterable[tuple[int, int]]) -> list[Interval]:
+    """Return the first class's mean minus the second's, for each pair: [image, ...] -> [...]."""
+    found = []
+    for first, second in pairs:
+        groups = [values[labels == each].astype(np.float64) for each in (first, second)]
+        difference = groups[0].mean(axis=0) - groups[1].mean(axis=0)
+        error = np.sqrt(sum(each.var(axis=0) / max(len(each) - 1, 1) for each in groups))
+        half = intervals.NORMAL * error
+        found.append(Interval(difference, difference - half, difference + half, sum(map(len, groups))))
+    return found
+
+
+def stacked(found: Sequence[Interval]) -> Interval:
+    """Stack intervals over the same images."""
+    value, low, high = (np.stack([getattr(each, name) for each in found]) for name in ("value", "low", "high"))
+    return Interval(value, low, high, found[0].n)
+
+
+def class_test(residuals: Residuals, pairs: Iterable[tuple[int, int]]) -> Array:
+    """Return the p-values that two classes have the same attention, what was taken out being equal, for all places of
+    all pairs together: [pair, layer, patch]."""
+    weights, noise = residuals.class_effects(), residuals.noise()
+    contrasts = [
+        weights[:, first, None] - weights[:, second, None] for first, second in pairs
+    ]  # [image, 1, patch or 1]
+    effects = np.stack([(each * residuals.maps).sum(axis=0, dtype=np.float64) for each in contrasts])
+    return intervals.largest_effect_test(effects, np.stack([each * noise for each in contrasts], axis=1))
+
+
+def largest_of_half(maps: Array, labels: Array, pair: tuple[int, int]) -> tuple[tuple[int, int], Interval]:
+    """Choose the place of the largest difference on every second image of each class, from the first; return where it
+    is, and what it is there on the others."""
+    rows = [np.flatnonzero(labels == each) for each in pair]
+    chosen, others = (np.concatenate([each[start::2] for each in rows]) for start in (0, 1))
+    (there,) = group_differences(maps[chosen], labels[chosen], [pair])
+    (elsewhere,) = group_differences(maps[others], labels[others], [pair])
+    layer, patch = np.unravel_index(int(np.abs(there.value).argmax()), there.value.shape)
+    return (int(layer), int(patch)), elsewhere[layer, patch]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from attention_visualizer.analysis.study.target import Target
+from attention_visualizer.attention.outputs import class_scores, predict
 from attention_visualizer.data.image_sets import ImageFolder, ImageSet, LabelledImageSet, read_formatted
 from attention_visualizer.data.images import read_image
+from attention_visualizer.measures.intervals import learnt_threshold
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import printable
+
+ERROR_SHARE = 4  # one in so many samples is an error, unless other samples are asked for
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,12 @@ def find_samples(target: Target, choice: SampleChoice) -> list[Sample]:
     classes = images.num_classes
     if choice.class_ is not None and classes is not None and not 0 <= choice.class_ < classes:
         raise UserError(f"class={choice.class_}: give a class from 0 to {classes - 1}")
-    wrong = wrong_predictions(target) if choice.wrong else None
+    wrong = torch.cat(list(wrong_answers(target))) if choice.wrong else None
     one_class = torch.zeros(len(images), dtype=torch.long) if labels is None else labels
     rows = choose_samples(one_class, choice.num_samples, choice.samples, choice.class_, wrong)
+    if labels is not None and choice.samples is None and not rules:
+        errors = first_errors(target, labels, rows)
+        rows = [row for row in rows if row not in errors][: len(rows) - len(errors)] + errors
     return [
         Sample(image, None if labels is None else int(labels[row]), images.name(row))
         for row, image in zip(rows, images.read(rows), strict=True)
@@ -95,10 +102,33 @@ def choose_samples(
     return candidates[order[:num_samples]].tolist()
 
 
-def wrong_predictions(target: Target) -> Tensor:
-    """Return a mask [image] of the images that the model gets wrong."""
-    with torch.no_grad():
-        return torch.cat([(target.model(images).argmax(dim=1) != labels).cpu() for images, labels in target.batches()])
+def first_errors(target: Target, labels: Tensor, rows: Sequence[int]) -> list[int]:
+    """Return rows that are to stand for the last one in ERROR_SHARE of these: in test-set order, the first images of
+    different classes that the model gets wrong. None of a model that has learnt nothing, or makes no other mistake.
+
+    No more of the test set is looked at than is needed.
+    """
+    count, num_classes = len(rows) // ERROR_SHARE, target.first_observation.num_classes
+    if not count or not num_classes:
+        return []
+    wrong, seen, num_wrong = torch.zeros(len(labels), dtype=torch.bool), 0, 0
+    for mask in wrong_answers(target):
+        wrong[seen : seen + len(mask)] = mask
+        seen, num_wrong = seen + len(mask), num_wrong + int(mask.sum())
+        wrong[list(rows[:-count])] = False
+        if len(labels[wrong].unique()) >= count:
+            break
+    learnt = 1 - num_wrong / seen > learnt_threshold(1 / num_classes)
+    return choose_samples(labels, count, None, None, wrong) if learnt and wrong.any() else []
+
+
+def wrong_answers(target: Target) -> Iterator[Tensor]:
+    """Yield whether the model gets each image wrong, batch by batch: bool [image]."""
+    for images, labels in target.batches():
+        assert labels is not None
+        with torch.no_grad():
+            predicted, _ = predict(class_scores(target.model, images, target.model(images)), len(images))
+        yield torch.from_numpy(predicted) != labels.cpu()
 
 
 def check_sample(sample: Sample, images: ImageSet) -> None:
