@@ -9,8 +9,6 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import cross_val_predict
 
-from attention_visualizer.data.datamodule import ImageDataModule
-from attention_visualizer.data.ink import ink_amount
 from attention_visualizer.measures import ink_regression
 from attention_visualizer.measures.class_variance import ClassShare, class_variance, smallest
 from attention_visualizer.measures.ink_regression import (
@@ -21,47 +19,18 @@ from attention_visualizer.measures.ink_regression import (
     SOFTMAX,
     SQUARES,
     Residuals,
-    main_components,
     out_of_fold,
     residuals_of,
     softmax,
 )
+from tests.helpers.ink_only import INK_ONLY, PATCHES, ink_of_digits
 
 LEAST = 0.06  # of the claim that attention differs between classes
-PATCHES = 16
 
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ink of real digits, whose classes differ in it: amount [image, patch], pixel components, labels."""
-    data = ImageDataModule(name="digits", fallback=None)
-    data.load()
-    images, labels = data.splits["train"]
-    pixels = images[:, 0, ::3, ::3].flatten(1).numpy() / np.float32(255)
-    return ink_amount(images, (4, 4)).numpy(), main_components(pixels, 30), labels.numpy()
-
-
-def brightest(amount: np.ndarray) -> np.ndarray:
-    return np.eye(PATCHES)[amount.argmax(axis=1)]
-
-
-def of_strength(strength: float) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda amount: softmax(strength * amount)
-
-
-def with_place(amount: np.ndarray) -> np.ndarray:
-    """Not among the regressors: each place has a weight and a strength of its own."""
-    generator = np.random.default_rng(3)
-    return softmax(generator.uniform(2, 14, PATCHES) * amount + generator.standard_normal(PATCHES))
-
-
-INK_ONLY = {
-    "brightest": brightest,
-    "softmax 2": of_strength(2),
-    "softmax 14": of_strength(14),
-    "softmax 30": of_strength(30),
-    "softmax of weights and places": with_place,
-}
+    return ink_of_digits()
 
 
 def relative(shares: np.ndarray) -> np.ndarray:
@@ -135,7 +104,7 @@ def test_shares_are_of_the_variance_before_and_chance_is_taken_off() -> None:
 def test_p_values_are_at_their_level_where_class_says_nothing_beyond_ink() -> None:
     """Classes that are made by the ink, maps that follow it in a line, and noise that differs between classes."""
     p_values = []
-    for seed in range(60):
+    for seed in range(40):
         generator = np.random.default_rng(seed)
         amount = generator.random((150, 4))
         labels = (amount @ [3, -2, 1, 0] + 0.3 * generator.standard_normal(150) > 1).astype(np.int64)
@@ -144,7 +113,7 @@ def test_p_values_are_at_their_level_where_class_says_nothing_beyond_ink() -> No
         assert shares[0].p_value == 1 / 500
         p_values.append([each.p_value for each in shares[1:]])
     rejected = (np.array(p_values) < 0.1).mean(axis=0)
-    assert (rejected <= 0.22).all() and rejected.max() > 0, rejected  # 60 tests of 10 %: three standard errors
+    assert (rejected <= 0.25).all() and rejected.max() > 0, rejected  # 40 tests of 10 %: three standard errors
 
 
 def test_intervals_cover_the_share() -> None:
@@ -180,8 +149,9 @@ def test_regressions_are_out_of_fold_and_scikit_learns() -> None:
     for penalty in ink_regression.PENALTIES:
         ridge = Ridge(penalty * 72)  # images that each fit is of
         expected.append(targets - cross_val_predict(ridge, scaled, targets, cv=splits))
-    best = min(expected, key=lambda each: float((each**2).sum()))
-    np.testing.assert_allclose(left, best - best.mean(axis=0), atol=1e-4)
+    for column in range(2):
+        best = min((each[:, column] for each in expected), key=lambda each: float((each**2).sum()))
+        np.testing.assert_allclose(left[:, column], best - best.mean(), atol=1e-4)
     np.testing.assert_array_equal(left[:, 0], classes[:, 0])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -228,40 +230,56 @@ def test_blocks_of_permutations_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert np.abs(shuffled - expected[1]).max() > 1e-3
 
 
-def test_the_largest_difference_holds_its_level_over_all_places() -> None:
-    generator = np.random.default_rng(3)
-    wrong = []
-    for trial in range(150):
-        groups = generator.standard_normal((2, 25, 3, 7)) * np.linspace(0.1, 5, 7)
-        p_values = intervals.largest_difference_test(groups[0], groups[1], 99, seed=trial)
-        wrong.append((p_values < 0.05).any())
-    assert 0.01 <= np.mean(wrong) <= 0.11
+def effects_and_influences(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The difference of two groups' means [image, ...], and each image's part in it if there were none."""
+    effect = first.mean(axis=0) - second.mean(axis=0)
+    weights = np.concatenate([np.full(len(first), 1 / len(first)), np.full(len(second), -1 / len(second))])
+    weights = weights.reshape(-1, *[1] * effect.ndim)
+    noise = np.concatenate([first - first.mean(axis=0), second - second.mean(axis=0)])
+    return effect, weights * (noise + weights * effect / (weights**2).sum())
 
 
-def test_a_difference_is_found_in_its_place_only() -> None:
+def test_the_largest_effect_holds_its_level_over_all_places() -> None:
+    """Also of groups whose numbers and spreads differ, for which permutations of their images do not."""
+    wrong = {(1, 25): 0, (3, 100): 0}
+    for (spread, count), seed in itertools.product(wrong, range(150)):
+        generator = np.random.default_rng(seed)
+        first = spread * generator.standard_normal((25, 3, 7)) * np.linspace(0.1, 5, 7)
+        second = generator.standard_normal((count, 3, 7)) * np.linspace(0.1, 5, 7)
+        wrong[spread, count] += (intervals.largest_effect_test(*effects_and_influences(first, second), 99) < 0.05).any()
+    assert all(1 <= count <= 18 for count in wrong.values()), wrong  # 150 tests of 5 %, four standard errors
+
+
+def test_an_effect_is_found_in_its_place_only() -> None:
     generator = np.random.default_rng(4)
     first, second = generator.standard_normal((2, 60, 4, 5))
     first[:, 2, 3] += 1.5
-    p_values = intervals.largest_difference_test(first, second, 199)
+    p_values = intervals.largest_effect_test(*effects_and_influences(first, second), 199)
     assert p_values[2, 3] == 1 / 200
     p_values[2, 3] = 1
     assert (p_values > 0.05).all()
     constant = np.ones((10, 2))
-    assert intervals.largest_difference_test(constant, constant, 19).tolist() == [1.0, 1.0]
+    assert intervals.largest_effect_test(*effects_and_influences(constant, constant), 19).tolist() == [1.0, 1.0]
 
 
-def test_the_largest_difference_of_one_place_is_scipys_permutation_test() -> None:
+def test_the_largest_effect_of_one_place_is_scipys_t_test() -> None:
+    """Welch's, which holds for groups of any spread."""
     generator = np.random.default_rng(11)
-    first, second = generator.standard_normal((17, 1)), generator.standard_normal((23, 1))
-    p_values = intervals.largest_difference_test(first, second, 4999)
-    theirs = scipy.stats.permutation_test(
-        (first[:, 0], second[:, 0]),
-        lambda one, other: abs(one.mean() - other.mean()),
-        alternative="greater",
-        n_resamples=4999,
-        rng=np.random.default_rng(0),
-    )
-    assert 0.01 < theirs.pvalue < 0.5 and p_values[0] == pytest.approx(theirs.pvalue, abs=0.03)
+    first, second = 2 * generator.standard_normal((170, 1)), generator.standard_normal((90, 1)) + 0.25
+    p_values = intervals.largest_effect_test(*effects_and_influences(first, second), 4999)
+    theirs = scipy.stats.ttest_ind(first[:, 0], second[:, 0], equal_var=False).pvalue
+    assert 0.01 < theirs < 0.5 and p_values[0] == pytest.approx(theirs, abs=0.03)
+
+
+def test_blocks_of_signed_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    influences = np.random.default_rng(13).standard_normal((50, 2, 3))
+    monkeypatch.setattr(intervals, "IMAGES_AT_ONCE", 50)
+    whole = intervals.sign_flipped_sums(influences, 4000)
+    monkeypatch.setattr(intervals, "IMAGES_AT_ONCE", 7)
+    cut = intervals.sign_flipped_sums(influences, 4000)
+    for found in (whole, cut):  # other signs, of one distribution
+        np.testing.assert_allclose(found.std(axis=0), np.sqrt((influences**2).sum(axis=0)), rtol=0.06)
+        assert (np.abs(found.mean(axis=0)) < 4 * found.std(axis=0) / 4000**0.5).all()
 
 
 def test_false_discoveries_are_no_more_than_the_level() -> None:

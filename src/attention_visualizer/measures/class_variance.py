@@ -126,12 +126,12 @@ def between_classes(sums: Array, counts: Array) -> Array:
 def test_classes(rung: Residuals) -> tuple[float, Array]:
     """Return the p-values that the class says nothing about the maps beyond the regressors: of all layers, and [layer].
 
-    From the squared effects of what is left of the classes on what is left of the maps, among those of the noise with
-    random signs.
+    From the squared effects of what is left of the classes on what is left of the maps, among those of maps with random
+    signs.
     """
     basis = rung.class_basis()[:, :, None]  # [image, dimension, 1, patch or 1]
     effects = (basis * rung.maps[:, None]).sum(axis=0, dtype=np.float64)
-    null = sign_flipped_sums(basis * rung.noise()[:, None], FLIPS)
+    null = sign_flipped_sums(basis * rung.maps[:, None], FLIPS)
     observed, flipped = (np.square(each, dtype=np.float64).sum(axis=(-3, -1)) for each in (effects, null))
 
     def p_value(value: Array, null: Array) -> Array:

@@ -140,7 +140,7 @@ def out_of_fold(design: Array, maps: Array, indicators: Array, folds: Array, num
     """Return maps [image, column] and indicators of classes [image, class] without what a ridge regression on the
     design [image, regressor], fitted to the other folds, predicts of them: float32, of mean 0.
 
-    The penalty is that of PENALTIES with which maps are predicted best.
+    The penalty of each column and class is that of PENALTIES with which it is predicted best.
     """
     n, deviation = len(design), design.std(axis=0)
     kept = deviation > NO_SPREAD
@@ -152,18 +152,17 @@ def out_of_fold(design: Array, maps: Array, indicators: Array, folds: Array, num
         those = folds == fold
         products.append(scaled[those].T @ scaled[those])
         together.append(scaled[those].T @ targets[those])
-    errors = np.zeros(len(PENALTIES))
+    errors = np.zeros((len(PENALTIES), targets.shape[1]))
     for held_products, held_together in zip(products, together, strict=True):
         fit = ridge_fits(sum(products) - held_products, sum(together) - held_together)
         fits.append(fit)
-        of_maps = fit[:, :, : maps.shape[1]]
         # The squared error on the held fold, but for what is the same for all penalties.
-        errors += ((held_products @ of_maps - 2 * held_together[:, : maps.shape[1]]) * of_maps).sum(axis=(1, 2))
-    best = int(errors.argmin())
+        errors += ((held_products @ fit - 2 * held_together) * fit).sum(axis=1)
+    best = errors.argmin(axis=0)[None, None]
     left = np.empty_like(targets)
     for fold, fit in enumerate(fits):
         those = folds == fold
-        left[those] = targets[those] - scaled[those] @ fit[best]
+        left[those] = targets[those] - scaled[those] @ np.take_along_axis(fit, best, axis=0)[0]
     left = (left - left.mean(axis=0)).astype(np.float32)
     return left[:, : maps.shape[1]], left[:, maps.shape[1] :]
 

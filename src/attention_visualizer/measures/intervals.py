@@ -305,7 +305,7 @@ def largest_effect_test(effects: Array, influences: Array, flips: int = PERMUTAT
     """Return p-values that effects are 0, for all of them together: [...].
 
     They come from the largest of all standardised sums of influences with random signs (Westfall and Young, 1993).
-    effects: [...]; influences: of each image's noise on them, [image, ...].
+    effects: [...]; influences: of each image on them, were there none, [image, ...].
     """
     deviation = np.sqrt(np.square(influences, dtype=np.float64).sum(axis=0))
     varies = deviation > 1e-12

@@ -178,11 +178,8 @@ def compare(
         rungs.append(Rung(residuals.taken_out, residuals.regressors or 0, predicted))
         compared.append((group_differences(residuals.maps, labels, pairs), class_test(residuals, pairs)))
     of_ink = group_differences(amount, labels, pairs)
-    indicators = [indicator(labels, pair) for pair in pairs]
     noise = amount - class_means(amount, labels, int(labels.max()) + 1)[labels]
-    ink_p_value = intervals.largest_effect_test(
-        np.stack([each.value for each in of_ink]), np.stack([each[:, None] * noise for each in indicators], axis=1)
-    )
+    ink_p_value = largest_difference_test([indicator(labels, pair)[:, None] for pair in pairs], amount, noise)
     largest = [largest_of_half(maps, labels, pair) for pair in pairs]
     return rungs, [
         Difference(
@@ -228,11 +225,21 @@ def class_test(residuals: Residuals, pairs: Iterable[tuple[int, int]]) -> Array:
     """Return the p-values that two classes have the same attention, what was taken out being equal, for all places of
     all pairs together: [pair, layer, patch]."""
     weights, noise = residuals.class_effects(), residuals.noise()
-    contrasts = [
-        weights[:, first, None] - weights[:, second, None] for first, second in pairs
-    ]  # [image, 1, patch or 1]
-    effects = np.stack([(each * residuals.maps).sum(axis=0, dtype=np.float64) for each in contrasts])
-    return intervals.largest_effect_test(effects, np.stack([each * noise for each in contrasts], axis=1))
+    contrasts = [weights[:, first, None] - weights[:, second, None] for first, second in pairs]
+    return largest_difference_test(contrasts, residuals.maps, noise)
+
+
+def largest_difference_test(contrasts: Sequence[Array], values: Array, noise: Array) -> Array:
+    """Return the p-values that weighted sums of images are 0, for all together: [pair, ...].
+
+    contrasts: for each pair weights [image, ...] of the values [image, ...]; noise: of these, beside all classes, to
+    which what the pair's difference makes is added again, as if there were none (Freedman and Lane, 1983).
+    """
+    effects, influences = [], []
+    for weights in contrasts:
+        effects.append((weights * values).sum(axis=0, dtype=np.float64))
+        influences.append(weights * (noise + weights * effects[-1] / np.maximum((weights**2).sum(axis=0), 1e-12)))
+    return intervals.largest_effect_test(np.stack(effects), np.stack(influences, axis=1))
 
 
 def largest_of_half(maps: Array, labels: Array, pair: tuple[int, int]) -> tuple[tuple[int, int], Interval]:
