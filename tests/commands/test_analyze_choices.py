@@ -16,13 +16,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from attention_visualizer.analysis.study.output import Output
+from attention_visualizer.analysis.study.samples import SampleChoice, choose_samples, find_samples
+from attention_visualizer.analysis.study.target import BatchLimit, Target
 from attention_visualizer.data.datamodule import ImageDataModule, normalise
+from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.figures import color_scales, panels
 from attention_visualizer.measures.observation import observe
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from tests.helpers.analyses import (
     FINDINGS_FIGURES,
     LAYERS,
+    SIZES,
     STATISTICS_FIGURES,
     Workplace,
     assert_refused,
@@ -133,9 +137,10 @@ def captions(work: Workplace, *arguments: str, chapter: str = "patterns") -> lis
 
 def parse(caption: str) -> tuple[int, int, int]:
     """Test image, true class, predicted class."""
-    found = re.fullmatch(r"test image (\d+): true (\d), predicted (\d) \([\d.]+%\)\.", caption)
+    found = re.fullmatch(r"test image (\d+): true (\d), predicted (\d) \([\d.]+%\)(: wrong)?\.", caption)
     assert found, caption
-    index, true, predicted = map(int, found.groups())
+    index, true, predicted = map(int, found.groups()[:3])
+    assert (true != predicted) == bool(found[4])
     return index, true, predicted
 
 
@@ -146,6 +151,61 @@ def test_the_samples_are_the_first_of_each_class_then_the_second(one_run: Workpl
     expected = sorted(places[label][0] for label in range(10)) + sorted(places[label][1] for label in range(10))[:3]
     assert [index for index, _, _ in seen] == expected
     assert all(labels[index] == true for index, true, _ in seen)
+
+
+class Learnt(VisionTransformer):
+    """Answers as it is told, image by image."""
+
+    def __init__(self, images: torch.Tensor, answers: torch.Tensor) -> None:
+        super().__init__(**SIZES)
+        self.answers = {image.numpy().tobytes(): int(answer) for image, answer in zip(images, answers, strict=True)}
+        self.passes = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.passes += len(images)
+        answers = torch.tensor([self.answers.get(image.numpy().tobytes(), 0) for image in images])
+        return super().forward(images) * 0 + torch.nn.functional.one_hot(answers, 10)
+
+
+def target_of(digits: ImageDataModule, errors: list[int], batch: int = 500) -> Target:
+    """Of a model that is right about all test images but these."""
+    images, labels = digits.splits["test"]
+    answers = labels.clone()
+    answers[errors] = (labels[errors] + 1) % 10
+    model = Learnt(normalise(images, digits.description), answers).eval()
+    return Target(model, LabelledImageSet(digits.description, images, labels), limit=BatchLimit(batch))
+
+
+def chosen(target: Target, **choice: Any) -> list[int]:
+    return [int(sample.source.split()[-1]) for sample in find_samples(target, SampleChoice(**choice))]
+
+
+def test_a_quarter_of_the_samples_are_the_first_wrong_answers_of_different_classes(digits: ImageDataModule) -> None:
+    labels = digits.splits["test"][1]
+    usual = chosen(target_of(digits, []))
+    assert usual == choose_samples(labels, 8, None, None, None), "a perfect model's are the usual ones"
+    later = [row for row in range(100, 300) if row not in usual]
+    first = later[3]
+    same = next(row for row in later if row > first and labels[row] == labels[first])
+    other = next(row for row in later if row > same and labels[row] != labels[first])
+    errors = [first, same, other, *later[-20:]]
+    target = target_of(digits, errors, batch=20)
+    assert chosen(target) == [*usual[:6], first, other]
+    assert target.model.passes < 300, "no more is looked at than is needed"  # type: ignore[operator]
+    assert chosen(target_of(digits, [same])) == [*usual[:7], same], "the only error there is"
+    assert chosen(target_of(digits, usual[:6])) == usual, "errors that are shown anyway"
+    assert chosen(target_of(digits, [usual[7]])) == usual
+    assert chosen(target, num_samples=3) == usual[:3]
+    assert chosen(target, num_samples=4) == [*usual[:3], first]
+    assert chosen(target, samples=[5, 7, 5, 9]) == [5, 7, 5, 9]
+    of_class = (labels == labels[first]).nonzero()[:4, 0].tolist()
+    assert chosen(target, class_=int(labels[first]), num_samples=4) == of_class
+
+
+def test_a_model_that_has_learnt_nothing_has_the_usual_samples(digits: ImageDataModule) -> None:
+    labels = digits.splits["test"][1]
+    errors = (labels != 3).nonzero()[:, 0].tolist()  # it always says the same
+    assert chosen(target_of(digits, errors)) == choose_samples(labels, 8, None, None, None)
 
 
 def test_samples_by_number_in_the_order_asked_for(one_run: Workplace, model: VisionTransformer) -> None:

@@ -248,7 +248,8 @@ def test_captions_give_entropy_and_what_the_class_token_keeps() -> None:
 
 
 def test_the_verdict_names_true_and_predicted_class() -> None:
-    assert subject().verdict == "true 3, predicted 8 (91.0%)"
+    assert subject().verdict == "true 3, predicted 8 (91.0%): wrong"
+    assert subject(true_class="8").verdict == "true 8, predicted 8 (91.0%)"
     assert subject(true_class=None).verdict == "predicted 8 (91.0%)"
 
 

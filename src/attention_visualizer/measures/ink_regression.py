@@ -26,7 +26,8 @@ INK_SCALE = 1000**0.5
 MAX_INKS_IN_PRODUCTS = 25  # patches; of more, the first components of the inks are multiplied
 INK_COMPONENTS = 20
 PIXEL_COMPONENTS = 50
-STRENGTHS = (4.0, 10.0, 30.0)  # of the softmax of inks from 0 to 1: mild, sharp, almost the brightest patch alone
+# Of the softmax of inks from 0 to 1: the darkest patches, the bright ones, sharply, almost the brightest alone.
+STRENGTHS = (-10.0, 4.0, 10.0, 30.0)
 NO_SPREAD = 1e-9  # of a regressor, below which it predicts nothing
 
 NOTHING = "nothing"

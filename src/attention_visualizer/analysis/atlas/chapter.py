@@ -172,7 +172,7 @@ image, because some heads follow ink; differences between classes are therefore 
 are: positions with a ring differ significantly, corrected over all layers and patches of all pairs together ({flips}
 random signs of the images' residuals, the largest standardised difference, p < 0.05), and by at least {least:.0%} of
 the attention. Then with more and more taken out by regression over all images ({{table:1}}): a line in the ink of the
-position; the inks of all patches; their squares and products; their softmax at three strengths; or all inks and the
+position; the inks of all patches; their squares and products; their softmax at four strengths; or all inks and the
 main components of the pixels. The class is regressed on the same, so that a p-value says whether it predicts attention
 beyond the regressors; the size is what is left of the difference. Full dots are significant and of that size in each
 of these. No regression is the last word. Attention is a function of the pixels, so that a full dot is a difference
