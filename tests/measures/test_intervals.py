@@ -246,27 +246,41 @@ def test_the_largest_effect_holds_its_level_over_all_places() -> None:
         generator = np.random.default_rng(seed)
         first = spread * generator.standard_normal((25, 3, 7)) * np.linspace(0.1, 5, 7)
         second = generator.standard_normal((count, 3, 7)) * np.linspace(0.1, 5, 7)
-        wrong[spread, count] += (intervals.largest_effect_test(*effects_and_influences(first, second), 99) < 0.05).any()
+        wrong[spread, count] += (
+            intervals.largest_effect_test([effects_and_influences(first, second)], 99)[0] < 0.05
+        ).any()
     assert all(1 <= count <= 18 for count in wrong.values()), wrong  # 150 tests of 5 %, four standard errors
+
+
+def test_parts_of_different_images_are_one_family() -> None:
+    generator = np.random.default_rng(5)
+    parts = [effects_and_influences(*generator.standard_normal((2, count, 4))) for count in (30, 40, 50)]
+    together = intervals.largest_effect_test(parts, 999)
+    for part, p_values in zip(parts, together, strict=True):
+        (alone,) = intervals.largest_effect_test([part], 999)
+        assert p_values.shape == (4,) and (p_values >= alone).all()
+    (alone,) = intervals.largest_effect_test(parts[:1], 999)
+    expected = 1 - (1 - alone) ** 3  # of three families that have nothing to do with each other
+    np.testing.assert_allclose(together[0], expected, atol=0.05)
 
 
 def test_an_effect_is_found_in_its_place_only() -> None:
     generator = np.random.default_rng(4)
     first, second = generator.standard_normal((2, 60, 4, 5))
     first[:, 2, 3] += 1.5
-    p_values = intervals.largest_effect_test(*effects_and_influences(first, second), 199)
+    (p_values,) = intervals.largest_effect_test([effects_and_influences(first, second)], 199)
     assert p_values[2, 3] == 1 / 200
     p_values[2, 3] = 1
     assert (p_values > 0.05).all()
     constant = np.ones((10, 2))
-    assert intervals.largest_effect_test(*effects_and_influences(constant, constant), 19).tolist() == [1.0, 1.0]
+    assert intervals.largest_effect_test([effects_and_influences(constant, constant)], 19)[0].tolist() == [1.0, 1.0]
 
 
 def test_the_largest_effect_of_one_place_is_scipys_t_test() -> None:
     """Welch's, which holds for groups of any spread."""
     generator = np.random.default_rng(11)
     first, second = 2 * generator.standard_normal((170, 1)), generator.standard_normal((90, 1)) + 0.25
-    p_values = intervals.largest_effect_test(*effects_and_influences(first, second), 4999)
+    (p_values,) = intervals.largest_effect_test([effects_and_influences(first, second)], 4999)
     theirs = scipy.stats.ttest_ind(first[:, 0], second[:, 0], equal_var=False).pvalue
     assert 0.01 < theirs < 0.5 and p_values[0] == pytest.approx(theirs, abs=0.03)
 

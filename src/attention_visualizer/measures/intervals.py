@@ -8,7 +8,7 @@ another training run would move it, it does not say.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -301,19 +301,25 @@ def sign_flipped_sums(influences: Array, flips: int = PERMUTATIONS, seed: int = 
     return sums.reshape(flips, *influences.shape[1:])
 
 
-def largest_effect_test(effects: Array, influences: Array, flips: int = PERMUTATIONS) -> Array:
-    """Return p-values that effects are 0, for all of them together: [...].
+def largest_effect_test(parts: Iterable[tuple[Array, Array]], flips: int = PERMUTATIONS) -> list[Array]:
+    """Return p-values that effects are 0, for all parts together: [...] for each part.
 
     They come from the largest of all standardised sums of influences with random signs (Westfall and Young, 1993).
-    effects: [...]; influences: of each image on them, were there none, [image, ...].
+    parts: effects [...], and the influences of each image on them were there none, [image, ...]; parts may be of
+    different images.
     """
-    deviation = np.sqrt(np.square(influences, dtype=np.float64).sum(axis=0))
-    varies = deviation > 1e-12
-    scale = np.divide(1, deviation, out=np.zeros(deviation.shape), where=varies)
-    largest = (np.abs(sign_flipped_sums(influences, flips)) * scale).reshape(flips, -1).max(axis=1)
-    reached = np.sort(largest)
-    above = flips - np.searchsorted(reached, np.abs(effects) * scale * (1 - 1e-6))
-    return np.where(varies, (above + 1) / (flips + 1), 1.0)
+    standardised, undefined, largest = [], [], np.zeros(flips)
+    for effects, influences in parts:
+        deviation = np.sqrt(np.square(influences, dtype=np.float64).sum(axis=0))
+        varies = deviation > 1e-12
+        scale = np.divide(1, deviation, out=np.zeros(deviation.shape), where=varies)
+        flipped = np.abs(sign_flipped_sums(influences, flips)) * scale
+        largest = np.maximum(largest, flipped.reshape(flips, -1).max(axis=1))
+        standardised.append(np.abs(effects) * scale)
+        undefined.append(~varies)
+    largest.sort()
+    above = [flips - np.searchsorted(largest, each * (1 - 1e-6)) for each in standardised]
+    return [np.where(none, 1.0, (each + 1) / (flips + 1)) for none, each in zip(undefined, above, strict=True)]
 
 
 def false_discovery_control(p_values: Array) -> Array:

@@ -98,28 +98,45 @@ def rounded_interval(interval: Interval) -> dict[str, Any]:
 
 
 def finding_of(atlas: Atlas, figure: str) -> Finding:
-    differ = atlas.differ
-    of_rung = differ.sum(axis=(1, 2, 3))
+    places = atlas.differ[0, 0]
+    beyond_own = atlas.differ[0, :2].all(axis=0)
     return Finding(
-        f"Between {len(atlas.differences)} pairs of easily confused classes, {of_rung[0]} of {differ[0].size} "
-        f"positions (layer and patch) get different attention: {of_rung[1]} beyond a line in the ink of the position, "
-        f"{differ.all(axis=0).sum()} beyond each of the regressions on all inks and on pixels.",
+        f"Between {len(atlas.differences)} pairs of easily confused classes, {places.sum()} of {places.size} positions "
+        f"(layer and patch) get different attention; {beyond_own.sum()} of them beyond a line in the position's "
+        f"ink, {beyond_everything(atlas).sum()} beyond each of the regressions on all inks and on pixels.",
         figure,
     )
 
 
+def beyond_everything(atlas: Atlas) -> Array:
+    """Return where the classes of a pair differ whatever was taken out: bool [pair, layer, patch]."""
+    return np.asarray(atlas.differ.all(axis=(0, 1)))
+
+
 def rung_table(atlas: Atlas) -> Table:
+    beyond = beyond_everything(atlas)
     rows = [
-        [rung.taken_out, str(rung.regressors), f"{rung.predicted:.0%}", f"{there.sum()} of {there.size}"]
-        for rung, there in zip(atlas.rungs, atlas.differ, strict=True)
+        [
+            rung.taken_out,
+            str(rung.regressors),
+            f"{rung.predicted:.0%}",
+            *(f"{there.sum()} of {there.size}" for there in (of_all, of_pair, of_all & of_pair)),
+        ]
+        for rung, of_all, of_pair in zip(atlas.rungs, *atlas.differ, strict=True)
     ]
-    beyond = atlas.differ.all(axis=0)
     return Table(
         f"Positions (layer and patch) of {len(atlas.differences)} pairs of classes whose attention differs when "
-        f"something is taken out of maps and classes by regression over {atlas.images}, out of fold. The last row "
-        "counts the positions that differ in every other row.",
-        ["taken out", "regressors", "of the maps' variance, predicted", "positions that differ"],
-        [*rows, ["each of these", "", "", f"{beyond.sum()} of {beyond.size}"]],
+        "something is taken out of maps and classes by regression, out of fold. The last row counts the positions that "
+        "differ in every other row.",
+        [
+            "taken out",
+            "regressors",
+            "of the maps' variance, predicted",
+            "positions that differ, regression over all images",
+            "over the pair's images",
+            "both",
+        ],
+        [*rows, ["each of these", "", "", "", "", f"{beyond.sum()} of {beyond.size}"]],
     )
 
 
@@ -135,7 +152,7 @@ def difference_table(atlas: Atlas) -> Table:
                 f"{each.counts[0]:,} and {each.counts[1]:,}",
                 f"layer {layer + 1}, row {row + 1}, column {column + 1}",
                 each.largest_elsewhere.text(),
-                f"{each.differs[0].sum()} of {each.differs[0].size}",
+                f"{each.differs[0, 0].sum()} of {each.differs[0, 0].size}",
                 f"{each.differs_in_all.sum()} of {each.differs_in_all.size}",
                 f"{each.ink_differs.sum()} of {each.ink_differs.size}",
             ]
@@ -171,10 +188,10 @@ TEXT = """Mean maps over {which}, as shares of the attention on patches. A class
 image, because some heads follow ink; differences between classes are therefore tested several times. First as they
 are: positions with a ring differ significantly, corrected over all layers and patches of all pairs together ({flips}
 random signs of the images' residuals, the largest standardised difference, p < 0.05), and by at least {least:.0%} of
-the attention. Then with more and more taken out by regression over all images ({{table:1}}): a line in the ink of the
-position; the inks of all patches; their squares and products; their softmax at four strengths; or all inks and the
-main components of the pixels. The class is regressed on the same, so that a p-value says whether it predicts attention
-beyond the regressors; the size is what is left of the difference. Full dots are significant and of that size in each
-of these. No regression is the last word. Attention is a function of the pixels, so that a full dot is a difference
-that none of these describes; and what predicts attention predicts the class, too, so that no dot is not no
-difference."""
+the attention. Then with more and more taken out by regression ({{table:1}}): a line in the ink of the position; the
+inks of all patches; their squares and products; their softmax at four strengths; or all inks and the main components
+of the pixels; each over all images, and over those of the two classes alone. The class is regressed on the same, so
+that a p-value says whether it predicts attention beyond the regressors; the size is what is left of the difference.
+Full dots are significant and of that size in each of these. No regression is the last word. Attention is a function of
+the pixels, so that a full dot is a difference that none of these describes; and what predicts attention predicts the
+class, too, so that no dot is not no difference."""

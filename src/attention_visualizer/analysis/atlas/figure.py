@@ -59,7 +59,7 @@ def draw_classes(atlas: Atlas, maps: Array, columns: list[str], headline: str, s
 def draw_differences(atlas: Atlas) -> PanelFigure:
     """Draw a row for each pair of classes: the difference by layer, then that of the ink."""
     grid, differences = atlas.grid, atlas.differences
-    largest = max(float(np.abs(each.attention.value[0]).max()) for each in differences)
+    largest = max(float(np.abs(each.attention.value[0, 0]).max()) for each in differences)
     largest_ink = max(float(np.abs(each.ink.value).max()) for each in differences)
     scale = signed_scale(largest, "difference of the share of attention", "PuOr_r")
     ink_scale = signed_scale(largest_ink, "difference of the ink", "RdGy_r")
@@ -68,7 +68,7 @@ def draw_differences(atlas: Atlas) -> PanelFigure:
         row: list[Tile | None] = [
             Tile(marked(scale.to_rgb(values.reshape(grid)), differs.reshape(grid), in_all.reshape(grid)))
             for values, differs, in_all in zip(
-                each.attention.value[0], each.differs[0], each.differs_in_all, strict=True
+                each.attention.value[0, 0], each.differs[0, 0], each.differs_in_all, strict=True
             )
         ]
         ink = ink_scale.to_rgb(each.ink.value.reshape(grid))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,8 +43,8 @@ class Atlas:
 
     @property
     def differ(self) -> Array:
-        """Return where the classes of a pair differ beyond what was taken out: bool [rung, pair, layer, patch]."""
-        return np.stack([each.differs for each in self.differences], axis=1)
+        """Return where the classes of a pair differ beyond what was taken out: bool [2, rung, pair, layer, patch]."""
+        return np.stack([each.differs for each in self.differences], axis=2)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class Difference:
     second: int
     confused: int | None  # how often the model takes one for the other, None for a pair named beforehand
     counts: tuple[int, int]  # images of each
-    attention: Interval  # of each rung's residuals, shares of the attention on patches: [rung, layer, patch]
-    p_value: Array  # that the class says nothing beyond what was taken out: [rung, layer, patch]
+    # In shares of the attention on patches, of what each regression leaves, over all images or those of the pair alone:
+    attention: Interval  # [2, rung, layer, patch]
+    p_value: Array  # that the class says nothing beyond what was taken out: [2, rung, layer, patch]
     ink: Interval  # brightness, 0 to 1: [patch]
     ink_p_value: Array  # [patch]
     largest: tuple[int, int]  # layer and patch with the largest difference on half of the images, nothing taken out
@@ -74,13 +75,13 @@ class Difference:
 
     @property
     def differs(self) -> Array:
-        """Return where the classes differ beyond what was taken out: bool [rung, layer, patch]."""
+        """Return where the classes differ beyond what was taken out: bool [2, rung, layer, patch]."""
         return np.asarray((self.p_value < intervals.LEVEL) & (np.abs(self.attention.value) >= MIN_SHARE))
 
     @property
     def differs_in_all(self) -> Array:
         """Return where they differ whatever was taken out: bool [layer, patch]."""
-        return np.asarray(self.differs.all(axis=0))
+        return np.asarray(self.differs.all(axis=(0, 1)))
 
     @property
     def ink_differs(self) -> Array:
@@ -170,31 +171,42 @@ def compare(
     """Compare the mean maps of pairs of classes, with more and more taken out.
 
     maps: [image, layer, patch]; amount: ink, [image, patch]; labels: [image]; pixels: their main components, [image,
-    component]; pairs: classes -> how often they are confused.
+    component]; pairs: classes -> how often they are confused. Each regression is made over all images, which are
+    most, and over those of the pair alone, which it may describe better.
     """
-    rungs, compared = [], []
+    rungs, of_all = [], []
     for residuals in residuals_of(maps, amount, labels, pixels):
         predicted = 1 - float(residuals.maps.var(axis=0).sum() / max(maps.var(axis=0).sum(), 1e-12))
         rungs.append(Rung(residuals.taken_out, residuals.regressors or 0, predicted))
-        compared.append((group_differences(residuals.maps, labels, pairs), class_test(residuals, pairs)))
-    of_ink = group_differences(amount, labels, pairs)
-    noise = amount - class_means(amount, labels, int(labels.max()) + 1)[labels]
-    ink_p_value = largest_difference_test([indicator(labels, pair)[:, None] for pair in pairs], amount, noise)
-    largest = [largest_of_half(maps, labels, pair) for pair in pairs]
-    return rungs, [
-        Difference(
-            first,
-            second,
-            confused,
-            (int((labels == first).sum()), int((labels == second).sum())),
-            stacked([of_pairs[index] for of_pairs, _ in compared]),
-            np.stack([p_values[index] for _, p_values in compared]),
-            of_ink[index],
-            ink_p_value[index],
-            *largest[index],
-        )
-        for index, ((first, second), confused) in enumerate(pairs.items())
+        of_all.append(class_differences([(residuals, labels, pair) for pair in pairs]))
+    rows = [np.isin(labels, pair) for pair in pairs]
+    local = [list(residuals_of(maps[those], amount[those], labels[those], pixels[those])) for those in rows]
+    of_pair = [
+        class_differences([(each, labels[those], pair) for each, those, pair in zip(rung, rows, pairs, strict=True)])
+        for rung in zip(*local, strict=True)
     ]
+    of_ink = [group_difference(amount, labels, pair) for pair in pairs]
+    noise = amount - class_means(amount, labels, int(labels.max()) + 1)[labels]
+    ink_p_values = intervals.largest_effect_test(
+        effect_and_influences(indicator(labels, pair)[:, None], amount, noise) for pair in pairs
+    )
+    differences = []
+    for index, ((first, second), confused) in enumerate(pairs.items()):
+        found = [[rung[index] for rung in scope] for scope in (of_all, of_pair)]
+        differences.append(
+            Difference(
+                first,
+                second,
+                confused,
+                (int((labels == first).sum()), int((labels == second).sum())),
+                stacked([stacked([interval for interval, _ in scope]) for scope in found]),
+                np.array([[p_value for _, p_value in scope] for scope in found]),
+                of_ink[index],
+                ink_p_values[index],
+                *largest_of_half(maps, labels, (first, second)),
+            )
+        )
+    return rungs, differences
 
 
 def indicator(labels: Array, pair: tuple[int, int]) -> Array:
@@ -203,16 +215,12 @@ def indicator(labels: Array, pair: tuple[int, int]) -> Array:
     return (first / max(first.sum(), 1) - second / max(second.sum(), 1)).astype(np.float32)
 
 
-def group_differences(values: Array, labels: Array, pairs: Iterable[tuple[int, int]]) -> list[Interval]:
-    """Return the first class's mean minus the second's, for each pair: [image, ...] -> [...]."""
-    found = []
-    for first, second in pairs:
-        groups = [values[labels == each].astype(np.float64) for each in (first, second)]
-        difference = groups[0].mean(axis=0) - groups[1].mean(axis=0)
-        error = np.sqrt(sum(each.var(axis=0) / max(len(each) - 1, 1) for each in groups))
-        half = intervals.NORMAL * error
-        found.append(Interval(difference, difference - half, difference + half, sum(map(len, groups))))
-    return found
+def group_difference(values: Array, labels: Array, pair: tuple[int, int]) -> Interval:
+    """Return the first class's mean minus the second's: [image, ...] -> [...]."""
+    groups = [values[labels == each].astype(np.float64) for each in pair]
+    difference = groups[0].mean(axis=0) - groups[1].mean(axis=0)
+    half = intervals.NORMAL * np.sqrt(sum(each.var(axis=0) / max(len(each) - 1, 1) for each in groups))
+    return Interval(difference, difference - half, difference + half, sum(map(len, groups)))
 
 
 def stacked(found: Sequence[Interval]) -> Interval:
@@ -221,25 +229,32 @@ def stacked(found: Sequence[Interval]) -> Interval:
     return Interval(value, low, high, found[0].n)
 
 
-def class_test(residuals: Residuals, pairs: Iterable[tuple[int, int]]) -> Array:
-    """Return the p-values that two classes have the same attention, what was taken out being equal, for all places of
-    all pairs together: [pair, layer, patch]."""
-    weights, noise = residuals.class_effects(), residuals.noise()
-    contrasts = [weights[:, first, None] - weights[:, second, None] for first, second in pairs]
-    return largest_difference_test(contrasts, residuals.maps, noise)
+def class_differences(cases: Sequence[tuple[Residuals, Array, tuple[int, int]]]) -> list[tuple[Interval, Array]]:
+    """Return what is left of the difference of each pair, and the p-values that its classes have the same attention,
+    what was taken out being equal, for all places of all pairs together: [layer, patch] each.
 
-
-def largest_difference_test(contrasts: Sequence[Array], values: Array, noise: Array) -> Array:
-    """Return the p-values that weighted sums of images are 0, for all together: [pair, ...].
-
-    contrasts: for each pair weights [image, ...] of the values [image, ...]; noise: of these, beside all classes, to
-    which what the pair's difference makes is added again, as if there were none (Freedman and Lane, 1983).
+    cases: residuals, the labels of their images, and the pair.
     """
-    effects, influences = [], []
-    for weights in contrasts:
-        effects.append((weights * values).sum(axis=0, dtype=np.float64))
-        influences.append(weights * (noise + weights * effects[-1] / np.maximum((weights**2).sum(axis=0), 1e-12)))
-    return intervals.largest_effect_test(np.stack(effects), np.stack(influences, axis=1))
+
+    def parts() -> Iterator[tuple[Array, Array]]:
+        for residuals, _, (first, second) in cases:
+            weights = residuals.class_effects()
+            yield effect_and_influences(
+                weights[:, first, None] - weights[:, second, None], residuals.maps, residuals.noise()
+            )
+
+    left = [group_difference(residuals.maps, labels, pair) for residuals, labels, pair in cases]
+    return list(zip(left, intervals.largest_effect_test(parts()), strict=True))
+
+
+def effect_and_influences(weights: Array, values: Array, noise: Array) -> tuple[Array, Array]:
+    """Return a weighted sum of images [...], and the influence of each image on it were it 0 [image, ...].
+
+    weights, values: [image, ...]; noise: the values without what goes with any class. What this effect alone makes is
+    added to it again (Freedman and Lane, 1983).
+    """
+    effect = (weights * values).sum(axis=0, dtype=np.float64)
+    return effect, weights * (noise + weights * effect / np.maximum((weights**2).sum(axis=0), 1e-12))
 
 
 def largest_of_half(maps: Array, labels: Array, pair: tuple[int, int]) -> tuple[tuple[int, int], Interval]:
@@ -247,7 +262,7 @@ def largest_of_half(maps: Array, labels: Array, pair: tuple[int, int]) -> tuple[
     is, and what it is there on the others."""
     rows = [np.flatnonzero(labels == each) for each in pair]
     chosen, others = (np.concatenate([each[start::2] for each in rows]) for start in (0, 1))
-    (there,) = group_differences(maps[chosen], labels[chosen], [pair])
-    (elsewhere,) = group_differences(maps[others], labels[others], [pair])
+    there = group_difference(maps[chosen], labels[chosen], pair)
+    elsewhere = group_difference(maps[others], labels[others], pair)
     layer, patch = np.unravel_index(int(np.abs(there.value).argmax()), there.value.shape)
     return (int(layer), int(patch)), elsewhere[layer, patch]
