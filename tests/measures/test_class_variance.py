@@ -171,10 +171,10 @@ def test_effects_of_classes_are_those_of_a_regression_with_them() -> None:
     project = np.eye(80) - design @ np.linalg.pinv(design)
     indicators = np.eye(3)[labels]
     residuals = Residuals("", 2, np.tensordot(project, maps, 1).astype(np.float32), (project @ indicators)[:, :, None])
-    effects = np.einsum("nkp,nlp->klp", np.broadcast_to(residuals.class_effects(), (80, 3, 2)), residuals.maps)
+    effects = np.einsum("nkp,nlp->klp", np.broadcast_to(residuals.class_effects, (80, 3, 2)), residuals.maps)
     whole = np.linalg.lstsq(np.column_stack([design, indicators[:, 1:]]), maps[:, 0], rcond=None)[0][3:]
     np.testing.assert_allclose(effects[1:, 0] - effects[0, 0], whole, atol=1e-4)
     with_classes = np.column_stack([design, indicators])
     np.testing.assert_allclose(
-        residuals.noise()[:, 0], maps[:, 0] - with_classes @ np.linalg.pinv(with_classes) @ maps[:, 0], atol=1e-4
+        residuals.noise[:, 0], maps[:, 0] - with_classes @ np.linalg.pinv(with_classes) @ maps[:, 0], atol=1e-4
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class Residuals:
         that a patch lacks."""
         return self._transformed(-0.5)
 
+    @cached_property
     def class_effects(self) -> Array:
         """Return the weights of images whose sum with the maps is the effect of each class, the regressors given:
         [image, class, patch or 1]; effects have mean 0 over the images."""
@@ -67,6 +69,7 @@ class Residuals:
             turned.append(left @ (vectors * scale if power == -0.5 else vectors * scale @ vectors.T))
         return np.stack(turned, axis=2).astype(np.float32)
 
+    @cached_property
     def noise(self) -> Array:
         """Return what is left of the maps when the effects of the classes are taken out, too: [image, layer, patch]."""
         basis, noise = self.class_basis(), np.array(self.maps)

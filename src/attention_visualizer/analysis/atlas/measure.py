@@ -238,9 +238,9 @@ def class_differences(cases: Sequence[tuple[Residuals, Array, tuple[int, int]]])
 
     def parts() -> Iterator[tuple[Array, Array]]:
         for residuals, _, (first, second) in cases:
-            weights = residuals.class_effects()
+            weights = residuals.class_effects
             yield effect_and_influences(
-                weights[:, first, None] - weights[:, second, None], residuals.maps, residuals.noise()
+                weights[:, first, None] - weights[:, second, None], residuals.maps, residuals.noise
             )
 
     left = [group_difference(residuals.maps, labels, pair) for residuals, labels, pair in cases]
