@@ -2,9 +2,11 @@
 
 Hands out functions of arrays and tensors; no files, no figures. May use data, models, attention and below.
 
+    class_variance.py       how much of maps lies between classes, beyond ink
     explanations.py         maps by attention, rollout, values, gradients and relevance
     head_matching.py        pair the heads of two models that do the same
     head_roles.py           what single heads follow, as numbers
+    ink_regression.py       maps and classes without what ink predicts of them, out of fold
     intervals.py            bootstrap intervals, permutation tests, multiple-testing correction
     map_measures.py         entropy, distance, rollout and the like, of attention weights
     matched_patches.py      excess attention on a feature, between matched patches
