@@ -18,7 +18,6 @@ from attention_visualizer.analysis.claims.declared import declared_claims, third
 from attention_visualizer.analysis.claims.evidence import (
     Distances,
     Evidence,
-    between_classes,
     coverage,
     evidence_of,
     gather,
@@ -66,25 +65,32 @@ def noise(seed: int = 0, strength: float = 20.0) -> np.ndarray:
     return (places * images).astype(np.float32)
 
 
-def evidence(weights: np.ndarray, distances: Distances | None = None, resampled: bool = True) -> Evidence:
+def evidence(
+    weights: np.ndarray, distances: Distances | None = None, resampled: bool = True, labelled: bool = False
+) -> Evidence:
     shares = weights / weights.sum(axis=-1, keepdims=True)
-    return gather(shares, content(), labels(), range(LAYERS), distances, resampled)
+    return gather(shares, content(), labels() if labelled else None, range(LAYERS), distances, resampled)
 
 
 @cache
-def controls() -> dict[str, list[Evidence]]:
-    return {"noise": [evidence(noise(100 + seed), distance(np.ones(LAYERS)), False) for seed in range(3)]}
+def controls(labelled: bool = False) -> dict[str, list[Evidence]]:
+    return {
+        "noise": [
+            evidence(noise(100 + seed), distance(np.ones(LAYERS)), False, labelled)
+            for seed in range(1 if labelled else 3)
+        ]
+    }
 
 
 def distance(of_layers: np.ndarray) -> Distances:
     return Distances(of_layers, of_layers + np.random.default_rng(0).normal(scale=0.003, size=(1000, LAYERS)), 9000)
 
 
-def judged(weights: np.ndarray, of_layers: np.ndarray | None = None) -> dict[str, Judgement]:
-    subject = evidence(weights, distance(np.ones(LAYERS) if of_layers is None else of_layers))
+def judged(weights: np.ndarray, of_layers: np.ndarray | None = None, labelled: bool = False) -> dict[str, Judgement]:
+    subject = evidence(weights, distance(np.ones(LAYERS) if of_layers is None else of_layers), labelled=labelled)
     found, missing = declared_claims(subject)
-    assert not missing
-    return {each.claim.name: each for each in judge(found, subject, controls())}
+    assert missing == ([] if labelled else ["Without labels, differences between classes are not tested."])
+    return {each.claim.name: each for each in judge(found, subject, controls(labelled))}
 
 
 def supported(weights: np.ndarray, of_layers: np.ndarray | None = None) -> set[str]:
@@ -171,12 +177,19 @@ def test_deep_attention_on_one_stroke_is_not_the_whole_digit() -> None:
 
 
 def test_classes_beyond_what_their_ink_shows() -> None:
-    name = "Attention differs clearly between classes"
+    name = "Attention differs between classes beyond their ink"
     by_class = np.random.default_rng(3).gamma(20, 1 / 20, (10, 1, 1, PATCHES)).astype(np.float32)
     quiet = noise(strength=400)
-    assert judged(quiet * by_class[labels()])[name].verdict == "supported"
-    follows_ink = 1 + 0.1 * content().amount[:, None, None].astype(np.float32)
-    assert judged(quiet * follows_ink)[name].verdict == "not supported"
+    # Three images in ten get another class: of a class that the ink tells for certain, nothing is beyond the ink.
+    generator = np.random.default_rng(4)
+    other = np.where(generator.random(len(labels())) < 0.3, generator.integers(10, size=len(labels())), labels())
+    for weights, verdict in ((quiet * by_class[other], "supported"), (brightest(), "not supported")):
+        shares = weights / weights.sum(axis=-1, keepdims=True)
+        subject = gather(shares, content(), other, range(LAYERS))
+        (claim,) = [each for each in declared_claims(subject)[0] if each.name == name]
+        (found,) = judge([claim], subject, controls(labelled=True))
+        assert found.verdict == verdict, found.reason
+        assert [each.taken_out for each in subject.classes][0] == "nothing" and len(subject.classes) == 6
 
 
 # --- nothing planted ---------------------------------------------------------------------------------------------
@@ -286,16 +299,16 @@ def test_random_weights_support_nothing(tmp_path: Path) -> None:
     """Their heads follow ink significantly; yet no verdict is positive, of any of several, learnt or not."""
     significant = 0
     reference: dict[str, list[Evidence]] = {}
-    for seed in range(5):
+    for seed in range(3):
         torch.manual_seed(seed)
-        subject = study(VisionTransformer().eval(), tmp_path, 450)
+        subject = study(VisionTransformer(num_layers=3, embed_dim=32).eval(), tmp_path, 450)
         reference = reference or control_evidence(subject)
         found = evidence_of(subject.survey, subject.target.images.read(subject.survey.kept))
         judgements = judge(declared_claims(found)[0], found, reference)
         assert {each.verdict for each in judgements} == {"not supported"}
         significant += sum(each.adjusted < 0.05 for each in judgements)
     assert set(reference) == {"random weights", "sharpened random weights", "shuffled labels"}
-    assert significant > 5
+    assert significant > 2
 
 
 # --- the pieces --------------------------------------------------------------------------------------------------
@@ -322,33 +335,6 @@ def test_resampling_moves_values_as_their_standard_error_says() -> None:
     assert drawn.shape == (1000, 2)
     assert drawn.std(axis=0) == pytest.approx(sample.std(axis=0) / np.sqrt(2300), rel=0.1)
     assert drawn.mean(axis=0) == pytest.approx(values["a"], abs=0.01)
-
-
-def test_share_between_classes() -> None:
-    """Half of the variance is the classes' own; without them, chance is taken off. The interval holds the value."""
-    generator = np.random.default_rng(0)
-    members = generator.integers(7, size=1500)
-    centers = generator.normal(size=(7, 3, 5))
-    centers = (centers - centers.mean(axis=0)) / centers.std(axis=0)
-    maps = centers[members] + generator.normal(size=(1500, 3, 5))
-    share, replicates, p_value = between_classes(maps, generator.random((1500, 5)), members, True)
-    low, high = np.quantile(replicates, (0.025, 0.975))
-    assert share == pytest.approx(0.5, abs=0.03) and low < share < high and p_value == 1 / 1000
-
-
-def test_no_share_between_classes() -> None:
-    """Of noise: chance is taken off, 5 % of 50 data sets are significant at most, and intervals hold 0."""
-    shares, covered, p_values = [], [], []
-    for seed in range(50):
-        generator = np.random.default_rng(seed)
-        maps, members = generator.normal(size=(311, 2, 5)), generator.integers(7, size=311)
-        share, replicates, p_value = between_classes(maps, generator.random((311, 5)), members, True)
-        low, high = np.quantile(replicates, (0.025, 0.975))
-        shares.append(share)
-        covered.append(low < 0 < high)
-        p_values.append(p_value)
-    assert abs(np.mean(shares)) < 3 * np.std(shares) / np.sqrt(50)
-    assert np.mean(covered) >= 0.9 and np.mean(np.array(p_values) <= 0.05) <= 0.14
 
 
 def test_the_last_layers_patch_queries_stay_out(tmp_path: Path) -> None:

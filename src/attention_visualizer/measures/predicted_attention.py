@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attention_visualizer.measures.ink_regression import INK_COMPONENTS, MAX_INKS_IN_PRODUCTS, main_components
+
 Array = NDArray[Any]
 
-MAX_COMPLETE = 25  # patches of which all products are taken; of more, those of their principal components
-COMPONENTS = 20
 FOLDS = 2
 WEAK = 100.0  # variance of the prior of the few coefficients that patches share; of the many others it is 1
 STEPS = 60  # of L-BFGS; maps of trained models need about half of them
@@ -25,7 +25,7 @@ class InkFeatures:
     """What attention is predicted from, each of mean 0 and deviation 1."""
 
     #: Of the image: a 1, the amounts of ink of all patches, which patches hold any, all products of two amounts (of
-    #: more than MAX_COMPLETE patches, of COMPONENTS principal components), the class: float32 [image, feature].
+    #: many patches, of their main components), the class: float32 [image, feature].
     of_image: Array
     #: Of a patch alone: its amount of ink, that squared, whether it holds any, whether it is the brightest: float32
     #: [image, patch, feature].
@@ -35,7 +35,9 @@ class InkFeatures:
 def ink_features(amount: Array, inked: Array, classes: Array | None = None) -> InkFeatures:
     """amount: of ink, [image, patch]; inked: bool [image, patch]; classes: [image], None to leave them out."""
     amounts = standardised(amount)
-    factors = amounts if amounts.shape[1] <= MAX_COMPLETE else principal_components(amounts, COMPONENTS)
+    factors = amounts
+    if amounts.shape[1] > MAX_INKS_IN_PRODUCTS:
+        factors = standardised(main_components(amounts, INK_COMPONENTS))
     first, second = np.triu_indices(factors.shape[1])
     parts = [amounts, standardised(inked), standardised(factors[:, first] * factors[:, second])]
     if classes is not None:
@@ -101,9 +103,3 @@ def standardised(values: Array) -> Array:
     centred = values - values.mean(axis=0, dtype=np.float64)
     deviation = centred.std(axis=0)
     return np.asarray(np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 1e-9))
-
-
-def principal_components(values: Array, count: int) -> Array:
-    """Project centred values [image, column] on their first directions of largest variance: [image, component]."""
-    _, directions = np.linalg.eigh(values.T @ values)
-    return standardised(values @ directions[:, ::-1][:, :count])

@@ -49,7 +49,7 @@ def write(study: Study) -> Chapter:
         TITLE,
         TEXT.format(**facts),
         [FigureFile(name, CAPTION.format(**facts))],
-        [claim_table(judged), requirement_table(judged), layer_table(judged)],
+        [claim_table(judged), requirement_table(judged), layer_table(judged), *class_tables(judged)],
         numbers(judged),
         finding=Finding(finding_text(judged), name),
         caution=CAUTION,
@@ -104,6 +104,32 @@ def layer_table(judged: JudgedClaims) -> Table:
     return Table(caption, columns, rows)
 
 
+def class_tables(judged: JudgedClaims) -> list[Table]:
+    """The variance between classes after each regression; none without labels."""
+    shares = judged.measured.classes
+    if not shares:
+        return []
+    layers = range(judged.measured.num_layers)
+    rows = [
+        [
+            each.taken_out,
+            each.share.text(),
+            f"{each.p_value:.3f}",
+            *(each.by_layer[layer].text(2) for layer in layers),
+            f"{each.predicted:.2f}",
+            "–" if np.isnan(each.kept) else f"{each.kept:.2f}",
+        ]
+        for each in shares
+    ]
+    caption = (
+        f"Share of the maps' variance between images that lies between classes, n = {judged.n:,}, without what each "
+        "regression predicts out of fold; the verdict takes the smallest. Predicted: of all variance. Would be left: "
+        "of maps that the class alone makes, which show how much of the class goes with the ink."
+    )
+    columns = ["taken out", "share", "p", *(f"layer {layer + 1}" for layer in layers), "predicted", "would be left"]
+    return [Table(caption, columns, rows)]
+
+
 def columns_of(controls: Iterable[str]) -> list[str]:
     return ["claim", "quantity", "value (95 % interval)", "n", *controls, "null", "effect"]
 
@@ -154,6 +180,17 @@ def numbers(judged: JudgedClaims) -> dict[str, Any]:
         "images": judged.n,
         "controls": judged.controls,
         "left_out": judged.missing,
+        "between_classes": [
+            {
+                "taken_out": each.taken_out,
+                "share": each.share.numbers(),
+                "by_layer": each.by_layer.numbers(),
+                "p": each.p_value,
+                "predicted": each.predicted,
+                "would_be_left": each.kept,
+            }
+            for each in judged.measured.classes
+        ],
         "by_layer": {name: interval.numbers() for name, interval in judged.by_layer.items()},
         "claims": [
             {
@@ -203,6 +240,10 @@ between patches with a point and matched patches: at the same position in other 
 a part of what the matched patches get, which means the same for sharp maps and for nearly uniform ones. Each layer and
 the mean over layers are tested; any one suffices, with p adjusted for their number. Ink itself is contrasted with empty
 patches at the same position.
+
+**Classes.** Attention is a function of the pixels, so "beyond the ink" means: not predicted by the named regressions
+on it, out of fold. The more they can express the less is left; the verdict takes the smallest. What they take out may
+in part be the class's own.
 
 **Space.** Attention distances are also tested against the same maps with patches at permuted places.
 

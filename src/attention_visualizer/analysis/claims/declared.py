@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from attention_visualizer.analysis.claims.content import KEY_POINTS, POINTS
 from attention_visualizer.analysis.claims.evidence import Evidence
 from attention_visualizer.analysis.claims.verdicts import Claim, Requirement
+from attention_visualizer.measures.class_variance import smallest
 from attention_visualizer.measures.intervals import normal_p_value
 
 Array = NDArray[Any]
@@ -87,10 +88,10 @@ def declared_claims(evidence: Evidence) -> tuple[list[Claim], list[str]]:
     else:
         missing.append("With one layer there are no shallow and deep layers.")
     claims += point_claims(evidence.num_layers)
-    if evidence.p_classes is None:
-        missing.append("Without labels, differences between classes are not tested.")
+    if evidence.classes:
+        claims.append(class_claim(evidence))
     else:
-        claims.append(class_claim())
+        missing.append("Without labels, differences between classes are not tested.")
     return claims, missing
 
 
@@ -181,19 +182,22 @@ def point_claims(num_layers: int) -> list[Claim]:
     ]
 
 
-def class_claim() -> Claim:
+def class_claim(evidence: Evidence) -> Claim:
+    """Claim the smallest share of the nested regressions, whichever it is of a control."""
+
     def share(values: dict[str, Array]) -> Array:
         return values["classes"]
 
+    taken_out = smallest(evidence.classes).taken_out
     requirement = Requirement(
-        "variance of the maps between classes, ink regressed out",
+        f"variance of the maps between classes, without what is predicted by {taken_out}",
         MIN_VARIANCE,
         share,
-        lambda evidence: 1.0 if evidence.p_classes is None else evidence.p_classes,
-        "permuted labels",
+        lambda evidence: smallest(evidence.classes).p_value,
+        "random signs of the images' residuals",
         "of the variance",
     )
-    return Claim("Attention differs clearly between classes", (requirement,))
+    return Claim("Attention differs between classes beyond their ink", (requirement,))
 
 
 def weights_of(layers: range, num_layers: int) -> Array:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from attention_visualizer.analysis.claims.content import Content
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
+from attention_visualizer.measures.class_variance import ClassShare, class_variance, share_left, smallest
 from attention_visualizer.measures.head_roles import nan_mean
-from attention_visualizer.measures.intervals import PERMUTATION_BATCH, PERMUTATIONS, REPLICATES
+from attention_visualizer.measures.ink_regression import PIXEL_COMPONENTS, main_components
+from attention_visualizer.measures.intervals import REPLICATES
 from attention_visualizer.measures.matched_patches import (
     Excess,
     contrast,
@@ -28,6 +30,7 @@ IMAGES_AT_ONCE = 1000  # while resampling: bounds memory
 # So many that p survives the correction for several layers and claims: 1 / 20,000 x 13 layers x 9 claims is 0.006.
 FEATURE_PERMUTATIONS = 19_999
 PLACE_PERMUTATIONS = 4_999
+PREDICTED = "a softmax regression on all inks"  # that classes are compared beyond, see measures.predicted_attention
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Evidence:
     num_layers: int
     depth: tuple[int, ...]  # indices of the layers that depth trends may use
     n: int
-    p_classes: float | None = None  # of the label permutations, None without labels
+    classes: tuple[ClassShare, ...] = ()  # the variance between classes on each rung, empty without labels
     permuted_places: Array | None = None  # of "distance": [1 + permutation, layer], the first with places as they are
     counts: dict[str, int] = field(default_factory=dict)  # n of the quantities that are not of all n images
 
@@ -79,11 +82,13 @@ def gather(
     depth: Sequence[int],
     distances: Distances | None = None,
     resampled: bool = True,
+    pixels: Array | None = None,
 ) -> Evidence:
     """Measure all quantities.
 
     shares: [image, layer, head, patch], which sum to 1 over patches; labels: [image], None where not known; distances:
-    of the patch queries; resampled: whether with replicates and permutations, which controls do without.
+    of the patch queries; resampled: whether with replicates and permutations, which controls do without; pixels: their
+    main components, [image, component].
 
     Attention on ink is contrasted with that on empty patches of the same places. Attention on edges and points is what
     goes beyond a prediction from the amounts of ink of all patches and the class, in parts of what matched patches
@@ -113,10 +118,16 @@ def gather(
     if distances is not None and not np.isnan(distances.value).all():
         values["distance"], replicates["distance"] = distances.value, distances.replicates
         counts["distance"], placed = distances.n, distances.permuted_places
-    p_classes = None
+    classes: tuple[ClassShare, ...] = ()
     if labels is not None and len(np.unique(labels)) > 1:
-        share, repeated, p_classes = between_classes(maps, content.amount, labels, resampled)
-        values["classes"], replicates["classes"] = np.array(share), repeated
+        by_ink = predict_out_of_fold(maps, ink_features(content.amount, content.inked))
+        if resampled:
+            given = {PREDICTED: maps - by_ink}
+            classes = tuple(class_variance(maps, content.amount, labels, pixels, given))
+        else:  # at least as large as the smallest of all: a control that is compared by it is no easier to exceed
+            classes = (share_left(maps, maps - by_ink, labels, PREDICTED),)
+        least = smallest(classes)
+        values["classes"], replicates["classes"] = least.share.value, least.replicates
     return Evidence(
         values,
         replicates,
@@ -125,7 +136,7 @@ def gather(
         maps.shape[1],
         tuple(depth),
         len(shares),
-        p_classes,
+        classes,
         placed,
         counts,
     )
@@ -139,11 +150,14 @@ def evidence_of(survey: Survey, images: torch.Tensor, resampled: bool = True) ->
     content = Content.of(images, survey.grid)
     has_ink = content.inked.any(axis=1)
     if not has_ink.all():
-        content = Content.of(images[torch.from_numpy(has_ink)], survey.grid)
+        images = images[torch.from_numpy(has_ink)]
+        content = Content.of(images, survey.grid)
     labels = survey.labels[survey.kept][has_ink]
     known = None if (labels < 0).any() else labels
     depth = np.flatnonzero(survey.patch_queries_count).tolist()
-    return gather(survey.shares[has_ink], content, known, depth, resampled_distances(survey, resampled), resampled)
+    pixels = main_components(images.amax(dim=1).flatten(1).float().numpy() / 255, PIXEL_COMPONENTS)
+    distances = resampled_distances(survey, resampled)
+    return gather(survey.shares[has_ink], content, known, depth, distances, resampled, pixels)
 
 
 def resampled_distances(survey: Survey, resampled: bool = True) -> Distances:
@@ -219,61 +233,3 @@ def resample(values: dict[str, Array], influences: dict[str, Array]) -> dict[str
         name: values[name] + change.reshape(REPLICATES, *values[name].shape)
         for name, change in zip(influences, np.split(changes, ends, axis=1), strict=True)
     }
-
-
-def between_classes(relative: Array, amount: Array, labels: Array, resampled: bool) -> tuple[float, Array, float]:
-    """Measure how much of the variance of maps between images lies between classes, beyond what their ink explains.
-
-    The share that is left between classes after a linear regression of each patch on the ink of all patches, less its
-    mean under permuted labels. relative: [image, layer, patch]; amount: of ink, [image, patch]; labels: [image] ->
-    share, [replicate], p-value.
-    """
-    n = len(relative)
-    maps = relative.reshape(n, -1).astype(np.float64)
-    maps = maps - maps.mean(axis=0)
-    total = max(float((maps**2).sum()), 1e-12)
-    design = np.column_stack([np.ones(n), amount])
-    residuals = (maps - design @ np.linalg.lstsq(design, maps, rcond=None)[0]).astype(np.float32)
-    classes, members = np.unique(labels, return_inverse=True)
-    counts = np.bincount(members)
-    one_hot = np.eye(len(classes), dtype=np.float32)[members]
-    observed = variance_between(one_hot.T @ residuals, counts) / total
-    generator = np.random.default_rng(0)
-    permuted = []
-    for start in range(0, PERMUTATIONS, PERMUTATION_BATCH):
-        orders = [generator.permutation(n) for _ in range(min(PERMUTATION_BATCH, PERMUTATIONS - start))]
-        sums = np.concatenate([one_hot[order] for order in orders], axis=1).T @ residuals
-        permuted.append(variance_between(sums.reshape(len(orders), len(classes), -1), counts) / total)
-    null = np.concatenate(permuted)
-    p_value = float(((null >= observed * (1 - 1e-9)).sum() + 1) / (len(null) + 1))
-    chance = float(null.mean())
-    if not resampled:
-        return float(observed) - chance, np.empty(0), p_value
-    sums, counts = resample_classes([residuals[members == index] for index in range(len(classes))], generator)
-    # Resampling adds as much chance again as the sample has.
-    replicates = variance_between(sums, counts) / total * n / counts.sum(axis=1) - 2 * chance
-    return float(observed) - chance, replicates, p_value
-
-
-def variance_between(sums: Array, counts: Array) -> Array:
-    """Return the sum of squares between classes: [...].
-
-    sums: over a class's images, [..., class, column]; counts: of them, [..., class].
-    """
-    of_classes = (sums.astype(np.float64) ** 2).sum(axis=-1) / np.maximum(counts, 1e-12)
-    of_all = (sums.sum(axis=-2, dtype=np.float64) ** 2).sum(axis=-1) / counts.sum(axis=-1)
-    return of_classes.sum(axis=-1) - of_all
-
-
-def resample_classes(classes: Sequence[Array], generator: np.random.Generator) -> tuple[Array, Array]:
-    """Resample the images of each class, [image, column] each: sums [replicate, class, column] and counts [replicate,
-    class]."""
-    sums = np.zeros((REPLICATES, len(classes), classes[0].shape[1]))
-    counts = np.zeros((REPLICATES, len(classes)))
-    for index, rows in enumerate(classes):
-        for start in range(0, len(rows), IMAGES_AT_ONCE):
-            block = rows[start : start + IMAGES_AT_ONCE]
-            times = generator.poisson(1.0, (REPLICATES, len(block))).astype(np.float32)
-            sums[:, index] += times @ block
-            counts[:, index] += times.sum(axis=1)
-    return sums, counts

@@ -10,7 +10,9 @@ from attention_visualizer.analysis.claims.evidence import Evidence, evidence_of
 from attention_visualizer.analysis.claims.verdicts import Judgement, judge
 from attention_visualizer.analysis.study.controls import SHUFFLED
 from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.measures.intervals import Interval, percentiles
+from attention_visualizer.support.parallel import on_all_cores
 
 NO_SHUFFLED = (
     "Models that know shuffled labels by heart are missing among the controls: training them would take too long, or "
@@ -64,10 +66,9 @@ def measure(study: Study) -> JudgedClaims:
 
 def control_evidence(study: Study) -> dict[str, list[Evidence]]:
     """Gather the evidence of each control, by kind, over the images of its survey."""
-    return {
-        kind: [
-            evidence_of(survey, study.target.images.read(study.control_rows[survey.kept].tolist()), resampled=False)
-            for survey in surveys
-        ]
-        for kind, surveys in study.controls.items()
-    }
+
+    def evidence(survey: Survey) -> Evidence:
+        images = study.target.images.read(study.control_rows[survey.kept].tolist())
+        return evidence_of(survey, images, resampled=False)
+
+    return {kind: on_all_cores(evidence, surveys, study.target.device) for kind, surveys in study.controls.items()}
