@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_visualizer.analysis.roles import chapter
+from attention_visualizer.analysis.roles.causal import check_roles, other_positions
 from attention_visualizer.analysis.roles.figure import draw_redundancy, draw_roles
 from attention_visualizer.analysis.roles.measure import (
     MeasuredHeads,
@@ -463,7 +464,7 @@ def test_a_chapter_of_planted_heads(tmp_path: Path) -> None:
     study.__dict__["has_learnt"] = True
     found = chapter.CHAPTER(study)
     assert found.numbers["roles"] == EXPECTED and "NaN" not in plain(found.numbers)
-    assert [len(table.rows) for table in found.tables] == [11, 11, 5]
+    assert [len(table.rows) for table in found.tables] == [11, 11, 5, 7]
     assert found.finding is not None
     assert found.finding.text.startswith(
         "7 of 11 heads have a role beyond all heads of no control: 3 ink, 1 background, 2 brightest patch, 1 fixed "
@@ -533,3 +534,45 @@ def test_pictures_without_ink_get_one_sentence(tmp_path: Path) -> None:
     found = chapter.CHAPTER(study_of(random_model(0), tmp_path, images=photos))
     assert found.text == chapter.NO_INK and not (found.figures or found.tables or found.numbers)
     assert found.finding is None and list(tmp_path.iterdir()) == []
+
+
+# --- whether predictions depend on roles ---
+
+
+class ReadsBrightest(nn.Module):
+    """Two heads on the brightest patch and one on a fixed one; the class is where the first says that the brightest is:
+    the second and the third are not needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = PlantedAttention([brightest, brightest, partial(one_patch, 5)])
+        self.after = PlantedAttention([uniform])  # so that the first layer is not the last
+        self.bias = nn.Parameter(torch.zeros(PATCHES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        description = digits()[0]
+        pixels = ((images * description.std + description.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        amount = ink_amount(pixels, GRID)
+        seen = self.attention(amount)
+        self.after(amount)
+        return seen[:, 0, 0, 1:] * 10 + self.bias
+
+
+def test_predictions_depend_on_the_role_of_the_head_that_is_read() -> None:
+    description, images, _ = digits()
+    labels = ink_amount(images, GRID).argmax(dim=1)
+    names = tuple(str(patch) for patch in range(PATCHES))
+    patches = LabelledImageSet(replace(description, class_names=names), images, labels)
+    study = study_of(ReadsBrightest(), controls=0, images=patches, geometry=GEOMETRY)
+    roles = roles_of(study).names
+    assert roles[:3] == [["ink", "brightest patch"]] * 2 + [["fixed position"]]
+    found = check_roles(study, roles)
+    assert found is not None and found.labels == ["1.1", "1.2", "1.3"] and found.outcomes.errors_before == 0
+    assert found.interventions == ["another image's attention"] * 2 + ["patches at other positions"]
+    assert found.matters == ["1.1"] and found.outcomes.errors[0] > 20 and found.outcomes.errors[1:].tolist() == [0, 0]
+    assert check_roles(study, [[NO_ROLE]] * 4) is None
+
+
+def test_other_positions_move_every_patch_and_nothing_else() -> None:
+    moved = other_positions(GEOMETRY)
+    assert moved[0] == 0 and sorted(moved.tolist()) == list(range(17)) and (moved[1:] != torch.arange(1, 17)).all()

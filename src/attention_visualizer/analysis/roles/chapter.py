@@ -50,7 +50,7 @@ def write(study: Study) -> Chapter:
                 "images, ordered by similarity; boxes mark clusters of similar heads.",
             ),
         ],
-        [ink_table(roles, heads), place_table(roles, heads), control_table(measured)],
+        [ink_table(roles, heads), place_table(roles, heads), control_table(measured), *causal_tables(measured)],
         numbers_of(measured),
         finding=finding_of(measured, roles_file),
         caution="A role describes where a head's weights go on this test set. It does not say what the head is for, "
@@ -115,6 +115,32 @@ def control_table(measured: MeasuredHeads) -> Table:
     )
 
 
+def causal_tables(measured: MeasuredHeads) -> list[Table]:
+    """What it does to the predictions when heads lose their roles; none where that was not tried."""
+    check = measured.causal
+    if check is None:
+        return []
+    outcomes, before = check.outcomes, check.outcomes.errors_before
+    roles = dict(zip(measured.heads.labels, measured.roles.names, strict=True))
+    rows = [
+        [
+            label,
+            roles[label][0],
+            intervention,
+            f"{before:,} to {outcomes.errors[index]:,}",
+            f"{outcomes.lost[index]:,} lost, {outcomes.gained[index]:,} gained",
+            f"{outcomes.p_value[index]:.4f}",
+            "yes" if label in check.matters else "no",
+        ]
+        for index, (label, intervention) in enumerate(zip(check.labels, check.interventions, strict=True))
+    ]
+    caption = (
+        f"Do predictions depend on the role? Errors when a head attends without it, over {check.num_images:,} images. "
+        "p: McNemar's, Holm-adjusted over these heads."
+    )
+    return [Table(caption, ["head", "role", "instead", "errors", "images", "p", "predictions depend on it"], rows)]
+
+
 def numbers_of(measured: MeasuredHeads) -> dict[str, Any]:
     roles, index = measured.roles, measured.heads.index
     return {
@@ -133,6 +159,14 @@ def numbers_of(measured: MeasuredHeads) -> dict[str, Any]:
         "content": roles.selectivity.content[index].numbers(),
         "class_token": roles.class_token[index].numbers(),
         "closeness": roles.closeness[index].numbers(),
+        "causal_check": None
+        if measured.causal is None
+        else {
+            "heads": measured.causal.labels,
+            "interventions": measured.causal.interventions,
+            "images": measured.causal.num_images,
+            **measured.causal.outcomes.numbers(),
+        },
         "divergence": measured.redundancy.divergence,
         "cluster": measured.redundancy.cluster,
     }
@@ -156,7 +190,9 @@ def finding_of(measured: MeasuredHeads, figure: str) -> Finding:
     several = sum(len(names) > 1 for names in roles.names)
     if several:
         listed += f"; {several} of them {'has' if several == 1 else 'have'} more than one"
-    return Finding(f"{with_role} of {len(heads)} heads have a role {beyond}: {listed} (n = {n:,}).", figure)
+    check = measured.causal
+    depends = "" if check is None else f" Predictions depend on {len(check.matters) or 'none'} of these roles."
+    return Finding(f"{with_role} of {len(heads)} heads have a role {beyond}: {listed} (n = {n:,}).{depends}", figure)
 
 
 def controls_text(measured: MeasuredHeads) -> str:
@@ -227,7 +263,10 @@ in position, or in content; half of uniform attention's distance) *and* {beyond:
 of any head of the controls to 1, in a model that has learnt something; but for the last, of a head with a selectivity
 of at least {selective} nats. Controls: {controls}. Sharpened weights are random
 ones with each head's logits scaled so that it is as sharp as the trained head: sharp heads have places and images that
-they prefer without learning, too."""
+that they prefer without learning, too.
+
+Whether predictions depend on a role is tried out by taking it away: a head with a role about positions gives to other
+patches what it gave to each, one with a role about the image attends as on another image."""
 
 REDUNDANCY = """Between two heads the divergence is {mean} nats on average over {pairs} pairs and {n:,} images (0: the
 same map on every image, 0.69: no patch in common). {count} of the pairs {verb} by less than {alike} nats; clustered by

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attention_visualizer.analysis.roles.causal import CausalCheck, check_roles
 from attention_visualizer.analysis.study.heads import Heads
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import Survey
@@ -38,6 +39,7 @@ class MeasuredHeads:
     num_patches: int
     controls: dict[str, int]  # kind -> number of models
     has_learnt: bool  # whether the model's accuracy is above chance: else no head is said to have a role
+    causal: CausalCheck | None = None  # of the heads with a role
 
     @property
     def num_images(self) -> int:
@@ -94,6 +96,7 @@ def measure(study: Study) -> MeasuredHeads:
         survey.maps.shape[-1],
         {kind: len(surveys) for kind, surveys in controls.items()},
         study.has_learnt,
+        check_roles(study, roles.names),
     )
 
 
