@@ -302,6 +302,7 @@ def test_random_weights_support_nothing(tmp_path: Path) -> None:
     for seed in range(3):
         torch.manual_seed(seed)
         subject = study(VisionTransformer(num_layers=3, embed_dim=32).eval(), tmp_path, 450)
+        subject.__dict__["has_learnt"] = True
         reference = reference or control_evidence(subject)
         found = evidence_of(subject.survey, subject.target.images.read(subject.survey.kept))
         judgements = judge(declared_claims(found)[0], found, reference)

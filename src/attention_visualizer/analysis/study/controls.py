@@ -97,7 +97,7 @@ def shuffled_surveys(
 
     folder: where they are kept for the next analysis.
     """
-    learnt = learning_rows(target, rows)
+    learnt = learning_rows(target, rows) if count else np.empty(0, np.int64)
     if not len(learnt):
         return []
     assert target.images.labels is not None

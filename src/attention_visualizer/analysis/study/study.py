@@ -145,13 +145,14 @@ class Study:
     @cached_property
     def controls(self) -> dict[str, list[Survey]]:
         """Return the surveys of each kind of control, which claims and roles must exceed; `Survey.kept` are positions
-        in `control_rows`. Shuffled labels are missing where classes are not known, or training would take too long."""
+        in `control_rows`. Shuffled labels are missing where nothing will be said, since the model has learnt nothing or
+        classes are not known, and where training would take too long."""
         self.progress(f"{len(self.control_models)} models with {SHARPENED}")
         surveys = {
             RANDOM: self.control_surveys,
             SHARPENED: sharpened_surveys(self.target, self.control_models, self.control_rows, self.survey),
         }
-        count = min(MAX_SHUFFLED, self.budget.controls)
+        count = min(MAX_SHUFFLED, self.budget.controls) if self.has_learnt else 0
         shuffled = shuffled_surveys(self.target, count, self.control_rows, self.controls_folder, self.progress)
         return {kind: each for kind, each in {**surveys, SHUFFLED: shuffled}.items() if each}
 
