@@ -22,7 +22,7 @@ from attention_visualizer.support.text import csv_safe
 REPORT = "attention_analysis_report.md"
 PAGE = "attention_analysis_report.html"
 STATISTICS = "attention_statistics"
-SCHEMA = 2  # of attention_statistics.json: docs/report.md
+SCHEMA = 3  # of attention_statistics.json: docs/report.md
 MAX_FINDINGS = 5
 PLACEHOLDER = re.compile(r"(?<!\\)\{(\w+)(?::([^{}]*))?\}")
 SHOWN = (".png", ".webp")  # kinds of figures that stand in the page; others are linked
