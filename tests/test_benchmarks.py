@@ -9,8 +9,10 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -48,6 +50,7 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> Any:
         "training.py",
         "accuracy.py",
         "long_run.py",
+        "findings.py",
     ],
 )
 def test_help_says_how_to_run_it_also_without_torch_and_timm(script: str) -> None:
@@ -220,3 +223,90 @@ def test_accuracy_is_of_the_last_weights_over_seeds_and_nothing_is_done_twice(tm
     other = run(*command[:-1], "trainer.max_epochs=1")
     assert other.returncode == 1 and "give another --folder" in other.stderr
     assert "differs in trainer.max_epochs=1, trainer.max_epochs=2" in other.stderr
+
+
+# --- findings of planted nulls and truths ---
+
+
+@pytest.fixture(scope="module")
+def planted() -> Any:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(FOLDER)
+        importlib.import_module("planted_kinds")
+        yield importlib.import_module("planted")
+
+
+@pytest.fixture(scope="module")
+def kinds(planted: Any) -> Any:
+    """One model of each kind, on 200 digits."""
+    return importlib.import_module("planted_kinds").Kinds(planted.Setting.of(planted.QUICK), 1, 0)
+
+
+def test_planted_maps_follow_the_images_over_batches_and_leave_other_heads(planted: Any) -> None:
+    maps = torch.rand(5, 2, 3, 4)  # image, layer, head, patch
+    maps[:, 1, 2] = torch.nan
+    own = torch.rand(5, 3, 5, 5)
+    edit = planted.PlantedMaps(maps)
+    for rows in (slice(0, 3), slice(3, 5)):
+        for number, name in enumerate(("first", "second")):
+            edited = edit(SimpleNamespace(name=name), own[rows])
+            heads = 3 - number
+            torch.testing.assert_close(edited[:, :heads, :, 1:], maps[rows, number, :heads, None].expand(-1, -1, 5, -1))
+            assert (edited[:, :heads, :, 0] == 0).all() and torch.equal(edited[:, heads:], own[rows, heads:])
+
+
+def test_what_is_judged_on_planted_maps_are_these_maps(kinds: Any, planted: Any) -> None:
+    setting, maps = kinds.setting, kinds.mixed_strengths_and_places(0)
+    survey = setting.with_maps(setting.random_models[0], maps)
+    np.testing.assert_allclose(survey.shares, maps, atol=1e-5)
+    entropy = -(maps * np.log(np.maximum(maps, 1e-30))).sum(axis=-1).mean(axis=0)
+    np.testing.assert_allclose(survey.mean_of("entropy").value[:, :-1], entropy, atol=1e-3)
+
+
+def test_sharpened_random_weights_are_a_model_of_their_own(kinds: Any, planted: Any) -> None:
+    entropy = kinds.setting.survey(kinds.setting.sharpened_model(7)).mean_of("entropy").value[:, :-1]
+    low, high = planted.ENTROPIES
+    assert (entropy > low - 0.05).all() and (entropy < high + 0.05).all() and np.ptp(entropy) > 1
+    assert kinds.setting.survey(kinds.setting.random_models[0]).mean_of("entropy").value[:, :-1].min() > 2.6
+
+
+def test_permuted_pixels_are_the_same_pixels_at_other_places(kinds: Any) -> None:
+    images = kinds.setting.images.images
+    permuted = kinds.setting.with_permuted_pixels().images.images
+    assert not torch.equal(permuted, images)
+    assert torch.equal(permuted.flatten(1).sort().values, images.flatten(1).sort().values)
+    # Pixels that are equal in all images stay so.
+    assert (permuted.float().std(dim=0) == 0).sum() == (images.float().std(dim=0) == 0).sum()
+
+
+def test_verdicts_on_planted_maps_are_counted(kinds: Any) -> None:
+    """Nothing of brightness; and where there is something, the table of nulls would show it."""
+    nothing = kinds.maps_null("brightest patch", kinds.brightest)
+    assert (nothing.claims.found, nothing.claims.total, nothing.claims.what) == (0, 1, ())
+
+    def on_end_points(number: int) -> Any:
+        points = kinds.setting.content.features["end points"][:, None, None]
+        maps = kinds.one_strength_and_places(number) * (1 + 2 * points)
+        return (maps / maps.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+    something = kinds.maps_null("end points", on_end_points)
+    assert something.claims.found == 1 and "End points get more attention than other ink" in something.claims.what
+
+
+def test_planted_heads_are_found(kinds: Any) -> None:
+    assert kinds.needed_head(0)
+    assert kinds.one_head("fixed position", kinds.one_place).found == 1
+    assert kinds.one_head("content-dependent", kinds.one_place).found == 0
+
+
+def test_rates_have_the_upper_end_of_their_interval(planted: Any) -> None:
+    findings, kinds = (importlib.import_module(name) for name in ("findings", "planted_kinds"))
+    none, some = kinds.Count(0, 20), kinds.Count.of([["ink"], [], [], ["ink", "background"]])
+    assert findings.rate(none) == "0 of 20: 0% (at most 16%)" and findings.rate(None) == "–"
+    assert (some.found, some.total, some.what) == (2, 4, ("ink", "background", "ink"))
+    text = findings.null_table([kinds.Null("a", none, some), kinds.Null("b", none)], True)
+    assert "| a | 0 of 20: 0% (at most 16%) | 2 of 4: 50% (at most 85%) | – | – | – |" in text
+    assert "| all together | 0 of 40: 0% (at most 9%) | 2 of 4: 50% (at most 85%) | – | – | – |" in text
+    assert "a: ink, 2" in text and "a: background, 1" in text
+    truths = findings.truth_table([kinds.Truth("head", "1 of 12", kinds.Count(3, 4))], True)
+    assert "| head | 1 of 12 | 3 of 4 |" in truths
