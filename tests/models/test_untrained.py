@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -317,3 +318,13 @@ def test_a_model_whose_weights_cannot_be_made_random_is_refused() -> None:
     locked.lock = threading.Lock()  # type: ignore[assignment]
     with pytest.raises(UserError, match="Keeping cannot be copied, so it has no control models: cannot pickle"):
         random_weights(locked, 0)
+
+
+def test_controls_made_at_the_same_time_are_those_made_one_after_the_other() -> None:
+    model = own(embed_dim=98, num_layers=5)  # large enough that they overlap
+    seeds = range(8)
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda seed: random_weights(model, seed), seeds))
+    for seed, control in zip(seeds, together, strict=True):
+        alone = random_weights(model, seed).state_dict()
+        assert all(torch.equal(value, alone[name]) for name, value in control.state_dict().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.support.errors import UserError
 
+SEEDING = threading.Lock()  # control models are made on all cores at once, and there is one global random state
 SETTLING_STEPS = 15  # of the power method, by which spectral norms follow new weights
 
 
@@ -27,7 +29,7 @@ def random_weights(model: nn.Module, seed: int) -> nn.Module:
     be copied, or whose weights are packed.
     """
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]):
+    with SEEDING, torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the GPUs too, whose state is not put back.
         torch.default_generator.manual_seed(seed)
         if isinstance(model, VisionTransformer):
