@@ -83,7 +83,8 @@ def controls(labelled: bool = False) -> dict[str, list[Evidence]]:
 
 
 def distance(of_layers: np.ndarray) -> Distances:
-    return Distances(of_layers, of_layers + np.random.default_rng(0).normal(scale=0.003, size=(1000, LAYERS)), 9000)
+    replicates = of_layers + np.random.default_rng(0).normal(scale=0.003, size=(1000, LAYERS))
+    return Distances(of_layers, replicates, np.stack([of_layers, of_layers]), 9000)
 
 
 def judged(weights: np.ndarray, of_layers: np.ndarray | None = None, labelled: bool = False) -> dict[str, Judgement]:
@@ -114,7 +115,7 @@ def test_attention_on_one_kind_of_point() -> None:
     others = ("End points", "Bends")
     assert all(found[MORE.format(name)].verdict == "not supported" for name in others)
     result = found[MORE.format("Junctions")].results[0]
-    assert result.low < result.value < result.high and result.value > 5 * result.largest_control[1]
+    assert result.interval.low < result.value < result.interval.high and result.value > 5 * result.largest_control[1]
 
 
 def test_the_size_of_what_was_planted_does_not_depend_on_how_sharp_maps_are() -> None:
@@ -284,7 +285,7 @@ def test_nearness_is_nothing_where_places_at_random_would_do_as_well() -> None:
     for scale, verdict in ((0.02, "supported"), (0.2, "not supported")):
         permuted = np.concatenate([of_layers[None], generator.normal(1.0, scale, (4999, LAYERS))])
         replicates = of_layers + generator.normal(scale=0.003, size=(1000, LAYERS))
-        subject = evidence(noise(), Distances(of_layers, replicates, 9000, permuted))
+        subject = evidence(noise(), Distances(of_layers, replicates, np.stack([of_layers] * 2), 9000, permuted))
         found = {each.claim.name: each for each in judge(declared_claims(subject)[0], subject, controls())}
         assert found["Shallow layers (1-2) attend locally"].verdict == verdict
 

@@ -34,7 +34,6 @@ from attention_visualizer.data.datamodule import ImageDataModule, normalise
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.files.atomic import write_json
 from attention_visualizer.files.tensor_files import CHECKPOINT_KEY
-from attention_visualizer.measures.intervals import bootstrap_p_value, sign_flip_test, smallest_sign_flip_p
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.models.vit_config import ViTConfig
@@ -444,36 +443,6 @@ def test_pairing_uses_the_same_pictures_in_each_replicate(place: Place) -> None:
     np.testing.assert_array_equal(first, second)
     replicates = mean_over_layers(surveyed[0].survey, "entropy").replicates
     assert replicates.std() > 0 and np.isfinite(replicates).all()
-
-
-# --- tests over seeds ---
-
-
-def test_the_sign_flip_test_is_scipys() -> None:
-    values = np.random.default_rng(0).normal(0.4, 1, (9, 4))
-    for column in range(4):
-        expected = scipy.stats.permutation_test(
-            (values[:, column],), lambda x: x.mean(), permutation_type="samples", n_resamples=np.inf
-        ).pvalue
-        assert sign_flip_test(values)[column] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("units", [3, 5, 8, 10, 20])
-def test_the_smallest_p_is_reached_by_units_on_one_side(units: int) -> None:
-    one_side = np.arange(1.0, units + 1)[:, None]
-    assert sign_flip_test(one_side)[0] == pytest.approx(smallest_sign_flip_p(units), rel=0.7 if units > 14 else 1e-9)
-    assert smallest_sign_flip_p(5) == 0.0625 and smallest_sign_flip_p(10) * 24 < 0.05
-    assert np.isnan(sign_flip_test(np.array([[np.nan], [1.0]])))[0]
-
-
-def test_error_rates_of_the_tests() -> None:
-    generator = np.random.default_rng(1)
-    p_values = sign_flip_test(generator.standard_t(3, (8, 2000)))
-    assert 0.035 < (p_values <= 0.05).mean() < 0.06
-    replicates = generator.normal(0, 1, (1000, 300)) + generator.normal(0, 1, 300)  # a true difference of 0
-    found = np.array([bootstrap_p_value(column) for column in replicates.T])
-    assert 0.02 < (found <= 0.05).mean() < 0.09
-    assert np.isnan(bootstrap_p_value(np.array([np.nan, 1.0])))
 
 
 def test_controls_are_the_architecture_and_not_the_weights(trained: VisionTransformer) -> None:

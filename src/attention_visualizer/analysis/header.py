@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from attention_visualizer.analysis.runs.surveyed_runs import FEW_SEEDS
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.data.image_sets import ImageFolder
@@ -16,6 +17,7 @@ from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.report.markdown import ReportHeader
 from attention_visualizer.support import machine
 
+ONE_MODEL = "one model: another seed gives other heads and other values (runs= compares them)"
 SOFTWARE = ("attention-visualizer", "torch", "numpy")
 MAX_UNREAD = 5  # pictures that are named
 
@@ -47,6 +49,7 @@ def report_header(study: Study, command: str, language: str) -> ReportHeader:
     versions = ", ".join(f"{name} {machine.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
     facts["software"] = f"{versions}, Python {platform.python_version()}"
     headline = [facts["model"], facts["data"], *([f"accuracy {facts['accuracy']}"] if accuracy is not None else [])]
+    headline.append(describe_seeds(study))
     return ReportHeader("Attention analysis", facts, warnings_of(study), command, language, headline)
 
 
@@ -64,6 +67,14 @@ def warnings_of(study: Study) -> list[str]:
     if len(unread) > MAX_UNREAD:
         warnings.append(f"{len(unread) - MAX_UNREAD:,} more images could not be read and are left out")
     return warnings
+
+
+def describe_seeds(study: Study) -> str:
+    """Say how many runs there are, and what follows for another one."""
+    settings = [run.setting for run in study.compared_runs]
+    if len(settings) >= FEW_SEEDS and len(set(settings)) == 1:
+        return f"{len(settings)} seeds of one model; all chapters but their comparison are of one run"
+    return ONE_MODEL
 
 
 def describe_input(format: InputFormat) -> str:

@@ -11,6 +11,7 @@ Hands out functions of arrays and tensors; no files, no figures. May use data, m
     map_measures.py         entropy, distance, rollout and the like, of attention weights
     matched_patches.py      excess attention on a feature, between matched patches
     observation.py          what a model predicts and attends to on a few images, as arrays
+    over_seeds.py           intervals and exact tests over training runs
     paired_errors.py        McNemar's test of errors on the same images, and its power
     perturbation.py         deletion and insertion curves
     predicted_attention.py  attention as far as the amounts of ink predict it

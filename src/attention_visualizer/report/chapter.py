@@ -40,6 +40,7 @@ class Finding:
 
     text: str  # one or two sentences in Markdown
     figure: str | None = None  # the name of the figure that shows it
+    leads: bool = False  # whether it comes before those of all other chapters
 
 
 @dataclass(frozen=True)

@@ -182,8 +182,7 @@ def contents(summary: ReportHeader, parts: list[Part]) -> dict[str, Any]:
     return {
         "summary": summary,
         "parts": parts,
-        # Those of the last chapters: they ask what the first ones only describe.
-        "findings": [part for part in parts if part.chapter.finding is not None][-MAX_FINDINGS:],
+        "findings": findings_of(parts),
         "cautions": [part for part in parts if part.chapter.caution],
         "missing": [part for part in parts if part.chapter.missing],
         "shown": lambda figure: figure.name.endswith(SHOWN),
@@ -192,6 +191,13 @@ def contents(summary: ReportHeader, parts: list[Part]) -> dict[str, Any]:
         "has_records": any(part.chapter.records for part in parts),
         "statistics": STATISTICS,
     }
+
+
+def findings_of(parts: list[Part]) -> list[Part]:
+    """Return the chapters whose findings stand on the first screen: those of the last ones, which ask what the first
+    ones only describe; one that leads comes first."""
+    found = [part for part in parts if part.chapter.finding is not None][-MAX_FINDINGS:]
+    return sorted(found, key=lambda part: part.chapter.finding is None or not part.chapter.finding.leads)
 
 
 def folded(part: Part) -> list[tuple[tuple[int, FigureFile], list[tuple[int, FigureFile]]]]:

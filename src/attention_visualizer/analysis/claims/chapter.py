@@ -140,9 +140,16 @@ def result_cells(result: Result, controls: Iterable[str]) -> list[str]:
     ranges = [range_text(result.controls.get(kind, ())) for kind in controls]
     value = effect = "–"
     if not np.isnan(result.value):
-        value = f"{result.value:.3f} ({result.low:.3f} to {result.high:.3f})"
+        value = result.interval.text()
         effect = f"{result.value / requirement.minimum:.2f} (d {result.standardised:.2f})"
-    return [f"{requirement.quantity}, {requirement.unit}", value, f"{result.n:,}", *ranges, requirement.null, effect]
+    return [
+        f"{requirement.quantity}, {requirement.unit}",
+        value,
+        f"{result.interval.n:,}",
+        *ranges,
+        requirement.null,
+        effect,
+    ]
 
 
 def range_text(values: Sequence[float]) -> str:
@@ -158,10 +165,11 @@ def grid_text(grid: tuple[int, int]) -> str:
 def finding_text(judged: JudgedClaims) -> str:
     judgements = judged.judgements
     counts = Counter(judgement.verdict for judgement in judgements)
+    undecided = counts["cannot be decided by attention alone"]
     text = (
-        f"Of {len(judgements)} common claims about attention, {counts['supported']} are supported, "
-        f"{counts['not supported']} are not, and {counts['cannot be decided by attention alone']} cannot be decided by "
-        f"attention alone (n = {judged.n:,} {judged.image_kind}s; controls: {judged.controls_text})."
+        f"{counts['supported']} of {len(judgements)} common claims about attention are supported"
+        f"{f', {undecided} cannot be decided by attention alone' if undecided else ''} "
+        f"(n = {judged.n:,} {judged.image_kind}s)."
     )
     supported = [judgement for judgement in judgements if judgement.verdict == "supported"]
     clearest = max(supported or judgements, key=lambda judgement: judgement.results[0].margin)
@@ -169,9 +177,8 @@ def finding_text(judged: JudgedClaims) -> str:
     if np.isnan(weakest.value):
         return text
     return (
-        f"{text} {'The clearest' if supported else 'The closest'}, picked afterwards: “{clearest.claim.name}”, with "
-        f"{weakest.value:.2f} {weakest.requirement.unit} (95 % interval {weakest.low:.2f} to {weakest.high:.2f}) for "
-        f"{weakest.requirement.quantity}."
+        f"{text} {'The clearest' if supported else 'The closest'}, picked afterwards: “{clearest.claim.name}”, by "
+        f"{weakest.interval.text(2)} {weakest.requirement.unit}."
     )
 
 
@@ -206,13 +213,10 @@ def numbers(judged: JudgedClaims) -> dict[str, Any]:
                         "null": result.requirement.null,
                         "minimum_effect": result.requirement.minimum,
                         "must_reach": result.threshold,
-                        "value": result.value,
-                        "low": result.low,
-                        "high": result.high,
+                        **result.interval.numbers(),
                         "standardised": result.standardised,
                         "controls": result.controls,
                         "p": result.p_value,
-                        "n": result.n,
                         "holds": not result.failure,
                     }
                     for result in judgement.results
@@ -267,5 +271,5 @@ can hardly be told apart: `python train.py experiment=fine_patches` trains a mod
 report can."""
 CAPTION = """One row per claim, n = {n:,} {kind}: the requirement that decides, in units of its minimum effect. Grey:
 the range of all controls."""
-CAUTION = """A supported claim says where this one model's attention goes, not that its predictions depend on it, and
-"not supported" does not prove the contrary."""
+CAUTION = """A supported claim says where attention goes, not that predictions depend on it; "not supported" does not
+prove the contrary."""

@@ -15,7 +15,7 @@ from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
 from attention_visualizer.measures.class_variance import ClassShare, class_variance, share_left, smallest
 from attention_visualizer.measures.head_roles import nan_mean
 from attention_visualizer.measures.ink_regression import PIXEL_COMPONENTS, main_components
-from attention_visualizer.measures.intervals import REPLICATES
+from attention_visualizer.measures.intervals import REPLICATES, half_means
 from attention_visualizer.measures.matched_patches import (
     Excess,
     contrast,
@@ -43,6 +43,7 @@ class Evidence:
 
     values: dict[str, Array]  # quantity -> [layer] or []
     replicates: dict[str, Array]  # the same with a first axis for resampled images, empty where it was not resampled
+    halves: dict[str, Array]  # likewise with one for the first and second half of the images, NaN where not known
     unexplained: dict[str, Array]  # feature -> what is permuted, in the value's unit: [image, layer, patch]
     content: Content
     num_layers: int
@@ -71,6 +72,7 @@ class Distances:
 
     value: Array  # [layer]
     replicates: Array  # [replicate, layer], of resampled images
+    halves: Array  # [half, layer], of the images
     n: int
     permuted_places: Array | None = None  # [1 + permutation, layer], see `with_permuted_places`
 
@@ -110,13 +112,18 @@ def gather(
     values = {name: part.value for name, part in parts.items()}
     values["coverage"] = of_images.mean(axis=0, dtype=np.float64)
     replicates: dict[str, Array] = {}
+    halves: dict[str, Array] = {}
     if resampled:
         influences = {name: part.influences for name, part in parts.items()}
-        replicates = resample(values, influences | {"coverage": (of_images - values["coverage"]) / len(of_images)})
+        influences["coverage"] = (of_images - values["coverage"]) / len(of_images)
+        replicates = resample(values, influences)
+        # In a half each image counts twice or not at all.
+        halves = {name: values[name] + len(maps) * half_means(each) for name, each in influences.items()}
     counts: dict[str, int] = {}
     placed = None
     if distances is not None and not np.isnan(distances.value).all():
         values["distance"], replicates["distance"] = distances.value, distances.replicates
+        halves["distance"] = distances.halves
         counts["distance"], placed = distances.n, distances.permuted_places
     classes: tuple[ClassShare, ...] = ()
     if labels is not None and len(np.unique(labels)) > 1:
@@ -128,9 +135,11 @@ def gather(
             classes = (share_left(maps, maps - by_ink, labels, PREDICTED),)
         least = smallest(classes)
         values["classes"], replicates["classes"] = least.share.value, least.replicates
+        halves["classes"] = np.full(2, np.nan)
     return Evidence(
         values,
         replicates,
+        halves,
         unexplained,
         content,
         maps.shape[1],
@@ -162,10 +171,12 @@ def evidence_of(survey: Survey, images: torch.Tensor, resampled: bool = True) ->
 
 def resampled_distances(survey: Survey, resampled: bool = True) -> Distances:
     """Return the distances of all images of the survey, also of those whose maps it did not keep."""
-    _, replicates = survey.means.resampled()
-    distances = replicates[:, MEASURE_NAMES.index("distance"), :, -1] / survey.uniform_distances
+    replicates, halves = (
+        each[:, MEASURE_NAMES.index("distance"), :, -1] / survey.uniform_distances
+        for each in (survey.means.resampled()[1], survey.means.of_halves())
+    )
     placed = with_permuted_places(survey) if resampled else None
-    return Distances(survey.relative_distances.value[:, -1], distances, survey.num_images, placed)
+    return Distances(survey.relative_distances.value[:, -1], replicates, halves, survey.num_images, placed)
 
 
 def with_permuted_places(survey: Survey, permutations: int = PLACE_PERMUTATIONS) -> Array | None:

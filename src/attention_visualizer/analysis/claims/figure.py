@@ -21,7 +21,7 @@ def draw(judged: JudgedClaims, title: str) -> Figure:
     charts.verdict_forest(
         [judgement.claim.name for judgement in judged.judgements],
         np.array([result.value for result in deciding]) / units,
-        np.array([(result.low, result.high) for result in deciding]) / units[:, None],
+        np.array([(result.interval.low, result.interval.high) for result in deciding]) / units[:, None],
         np.array(bands) / units[:, None],
         np.array([result.threshold for result in deciding]) / units,
         [judgement.verdict for judgement in judged.judgements],

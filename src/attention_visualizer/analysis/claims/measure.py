@@ -42,7 +42,8 @@ class JudgedClaims:
         """Return feature -> [layer], in its unit."""
         measured, intervals = self.measured, {}
         for name in measured.content.features:
-            intervals[name] = Interval(measured.values[name], *percentiles(measured.replicates[name]), measured.n)
+            of_images = Interval(measured.values[name], *percentiles(measured.replicates[name]), measured.n)
+            intervals[name] = of_images.including(measured.halves[name])
         return intervals
 
 

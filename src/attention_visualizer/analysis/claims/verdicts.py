@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention_visualizer.analysis.claims.evidence import Evidence
-from attention_visualizer.measures.intervals import CHAPTER_LEVEL, holm, normal_p_value, percentiles
+from attention_visualizer.measures.intervals import CHAPTER_LEVEL, Interval, holm, normal_p_value, percentiles
 
 Array = NDArray[Any]
 Verdict = Literal["supported", "not supported", "cannot be decided by attention alone"]
@@ -43,17 +43,18 @@ class Claim:
 
 @dataclass(frozen=True)
 class Result:
-    """A requirement's value with its 95 % interval."""
+    """What a requirement's quantity is."""
 
     requirement: Requirement
-    value: float
-    low: float
-    high: float
+    interval: Interval  # of the quantity, 95 %
     controls: Mapping[str, tuple[float, ...]]  # kind -> what each model of it reaches
-    standardised: float  # the value in standard deviations over its n images
+    standardised: float  # the value in standard deviations over its images
     p_value: float
     threshold: float  # that the value must reach
-    n: int
+
+    @property
+    def value(self) -> float:
+        return float(self.interval.value)
 
     @property
     def failure(self) -> str:
@@ -61,7 +62,7 @@ class Result:
         minimum = self.requirement.minimum
         if np.isnan(self.value):
             return "it could not be measured"
-        if self.value <= -minimum and self.high < 0:
+        if self.value <= -minimum and self.interval.high < 0:
             return f"{self.value:.3f} is the opposite"
         if self.value < minimum:
             return f"{self.value:.3f} is below the minimum effect of {minimum:g}"
@@ -70,7 +71,7 @@ class Result:
         if self.value < self.threshold:
             kind, largest = self.largest_control
             return f"{self.value:.3f} is not {minimum:g} beyond the largest of {kind} ({largest:.3f})"
-        return "" if self.low > 0 else "its interval includes no effect"
+        return "" if self.interval.low > 0 else "its interval includes no effect"
 
     @property
     def largest_control(self) -> tuple[str, float]:
@@ -152,9 +153,10 @@ def decide(claim: Claim, results: Sequence[Result], adjusted: float, has_learnt:
 
 
 def check(requirement: Requirement, measured: Evidence, controls: Mapping[str, Sequence[Evidence]]) -> Result:
-    value = float(requirement.statistic(measured.values))
+    value = np.asarray(requirement.statistic(measured.values))
     replicates = np.asarray(requirement.statistic(measured.replicates), dtype=np.float64)
-    low, high = (float(end) for end in percentiles(replicates))
+    n = measured.counts.get(requirement.n_from, measured.n)
+    interval = Interval(value, *percentiles(replicates), n).including(requirement.statistic(measured.halves))
     reached: dict[str, tuple[float, ...]] = {}
     threshold = requirement.minimum
     if requirement.compared:
@@ -163,16 +165,12 @@ def check(requirement: Requirement, measured: Evidence, controls: Mapping[str, S
             reached[kind] = tuple(each for each in values if not np.isnan(each))
         threshold += max(0.0, max((each for values in reached.values() for each in values), default=np.inf))
     p_value = normal_p_value(replicates) if requirement.p_value is None else requirement.p_value(measured)
-    n = measured.counts.get(requirement.n_from, measured.n)
     deviation = float(replicates.std()) * np.sqrt(n)
     return Result(
         requirement,
-        value,
-        low,
-        high,
+        interval,
         controls=reached,
-        standardised=value / deviation if deviation > 0 else float("nan"),
+        standardised=float(value) / deviation if deviation > 0 else float("nan"),
         p_value=1.0 if np.isnan(p_value) else p_value,
         threshold=threshold,
-        n=n,
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from attention_visualizer.analysis.importance.figure import draw_heads, draw_whole_model
 from attention_visualizer.analysis.importance.measure import Importance, measure, num_passes
-from attention_visualizer.analysis.importance.outcomes import MIN_RISE
+from attention_visualizer.analysis.importance.outcomes import MIN_RISE, TABLE_LEVEL
 from attention_visualizer.analysis.importance.tables import tables_of
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.budget import MIN_IMAGES
@@ -100,6 +100,7 @@ def text_of(measured: Importance) -> str:
         before=zero.errors_before,
         n=measured.accuracy.n,
         rise=MIN_RISE,
+        level=TABLE_LEVEL,
         family=len(zero.names),
         verdict=verdict_text(measured),
         joint=joint_text(measured),
@@ -192,7 +193,8 @@ by a fixed ring; the weights are those of an unedited pass); by all weight on th
 **Heads and layers.** Each is ablated with all others intact (zero ablation: its weights are 0), and each layer also
 replaced by its average map (mean ablation). Counted are {errors}, {before:,} of {n:,} with all heads; the score is the
 logit of the {classes} class relative to the mean logit. A head or layer is *needed* if errors rise by at least
-{rise:.0%} and p < 0.05 (exact McNemar test, Holm-adjusted over {family}).{verdict}{joint}{correlation}"""
+{rise:.0%} and p < {level:g} (exact McNemar test, Holm-adjusted over {family}; five chapters of a report make
+statements, this one in two tables).{verdict}{joint}{correlation}"""
 
 NEEDED = """ {needed} of {count} heads are needed alone{names}, and {layers} of {all_layers} layers{averaged}. With
 {n:,} images the test finds, in 4 of 5 cases, a rise of {detectable:,} errors (from {before:,} to {reached:,}) or more;
@@ -208,7 +210,7 @@ JOINT = """
 CORRELATION = """
 
 Over the {count} heads the rise in errors and the entropy of the readout row have a rank correlation of {value}, p =
-{p:.3f} by permutation."""
+{p:.3f} by permutation, not adjusted: a description."""
 
 TOO_MUCH = """Omitted: it takes {passes:,} passes over each image, which is slow for a model of this size. `subset=50`
 runs it on 50 images."""

@@ -108,7 +108,9 @@ def measure(study: Study, rows: Array) -> Importance:
         images=f"{len(rows):,} {study.target.images.kind}s",
         class_source="true" if has_classes else "predicted",
         score=intervals.bootstrap_mean(before.score),
-        accuracy=intervals.share_interval(before.is_right.sum(), len(rows)),
+        accuracy=intervals.share_interval(before.is_right.sum(), len(rows)).including(
+            intervals.half_means(before.is_right)
+        ),
         chance_accuracy=1 / study.first_observation.num_classes,
         whole_model=outcomes["whole model"],
         zero=outcomes["zero"],

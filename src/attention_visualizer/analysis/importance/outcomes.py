@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention_visualizer.measures import intervals
-from attention_visualizer.measures.intervals import LEVEL, Interval
+from attention_visualizer.measures.intervals import CHAPTER_LEVEL, Interval
 from attention_visualizer.measures.paired_errors import detectable_rise, mcnemar
 
 Array = NDArray[Any]
@@ -19,6 +19,7 @@ Array = NDArray[Any]
 # images significance alone would do for a rise from 4,000 to 4,150 errors of 10,000, which no reader would call need; a
 # share of the errors means the same at 99 % and at 60 % accuracy, as points of accuracy or logits do not.
 MIN_RISE = 0.1
+TABLE_LEVEL = CHAPTER_LEVEL / 2  # two tables say what is needed: zero ablation and mean ablation
 
 
 class Answers(NamedTuple):
@@ -57,8 +58,10 @@ class Outcomes:
             errors_before=int((~before.is_right).sum()),
             lost=lost,
             gained=gained,
-            accuracy=intervals.share_interval(right.sum(axis=0), len(right)),
-            accuracy_change=intervals.share_change(before.is_right, right),
+            accuracy=intervals.share_interval(right.sum(axis=0), len(right)).including(intervals.half_means(right)),
+            accuracy_change=intervals.share_change(before.is_right, right).including(
+                intervals.half_means(right.astype(np.float64) - was_right)
+            ),
             score_change=intervals.bootstrap_mean(scores - before.score[:, None]),
             p_value=intervals.holm(mcnemar(lost, gained)) if has_classes else np.full(len(after), np.nan),
         )
@@ -75,13 +78,13 @@ class Outcomes:
     @property
     def is_needed(self) -> Array:
         """Return whether errors rise by MIN_RISE, and by more than chance: bool [intervention]."""
-        return np.asarray((self.p_value < LEVEL) & (self.rise >= MIN_RISE * self.errors_before) & (self.rise > 0))
+        return np.asarray((self.p_value < TABLE_LEVEL) & (self.rise >= MIN_RISE * self.errors_before) & (self.rise > 0))
 
     @property
     def detectable_rise(self) -> int:
         """Return the smallest rise that the test finds in 4 of 5 cases at its strictest step, where as many errors are
         put right at the same time as with the median intervention."""
-        return detectable_rise(float(np.median(self.gained)), LEVEL / len(self.names))
+        return detectable_rise(float(np.median(self.gained)), TABLE_LEVEL / len(self.names))
 
     def numbers(self) -> dict[str, Any]:
         return {

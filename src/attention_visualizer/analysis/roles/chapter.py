@@ -53,8 +53,7 @@ def write(study: Study) -> Chapter:
         [ink_table(roles, heads), place_table(roles, heads), control_table(measured), *causal_tables(measured)],
         numbers_of(measured),
         finding=finding_of(measured, roles_file),
-        caution="A role describes where a head's weights go on this test set. It does not say what the head is for, "
-        "and head indices mean nothing in another run.",
+        caution="A role describes where a head's weights go, not what the head is for.",
     )
 
 
@@ -183,7 +182,7 @@ def finding_of(measured: MeasuredHeads, figure: str) -> Finding:
         return Finding(f"The model's accuracy is not above chance, so no head has a role (n = {n:,}).", figure)
     counts = role_counts(roles)
     with_role = len(heads) - counts[NO_ROLE]
-    beyond = f"beyond all heads of {controls_text(measured)}"
+    beyond = f"beyond every head of {sum(measured.controls.values())} control models"
     if not with_role:
         return Finding(f"No head of {len(heads)} has a role {beyond} (n = {n:,}).", figure)
     listed = ", ".join(f"{count} {role}" for role, count in counts.items() if count and role != NO_ROLE)

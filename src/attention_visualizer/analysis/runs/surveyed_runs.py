@@ -16,14 +16,17 @@ from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.attention.outputs import class_scores
 from attention_visualizer.data.image_sets import LabelledImageSet
-from attention_visualizer.measures.intervals import BootstrapMeans, Interval
+from attention_visualizer.measures.intervals import CHAPTER_LEVEL, BootstrapMeans, Interval
 from attention_visualizer.measures.map_measures import uniform_entropy
 
 Array = NDArray[Any]
 SURVEY_IMAGES = 1000  # that each run is surveyed on
 IMAGES_AT_ONCE = 1000  # while resampling: bounds memory
 CONTROL_FACTOR = 1.5  # how far beyond random weights an effect must go
-ENOUGH_SEEDS = 8  # from which on statements about seeds are more than descriptive: 2 / 2^8 < 0.01
+# Three families of statements about seeds share the chapter's level: whether heads recur, layers, heads.
+FAMILY_LEVEL = CHAPTER_LEVEL / 3
+ENOUGH_SEEDS = 10  # from which on statements about seeds are more than descriptive: 2 / 2^10 < FAMILY_LEVEL
+FEW_SEEDS = 3  # from which on they have intervals, which lead the report
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ class SurveyedRun:
     def accuracies(self) -> BootstrapMeans | None:
         if self.correct is None:
             return None
-        means = BootstrapMeans()
+        means = BootstrapMeans(num_images=len(self.correct))
         for start in range(0, len(self.correct), IMAGES_AT_ONCE):
             means.update(self.correct[start : start + IMAGES_AT_ONCE].astype(np.float64))
         return means
 
-    @property
+    @cached_property
     def accuracy(self) -> Interval | None:
         return None if self.accuracies is None else self.accuracies.of_group()
 

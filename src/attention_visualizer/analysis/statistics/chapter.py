@@ -11,7 +11,6 @@ from attention_visualizer.analysis.statistics.figure import LABELS, QUANTILES, d
 from attention_visualizer.analysis.statistics.measure import OUTCOME_MEASURES, Groups, Statistics, measure
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
-from attention_visualizer.measures.intervals import share_interval
 from attention_visualizer.measures.streaming import REPORTED_MEASURES, MeasureSummary
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table, escape_markdown
 
@@ -88,9 +87,7 @@ def text_of(measured: Statistics) -> str:
         n=survey.num_images,
         kind=f"{measured.image_kind}s",
         who="the CLS token" if survey.reads_class_token else "the patch queries (mean over them)",
-        accuracy=""
-        if groups is None
-        else f" (accuracy {share_interval(groups.num_correct, survey.num_images).text(2, percent=True)})",
+        accuracy="" if measured.accuracy is None else f" (accuracy {measured.accuracy.text(2, percent=True)})",
         highest="" if uniform is None else f", which is {uniform:.3f} nats when it is uniform",
     )
     if measured.trends:
@@ -111,21 +108,18 @@ def finding_of(survey: Survey, figure: str) -> Finding:
     entropies = survey.mean_of("entropy")[:, -1]
     tokens = survey.mean_of("effective_tokens")[:, -1]
     sharpest, broadest = int(np.argmin(entropies.value)), int(np.argmax(entropies.value))
-    broad, sharp = (
-        f"{tokens.value[layer]:.2f} ({tokens.low[layer]:.2f} to {tokens.high[layer]:.2f})"
-        for layer in (broadest, sharpest)
-    )
     keys = survey.geometries[-1].num_tokens
     text = (
-        f"The readout query's attention is broadest in layer {broadest + 1}, {broad} effective tokens of {keys}, and "
-        f"sharpest in layer {sharpest + 1}, {sharp}: means over heads and {survey.num_images:,} images."
+        f"The readout query's attention is broadest in layer {broadest + 1}, {tokens[broadest].text(2)} effective "
+        f"tokens of {keys}, and sharpest in layer {sharpest + 1}, {tokens[sharpest].text(2)} (both layers picked "
+        f"afterwards; means over heads, n = {survey.num_images:,})."
     )
     return Finding(text, figure)
 
 
 def layer_table(survey: Survey, images: str) -> Table:
     """Return means over images and heads, and the range of the middle 90 % of them."""
-    summaries = survey.summaries
+    summaries, means = survey.summaries, {name: survey.mean_of(name)[:, -1] for name in MEASURE_NAMES}
     columns = ["layer", *(LABELS[name] for name in MEASURE_NAMES)]
     rows = []
     for layer in range(len(summaries["entropy"].mean)):
@@ -134,7 +128,9 @@ def layer_table(survey: Survey, images: str) -> Table:
             summary = summaries[name]
             low, _, _, _, high = summary.quantiles(QUANTILES)[layer]
             defined = not np.isnan(summary.mean[layer]).all()
-            row.append(f"{np.nanmean(summary.mean[layer]):.3f} ({low:.3f} to {high:.3f})" if defined else "–")
+            decimals = means[name][layer].decimals(3)
+            mean = np.nanmean(summary.mean[layer])
+            row.append(f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})" if defined else "–")
         rows.append(row)
     return Table(
         f"Mean over {images} and the layer's heads ({head_counts(survey)}), with the range of the middle 90 % of "

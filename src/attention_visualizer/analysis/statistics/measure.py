@@ -24,6 +24,7 @@ class Statistics:
     image_kind: str  # what one image is called, such as "test image"
     trends: dict[str, Interval]  # measure -> last third of the layers minus the first, see `depth_trends`
     groups: Groups | None  # None where it is not known which answers are right
+    accuracy: Interval | None  # likewise
 
     @property
     def images(self) -> str:
@@ -45,7 +46,8 @@ class Groups:
 
 def measure(study: Study) -> Statistics:
     survey, images = study.survey, study.target.images
-    return Statistics(survey, images.kind, depth_trends(survey), measure_groups(survey, list(images.class_names)))
+    groups = measure_groups(survey, list(images.class_names))
+    return Statistics(survey, images.kind, depth_trends(survey), groups, study.accuracy)
 
 
 def depth_trends(survey: Survey) -> dict[str, Interval]:

@@ -33,7 +33,7 @@ from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.attention.outputs import class_scores, predict
 from attention_visualizer.figures.attention_figures import ExplainedImage, class_name
 from attention_visualizer.figures.panels import PanelFigure
-from attention_visualizer.measures.intervals import Interval, learnt_threshold, share_interval, stratified
+from attention_visualizer.measures.intervals import Interval, half_means, learnt_threshold, share_interval, stratified
 from attention_visualizer.measures.observation import Observation
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.report.chapter import FigureFile
@@ -182,7 +182,9 @@ class Study:
             correct = None if (predicted < 0).any() else predicted == labels.cpu().numpy()
         else:
             correct = None
-        return None if correct is None else share_interval(int(correct.sum()), len(correct))
+        if correct is None:
+            return None
+        return share_interval(int(correct.sum()), len(correct)).including(half_means(correct))
 
     def cost_of_image(self, passes: int) -> float:
         """Return what so many passes over one image cost: see `Budget`."""

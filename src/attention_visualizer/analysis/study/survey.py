@@ -181,9 +181,10 @@ class SurveyAccumulator:
             REPORTED_MEASURES, lambda name, layer, values: self.batch_values.update({(name, layer): values})
         )
         self.mean_weights = MeanWeights(MAX_BYTES)
-        self.means = BootstrapMeans()
-        self.means_by_class = BootstrapMeans(max(int(labels.max(initial=-1)) + 1, 1))
-        self.means_by_outcome = BootstrapMeans(2)
+        total, num_classes = len(labels), max(int(labels.max(initial=-1)) + 1, 1)
+        self.means = BootstrapMeans(num_images=total)
+        self.means_by_class = BootstrapMeans(num_classes, num_images=total)
+        self.means_by_outcome = BootstrapMeans(2, num_images=total)
         self.predictions: list[tuple[Array, Array]] = []
         self.kept: Array | None = None
         self.observations: list[Observation] = []  # of the kept images

@@ -30,7 +30,7 @@ from attention_visualizer.analysis.trust.verdict import (
     performance,
 )
 from attention_visualizer.measures import intervals
-from attention_visualizer.measures.intervals import Interval, share_interval
+from attention_visualizer.measures.intervals import Interval, half_means, share_interval
 from attention_visualizer.measures.perturbation import Curves, Operator, ranking_of
 from attention_visualizer.measures.shapley import antithetic_pairs
 
@@ -149,7 +149,7 @@ def areas_of(performances: Array) -> Array:
 def pointing(ranking: Array, inked: Array) -> Interval:
     """Return the share of images whose highest patch holds ink. Both [image, patch]."""
     hits = np.take_along_axis(inked, ranking[:, :1], axis=1)
-    return share_interval(int(hits.sum()), len(hits))
+    return share_interval(int(hits.sum()), len(hits)).including(half_means(hits))
 
 
 def mass_on(maps: Array, inked: Array) -> Interval:

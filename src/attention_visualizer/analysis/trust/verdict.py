@@ -138,7 +138,7 @@ class PairedGains:
         """The means with their intervals, all from the same resampled images, so that shares are paired."""
         values = {("over", name): each for name, each in self.over.items()}
         values |= {("possible", name): each for name, each in self.possible.items()}
-        stream = BootstrapMeans(replicates=replicates)
+        stream = BootstrapMeans(replicates=replicates, num_images=len(self.over[INKED]))
         stream.update(np.stack(list(values.values()), axis=1))
         at = {key: position for position, key in enumerate(values)}
 
@@ -157,7 +157,7 @@ class PairedGains:
 
         controls = None
         if self.over_controls.size:
-            control_stream = BootstrapMeans(replicates=replicates)
+            control_stream = BootstrapMeans(replicates=replicates, num_images=len(self.over_controls))
             control_stream.update(self.over_controls)
             controls = control_stream.of_group()
         return Gains(

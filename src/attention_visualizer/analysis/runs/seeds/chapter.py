@@ -17,10 +17,16 @@ from attention_visualizer.analysis.runs.seeds.measure import (
     SeedEffects,
     measure,
 )
-from attention_visualizer.analysis.runs.surveyed_runs import CONTROL_FACTOR, ENOUGH_SEEDS, SurveyedRun
+from attention_visualizer.analysis.runs.surveyed_runs import (
+    CONTROL_FACTOR,
+    ENOUGH_SEEDS,
+    FAMILY_LEVEL,
+    FEW_SEEDS,
+    SurveyedRun,
+)
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.measures.head_roles import MAX_DIVERGENCE
-from attention_visualizer.measures.intervals import LEVEL, smallest_sign_flip_p
+from attention_visualizer.measures.over_seeds import smallest_sign_flip_p
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
 MAX_LISTED = 5  # runs whose values a cell of the table holds one by one
@@ -32,13 +38,18 @@ def write(study: Study, surveyed: list[SurveyedRun]) -> Chapter:
     name = study.output.save(draw(comparison), "attention_across_seeds")
     count, n, kind = comparison.num_seeds, comparison.num_images, comparison.image_kind
     text = TEXT.format(count=count, n=n, kind=kind, controls=len(study.control_surveys), seeds=describe_power(count))
+    tables = [run_table(surveyed), quantity_table(comparison), head_table(comparison)]
+    if count >= FEW_SEEDS:
+        tables.insert(1, layer_table(comparison))
+    if comparison.supported:
+        tables.append(claim_table(comparison))
     return Chapter(
         f"Comparing runs: {count} seeds of one model",
         "\n\n".join([text, describe_heads(comparison), describe_effects(comparison)]) + describe_remarks(surveyed),
         [FigureFile(name, CAPTION.format(count=count, n=n, kind=kind))],
-        [run_table(surveyed), quantity_table(comparison), head_table(comparison)],
+        tables,
         numbers(comparison),
-        finding=Finding(finding_text(comparison), name),
+        finding=Finding(finding_text(comparison), name, leads=count >= FEW_SEEDS),
         caution=CAUTION,
     )
 
@@ -109,16 +120,16 @@ def describe_effects(comparison: SeedComparison) -> str:
     )
     if count >= ENOUGH_SEEDS:
         return (
-            f"{every_seed} With false discovery rate (FDR) control over each family, {layers.num_significant(count)} "
-            f"of {layers.size} layers' and {heads.num_significant(count)} of {heads.size} heads' differences hold at "
-            f"{LEVEL:g}."
+            f"{every_seed} Tested together in each of these two families, {layers.num_significant(count)} of "
+            f"{layers.size} layers' and {heads.num_significant(count)} of {heads.size} heads' differences hold at "
+            f"p < {FAMILY_LEVEL:.2g}."
         )
     smallest = [
         float(np.nanmin(np.concatenate([each.ravel() for each in effects.adjusted.values()])))
         for effects in (layers, heads)
     ]
     return (
-        f"{every_seed} Adjusted over their families of {layers.size} and {heads.size}, the smallest p-values are "
+        f"{every_seed} Tested together in families of {layers.size} and {heads.size}, the smallest p-values are "
         f"{smallest[0]:.2g} and {smallest[1]:.2g}: no statement about seeds in general rests on them."
     )
 
@@ -133,24 +144,60 @@ def count_in_every_seed(effects: SeedEffects, quantity: str) -> str:
 
 
 def finding_text(comparison: SeedComparison) -> str:
-    count, images = comparison.num_seeds, f"n = {comparison.num_images:,} {comparison.image_kind}s"
-    tested = count >= ENOUGH_SEEDS
-    layers = comparison.layer_effects
-    entropy = layers.every_seed["entropy"] & ((layers.adjusted["entropy"] <= LEVEL) | (not tested))
-    if comparison.partners.shape[2] == 1:
-        heads = f"Over {count} seeds ({images}): "
-    else:
+    """Values over seeds, where these are enough for an interval; then what recurs."""
+    count, sentences = comparison.num_seeds, []
+    if count >= FEW_SEEDS:
+        values = [each for each in (accuracy_text(comparison), claims_text(comparison)) if each]
+        sentences += [f"Over {count} seeds {', and '.join(values)}"] if values else []
+    if comparison.partners.shape[2] > 1:
         gain = np.mean([pair.gain for pair in comparison.pairs])
         unrelated = max((pair.gain for pair in (*comparison.shifted, *comparison.random)), default=0.0)
-        recur = "recur" if comparison.heads_recur else "do not recur recognisably"
-        heads = (
-            f"Over {count} seeds heads {recur}: matched heads are {gain:.0%} closer than at random, unrelated heads up "
-            f"to {unrelated:.0%} ({images}). "
+        recur = "Heads recur" if comparison.heads_recur else "Heads do not recur recognisably"
+        sentences.append(
+            f"{recur}: matched heads are {gain:.0%} closer than at random, unrelated heads up to {unrelated:.0%} "
+            f"({count} seeds, n = {comparison.num_images:,} {comparison.image_kind}s)"
         )
-    basis = f"adjusted p at most {LEVEL:g}" if tested else f"descriptive: fewer than {ENOUGH_SEEDS} seeds"
+    return " ".join(f"{each}." for each in sentences) or f"{count} seeds were compared, of layers with one head each."
+
+
+def accuracy_text(comparison: SeedComparison) -> str:
+    accuracy = comparison.over_seeds.get("accuracy")
+    if accuracy is None:
+        return ""
+    each = [float(run.accuracy.value) for run in comparison.runs if run.accuracy is not None]
     return (
-        f"{heads}In {int(entropy.sum())} of {len(entropy)} layers the entropy differs from that of random weights in "
-        f"the same direction in every seed ({basis})."
+        f"the mean accuracy is {accuracy.text(2, percent=True)}, 95 % interval over seeds (single runs: "
+        f"{100 * min(each):.2f} to {100 * max(each):.2f})"
+    )
+
+
+def claims_text(comparison: SeedComparison) -> str:
+    supported = comparison.supported
+    if not supported:
+        return ""
+    always = sum(runs == comparison.num_seeds for runs in supported.values())
+    sometimes = sum(0 < runs < comparison.num_seeds for runs in supported.values())
+    return f"{always} of {len(supported)} common claims are supported in every run, {sometimes} in some"
+
+
+def layer_table(comparison: SeedComparison) -> Table:
+    """Make a row a layer: each quantity over seeds."""
+    over_seeds = {name: comparison.over_seeds[name] for name in comparison.values}
+    layers = range(comparison.partners.shape[1])
+    return Table(
+        f"By layer, mean over heads and {comparison.num_seeds} seeds, with 95 % intervals over seeds (Student's t).",
+        ["layer", *(QUANTITIES[name].label for name in over_seeds)],
+        [[str(layer + 1), *(interval[layer].text() for interval in over_seeds.values())] for layer in layers],
+    )
+
+
+def claim_table(comparison: SeedComparison) -> Table:
+    return Table(
+        f"In how many of the {comparison.num_seeds} runs each claim is supported, each over the same "
+        f"{comparison.num_images:,} {comparison.image_kind}s (fewer than in the chapter on claims, so less is found) "
+        "and against that chapter's controls.",
+        ["claim", "runs that support it"],
+        [[claim, str(runs)] for claim, runs in comparison.supported.items()],
     )
 
 
@@ -233,6 +280,8 @@ def numbers(comparison: SeedComparison) -> dict[str, Any]:
         "gain_next_layer": [pair.gain for pair in comparison.shifted],
         "gain_random_weights": [pair.gain for pair in comparison.random],
         "values_by_run_layer_head": comparison.values,
+        "over_seeds": {name: interval.numbers() for name, interval in comparison.over_seeds.items()},
+        "runs_that_support": comparison.supported,
         "families": {
             family: {
                 "size": effects.size,

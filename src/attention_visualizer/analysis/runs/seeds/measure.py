@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,9 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attention_visualizer.analysis.claims.chapter import MIN_IMAGES
+from attention_visualizer.analysis.claims.declared import declared_claims
+from attention_visualizer.analysis.claims.evidence import evidence_of
+from attention_visualizer.analysis.claims.measure import control_evidence
+from attention_visualizer.analysis.claims.verdicts import judge
 from attention_visualizer.analysis.runs.surveyed_runs import (
     CONTROL_FACTOR,
     ENOUGH_SEEDS,
+    FAMILY_LEVEL,
+    FEW_SEEDS,
     SURVEY_IMAGES,
     Quantity,
     SurveyedRun,
@@ -23,7 +31,8 @@ from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.data.ink import in_patches, inked_patches
 from attention_visualizer.measures.head_matching import Matching, complete_rows, match_heads
-from attention_visualizer.measures.intervals import LEVEL, false_discovery_control, sign_flip_test
+from attention_visualizer.measures.intervals import Interval, learnt_threshold
+from attention_visualizer.measures.over_seeds import sign_flip_test, student_interval
 
 Array = NDArray[Any]
 # Partners must be closer than randomly paired heads by this share of their divergence: a quarter of the way to a copy.
@@ -67,7 +76,7 @@ class SeedEffects:
 
     means: dict[str, Array]  # of the difference, over seeds
     every_seed: dict[str, Array]  # bool: of one sign in every seed, beyond the minimum effect and the controls
-    adjusted: dict[str, Array]  # p-values by sign flips, adjusted over the family
+    adjusted: dict[str, Array]  # p-values by sign flips, for all of the family together
 
     @property
     def size(self) -> int:
@@ -81,7 +90,7 @@ class SeedEffects:
         """Count the differences that are more than descriptive; none with few seeds."""
         if num_seeds < ENOUGH_SEEDS:
             return 0
-        return int(sum((self.every_seed[name] & (self.adjusted[name] <= LEVEL)).sum() for name in self.means))
+        return int(sum((self.every_seed[name] & (self.adjusted[name] < FAMILY_LEVEL)).sum() for name in self.means))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +109,7 @@ class SeedComparison:
     profiles: dict[str, list[float]]  # quantity -> rank correlation of layers' means, of each two runs
     layer_effects: SeedEffects  # [layer]: differences from random weights
     head_effects: SeedEffects  # [layer, head]: differences of aligned heads from their layer's mean
+    supported: dict[str, int]  # claim -> runs that support it; empty where claims are not tested
 
     @property
     def num_seeds(self) -> int:
@@ -118,10 +128,17 @@ class SeedComparison:
     @cached_property
     def heads_recur(self) -> bool:
         """Return whether in every pair of runs partners are closer than unrelated heads would be."""
-        if not all(pair.gain > self.limit for pair in self.pairs):
-            return False
-        p_values = false_discovery_control(np.array([pair.p_value for pair in self.pairs]))
-        return bool((p_values <= LEVEL).all())
+        # All must hold, so that there is nothing to adjust for.
+        return all(pair.gain > self.limit and pair.p_value < FAMILY_LEVEL for pair in self.pairs)
+
+    @cached_property
+    def over_seeds(self) -> dict[str, Interval]:
+        """Return the means over seeds with intervals over seeds, of two or more: "accuracy" [], where classes are
+        known, and quantity -> [layer], mean over heads."""
+        accuracies = [each.accuracy.value for each in self.runs if each.accuracy is not None]
+        values = {"accuracy": np.array(accuracies)} if accuracies else {}
+        values |= {name: each.mean(axis=2) for name, each in self.values.items()}
+        return {name: student_interval(each) for name, each in values.items()}
 
 
 def measure(study: Study, surveyed: list[SurveyedRun]) -> SeedComparison:
@@ -149,7 +166,24 @@ def measure(study: Study, surveyed: list[SurveyedRun]) -> SeedComparison:
         profiles={name: correlate_profiles(each.mean(axis=2)) for name, each in values.items()},
         layer_effects=layer_effects(values, untrained),
         head_effects=head_effects(values, aligned, shifted, untrained, random),
+        supported=supported_claims(study, surveyed) if len(surveyed) >= FEW_SEEDS else {},
     )
+
+
+def supported_claims(study: Study, surveyed: Sequence[SurveyedRun]) -> dict[str, int]:
+    """Count the runs that support each claim, each over the images of its survey and against the controls of the
+    analysed one; empty where these are too few. A run that has learnt nothing supports none."""
+    kept, images = study.stratified_rows(SURVEY_IMAGES)[surveyed[0].survey.kept], study.target.images
+    if len(kept) < MIN_IMAGES or not images.num_classes:
+        return {}
+    controls, pictures, supported = control_evidence(study), images.read(kept.tolist()), Counter[str]()
+    for each in surveyed:
+        study.progress(f"claims of {each.run.label}")
+        evidence, accuracy = evidence_of(each.survey, pictures), each.accuracy
+        has_learnt = accuracy is not None and bool(accuracy.low > learnt_threshold(1 / images.num_classes))
+        for judgement in judge(declared_claims(evidence)[0], evidence, controls, has_learnt):
+            supported[judgement.claim.name] += judgement.verdict == "supported"
+    return dict(supported)
 
 
 def quantity_values(surveys: Sequence[Survey], inked: Array) -> dict[str, Array]:
@@ -276,9 +310,9 @@ def largest_of_matched(values: Array, pairs: list[Pair], layers_later: int = 0) 
 
 def sign_flip_effects(effects: dict[str, Array], limits: dict[str, Array]) -> SeedEffects:
     """Test a family of differences, [seed, ...] each. limits: [...], the largest that controls reach."""
-    p_values = {name: sign_flip_test(each) for name, each in effects.items()}
-    family = np.concatenate([each.ravel() for each in p_values.values()])
-    adjusted = np.split(false_discovery_control(family), np.cumsum([each.size for each in p_values.values()])[:-1])
+    family = np.concatenate([each.reshape(len(each), -1) for each in effects.values()], axis=1)
+    ends = np.cumsum([each[0].size for each in effects.values()])[:-1]
+    adjusted = dict(zip(effects, np.split(sign_flip_test(family), ends), strict=True))
     means, every_seed = {}, {}
     for name, each in effects.items():
         means[name] = each.mean(axis=0)
@@ -286,9 +320,4 @@ def sign_flip_effects(effects: dict[str, Array], limits: dict[str, Array]) -> Se
         with np.errstate(invalid="ignore"):
             large = np.abs(each).min(axis=0) >= QUANTITIES[name].minimum
             every_seed[name] = one_sided & large & (np.abs(means[name]) >= CONTROL_FACTOR * limits[name])
-    shapes = {name: each.shape for name, each in p_values.items()}
-    return SeedEffects(
-        means,
-        every_seed,
-        {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), adjusted, strict=True)},
-    )
+    return SeedEffects(means, every_seed, {name: adjusted[name].reshape(each.shape) for name, each in means.items()})

@@ -20,10 +20,10 @@ from attention_visualizer.analysis.study.compared_runs import ComparedRun, short
 from attention_visualizer.analysis.study.study import FIRST_CONTROL, Study
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
 from attention_visualizer.measures.intervals import (
-    LEVEL,
+    CHAPTER_LEVEL,
     Interval,
-    bootstrap_p_value,
-    false_discovery_control,
+    holm,
+    normal_p_value,
     percentiles,
 )
 from attention_visualizer.models.untrained import random_weights
@@ -49,12 +49,13 @@ class Value:
 
     mean: float
     replicates: Array  # [replicate], of resampled images, the same ones in all runs
+    halves: Array  # [half], of the images
     n: int  # images
 
     @property
     def interval(self) -> Interval:
         low, high = percentiles(self.replicates)
-        return Interval(np.array(self.mean), np.asarray(low), np.asarray(high), self.n)
+        return Interval(np.array(self.mean), np.asarray(low), np.asarray(high), self.n).including(self.halves)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ class SettingDifference:
         """Beyond what other images, random weights and the minimum effect can explain; not beyond another seed."""
         size = abs(float(self.interval.value))
         limit = 0.0 if self.quantity.name == "accuracy" else CONTROL_FACTOR * self.limit
-        return self.learnt and self.apart and self.adjusted <= LEVEL and size >= max(self.quantity.minimum, limit)
+        return (
+            self.learnt and self.apart and self.adjusted < CHAPTER_LEVEL and size >= max(self.quantity.minimum, limit)
+        )
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,9 @@ def quantity_values(surveyed: SurveyedRun) -> dict[str, Value]:
     """Measure each quantity; NaN where the model has none, such as the divergence of a single head."""
     values = {}
     if surveyed.accuracies is not None:
-        mean, replicates = surveyed.accuracies.resampled()
-        values["accuracy"] = Value(float(mean), replicates, int(surveyed.accuracies.num_images[0]))
+        accuracies = surveyed.accuracies
+        mean, replicates = accuracies.resampled()
+        values["accuracy"] = Value(float(mean), replicates, accuracies.of_halves(), int(accuracies.num_images[0]))
     for quantity in QUANTITIES[1:]:
         values[quantity.name] = mean_over_layers(surveyed.survey, quantity.name)
     return values
@@ -199,15 +203,19 @@ def mean_over_layers(survey: Survey, measure: str) -> Value:
     layers = means[column, :, -1] / uniform
     known = ~np.isnan(layers)
     if not known.any():
-        return Value(float("nan"), np.full(len(replicates), np.nan), survey.num_images)
-    resampled = (replicates[:, column, :, -1] / uniform)[:, known].mean(axis=1)
-    return Value(float(layers[known].mean()), resampled, survey.num_images)
+        return Value(float("nan"), np.full(len(replicates), np.nan), np.full(2, np.nan), survey.num_images)
+    resampled, halves = (
+        (each[:, column, :, -1] / uniform)[:, known].mean(axis=1) for each in (replicates, survey.means.of_halves())
+    )
+    return Value(float(layers[known].mean()), resampled, halves, survey.num_images)
 
 
 def mean_value(values: Sequence[Value]) -> Value:
     """Average over runs of one setting, with the same images in each replicate."""
-    replicates = np.mean([value.replicates for value in values], axis=0)
-    return Value(float(np.mean([value.mean for value in values])), replicates, values[0].n)
+    replicates, halves = (
+        np.mean(each, axis=0) for each in zip(*((value.replicates, value.halves) for value in values), strict=True)
+    )
+    return Value(float(np.mean([value.mean for value in values])), replicates, halves, values[0].n)
 
 
 def differences_from_first(settings: Sequence[Setting]) -> list[SettingDifference]:
@@ -219,8 +227,8 @@ def differences_from_first(settings: Sequence[Setting]) -> list[SettingDifferenc
     values = []
     for quantity, setting in compared:
         one, other = first.values[quantity.name], setting.values[quantity.name]
-        values.append(Value(other.mean - one.mean, other.replicates - one.replicates, one.n))
-    p_values = np.array([bootstrap_p_value(value.replicates) for value in values], dtype=np.float64)
+        values.append(Value(other.mean - one.mean, other.replicates - one.replicates, other.halves - one.halves, one.n))
+    p_values = np.array([normal_p_value(value.replicates) for value in values], dtype=np.float64)
     return [
         SettingDifference(
             quantity,
@@ -231,9 +239,7 @@ def differences_from_first(settings: Sequence[Setting]) -> list[SettingDifferenc
             learnt=all("accuracy" in each.values and each.has_learnt for each in (first, setting)),
             apart=are_apart(first.values_by_run[quantity.name], setting.values_by_run[quantity.name]),
         )
-        for (quantity, setting), value, adjusted in zip(
-            compared, values, false_discovery_control(p_values), strict=True
-        )
+        for (quantity, setting), value, adjusted in zip(compared, values, holm(p_values), strict=True)
     ]
 
 
