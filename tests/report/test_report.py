@@ -356,6 +356,8 @@ def test_at_most_five_findings(output: Path) -> None:
     page = page_of(output, given=given)
     assert page.text("ol") == " ".join(f"found {i}" for i in range(2, 7))
     assert markdown_report.markdown(summary(), given).count("found ") == 5
+    given["chapter5"] = Chapter("T", "", finding=Finding("found 5", leads=True))
+    assert page_of(output, given=given).text("ol") == "found 5 found 2 found 3 found 4 found 6"
 
 
 def test_markup_of_prose_is_rendered_and_html_in_it_is_not(output: Path) -> None:

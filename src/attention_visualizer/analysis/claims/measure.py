@@ -15,8 +15,8 @@ from attention_visualizer.measures.intervals import Interval, percentiles
 from attention_visualizer.support.parallel import on_all_cores
 
 NO_SHUFFLED = (
-    "Models that know shuffled labels by heart are missing among the controls: there are too few images, training would "
-    "take too long, or nothing was learnt that could be compared with them."
+    "Models that know shuffled labels by heart are missing among the controls: there are too few images, training "
+    "would take too long, or nothing was learnt that could be compared with them."
 )
 
 

@@ -14,8 +14,9 @@ from attention_visualizer.analysis.runs.settings.measure import (
     SettingDifference,
     measure,
 )
-from attention_visualizer.analysis.runs.surveyed_runs import ENOUGH_SEEDS, SurveyedRun
+from attention_visualizer.analysis.runs.surveyed_runs import ENOUGH_SEEDS, FEW_SEEDS, SurveyedRun
 from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.measures.intervals import CHAPTER_LEVEL
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
 
 MAX_NAMED_DIFFERENCES = 6  # in the text
@@ -35,6 +36,7 @@ def write(study: Study, surveyed: list[SurveyedRun]) -> Chapter:
         "controls": study.budget.controls,
         "size": len(comparison.differences),
         "seeds": describe_samples(comparison),
+        "level": CHAPTER_LEVEL,
     }
     return Chapter(
         f"Comparing runs: {name_varied(comparison.varied)}",
@@ -100,8 +102,8 @@ def finding_text(comparison: SettingComparison) -> str:
         return text
     largest = max(of_accuracy, key=lambda each: abs(float(each.interval.value)))
     return (
-        f"{text} The largest difference in accuracy is {signed(largest)}, {largest.setting.name} against {first} "
-        f"(n = {comparison.num_classified:,})."
+        f"{text} The largest difference in accuracy, picked afterwards, is {signed(largest)}, {largest.setting.name} "
+        f"against {first} (n = {comparison.num_classified:,})."
     )
 
 
@@ -115,15 +117,15 @@ def setting_table(comparison: SettingComparison) -> Table:
             if quantity.name not in setting.values:
                 cells.append("–")
                 continue
-            cell = setting.values[quantity.name].interval.text(2, percent=quantity.name == "accuracy")
+            cell = setting.interval(quantity.name).text(2, percent=quantity.name == "accuracy")
             if quantity in differences:
                 difference = differences[quantity]
                 cell += f"; {signed(difference)}{'*' if difference.stands_out else ''}"
             cells.append(cell)
         rows.append([label, str(len(setting.runs)), *cells])
     return Table(
-        "Each setting with the 95 % interval over images; then the paired difference from the first, with a star "
-        "where it stands out.",
+        f"Each setting with the 95 % interval over images, or over its runs where it has {FEW_SEEDS} or more; then the "
+        "paired difference from the first (interval over images), with a star where it stands out.",
         ["setting", "runs", *(quantity.label for quantity in QUANTITIES)],
         rows,
     )
@@ -167,10 +169,10 @@ TEXT = """{runs} runs that differ in {varied}, over the same {kind} ({total:,} f
 Entropy and attention distance are relative to uniform attention, because the number of keys depends on the patch size;
 where a class token is read, the last layer has no distance. The divergence between a layer's heads (Jensen-Shannon) is
 low where heads are redundant. {seeds} A difference from {first} stands out when its bootstrap p-value over images,
-adjusted over all {size} differences, is at most 0.05, when it exceeds the minimum effect (0.2 percentage points of
-accuracy, 0.05 of uniform attention, 0.035 nats) and, for attention, 1.5 times the largest difference between {controls}
-models with random weights of each architecture; where settings have several runs, all of one must lie on one side of
-all of the other."""
+Holm-adjusted over all {size} differences, is below {level:g}, when it exceeds the minimum effect (0.2 percentage points
+of accuracy, 0.05 of uniform attention, 0.035 nats) and, for attention, 1.5 times the largest difference between
+{controls} models with random weights of each architecture; where settings have several runs, all of one must lie on
+one side of all of the other."""
 
-CAUTION = """Intervals in the comparison of runs are over images, not over seeds: training the same setting again gives
-other values."""
+CAUTION = """Differences between settings have intervals over images, not over seeds: training the same setting again
+gives others."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from attention_visualizer.analysis.runs.surveyed_runs import (
     CONTROL_FACTOR,
+    FEW_SEEDS,
     SURVEY_IMAGES,
     Quantity,
     SurveyedRun,
@@ -26,6 +27,7 @@ from attention_visualizer.measures.intervals import (
     normal_p_value,
     percentiles,
 )
+from attention_visualizer.measures.over_seeds import student_interval
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.runs.config_fields import is_architecture
 
@@ -68,6 +70,12 @@ class Setting:
     values: dict[str, Value]  # quantity -> mean over the runs
     values_by_run: dict[str, list[float]]
     controls: dict[str, Array]  # quantity -> [control], of random weights in this architecture
+
+    def interval(self, quantity: str) -> Interval:
+        """Return its interval over the runs where these are enough, else over images."""
+        if len(self.runs) >= FEW_SEEDS:
+            return student_interval(np.array(self.values_by_run[quantity]))
+        return self.values[quantity].interval
 
     @property
     def has_learnt(self) -> bool:
