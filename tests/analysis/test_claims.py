@@ -129,6 +129,26 @@ def test_the_size_of_what_was_planted_does_not_depend_on_how_sharp_maps_are() ->
     assert all(0.4 < value < 1 for value in values) and values[1] == pytest.approx(values[0], rel=0.2)
 
 
+def test_what_holds_in_one_half_of_the_images_only_is_no_claim() -> None:
+    """Junctions get thrice the attention in the second half, and less than other ink in the first."""
+    factor = np.ones(len(labels()), np.float32)
+    factor[: len(factor) // 2], factor[len(factor) // 2 :] = -0.3, 2
+    weights = noise() * (1 + factor[:, None, None, None] * feature("junctions"))
+    found = judged(weights)[MORE.format("Junctions")]
+    result = found.results[0]
+    assert result.value > 0.2 and found.adjusted < 0.01 and result.value > result.threshold
+    assert found.verdict == "not supported" and "its interval includes no effect" in found.reason
+    # To first order, each end is what its half gives alone.
+    name, halves = "junctions", [slice(len(factor) // 2), slice(len(factor) // 2, None)]
+    subject = evidence(weights)
+    shares = weights / weights.sum(axis=-1, keepdims=True)
+    for half, rows in enumerate(halves):
+        part = Content.of(digits()[1][rows], GRID)
+        alone = gather(shares[rows], part, labels()[rows], range(LAYERS), resampled=False)
+        np.testing.assert_allclose(subject.halves["coverage"][half], alone.values["coverage"], rtol=1e-4)
+        assert np.sign(subject.halves[name][half].mean()) == np.sign(alone.values[name].mean()) == (-1, 1)[half]
+
+
 def test_points_in_one_layer_are_found_there() -> None:
     weights = noise()
     weights[:, 3] *= 1 + feature("junctions")[:, 0]

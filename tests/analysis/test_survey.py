@@ -86,6 +86,19 @@ def test_the_cut_into_batches_changes_nothing(model: VisionTransformer, images: 
             np.testing.assert_allclose(getattr(parts.mean_of(measure), end), expected, rtol=1e-4)
 
 
+def test_intervals_include_what_each_half_of_the_images_gives(model: VisionTransformer, images: Tensor) -> None:
+    whole, middle = survey_of(model, images, 4), N // 2
+    halves = [
+        survey_model(model, [(images[rows], None)], LABELS[rows], len(LABELS[rows]))
+        for rows in (slice(middle), slice(middle, None))
+    ]
+    found, (first, second) = whole.mean_of("entropy"), (each.mean_of("entropy").value for each in halves)
+    assert (found.low <= np.minimum(first, second) * (1 + 1e-6)).all()
+    assert (found.high >= np.maximum(first, second) * (1 - 1e-6)).all()
+    of_halves = whole.means.of_halves()[:, MEASURE_NAMES.index("entropy")]
+    np.testing.assert_allclose(of_halves, [first, second], rtol=1e-5)
+
+
 def test_only_as_many_maps_are_kept_as_fit(
     model: VisionTransformer, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
