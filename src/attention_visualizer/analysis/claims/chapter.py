@@ -271,5 +271,4 @@ can hardly be told apart: `python train.py experiment=fine_patches` trains a mod
 report can."""
 CAPTION = """One row per claim, n = {n:,} {kind}: the requirement that decides, in units of its minimum effect. Grey:
 the range of all controls."""
-CAUTION = """A supported claim says where attention goes, not that predictions depend on it; "not supported" does not
-prove the contrary."""
+CAUTION = """A claim that is "not supported" is not disproved."""

@@ -45,8 +45,8 @@ def write(study: Study) -> Chapter:
         tables_of(measured),
         numbers_of(measured),
         finding=Finding(headline(measured), whole_model),
-        caution="A head that is not needed may still have a function that others share, and attention with other "
-        "weights is attention that the model was not trained with.",
+        caution="A head that is not needed may have a function that others share; edited attention is attention that "
+        "the model was not trained with.",
     )
 
 

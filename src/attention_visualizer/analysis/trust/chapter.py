@@ -55,8 +55,7 @@ def write(study: Study) -> Chapter:
         [verdict_table(result), area_table(result), gain_table(result)],
         numbers_of(result),
         finding=Finding(headline(result), figure),
-        caution="A map that is not trusted still shows correctly where the attention weights go; it just does not "
-        "explain the prediction."
+        caution="A map that is not trusted shows where the attention goes, but does not explain the prediction."
         if not result.trusted
         else "Trust applies to the ranking of patches over many images, not to the map of a single image.",
     )
