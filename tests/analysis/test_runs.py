@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from attention_visualizer.analysis.runs.seeds.chapter import describe_heads
 from attention_visualizer.analysis.runs.seeds.figure import draw as draw_seeds
 from attention_visualizer.analysis.runs.seeds.measure import measure as compare_seeds
 from attention_visualizer.analysis.runs.settings.figure import draw as draw_settings
-from attention_visualizer.analysis.runs.settings.measure import QUANTITIES, mean_over_layers
+from attention_visualizer.analysis.runs.settings.measure import QUANTITIES, Setting, Value, mean_over_layers
 from attention_visualizer.analysis.runs.settings.measure import measure as compare_settings
 from attention_visualizer.analysis.runs.surveyed_runs import survey_runs
 from attention_visualizer.analysis.study.analysed_weights import find_weights
@@ -447,6 +448,16 @@ def test_a_setting_with_several_runs_must_be_apart_in_all(place: Place, trained:
     assert abs(float(entropy.interval.value)) > 0.05 and entropy.adjusted <= 0.05
     assert not entropy.apart and not entropy.stands_out
     assert "mean of its runs, 2 or more" in runs_chapter.CHAPTER(study).text
+
+
+@pytest.mark.parametrize("runs", [2, 3, 4])
+def test_three_runs_of_a_setting_have_an_interval_over_runs(runs: int) -> None:
+    each = [0.5, 0.6, 0.65, 0.7][:runs]
+    value = Value(float(np.mean(each)), np.linspace(0.59, 0.61, 1000), np.array([0.58, 0.6]), 900)
+    setting = Setting("a=1", "a=1", [mock.sentinel.run] * runs, {"entropy": value}, {"entropy": each}, {})
+    found = setting.interval("entropy")
+    assert float(found.value) == pytest.approx(np.mean(each)) and found.n == (900 if runs == 2 else runs)
+    assert (float(found.low) == 0.58) == (runs == 2) and (found.high - found.low > 0.1) == (runs > 2)
 
 
 def test_pairing_uses_the_same_pictures_in_each_replicate(place: Place) -> None:
