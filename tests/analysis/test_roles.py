@@ -428,6 +428,10 @@ def test_the_chapter_says_what_there_is(written: tuple[Chapter, Path]) -> None:
     assert found.numbers["roles"] == [[NO_ROLE]] * 12
     assert found.finding is not None
     assert found.finding.text == "No head of 12 has a role beyond every head of 6 control models (n = 300)."
+    controls_of_text = (
+        "2 models with random weights, 2 models with sharpened random weights, 2 models with shuffled labels"
+    )
+    assert f"Controls: {controls_of_text}." in " ".join(found.text.split())
     assert "Heads without a distinct role: 12 of 12." in found.text
     assert "nan" not in found.text and "{" not in found.text
     assert all((folder / figure.name).is_file() for figure in found.figures) and len(found.figures) == 2
@@ -464,8 +468,8 @@ def test_a_chapter_of_planted_heads(tmp_path: Path) -> None:
     assert [len(table.rows) for table in found.tables] == [11, 11, 5, 7]
     assert found.finding is not None
     assert found.finding.text.startswith(
-        "7 of 11 heads have a role beyond every head of 0 control models: 3 ink, 1 background, 2 brightest "
-        "patch, 1 fixed position, 1 content-dependent, 1 neighbours; 2 of them have more than one (n = 300)"
+        "7 of 11 heads have a role, without a control to exceed: 3 ink, 1 background, 2 brightest patch, 1 fixed "
+        "position, 1 content-dependent, 1 neighbours; 2 of them have more than one (n = 300)"
     )
     # Uniform ones and those that only differ in where patches look are one cluster, and nobody is with the others.
     cluster = found.numbers["cluster"]
