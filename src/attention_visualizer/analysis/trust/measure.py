@@ -148,7 +148,7 @@ def areas_of(performances: Array) -> Array:
 
 def pointing(ranking: Array, inked: Array) -> Interval:
     """Return the share of images whose highest patch holds ink. Both [image, patch]."""
-    hits = np.take_along_axis(inked, ranking[:, :1], axis=1)
+    hits = np.take_along_axis(inked, ranking[:, :1], axis=1)[:, 0]
     return share_interval(int(hits.sum()), len(hits)).including(half_means(hits))
 
 
