@@ -420,7 +420,7 @@ def test_the_files_hold_the_numbers(output: Path) -> None:
     assert path.read_text(encoding="utf-8") == markdown_report.markdown(summary(), chapters())
     told = read_strictly(output / "attention_statistics.json")
     assert told["facts"]["data"] == NASTY and told["warnings"] == ["random weights (untrained)"]
-    assert told["schema"] == 2 and told["earlier_figures"] == ["a.png", "b.png"]
+    assert told["schema"] == 3 and told["earlier_figures"] == ["a.png", "b.png"]
     assert told["chapters"]["statistics"] == {
         "title": "Statistics",
         "status": "complete",
