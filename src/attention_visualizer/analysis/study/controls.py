@@ -24,6 +24,7 @@ from attention_visualizer.support.parallel import on_all_cores
 Rows = NDArray[np.int64]
 
 RANDOM, SHARPENED, SHUFFLED = "random weights", "sharpened random weights", "shuffled labels"
+SHARPENED_FOR_EACH = 2  # models, for each one with random weights: they vary most, see BEYOND_CONTROLS
 FIRST_SHUFFLED = 2000  # the seed of the first model that learns shuffled labels: no run is likely to have it
 MAX_SHUFFLED = 3  # models; one of the default size takes a core about a minute
 MAX_TRAINING_COST = 2e11  # of one of them, in images x parameters x tokens; the default model's is 1.4e10

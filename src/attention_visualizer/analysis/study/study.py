@@ -21,6 +21,7 @@ from attention_visualizer.analysis.study.controls import (
     MAX_SHUFFLED,
     RANDOM,
     SHARPENED,
+    SHARPENED_FOR_EACH,
     SHUFFLED,
     random_surveys,
     sharpened_surveys,
@@ -147,10 +148,12 @@ class Study:
         """Return the surveys of each kind of control, which claims and roles must exceed; `Survey.kept` are positions
         in `control_rows`. Shuffled labels are missing where nothing will be said, since the model has learnt nothing or
         classes are not known, and where training would take too long."""
-        self.progress(f"{len(self.control_models)} models with {SHARPENED}")
+        count = SHARPENED_FOR_EACH * self.budget.controls
+        self.progress(f"{count} models with {SHARPENED}")
+        models = [random_weights(self.target.model, FIRST_CONTROL + index) for index in range(count)]
         surveys = {
             RANDOM: self.control_surveys,
-            SHARPENED: sharpened_surveys(self.target, self.control_models, self.control_rows, self.survey),
+            SHARPENED: sharpened_surveys(self.target, models, self.control_rows, self.survey),
         }
         count = min(MAX_SHUFFLED, self.budget.controls) if self.has_learnt else 0
         shuffled = shuffled_surveys(self.target, count, self.control_rows, self.controls_folder, self.progress)
