@@ -167,7 +167,8 @@ def finding_text(judged: JudgedClaims) -> str:
     counts = Counter(judgement.verdict for judgement in judgements)
     undecided = counts["cannot be decided by attention alone"]
     text = (
-        f"{counts['supported']} of {len(judgements)} common claims about attention are supported"
+        f"{counts['supported']} of {len(judgements)} common claims about attention "
+        f"{'is' if counts['supported'] == 1 else 'are'} supported"
         f"{f', {undecided} cannot be decided by attention alone' if undecided else ''} "
         f"(n = {judged.n:,} {judged.image_kind}s)."
     )
@@ -178,7 +179,7 @@ def finding_text(judged: JudgedClaims) -> str:
         return text
     return (
         f"{text} {'The clearest' if supported else 'The closest'}, picked afterwards: “{clearest.claim.name}”, by "
-        f"{weakest.interval.text(2)} {weakest.requirement.unit}."
+        f"{weakest.interval.text()} {weakest.requirement.unit}."
     )
 
 
