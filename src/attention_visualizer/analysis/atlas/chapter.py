@@ -24,7 +24,7 @@ def write(study: Study) -> Chapter:
     files = save_figures(atlas, study.output)
     return Chapter(
         CHAPTER.title,
-        TEXT.format(which=atlas.images, least=MIN_SHARE, flips=intervals.PERMUTATIONS),
+        TEXT.format(which=atlas.images, least=MIN_SHARE, flips=intervals.PERMUTATIONS, level=intervals.CHAPTER_LEVEL),
         files,
         [rung_table(atlas), difference_table(atlas)] if atlas.differences else [],
         numbers_of(atlas),
@@ -54,7 +54,7 @@ def save_figures(atlas: Atlas, output: Output) -> list[FigureFile]:
         FigureFile(
             output.save(draw_differences(atlas), "attention_atlas_differences"),
             "Differences between the mean maps of two classes, in shares of the attention on patches. Ring: "
-            f"significant (p < 0.05, corrected over all places of all pairs) and at least {MIN_SHARE:.0%}; full dot: "
+            f"significant (p < {intervals.CHAPTER_LEVEL:g}, corrected over all places of all pairs) and at least {MIN_SHARE:.0%}; full dot: "
             "so, too, beyond each regression on ink and pixels. Last: difference of the ink, ringed if significant.",
         )
     )
@@ -187,8 +187,8 @@ CHAPTER = ChapterWriter(
 TEXT = """Mean maps over {which}, as shares of the attention on patches. A class's mean map resembles its mean
 image, because some heads follow ink; differences between classes are therefore tested several times. First as they
 are: positions with a ring differ significantly, corrected over all layers and patches of all pairs together ({flips}
-random signs of the images' residuals, the largest standardised difference, p < 0.05), and by at least {least:.0%} of
-the attention. Then with more and more taken out by regression ({{table:1}}): a line in the ink of the position; the
+random signs of the images' residuals, the largest standardised difference, p < {level:g}), and by at least {least:.0%}
+of the attention. Then with more and more taken out by regression ({{table:1}}): a line in the ink of the position; the
 inks of all patches; their squares and products; their softmax at four strengths; or all inks and the main components
 of the pixels; each over all images, and over those of the two classes alone. The class is regressed on the same, so
 that a p-value says whether it predicts attention beyond the regressors; the size is what is left of the difference.

@@ -76,7 +76,7 @@ class Difference:
     @property
     def differs(self) -> Array:
         """Return where the classes differ beyond what was taken out: bool [2, rung, layer, patch]."""
-        return np.asarray((self.p_value < intervals.LEVEL) & (np.abs(self.attention.value) >= MIN_SHARE))
+        return np.asarray((self.p_value < intervals.CHAPTER_LEVEL) & (np.abs(self.attention.value) >= MIN_SHARE))
 
     @property
     def differs_in_all(self) -> Array:
@@ -86,7 +86,7 @@ class Difference:
     @property
     def ink_differs(self) -> Array:
         """bool [patch]"""
-        return np.asarray(self.ink_p_value < intervals.LEVEL)
+        return np.asarray(self.ink_p_value < intervals.CHAPTER_LEVEL)
 
 
 def measure(study: Study) -> Atlas:
