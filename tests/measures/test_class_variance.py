@@ -68,7 +68,7 @@ def test_what_the_class_makes_is_found_whatever_is_taken_out(digits: tuple[np.nd
     shares = class_variance(np.concatenate([maps, still], axis=1), amount, labels, pixels)
     least = smallest(shares)
     first, second = least.by_layer.value
-    assert first > LEAST and least.p_value == least.p_by_layer[0] == 1 / 500
+    assert first > LEAST and least.p_value == least.p_by_layer[0] == 1 / 1000
     assert abs(second) < LEAST / 4
     for each in shares:
         assert each.share.low < each.share.value < each.share.high
@@ -110,7 +110,7 @@ def test_p_values_are_at_their_level_where_class_says_nothing_beyond_ink() -> No
         labels = (amount @ [3, -2, 1, 0] + 0.3 * generator.standard_normal(150) > 1).astype(np.int64)
         noise = generator.standard_normal((150, 2, 4)) * (1 + labels)[:, None, None]
         shares = class_variance((noise + 3 * amount[:, None]).astype(np.float32), amount, labels)
-        assert shares[0].p_value == 1 / 500
+        assert shares[0].p_value == 1 / 1000
         p_values.append([each.p_value for each in shares[1:]])
     rejected = (np.array(p_values) < 0.1).mean(axis=0)
     assert (rejected <= 0.25).all() and rejected.max() > 0, rejected  # 40 tests of 10 %: three standard errors

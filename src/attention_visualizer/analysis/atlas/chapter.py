@@ -55,8 +55,8 @@ def save_figures(atlas: Atlas, output: Output) -> list[FigureFile]:
             output.save(draw_differences(atlas), "attention_atlas_differences"),
             "Differences between the mean maps of two classes, in shares of the attention on patches. Ring: "
             f"significant (p < {intervals.CHAPTER_LEVEL:g}, corrected over all places of all pairs) and at least "
-            f"{MIN_SHARE:.0%}; full dot: so, too, beyond each regression on ink and pixels. Last: difference of the ink, "
-            "ringed if significant.",
+            f"{MIN_SHARE:.0%}; full dot: so, too, beyond each regression on ink and pixels. Last: difference of "
+            "the ink, ringed if significant.",
         )
     )
     return files
