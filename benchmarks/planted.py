@@ -28,6 +28,7 @@ from attention_visualizer.analysis.study.controls import (
     FIRST_SHUFFLED,
     RANDOM,
     SHARPENED,
+    SHARPENED_FOR_EACH,
     SHUFFLED,
     Sharpening,
     random_surveys,
@@ -50,7 +51,7 @@ from attention_visualizer.models.vision_transformer import VisionTransformer
 
 Array = NDArray[Any]
 
-NUM_CONTROLS = 3  # of each kind, as in a report
+NUM_CONTROLS = 3  # of each kind but the sharpened ones, as in a report
 LEARNING_RATE, BATCH = 3e-3, 64
 # Nats, of sharpened random weights. Uniform attention has 2.8, the default model's heads have 0.8 on average.
 ENTROPIES = 0.1, 2.5
@@ -128,7 +129,8 @@ class Setting:
 
     @cached_property
     def random_models(self) -> list[nn.Module]:
-        return [random_weights(self.blank, FIRST_CONTROL + number) for number in range(NUM_CONTROLS)]
+        count = SHARPENED_FOR_EACH * NUM_CONTROLS
+        return [random_weights(self.blank, FIRST_CONTROL + number) for number in range(count)]
 
     @cached_property
     def fixed_surveys(self) -> dict[str, list[Survey]]:
@@ -136,7 +138,7 @@ class Setting:
         shuffled = [self.shuffled_model(FIRST_SHUFFLED + number) for number in range(NUM_CONTROLS)]
         target = self.target(self.blank)
         return {
-            RANDOM: random_surveys(target, self.random_models, self.rows),
+            RANDOM: random_surveys(target, self.random_models[:NUM_CONTROLS], self.rows),
             SHUFFLED: random_surveys(target, shuffled, self.rows),
         }
 

@@ -182,8 +182,8 @@ def test_the_chapter_on_digits(tmp_path: Path) -> None:
     chapter = atlas_chapter.CHAPTER(study)
     assert len(chapter.numbers["pairs"]) == 6 and chapter.numbers["images"] == 300
     assert [each["regressors"] for each in chapter.numbers["taken_out"]] == [0, 1, 16, 152, 216, 66]
-    rungs, pairs = chapter.tables
-    assert len(rungs.rows) == 7 and all(row[-1].endswith("of 192") for row in rungs.rows)
+    regressions, pairs = chapter.tables
+    assert len(regressions.rows) == 7 and all(row[-1].endswith("of 192") for row in regressions.rows)
     assert ["picked afterwards" in row[1] for row in pairs.rows] == [False] * 4 + [True] * 2
     assert chapter.finding is not None and "of 192 positions" in chapter.finding.text
     assert json.dumps(chapter.numbers, allow_nan=False) == json.dumps(atlas_chapter.CHAPTER(study).numbers)

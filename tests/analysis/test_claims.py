@@ -28,6 +28,7 @@ from attention_visualizer.analysis.claims.measure import control_evidence
 from attention_visualizer.analysis.claims.verdicts import NOT_LEARNT, Judgement, judge
 from attention_visualizer.analysis.study.budget import Budget
 from attention_visualizer.analysis.study.output import Output
+from attention_visualizer.analysis.study.shuffled_labels import learn_shuffled_labels
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.data.datamodule import ImageDataModule
@@ -453,3 +454,18 @@ def test_the_forest_plot_shows_what_it_is_given() -> None:
     assert len(axis.patches) == 2  # a band where there are controls
     low, high = axis.get_xlim()
     assert low < -31 and high > 31
+
+
+def test_a_model_that_cuts_its_gradients_off_has_no_control_that_learns() -> None:
+    class Cut(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = VisionTransformer(num_layers=1, embed_dim=32)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(images)
+            return logits.detach()
+
+    description, pictures, classes = digits()
+    inputs = LabelledImageSet(description, pictures[:100], classes[:100]).model_input(pictures[:100])
+    assert learn_shuffled_labels(Cut(), inputs, classes[:100], 0) is None

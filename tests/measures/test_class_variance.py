@@ -73,7 +73,7 @@ def test_what_the_class_makes_is_found_whatever_is_taken_out(digits: tuple[np.nd
     for each in shares:
         assert each.share.low < each.share.value < each.share.high
         assert (each.by_layer.low < each.by_layer.value).all() and (each.by_layer.value < each.by_layer.high).all()
-    # What each rung leaves of maps that the class alone makes: of digits whose class their ink tells, little.
+    # What each regression leaves of maps that the class alone makes: of digits whose class their ink tells, little.
     labels = digits[2]
     alone = class_variance(relative(np.eye(PATCHES)[place[labels]]), amount, labels, pixels, resampled=False)
     for each in alone:

@@ -1,9 +1,9 @@
 """How much of the variance of maps between images lies between classes, and how much of that goes with ink.
 
-A share of the total variance, less its mean under permuted labels, for each rung of `ink_regression`. Whatever predicts
-maps predicts classes, too, so that a rung may also take out what is the class's alone: `kept` says how much of that it
-leaves. A small share that is left therefore shows that the finding depends on the form of the regression, not that
-classes are treated alike.
+A share of the total variance, less its mean under permuted labels, for each regression of `ink_regression`. Whatever
+predicts maps predicts classes, too, so that a regression may also take out what is the class's alone: `kept` says how
+much of that it leaves. A small share that is left therefore shows that the finding depends on the form of the
+regression, not that classes are treated alike.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ def class_variance(
     given: Mapping[str, Array] | None = None,
     resampled: bool = True,
 ) -> list[ClassShare]:
-    """Return the share between classes on each rung, from nothing taken out to the most.
+    """Return the share between classes on each regression, from nothing taken out to the most.
 
     maps: [image, layer, patch]; amount: of ink, 0 to 1, [image, patch]; labels: [image], from 0, of at least two
     classes; pixels: their main components [image, component]; given: residual maps of other regressions, by what they
     took out; resampled: whether with intervals and p-values.
     """
-    rungs = list(residuals_of(maps, amount, labels, pixels))
-    rungs += [given_residuals(name, left, labels) for name, left in (given or {}).items()]
+    regressions = list(residuals_of(maps, amount, labels, pixels))
+    regressions += [given_residuals(name, left, labels) for name, left in (given or {}).items()]
     total = variance_of(maps)
-    resampled_sums = resample_classes([each.maps for each in rungs], labels) if resampled else None
+    resampled_sums = resample_classes([each.maps for each in regressions], labels) if resampled else None
     return [
-        share_of(rung, labels, total, None if resampled_sums is None else resampled_sums[index])
-        for index, rung in enumerate(rungs)
+        share_of(regression, labels, total, None if resampled_sums is None else resampled_sums[index])
+        for index, regression in enumerate(regressions)
     ]
 
 
@@ -75,36 +75,36 @@ def given_residuals(taken_out: str, left: Array, labels: Array) -> Residuals:
 
 
 def smallest(shares: Sequence[ClassShare]) -> ClassShare:
-    """Return the share that a statement about classes may rest on: what no rung takes out."""
+    """Return the share that a statement about classes may rest on: what no regression takes out."""
     return min(shares, key=lambda each: float(each.share.value))
 
 
-def share_of(rung: Residuals, labels: Array, total: Array, resampled: tuple[Array, Array] | None) -> ClassShare:
+def share_of(regression: Residuals, labels: Array, total: Array, resampled: tuple[Array, Array] | None) -> ClassShare:
     """total: sum of squares of the maps before anything was taken out, [layer]; resampled: sums [replicate, class,
     layer, patch] and counts [replicate, class] of resampled images."""
-    n, left = len(labels), variance_of(rung.maps)
+    n, left = len(labels), variance_of(regression.maps)
     counts = np.bincount(labels)
     # What permuted labels have on average.
     chance = left * ((counts > 0).sum() - 1) / (n - 1)
-    between = between_classes(class_sums(rung.maps, labels), counts) - chance
+    between = between_classes(class_sums(regression.maps, labels), counts) - chance
     num_layers = len(total)
     p_value, p_by_layer = float("nan"), np.full(num_layers, np.nan)
     replicates, low, high = np.empty((0, num_layers)), p_by_layer, p_by_layer
     if resampled is not None:
-        p_value, p_by_layer = test_classes(rung)
+        p_value, p_by_layer = class_p_values(regression)
         # Resampling adds as much chance again as the sample has.
         replicates = between_classes(*resampled) * (n / resampled[1].sum(axis=1))[:, None] - 2 * chance
         low, high = percentiles(replicates / total)
     of_all = replicates.sum(axis=1) / total.sum()
     return ClassShare(
-        rung.taken_out,
-        rung.regressors,
+        regression.taken_out,
+        regression.regressors,
         Interval(np.asarray(between.sum() / total.sum()), *percentiles(of_all), n),
         Interval(between / total, low, high, n),
         p_value,
         p_by_layer,
         float(1 - left.sum() / total.sum()),
-        kept_of_classes(rung, labels),
+        kept_of_classes(regression, labels),
         of_all,
     )
 
@@ -131,15 +131,15 @@ def between_classes(sums: Array, counts: Array) -> Array:
     return of_classes - of_all / counts.sum(axis=-3)[..., 0]
 
 
-def test_classes(rung: Residuals) -> tuple[float, Array]:
+def class_p_values(regression: Residuals) -> tuple[float, Array]:
     """Return the p-values that the class says nothing about the maps beyond the regressors: of all layers, and [layer].
 
     From the squared effects of what is left of the classes on what is left of the maps, among those of maps with random
     signs.
     """
-    basis = rung.class_basis()[:, :, None]  # [image, dimension, 1, patch or 1]
-    effects = (basis * rung.maps[:, None]).sum(axis=0, dtype=np.float64)
-    null = sign_flipped_sums(basis * rung.maps[:, None], FLIPS)
+    basis = regression.class_basis()[:, :, None]  # [image, dimension, 1, patch or 1]
+    effects = (basis * regression.maps[:, None]).sum(axis=0, dtype=np.float64)
+    null = sign_flipped_sums(basis * regression.maps[:, None], FLIPS)
     observed, flipped = (np.square(each, dtype=np.float64).sum(axis=(-3, -1)) for each in (effects, null))
 
     def p_value(value: Array, null: Array) -> Array:
@@ -148,13 +148,13 @@ def test_classes(rung: Residuals) -> tuple[float, Array]:
     return float(p_value(observed.sum(), flipped.sum(axis=1))), p_value(observed, flipped)
 
 
-def kept_of_classes(rung: Residuals, labels: Array) -> float:
+def kept_of_classes(regression: Residuals, labels: Array) -> float:
     """Return which share of the variance of maps that the class alone makes is left between classes."""
-    if rung.regressors is None:
+    if regression.regressors is None:
         return float("nan")
     counts = np.bincount(labels)
-    whole = rung.classes.shape[2] * float((counts * (1 - counts / len(labels))).sum())
-    left = between_classes(class_sums(rung.classes, labels), counts)
+    whole = regression.classes.shape[2] * float((counts * (1 - counts / len(labels))).sum())
+    left = between_classes(class_sums(regression.classes, labels), counts)
     return float(left.sum()) / whole
 
 

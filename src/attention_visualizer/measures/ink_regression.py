@@ -1,8 +1,8 @@
 """Maps, and the classes of their images, without what the ink of the images predicts of both.
 
-What is taken out grows from rung to rung, since a straight line leaves much that is still ink's: attention is a
-softmax, so that a patch's share depends on the ink of all others, and not on a line. Regressions are ridge regressions,
-out of fold: each image's residuals come from a fit to other images, so that many regressors cannot take out more than
+What is taken out grows from one regression to the next, since a straight line leaves much that is still ink's:
+attention is a softmax, so that a patch's share depends on the ink of all others, and not on a line. All are ridge
+regressions, out of fold: each image's residuals come from a fit to other images, so that many regressors cannot take out more than
 they predict. Taking the same out of the class as of the maps (Frisch and Waugh, 1933; Robinson, 1988; out of fold:
 Chernozhukov et al., 2018) leaves what the class says beyond the regressors.
 """
@@ -79,10 +79,10 @@ class Residuals:
 
 
 def residuals_of(maps: Array, amount: Array, labels: Array, pixels: Array | None = None) -> Iterator[Residuals]:
-    """Yield the residuals of each rung, from nothing taken out to the most.
+    """Yield the residuals of each regression, from nothing taken out to the most.
 
     maps: [image, layer, patch]; amount: of ink, 0 to 1, [image, patch]; labels: [image], from 0; pixels: their main
-    components [image, component], None to leave that rung out.
+    components [image, component], None to leave that regression out.
     """
     n, num_layers, num_patches = maps.shape
     centred = (maps - maps.mean(axis=0, dtype=np.float64)).astype(np.float64)

@@ -26,7 +26,7 @@ def write(study: Study) -> Chapter:
         CHAPTER.title,
         TEXT.format(which=atlas.images, least=MIN_SHARE, flips=intervals.PERMUTATIONS, level=intervals.CHAPTER_LEVEL),
         files,
-        [rung_table(atlas), difference_table(atlas)] if atlas.differences else [],
+        [regression_table(atlas), difference_table(atlas)] if atlas.differences else [],
         numbers_of(atlas),
         finding=finding_of(atlas, files[-1].name) if atlas.differences else None,
         caution="Mean maps of two classes differ where their ink does. What no regression on the ink predicts may "
@@ -70,7 +70,8 @@ def numbers_of(atlas: Atlas) -> dict[str, Any]:
         "mean_rollouts": None if atlas.rollouts is None else rounded(atlas.rollouts),
         "ink": rounded(atlas.ink),
         "taken_out": [
-            {"what": rung.taken_out, "regressors": rung.regressors, "predicted": rung.predicted} for rung in atlas.rungs
+            {"what": each.taken_out, "regressors": each.regressors, "predicted": each.predicted}
+            for each in atlas.regressions
         ],
         "pairs": [
             {
@@ -114,16 +115,16 @@ def beyond_everything(atlas: Atlas) -> Array:
     return np.asarray(atlas.differ.all(axis=(0, 1)))
 
 
-def rung_table(atlas: Atlas) -> Table:
+def regression_table(atlas: Atlas) -> Table:
     beyond = beyond_everything(atlas)
     rows = [
         [
-            rung.taken_out,
-            str(rung.regressors),
-            f"{rung.predicted:.0%}",
+            regression.taken_out,
+            str(regression.regressors),
+            f"{regression.predicted:.0%}",
             *(f"{there.sum()} of {there.size}" for there in (of_all, of_pair, of_all & of_pair)),
         ]
-        for rung, of_all, of_pair in zip(atlas.rungs, *atlas.differ, strict=True)
+        for regression, of_all, of_pair in zip(atlas.regressions, *atlas.differ, strict=True)
     ]
     return Table(
         f"Positions (layer and patch) of {len(atlas.differences)} pairs of classes whose attention differs when "

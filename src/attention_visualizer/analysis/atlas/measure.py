@@ -38,17 +38,18 @@ class Atlas:
     maps: Array  # mean over heads, shares of the attention on patches: [class, layer, patch]
     rollouts: Array | None  # shares of what reaches the patches: [class, layer, patch]; None where there are none
     ink: Array  # brightness, 0 to 1: [class, patch]
-    rungs: list[Rung]  # from nothing taken out to the most
+    regressions: list[Regression]  # from nothing taken out to the most
     differences: list[Difference]
 
     @property
     def differ(self) -> Array:
-        """Return where the classes of a pair differ beyond what was taken out: bool [2, rung, pair, layer, patch]."""
+        """Return where the classes of a pair differ beyond what was taken out: bool [2, regression, pair, layer,
+        patch]."""
         return np.stack([each.differs for each in self.differences], axis=2)
 
 
 @dataclass(frozen=True)
-class Rung:
+class Regression:
     """What was taken out of the maps before classes were compared."""
 
     taken_out: str  # in words
@@ -66,8 +67,8 @@ class Difference:
     confused: int | None  # how often the model takes one for the other, None for a pair named beforehand
     counts: tuple[int, int]  # images of each
     # In shares of the attention on patches, of what each regression leaves, over all images or those of the pair alone:
-    attention: Interval  # [2, rung, layer, patch]
-    p_value: Array  # that the class says nothing beyond what was taken out: [2, rung, layer, patch]
+    attention: Interval  # [2, regression, layer, patch]
+    p_value: Array  # that the class says nothing beyond what was taken out: [2, regression, layer, patch]
     ink: Interval  # brightness, 0 to 1: [patch]
     ink_p_value: Array  # [patch]
     largest: tuple[int, int]  # layer and patch with the largest difference on half of the images, nothing taken out
@@ -75,7 +76,7 @@ class Difference:
 
     @property
     def differs(self) -> Array:
-        """Return where the classes differ beyond what was taken out: bool [2, rung, layer, patch]."""
+        """Return where the classes differ beyond what was taken out: bool [2, regression, layer, patch]."""
         return np.asarray((self.p_value < intervals.CHAPTER_LEVEL) & (np.abs(self.attention.value) >= MIN_SHARE))
 
     @property
@@ -101,7 +102,7 @@ def measure(study: Study) -> Atlas:
     pixels = main_components(pixel_values(images, survey.kept), PIXEL_COMPONENTS)
     pairs = chosen_pairs(names, labels, survey.predicted[survey.kept])
     study.progress(f"{len(pairs)} pairs of classes")
-    rungs, differences = compare(maps, amount, labels, pixels, pairs) if pairs else ([], [])
+    regressions, differences = compare(maps, amount, labels, pixels, pairs) if pairs else ([], [])
     return Atlas(
         names,
         np.bincount(labels, minlength=len(names)),
@@ -113,7 +114,7 @@ def measure(study: Study) -> Atlas:
         class_means(maps, labels, len(names)),
         rollouts,
         class_means(amount, labels, len(names)),
-        rungs,
+        regressions,
         differences,
     )
 
@@ -167,23 +168,23 @@ def chosen_pairs(names: list[str], labels: Array, predicted: Array) -> dict[tupl
 
 def compare(
     maps: Array, amount: Array, labels: Array, pixels: Array, pairs: Mapping[tuple[int, int], int | None]
-) -> tuple[list[Rung], list[Difference]]:
+) -> tuple[list[Regression], list[Difference]]:
     """Compare the mean maps of pairs of classes, with more and more taken out.
 
     maps: [image, layer, patch]; amount: ink, [image, patch]; labels: [image]; pixels: their main components, [image,
     component]; pairs: classes -> how often they are confused. Each regression is made over all images, which are
     most, and over those of the pair alone, which it may describe better.
     """
-    rungs, of_all = [], []
+    regressions, of_all = [], []
     for residuals in residuals_of(maps, amount, labels, pixels):
         predicted = 1 - float(residuals.maps.var(axis=0).sum() / max(maps.var(axis=0).sum(), 1e-12))
-        rungs.append(Rung(residuals.taken_out, residuals.regressors or 0, predicted))
+        regressions.append(Regression(residuals.taken_out, residuals.regressors or 0, predicted))
         of_all.append(class_differences([(residuals, labels, pair) for pair in pairs]))
     rows = [np.isin(labels, pair) for pair in pairs]
     local = [list(residuals_of(maps[those], amount[those], labels[those], pixels[those])) for those in rows]
     of_pair = [
-        class_differences([(each, labels[those], pair) for each, those, pair in zip(rung, rows, pairs, strict=True)])
-        for rung in zip(*local, strict=True)
+        class_differences([(each, labels[those], pair) for each, those, pair in zip(left, rows, pairs, strict=True)])
+        for left in zip(*local, strict=True)
     ]
     of_ink = [group_difference(amount, labels, pair) for pair in pairs]
     noise = amount - class_means(amount, labels, int(labels.max()) + 1)[labels]
@@ -192,7 +193,7 @@ def compare(
     )
     differences = []
     for index, ((first, second), confused) in enumerate(pairs.items()):
-        found = [[rung[index] for rung in scope] for scope in (of_all, of_pair)]
+        found = [[regression[index] for regression in scope] for scope in (of_all, of_pair)]
         differences.append(
             Difference(
                 first,
@@ -206,7 +207,7 @@ def compare(
                 *largest_of_half(maps, labels, (first, second)),
             )
         )
-    return rungs, differences
+    return regressions, differences
 
 
 def indicator(labels: Array, pair: tuple[int, int]) -> Array:

@@ -49,7 +49,7 @@ class Evidence:
     num_layers: int
     depth: tuple[int, ...]  # indices of the layers that depth trends may use
     n: int
-    classes: tuple[ClassShare, ...] = ()  # the variance between classes on each rung, empty without labels
+    classes: tuple[ClassShare, ...] = ()  # the variance between classes on each regression, empty without labels
     permuted_places: Array | None = None  # of "distance": [1 + permutation, layer], the first with places as they are
     counts: dict[str, int] = field(default_factory=dict)  # n of the quantities that are not of all n images
 
@@ -74,7 +74,7 @@ class Distances:
     replicates: Array  # [replicate, layer], of resampled images
     halves: Array  # [half, layer], of the images
     n: int
-    permuted_places: Array | None = None  # [1 + permutation, layer], see `with_permuted_places`
+    permuted_places: Array | None = None  # [1 + permutation, layer], see `distances_at_permuted_places`
 
 
 def gather(
@@ -97,17 +97,7 @@ def gather(
     without one get: shares compete, so that less ink elsewhere in an image alone makes more attention.
     """
     maps = over_heads(shares)
-    predicted = predict_out_of_fold(maps, ink_features(content.amount, content.inked, labels))
-    parts: dict[str, Excess] = {}
-    unexplained: dict[str, Array] = {}
-    for name, feature in content.features.items():
-        strata, residuals = content.strata[name], maps if name == "ink" else maps - predicted
-        if name == "ink":
-            parts[name], unit = contrast(maps, feature, strata)
-        else:
-            parts[name], unit = relative_excess(maps, predicted, feature, strata)
-        if resampled:
-            unexplained[name] = residuals / unit[:, None]
+    parts, unexplained = attention_on_features(maps, content, labels)
     of_images = coverage(maps, content)
     values = {name: part.value for name, part in parts.items()}
     values["coverage"] = of_images.mean(axis=0, dtype=np.float64)
@@ -125,14 +115,8 @@ def gather(
         values["distance"], replicates["distance"] = distances.value, distances.replicates
         halves["distance"] = distances.halves
         counts["distance"], placed = distances.n, distances.permuted_places
-    classes: tuple[ClassShare, ...] = ()
-    if labels is not None and len(np.unique(labels)) > 1:
-        by_ink = predict_out_of_fold(maps, ink_features(content.amount, content.inked))
-        if resampled:
-            given = {PREDICTED: maps - by_ink}
-            classes = tuple(class_variance(maps, content.amount, labels, pixels, given))
-        else:  # at least as large as the smallest of all: a control that is compared by it is no easier to exceed
-            classes = (share_left(maps, maps - by_ink, labels, PREDICTED),)
+    classes = class_shares(maps, content, labels, pixels, resampled)
+    if classes:
         least = smallest(classes)
         values["classes"], replicates["classes"] = least.share.value, least.replicates
         halves["classes"] = np.full(2, np.nan)
@@ -149,6 +133,36 @@ def gather(
         placed,
         counts,
     )
+
+
+def attention_on_features(
+    maps: Array, content: Content, labels: Array | None
+) -> tuple[dict[str, Excess], dict[str, Array]]:
+    """Return the attention on each feature, as in `gather`, and what its test permutes, in the same unit: [image,
+    layer, patch]. maps: the same."""
+    predicted = predict_out_of_fold(maps, ink_features(content.amount, content.inked, labels))
+    parts, unexplained = {}, {}
+    for name, feature in content.features.items():
+        if name == "ink":
+            parts[name], unit = contrast(maps, feature, content.strata[name])
+            unexplained[name] = maps / unit[:, None]
+        else:
+            parts[name], unit = relative_excess(maps, predicted, feature, content.strata[name])
+            unexplained[name] = (maps - predicted) / unit[:, None]
+    return parts, unexplained
+
+
+def class_shares(
+    maps: Array, content: Content, labels: Array | None, pixels: Array | None, resampled: bool
+) -> tuple[ClassShare, ...]:
+    """Return the variance between classes beyond each regression; of a control beyond one alone, which is at least as
+    large as the smallest, so that it is no easier to exceed. Empty without classes."""
+    if labels is None or len(np.unique(labels)) < 2:
+        return ()
+    left = maps - predict_out_of_fold(maps, ink_features(content.amount, content.inked))
+    if resampled:
+        return tuple(class_variance(maps, content.amount, labels, pixels, {PREDICTED: left}))
+    return (share_left(maps, left, labels, PREDICTED),)
 
 
 def evidence_of(survey: Survey, images: torch.Tensor, resampled: bool = True) -> Evidence:
@@ -175,11 +189,11 @@ def resampled_distances(survey: Survey, resampled: bool = True) -> Distances:
         each[:, MEASURE_NAMES.index("distance"), :, -1] / survey.uniform_distances
         for each in (survey.means.resampled()[1], survey.means.of_halves())
     )
-    placed = with_permuted_places(survey) if resampled else None
+    placed = distances_at_permuted_places(survey) if resampled else None
     return Distances(survey.relative_distances.value[:, -1], replicates, halves, survey.num_images, placed)
 
 
-def with_permuted_places(survey: Survey, permutations: int = PLACE_PERMUTATIONS) -> Array | None:
+def distances_at_permuted_places(survey: Survey, permutations: int = PLACE_PERMUTATIONS) -> Array | None:
     """Return the attention distance of the mean weights relative to uniform attention's, with the patches where they
     are and then at permuted places, where "near" has no meaning: [1 + permutation, layer], NaN for layers whose patch
     queries do not count. None where the survey keeps no mean weights, or layers differ in their grids."""

@@ -33,6 +33,7 @@ BISECTIONS, LARGEST_EXPONENT = 40, 1e4
 
 
 def random_surveys(target: Target, models: Sequence[nn.Module], rows: Rows) -> list[Survey]:
+    """Survey other weights of the same architecture on the images of these rows."""
     return on_all_cores(lambda model: target.with_model(model).survey(rows), models, target.device)
 
 
@@ -93,8 +94,8 @@ def sharpened(weights: Tensor, exponents: Tensor) -> Tensor:
 def shuffled_surveys(
     target: Target, count: int, rows: Rows, folder: Path | None, progress: Callable[[str], None]
 ) -> list[Survey]:
-    """Survey models that know shuffled labels by heart, those of images that are not among `rows` where there are
-    enough. None where classes are not known, or learning them would take too long.
+    """Survey `count` models that know shuffled labels by heart, those of images that are not among `rows` where there
+    are enough. None where classes are not known, or learning them would take too long.
 
     folder: where they are kept for the next analysis.
     """

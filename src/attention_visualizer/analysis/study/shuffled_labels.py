@@ -47,7 +47,7 @@ def learn_shuffled_labels(
             right = 0
             for rows in torch.randperm(count, generator=generator).to(labels.device).split(BATCH):
                 scores = class_scores(learner, inputs[rows], learner(inputs[rows]))
-                if scores is None:
+                if scores is None or not scores.logits.requires_grad:  # a model that cuts its own gradients off
                     return None
                 optimizer.zero_grad()
                 cross_entropy(scores.logits, shuffled[rows]).backward()

@@ -148,16 +148,15 @@ class Study:
         """Return the surveys of each kind of control, which claims and roles must exceed; `Survey.kept` are positions
         in `control_rows`. Shuffled labels are missing where nothing will be said, since the model has learnt nothing or
         classes are not known, and where training would take too long."""
-        count = SHARPENED_FOR_EACH * self.budget.controls
-        self.progress(f"{count} models with {SHARPENED}")
-        models = [random_weights(self.target.model, FIRST_CONTROL + index) for index in range(count)]
-        surveys = {
-            RANDOM: self.control_surveys,
-            SHARPENED: sharpened_surveys(self.target, models, self.control_rows, self.survey),
-        }
-        count = min(MAX_SHUFFLED, self.budget.controls) if self.has_learnt else 0
-        shuffled = shuffled_surveys(self.target, count, self.control_rows, self.controls_folder, self.progress)
-        return {kind: each for kind, each in {**surveys, SHUFFLED: shuffled}.items() if each}
+        target, rows = self.target, self.control_rows
+        num_sharpened = SHARPENED_FOR_EACH * self.budget.controls
+        num_shuffled = min(MAX_SHUFFLED, self.budget.controls) if self.has_learnt else 0
+        surveys = {RANDOM: self.control_surveys}
+        self.progress(f"{num_sharpened} models with {SHARPENED}")
+        models = [random_weights(target.model, FIRST_CONTROL + index) for index in range(num_sharpened)]
+        surveys[SHARPENED] = sharpened_surveys(target, models, rows, self.survey)
+        surveys[SHUFFLED] = shuffled_surveys(target, num_shuffled, rows, self.controls_folder, self.progress)
+        return {kind: each for kind, each in surveys.items() if each}
 
     @cached_property
     def has_learnt(self) -> bool:
