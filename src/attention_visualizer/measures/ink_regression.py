@@ -2,9 +2,9 @@
 
 What is taken out grows from one regression to the next, since a straight line leaves much that is still ink's:
 attention is a softmax, so that a patch's share depends on the ink of all others, and not on a line. All are ridge
-regressions, out of fold: each image's residuals come from a fit to other images, so that many regressors cannot take out more than
-they predict. Taking the same out of the class as of the maps (Frisch and Waugh, 1933; Robinson, 1988; out of fold:
-Chernozhukov et al., 2018) leaves what the class says beyond the regressors.
+regressions, out of fold: each image's residuals come from a fit to other images, so that many regressors cannot take
+out more than they predict. Taking the same out of the class as of the maps (Frisch and Waugh, 1933; Robinson, 1988; out
+of fold: Chernozhukov et al., 2018) leaves what the class says beyond the regressors.
 """
 
 from __future__ import annotations
