@@ -26,7 +26,7 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MNIST_DIR", str(tmp_path / "none"))
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [])  # the embedded digits will do
-    model = VisionTransformer()
+    model = VisionTransformer(embed_dim=24, num_heads=2, num_layers=2, mlp_dim=48)
     torch.save({"model_state_dict": model.state_dict(), "config": model.config}, "best_model.pth")
     namespace: dict[str, object] = {}
     for block in blocks("python"):

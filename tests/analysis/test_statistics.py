@@ -81,6 +81,8 @@ def test_figures_show_what_was_measured(measured: Statistics) -> None:
     distances = heads[LABELS["distance"]]
     assert distances.collections[0].get_array()[-1].mask.all()  # the last layer's patch queries do not count
     assert "cannot affect the logits" in [text.get_text() for text in distances.texts]
+    for name in ("sink", "confidence"):  # over all queries, too
+        assert list(heads[LABELS[name]].collections[0].get_array().mask.any(axis=1)) == [False] * 3 + [True]
     assert not heads[LABELS["entropy"]].collections[0].get_array().mask.any()
     assert measured.groups is not None
     by_class, by_outcome = draw_groups(measured.groups, measured.images).axes[:2]
@@ -92,6 +94,10 @@ def test_figures_show_what_was_measured(measured: Statistics) -> None:
 def test_the_chapter_with_and_without_known_classes(study: Study) -> None:
     chapter = statistics_chapter.CHAPTER(study)
     assert [len(table.rows) for table in chapter.tables] == [LAYERS] * 3 and len(chapter.figures) == 3
+    for table in chapter.tables[:2]:
+        unread = {name: row for name, row in zip(table.columns, table.rows[-1], strict=True) if row == "–"}
+        assert set(unread) == {LABELS[name] for name in ("distance", "confidence", "sink")}
+        assert "–" not in table.rows[-2]
     assert len(chapter.numbers["entropy_by_class"]) == 3 and chapter.finding is not None
     assert chapter.finding.figure == chapter.figures[-1].name and "images are misclassified" in chapter.text
     images = study.target.images

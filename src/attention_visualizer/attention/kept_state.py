@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 import operator
 import random
@@ -244,6 +245,11 @@ class CopyOnWrite(TorchDispatchMode):
                 tensor.requires_grad_(requires_gradient)
             if gradient_of(tensor) is not gradient:
                 tensor.grad = gradient
+
+
+# PyTorch wraps it to hide it from torch.compile, which costs each operation as much again, and the first one the import
+# of the compiler: seconds.
+setattr(CopyOnWrite, "__torch_dispatch__", inspect.unwrap(CopyOnWrite.__torch_dispatch__))  # noqa: B010
 
 
 def storage_of(tensor: Tensor) -> Any:

@@ -52,6 +52,11 @@ class Interval:
         highest = np.fmax.reduce(halves, axis=0, initial=-np.inf)
         return Interval(self.value, np.minimum(self.low, lowest), np.maximum(self.high, highest), self.n)
 
+    def where(self, chosen: Array) -> Interval:
+        """Return the same with NaN where not chosen, a mask that broadcasts to the values' shape."""
+        value, low, high = (np.where(chosen, each, np.nan) for each in (self.value, self.low, self.high))
+        return Interval(value, low, high, self.n)
+
     def text(self, digits: int = 3, percent: bool = False) -> str:
         """Format a single value as "0.12 (0.10 to 0.15)", never "-0.00"; a dash for NaN. All three have as many
         decimals as `decimals` allows."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -86,6 +86,11 @@ class MeasureSummary:
     n: int  # images
     raw_values: tuple[NDArray[np.float64], ...] | None = None  # of each layer, where there are at most MAX_RAW images
 
+    def of_layers(self, chosen: NDArray[np.bool_]) -> MeasureSummary:
+        """Return the same with the other layers' means and deviations NaN. chosen: [layer]."""
+        mean, deviation = (np.where(chosen[:, None], each, np.nan) for each in (self.mean, self.deviation))
+        return replace(self, mean=mean, deviation=deviation)
+
     def quantiles(self, shares: tuple[float, ...]) -> NDArray[np.float64]:
         """Return quantiles over images and heads together: [layer, share]."""
         if self.raw_values is not None:
@@ -120,6 +125,7 @@ class Measure:
     function: Callable[[Tensor, Geometry], Tensor]  # of weights [batch, head, query, key] -> [batch, head]
     upper_bound: Callable[[Geometry], float]  # it lies between 0 and this
     applies: Callable[[Tensor, Geometry], bool] = lambda weights, geometry: True  # whether a layer has it
+    of_all_queries: bool = False  # or all patch queries, also where the classification reads the class token alone
 
 
 def _max_distance(geometry: Geometry) -> float:
@@ -150,6 +156,7 @@ LOGGED_MEASURES = (
         map_measures.mean_attention_distance,
         _max_distance,
         map_measures.is_self_attention,
+        of_all_queries=True,
     ),
 )
 # Together with those that cost more, for what is measured once.
@@ -162,7 +169,7 @@ REPORTED_MEASURES = (
         map_measures.readout_effective_tokens,
         lambda geometry: float(geometry.num_tokens),
     ),
-    Measure("confidence", "head confidence", "share", map_measures.head_confidence, lambda _: 1.0),
+    Measure("confidence", "head confidence", "share", map_measures.head_confidence, lambda _: 1.0, of_all_queries=True),
     Measure(
         "class_token",
         "class token's attention to itself",
@@ -171,7 +178,7 @@ REPORTED_MEASURES = (
         lambda _: 1.0,
         map_measures.reads_class_token,
     ),
-    Measure("sink", "attention sink strength", "share", map_measures.sink_strength, lambda _: 1.0),
+    Measure("sink", "attention sink strength", "share", map_measures.sink_strength, lambda _: 1.0, of_all_queries=True),
     Measure(
         "divergence",
         "divergence from other heads",

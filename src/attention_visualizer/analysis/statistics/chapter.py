@@ -44,7 +44,9 @@ def write(study: Study) -> Chapter:
 
 
 def caption_of_heads(measured: Statistics) -> str:
-    unread = " (no distance for the last layer, whose patch queries cannot affect the logits)"
+    unread = (
+        " (no distance, sink strength and confidence for the last layer, whose patch queries cannot affect the logits)"
+    )
     return (
         "Entropy, mean attention distance, sink strength, divergence from the layer's other heads, head confidence "
         f"and content dependence by layer and head, means over {measured.images}"
@@ -126,11 +128,13 @@ def layer_table(survey: Survey, images: str) -> Table:
         row = [str(layer + 1)]
         for name in MEASURE_NAMES:
             summary = summaries[name]
+            if np.isnan(summary.mean[layer]).all():
+                row.append("–")
+                continue
             low, _, _, _, high = summary.quantiles(QUANTILES)[layer]
-            defined = not np.isnan(summary.mean[layer]).all()
             decimals = means[name][layer].decimals(3)
             mean = np.nanmean(summary.mean[layer])
-            row.append(f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})" if defined else "–")
+            row.append(f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})")
         rows.append(row)
     return Table(
         f"Mean over {images} and the layer's heads ({head_counts(survey)}), with the range of the middle 90 % of "
@@ -220,10 +224,11 @@ CHAPTER = ChapterWriter(
 
 TEXT = """Over {n:,} {kind}{accuracy}, for {who}: the largest and the mean weight on a patch, and the entropy of the
 whole row of weights{highest}. The mean weight is the share that prefix tokens leave to the image, divided by the number
-of patches. The mean attention distance is that of the patch queries; where a class token is read out, the last layer's
-patch queries cannot affect the logits, so their distance says nothing about the prediction. Sink strength is the share
-of all queries' attention that the most attended key receives; the divergence of a head is its mean Jensen-Shannon
-divergence from the layer's other heads, 0 for a copy and 0.693 for heads that have no key in common."""
+of patches. The mean attention distance is that of the patch queries, head confidence the mean over all queries of the
+largest weight, and sink strength the share of all queries' attention that the most attended key receives; where a class
+token is read out, the last layer's patch queries cannot affect the logits, so it has none of these. The divergence of
+a head is its mean Jensen-Shannon divergence from the layer's other heads, 0 for a copy and 0.693 for heads that have no
+key in common."""
 
 TRENDS = """With depth, the last third of the layers minus the first third, mean over heads{unread}: {trends}."""
 

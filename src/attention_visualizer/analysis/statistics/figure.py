@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from attention_visualizer.analysis.statistics.measure import Groups, Statistics
-from attention_visualizer.analysis.study.survey import Survey
+from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
 from attention_visualizer.figures import charts
 from attention_visualizer.figures.fonts import drawable
 from attention_visualizer.measures.streaming import REPORTED_MEASURES
@@ -39,13 +39,10 @@ def draw_layers(survey: Survey, images: str) -> Figure:
 
 
 def draw_heads(measured: Statistics) -> Figure:
-    """Draw heat maps, layers down, heads across; no distance where patch queries cannot affect the logits."""
+    """Draw heat maps, layers down, heads across; measures of all queries not where these cannot affect the logits."""
     survey = measured.survey
-    means = {name: summary.mean.copy() for name, summary in survey.summaries.items()}
+    means = {name: summary.mean for name, summary in survey.summaries.items()}
     num_layers, num_heads = means["entropy"].shape
-    masks_distance = num_layers > 1 and not survey.patch_queries_count.all()
-    if masks_distance:
-        means["distance"][~survey.patch_queries_count] = np.nan
     means["content"] = survey.selectivity.content.value
     names = [name for name in BY_HEAD if not np.isnan(means[name]).all()]
     rows = -(-len(names) // HEADS_IN_ROW)
@@ -55,7 +52,7 @@ def draw_heads(measured: Statistics) -> Figure:
     axes = figure.subplots(rows, HEADS_IN_ROW, squeeze=False).flatten()
     for axis, name in zip(axes, names, strict=False):
         charts.heat_map(means[name], LABELS[name], axis)
-        if name == "distance" and masks_distance:
+        if name in MEASURE_NAMES and not survey.has_measure[MEASURE_NAMES.index(name), -1]:
             axis.text(num_heads / 2, num_layers - 0.5, "cannot affect the logits", ha="center", va="center", fontsize=9)
     for axis in axes[len(names) :]:
         axis.set_visible(False)

@@ -57,7 +57,7 @@ def depth_trends(survey: Survey) -> dict[str, Interval]:
     """
     trends = {}
     for name in ("entropy", "distance"):
-        layers = np.flatnonzero(survey.patch_queries_count | (name != "distance"))
+        layers = np.flatnonzero(survey.has_measure[MEASURE_NAMES.index(name)])
         if len(layers) >= 3:
             trends[name] = survey.means.of(partial(deep_minus_shallow, MEASURE_NAMES.index(name), layers))
     return trends
@@ -73,7 +73,7 @@ def measure_groups(survey: Survey, class_names: list[str]) -> Groups | None:
     if survey.correct is None:
         return None
     sizes = np.bincount(survey.labels)
-    between_outcomes = survey.means_by_outcome.difference(0, 1)
+    between_outcomes = survey.means_by_outcome.difference(0, 1).where(survey.has_measure)
     num_correct = int(survey.correct.sum())
     return Groups(
         class_names,

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from attention_visualizer.analysis.study.budget import QUICK, Budget
+from attention_visualizer.analysis.study.budget import MIN_IMAGES, QUICK, Budget
 from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.controls import (
     MAX_SHUFFLED,
@@ -146,12 +146,14 @@ class Study:
     @cached_property
     def controls(self) -> dict[str, list[Survey]]:
         """Return the surveys of each kind of control, which claims and roles must exceed; `Survey.kept` are positions
-        in `control_rows`. Shuffled labels are missing where nothing will be said, since the model has learnt nothing or
-        classes are not known, and where training would take too long."""
+        in `control_rows`. Random weights alone where nothing will be said, as the model has learnt nothing or classes
+        are not known; no shuffled labels where training would take too long."""
         target, rows = self.target, self.control_rows
-        num_sharpened = SHARPENED_FOR_EACH * self.budget.controls
-        num_shuffled = min(MAX_SHUFFLED, self.budget.controls) if self.has_learnt else 0
         surveys = {RANDOM: self.control_surveys}
+        if not self.has_learnt:
+            return surveys
+        num_sharpened = SHARPENED_FOR_EACH * self.budget.controls
+        num_shuffled = min(MAX_SHUFFLED, self.budget.controls)
         self.progress(f"{num_sharpened} models with {SHARPENED}")
         models = [random_weights(target.model, FIRST_CONTROL + index) for index in range(num_sharpened)]
         surveys[SHARPENED] = sharpened_surveys(target, models, rows, self.survey)
@@ -195,8 +197,11 @@ class Study:
 
     def affordable_rows(self, passes: int, of_all: bool = False) -> NDArray[np.int64] | None:
         """Return the rows of the images for a chapter that runs the model over each `passes` times; None where it would
-        cost more than the budget allows. of_all: see `Budget.affordable_images`."""
+        cost more than the budget allows; few of a model that has learnt nothing. of_all: see
+        `Budget.affordable_images`."""
         count = self.budget.affordable_images(self.cost_of_image(passes), len(self.target.images), of_all)
+        if count is not None and self.budget.max_cost is not None and self.accuracy is not None and not self.has_learnt:
+            count = min(count, MIN_IMAGES)
         return None if count is None else self.stratified_rows(count)
 
     def stratified_rows(self, count: int) -> NDArray[np.int64]:

@@ -26,13 +26,17 @@ Array = NDArray[Any]
 Batch = tuple[Tensor, Tensor | None]
 MAX_BYTES = 64 * 2**20  # of the maps that are kept
 MEASURE_NAMES = tuple(measure.name for measure in REPORTED_MEASURES)
+OF_ALL_QUERIES = np.array([measure.of_all_queries for measure in REPORTED_MEASURES])  # [measure]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """One model's attention over many images; arrays have NaN where a layer has fewer heads or no such measure."""
+    """One model's attention over many images; arrays have NaN where a layer has fewer heads or no such measure.
 
-    summaries: dict[str, MeasureSummary]  # measure -> over all images, by layer and head
+    Measures of all queries are NaN where `patch_queries_count` says that most queries cannot affect the prediction.
+    """
+
+    all_summaries: dict[str, MeasureSummary]  # measure -> over all images, by layer and head, of every layer
     geometries: list[Geometry]
     layer_names: list[str]
     left_out: list[str]  # layers whose keys have no place on the image
@@ -68,6 +72,19 @@ class Survey:
         counts = np.ones(len(self.geometries), dtype=bool)
         counts[-1] = not self.reads_class_token
         return counts
+
+    @cached_property
+    def has_measure(self) -> Array:
+        """Return whether a measure says something of a layer: bool [measure, layer]."""
+        return ~OF_ALL_QUERIES[:, None] | self.patch_queries_count
+
+    @cached_property
+    def summaries(self) -> dict[str, MeasureSummary]:
+        """Return measure -> over all images, by layer and head."""
+        return {
+            name: summary.of_layers(has_measure)
+            for (name, summary), has_measure in zip(self.all_summaries.items(), self.has_measure, strict=True)
+        }
 
     @cached_property
     def uniform_distances(self) -> Array:
@@ -147,7 +164,7 @@ class Survey:
 
     @cached_property
     def _means(self) -> Interval:
-        return self.means.of_group()
+        return self.means.of_group().where(self.has_measure[..., None])
 
 
 def survey_model(
@@ -229,7 +246,7 @@ class SurveyAccumulator:
         maps = np.concatenate([observation.head_maps for observation in self.observations])
         rollouts = [observation.rollouts for observation in self.observations if observation.rollouts is not None]
         return Survey(
-            summaries=summaries,
+            all_summaries=summaries,
             geometries=self.statistics.geometries,
             layer_names=self.statistics.layer_names,
             left_out=list(self.statistics.left_out),
