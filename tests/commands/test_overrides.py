@@ -152,7 +152,7 @@ def test_what_random_overrides_found(override: str, named: str, tmp_path: Path, 
 
 @pytest.mark.long
 def test_random_combinations_of_right_values_train(tmp_path: Path) -> None:
-    @always_the_same(12)
+    @always_the_same(8)
     @given(right_ones())
     def check(chosen: list[str]) -> None:
         folder = fresh(tmp_path)
@@ -171,7 +171,7 @@ def test_random_overrides_train_to_the_end_or_are_refused(tmp_path: Path) -> Non
     """As the quick test, with real training; what diverges says so and keeps its run folder."""
     brief = ("trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
 
-    @always_the_same(40)
+    @always_the_same(25)
     @given(overrides(train_fields(), most=1))
     def check(chosen: list[str]) -> None:
         folder = fresh(tmp_path)

@@ -5,6 +5,7 @@ Signals, kills, limits and exit codes are real; the ten seconds that imports tak
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -25,6 +26,7 @@ class Program:
     """`python <program> <arguments>` in `folder`, with the interface of subprocess.Popen.
 
     program: the path of a script, or Python code. out, err: files for what it prints. largest: bytes of a file.
+    obeying: whether root, too, reads and writes only what the modes of files allow.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class Program:
         err: Path,
         environment: dict[str, str],
         largest: int | None = None,
+        obeying: bool = False,
     ) -> None:
         self.process = FORKS.Process(
-            target=run, args=(program, arguments, folder, out, err, environment, largest), daemon=True
+            target=run, args=(program, arguments, folder, out, err, environment, largest, obeying), daemon=True
         )
         self.process.start()
 
@@ -67,6 +70,7 @@ def run(
     err: Path,
     environment: dict[str, str],
     largest: int | None,
+    obeying: bool,
 ) -> None:
     """Be that program, in a process that was forked."""
     for path, number in ((out, 1), (err, 2)):
@@ -77,6 +81,8 @@ def run(
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
     if largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    if obeying:
+        obey_file_modes()
     torch.set_num_threads(1)
     threadpool_limits(1)  # the libraries are loaded: the environment comes too late for them
     os.environ.clear()
@@ -88,3 +94,18 @@ def run(
         runpy.run_path(program, run_name="__main__")
     else:
         exec(compile(program, "-c", "exec"), {"__name__": "__main__"})
+
+
+def obey_file_modes() -> None:
+    """Give up root's capabilities to read and write whatever the modes of files say."""
+    if os.geteuid():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, of this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable ones, the first 32 and then the others
+    if libc.capget(header, sets):
+        raise OSError(ctypes.get_errno(), "capget")
+    for kind in range(3):
+        sets[kind] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")

@@ -94,14 +94,24 @@ def run_script(name: str, *arguments: str, folder: Path, environment: dict[str, 
 
 
 def run_process(
-    *arguments: str, folder: Path, program: str = str(PROJECT / "train.py"), largest: int | None = None
+    *arguments: str,
+    folder: Path,
+    program: str = str(PROJECT / "train.py"),
+    largest: int | None = None,
+    obeying: bool = False,
 ) -> Outcome:
-    """`python train.py ...` in `folder`, or another program, as a process that cannot write files of more than
-    `largest` bytes."""
+    """`python train.py ...` in `folder`, or another program: see `Program`."""
     with tempfile.TemporaryDirectory() as beside:
         out, err = Path(beside, "out"), Path(beside, "err")
         process = Program(
-            program, *arguments, folder=folder, out=out, err=err, environment=ENVIRONMENT, largest=largest
+            program,
+            *arguments,
+            folder=folder,
+            out=out,
+            err=err,
+            environment=ENVIRONMENT,
+            largest=largest,
+            obeying=obeying,
         )
         return Outcome(process.wait(400), out.read_text(), err.read_text())
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.runs import (
     BARE,
     BRIEF,
-    ENVIRONMENT,
     PROJECT,
     Outcome,
     Training,
@@ -25,18 +23,13 @@ from tests.helpers.runs import (
     run_train,
 )
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="root gives up its capabilities as Linux lets it")
 QUIET = ("trainer.enable_progress_bar=false", "trainer.enable_model_summary=false", "test=false")
 
 
-def program(
-    name: str, *arguments: str, folder: Path, prefix: Sequence[str] = (), largest: int | None = None
-) -> Outcome:
-    """`python <name> ...` in a process of its own, which cannot write files beyond `largest` bytes."""
-    if not prefix:
-        return run_process(*arguments, folder=folder, program=str(PROJECT / name), largest=largest)
-    command = [*prefix, sys.executable, str(PROJECT / name), *arguments]
-    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    return Outcome(done.returncode, done.stdout, done.stderr)
+def program(name: str, *arguments: str, folder: Path, **limits: Any) -> Outcome:
+    """`python <name> ...` in a process of its own, with limits of `Program`."""
+    return run_process(*arguments, folder=folder, program=str(PROJECT / name), **limits)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -82,17 +75,6 @@ def test_a_disk_that_is_full_at_a_figure_leaves_the_earlier_report(trained: Path
     assert not list(folder.rglob("*partial*"))
 
 
-@pytest.fixture
-def ordinary_user() -> list[str]:
-    """What to put before a command for which the modes of files shall count: root is otherwise above them."""
-    if os.geteuid() != 0:
-        return []
-    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
-    if shutil.which("setpriv") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("root may write everywhere, and here it cannot do without that")
-    return prefix
-
-
 @contextmanager
 def of_mode(path: Path, mode: int) -> Iterator[None]:
     before = path.stat().st_mode
@@ -104,9 +86,8 @@ def of_mode(path: Path, mode: int) -> Iterator[None]:
 
 
 @pytest.mark.long
-def test_folders_that_are_read_only_are_refused_before_any_work(
-    trained: Path, tmp_path: Path, ordinary_user: list[str]
-) -> None:
+@linux
+def test_folders_that_are_read_only_are_refused_before_any_work(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     shutil.copytree(trained, folder)
     run = only_run(folder)
@@ -120,7 +101,7 @@ def test_folders_that_are_read_only_are_refused_before_any_work(
         (run, ("analyze.py", f"run={run}"), "output_dir"),
     ):
         with of_mode(place, 0o555):
-            outcome = program(*arguments, folder=folder, prefix=ordinary_user)
+            outcome = program(*arguments, folder=folder, obeying=True)
         assert outcome.exit_code == 2 and outcome.err.splitlines() == [last_line(outcome)], outcome
         assert last_line(outcome).startswith("error: ") and named in last_line(outcome)
         assert "Epoch" not in outcome.out
@@ -128,13 +109,14 @@ def test_folders_that_are_read_only_are_refused_before_any_work(
 
 
 @pytest.mark.long
-def test_a_run_that_may_not_be_read_hides_no_other(trained: Path, tmp_path: Path, ordinary_user: list[str]) -> None:
+@linux
+def test_a_run_that_may_not_be_read_hides_no_other(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     shutil.copytree(trained, folder)
     run = only_run(folder)
     shutil.copytree(run, secret := run.parent / "2999-01-01_00-00-00-000000")
     with of_mode(secret, 0):
-        outcome = program("analyze.py", "chapters=[patterns]", "num_samples=1", folder=folder, prefix=ordinary_user)
+        outcome = program("analyze.py", "chapters=[patterns]", "num_samples=1", folder=folder, obeying=True)
     assert outcome.exit_code == 0 and run.name in outcome.out, outcome
 
 
