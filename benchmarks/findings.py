@@ -11,6 +11,7 @@ its own. No model that is judged has the seed of a control. Rates have the upper
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from typing import Any
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--mnist", action="store_true", help=f"the default model on MNIST; --repeats {MODELS_MNIST}")
     parser.add_argument("--trust", type=int, default=3, help="models whose maps are tested (default: 3)")
     parser.add_argument("--first", type=int, default=0, help="added to all seeds but the controls' (default: 0)")
+    parser.add_argument("--only", default="", help="a regular expression: only kinds whose names it matches")
     options = parse(parser, PARTS)
     from planted import DIGITS, MNIST, QUICK, Setting
     from planted_kinds import Kinds
@@ -82,9 +84,10 @@ def main() -> None:
     for part, make, show in (("nulls", kinds.nulls, null_table), ("truths", kinds.truths, truth_table)):
         if part in options.parts:
             found = []
-            for each in make():
-                found.append(each())
-                print(found[-1], file=sys.stderr, flush=True)
+            for name, count in make().items():
+                if re.search(options.only, name):
+                    found.append(count())
+                    print(found[-1], file=sys.stderr, flush=True)
             print(show(found, options.markdown), flush=True)
             print(flush=True)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ Array = NDArray[Any]
 
 TRUST_IMAGES = 60  # deletion and insertion take hundreds of passes over each
 STRENGTHS = (1.0, 40.0)  # of brightness in a softmax: from nearly uniform to nearly the brightest patch alone
+PERMUTED, BAD_MAPS = "permuted pixels, true labels", "bad maps of trained models, six each"
 CLASSES = "Attention differs clearly between classes"
 END_POINTS = "End points get more attention than other ink"
 EXTRA_ON_END_POINTS = (0.25, 0.5, 1.0)  # of what the patch would get without one
@@ -181,9 +182,9 @@ class Kinds:
 
     def permuted_pixels(self) -> Null:
         """Classes can be told apart from permuted pixels, and attention may do so."""
-        kind, setting = "permuted pixels, true labels", self.setting.with_permuted_pixels()
+        setting = self.setting.with_permuted_pixels()
         return self.model_null(
-            kind,
+            PERMUTED,
             setting,
             lambda number: setting.trained_model(LEARNT_PERMUTED + self.first + number),
             CLASSES.__ne__,
@@ -197,25 +198,27 @@ class Kinds:
             for model, result in zip(self.trained, self.trust_in_trained, strict=False)
             for trusted in trusted_bad_maps(self.setting, model, result)
         ]
-        return Null("bad maps of trained models, six each", trusted=Count.of(found))
+        return Null(BAD_MAPS, trusted=Count.of(found))
 
-    def nulls(self) -> list[Callable[[], Null]]:
+    def nulls(self) -> dict[str, Callable[[], Null]]:
         setting = self.setting
-        return [
-            lambda: self.maps_null("attention on the brightest patch", self.brightest),
-            lambda: self.maps_null("brightness-softmax", self.one_strength),
-            lambda: self.maps_null("brightness-softmax with places", self.one_strength_and_places),
-            lambda: self.maps_null("brightness-softmax with places, heads mixed", self.mixed_strengths_and_places),
-            lambda: self.maps_null("trained attention as predicted from ink", self.predicted_from_ink),
-            lambda: self.model_null(
-                "shuffled labels", setting, lambda number: setting.shuffled_model(LEARNT_SHUFFLED + self.first + number)
-            ),
-            lambda: self.model_null(
-                "sharpened random weights", setting, lambda number: setting.sharpened_model(SHARP + self.first + number)
-            ),
-            self.permuted_pixels,
-            self.bad_maps,
-        ]
+        maps = {
+            "attention on the brightest patch": self.brightest,
+            "brightness-softmax": self.one_strength,
+            "brightness-softmax with places": self.one_strength_and_places,
+            "brightness-softmax with places, heads mixed": self.mixed_strengths_and_places,
+            "trained attention as predicted from ink": self.predicted_from_ink,
+        }
+        models: dict[str, Callable[[int], nn.Module]] = {
+            "shuffled labels": lambda number: setting.shuffled_model(LEARNT_SHUFFLED + self.first + number),
+            "sharpened random weights": lambda number: setting.sharpened_model(SHARP + self.first + number),
+        }
+        return {
+            **{kind: partial(self.maps_null, kind, make) for kind, make in maps.items()},
+            **{kind: partial(self.model_null, kind, setting, model) for kind, model in models.items()},
+            PERMUTED: self.permuted_pixels,
+            BAD_MAPS: self.bad_maps,
+        }
 
     # --- truths ---
 
@@ -270,29 +273,28 @@ class Kinds:
     def shapley_values(self) -> Count:
         return count_true([not each.calibration.verdict.failures for each in self.trust_in_trained])
 
-    def truths(self) -> list[Callable[[], Truth]]:
+    def truths(self) -> dict[str, Callable[[], Truth]]:
         layers, heads, _ = self.setting.shape
         one = f"1 head of {layers * heads}"
-        found: list[Callable[[], Truth]] = []
+        found: dict[str, Callable[[], Truth]] = {}
         for where, which, extras in (
             ("all layers", slice(None), EXTRA_ON_END_POINTS[:2]),
             ("one layer", slice(layers - 1, layers), EXTRA_ON_END_POINTS),
         ):
             for extra in extras:
-                found.append(
-                    lambda where=where, which=which, extra=extra: Truth(
-                        f"more attention on end points, {where}", f"{extra:.0%} more", self.end_points(extra, which)
-                    )
+                found[f"end points, {where}, {extra:.0%}"] = lambda where=where, which=which, extra=extra: Truth(
+                    f"more attention on end points, {where}", f"{extra:.0%} more", self.end_points(extra, which)
                 )
         brightest = self.softmax_of_ink(1e4)[:, 0, 0]
-        found += [
-            lambda: Truth("head on the brightest patch", one, self.one_head("brightest patch", lambda _: brightest)),
-            lambda: Truth("head on one place", one, self.one_head("fixed position", self.one_place)),
-            lambda: Truth("head that alone is needed", one, count_true(self.told("needed head", self.needed_head))),
-            lambda: Truth(
-                "ranking by Shapley values of other permutations", "100 % of the gain", self.shapley_values()
-            ),
-        ]
+        heads = {
+            "head on the brightest patch": lambda: self.one_head("brightest patch", lambda _: brightest),
+            "head on one place": lambda: self.one_head("fixed position", self.one_place),
+            "head that alone is needed": lambda: count_true(self.told("needed head", self.needed_head)),
+        }
+        for name, count in heads.items():
+            found[name] = lambda name=name, count=count: Truth(name, one, count())
+        name = "ranking by Shapley values of other permutations"
+        found[name] = lambda: Truth(name, "100 % of the gain", self.shapley_values())
         return found
 
 
