@@ -16,7 +16,7 @@ from attention_visualizer.analysis.study.heads import Heads
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.attention.edits import replace_by_mean, switch_off, together
 from attention_visualizer.measures import intervals
-from attention_visualizer.measures.intervals import Interval, alternate_halves, learnt_threshold
+from attention_visualizer.measures.intervals import Interval, alternate_halves
 
 Array = NDArray[Any]
 
@@ -41,7 +41,7 @@ class Importance:
     #: The class's logit relative to the mean of all logits (a common shift changes no prediction), as the model is.
     score: Interval
     accuracy: Interval  # as the model is
-    chance_accuracy: float  # of guessing
+    is_learnt: bool  # whether predictions are well above guessing, so that heads could be needed for them
     whole_model: Outcomes  # interventions in all layers at once
     zero: Outcomes  # without each existing head and then without each layer: zero ablation
     mean: Outcomes | None  # with the average map in each layer: mean ablation; None where no layer's map is known
@@ -49,13 +49,6 @@ class Importance:
     entropy: Array  # [existing head], mean of the readout query's, nats
     entropy_correlation: Interval  # Spearman's, of that with the rise in errors without the head
     entropy_p_value: float  # by permutation
-
-    @property
-    def is_learnt(self) -> bool:
-        """Return whether predictions are well above guessing, so that heads could be needed for them. Where true
-        classes are not known, that is not known either: any model agrees with itself."""
-        learnt = self.accuracy.low > learnt_threshold(self.chance_accuracy) and self.score.low > 0
-        return bool(self.class_source == "true" and learnt)
 
     def needed(self, outcomes: Outcomes) -> Array:
         """Return which of the interventions take away what is needed: bool [intervention]."""
@@ -111,7 +104,7 @@ def measure(study: Study, rows: Array) -> Importance:
         accuracy=intervals.share_interval(before.is_right.sum(), len(rows)).including(
             intervals.half_means(before.is_right)
         ),
-        chance_accuracy=1 / study.first_observation.num_classes,
+        is_learnt=study.has_learnt,
         whole_model=outcomes["whole model"],
         zero=outcomes["zero"],
         mean=outcomes.get("mean"),

@@ -7,14 +7,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import Survey
-from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.attention.outputs import class_scores
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.measures.intervals import CHAPTER_LEVEL, BootstrapMeans, Interval
 from attention_visualizer.measures.map_measures import uniform_entropy
@@ -63,7 +60,7 @@ def survey_runs(study: Study) -> list[SurveyedRun]:
         target = replace(study.target, model=model, images=images_as_trained(run, study))
         survey = target.survey(rows)
         study.errors.append(survey.reconstruction_error)
-        surveyed.append(SurveyedRun(run, survey, classified_correctly(target)))
+        surveyed.append(SurveyedRun(run, survey, target.are_correct()))
     return surveyed
 
 
@@ -74,20 +71,6 @@ def images_as_trained(run: ComparedRun, study: Study) -> LabelledImageSet:
     if run.loaded.data is None:
         return images
     return replace(images, description=run.loaded.data)
-
-
-def classified_correctly(target: Target) -> Array | None:
-    """Classify all images: whether each is correct, bool [image]; None where classes or scores are not known."""
-    if target.images.labels is None:
-        return None
-    correct = []
-    with torch.no_grad():
-        for batch, labels in target.batches():
-            scores = class_scores(target.model, batch, target.model(batch))
-            if scores is None or labels is None:
-                return None
-            correct.append((scores.predicted == labels).cpu().numpy())
-    return np.concatenate(correct)
 
 
 def uniform_values(survey: Survey, measure: str) -> Array:

@@ -31,7 +31,6 @@ from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.samples import Sample, check_sample
 from attention_visualizer.analysis.study.survey import Survey
 from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.attention.outputs import class_scores, predict
 from attention_visualizer.figures.attention_figures import ExplainedImage, class_name
 from attention_visualizer.figures.panels import PanelFigure
 from attention_visualizer.measures.intervals import Interval, half_means, learnt_threshold, share_interval, stratified
@@ -43,6 +42,7 @@ from attention_visualizer.runs.history import AttentionHistory
 HeadLayers = Literal["all", "last"]
 MAX_THUMBNAIL_SIDE = 224  # pixels a side, twice those of a tile
 CONTROL_IMAGES = 1000  # that each control model is surveyed on
+LUCK_IMAGES = 200  # that it classifies, to see how many it gets right by luck
 FIRST_CONTROL = 1000  # the seed of the first control: no run is likely to have it
 
 
@@ -162,28 +162,26 @@ class Study:
 
     @cached_property
     def has_learnt(self) -> bool:
-        """Return whether the accuracy, with its whole interval, is well above that of guessing; False where it is not
+        """Return whether the accuracy, with its whole interval, is well above that of guessing, and above those of
+        random weights, which tell two classes apart by luck more often than one would think; False where it is not
         known. Of a model that has learnt nothing, no statement is made."""
-        classes = self.target.images.num_classes
-        return bool(self.accuracy is not None and classes and self.accuracy.low > learnt_threshold(1 / classes))
+        classes, accuracy = self.target.images.num_classes, self.accuracy
+        if accuracy is None or not classes or accuracy.low <= learnt_threshold(1 / classes):
+            return False
+        rows = self.stratified_rows(LUCK_IMAGES)
+        by_luck = (self.target.with_model(model).are_correct(rows) for model in self.control_models)
+        return all(correct is not None and accuracy.low > correct.mean() for correct in by_luck)
 
     @cached_property
     def accuracy(self) -> Interval | None:
         """Return the share of all images that are classified correctly; None where that is not known, or would cost
         more than the budget allows."""
-        target, labels = self.target, self.target.images.labels
-        if labels is None or not self.first_observation.num_classes:
+        if self.target.images.labels is None or not self.first_observation.num_classes:
             return None
         if "survey" in self.__dict__:
             correct = self.survey.correct
-        elif self.cost_of_image(passes=1) * len(target.images) <= (self.budget.max_cost or np.inf):
-            with torch.no_grad():
-                answers = [
-                    predict(class_scores(target.model, batch, target.model(batch)), len(batch))[0]
-                    for batch, _ in target.batches()
-                ]
-            predicted = np.concatenate(answers)
-            correct = None if (predicted < 0).any() else predicted == labels.cpu().numpy()
+        elif self.cost_of_image(passes=1) * len(self.target.images) <= (self.budget.max_cost or np.inf):
+            correct = self.target.are_correct()
         else:
             correct = None
         if correct is None:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from attention_visualizer.analysis.study.survey import Survey, survey_model
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.inputs import input_type
+from attention_visualizer.attention.outputs import class_scores, predict
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import Observation, RolloutOptions, observe
@@ -89,6 +90,18 @@ class Target:
     def first_observation(self) -> Observation:
         """One image's: which layers there are and how their tokens lie."""
         return self.observe(self.images.read([0]))
+
+    def are_correct(self, rows: Rows | None = None) -> NDArray[np.bool_] | None:
+        """Return which of the images of these rows (None for all) are classified correctly; None where that is not
+        known."""
+        answers = []
+        with torch.no_grad():
+            for batch, labels in self.batches(rows):
+                predicted, _ = predict(class_scores(self.model, batch, self.model(batch)), len(batch))
+                if labels is None or (predicted < 0).any():
+                    return None
+                answers.append(predicted == labels.cpu().numpy())
+        return np.concatenate(answers)
 
     def survey(self, rows: Rows | None = None) -> Survey:
         """Survey the images of these rows, None for all; `Survey.kept` are positions in `rows`."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from attention_visualizer.analysis.study.study import FIRST_CONTROL, Study
 from attention_visualizer.analysis.trust.rankings import method_maps, own_model
 from attention_visualizer.measures import intervals
-from attention_visualizer.measures.intervals import Interval, share_interval
+from attention_visualizer.measures.intervals import Interval
 from attention_visualizer.models.untrained import random_weights
 from attention_visualizer.models.vision_transformer import VisionTransformer
 
@@ -26,21 +26,6 @@ def choose_control_rows(num_images: int) -> Array:
     """Return evenly spaced rows."""
     count = min(num_images, MAX_CONTROL_IMAGES)
     return np.arange(count) * num_images // count
-
-
-def has_learnt(study: Study, rows: Array, predicted: Array, control_rows: Array) -> bool:
-    """Return whether the accuracy is, with its whole interval, well above that of guessing and above those of random
-    weights, which tell two classes apart by luck more often than one would think."""
-    labels, num_classes = study.target.images.labels, study.target.images.num_classes
-    if labels is None or not num_classes:
-        return False
-    known = labels[torch.from_numpy(rows)].cpu().numpy()
-    inputs = study.target.model_input(study.target.images.read(rows[control_rows].tolist()))
-    with torch.no_grad():
-        guesses = [model(inputs).argmax(dim=1).cpu().numpy() for model in study.control_models]
-    by_luck = max((float((guess == known[control_rows]).mean()) for guess in guesses), default=0.0)
-    accuracy = share_interval(int((predicted == known).sum()), len(known))
-    return bool(accuracy.low > max(by_luck, intervals.learnt_threshold(1 / num_classes)))
 
 
 def control_maps(study: Study, rows: Array, classes: Array) -> list[dict[str, Array]]:

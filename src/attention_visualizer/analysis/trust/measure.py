@@ -13,11 +13,10 @@ from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.trust.controls import (
     choose_control_rows,
     control_maps,
-    has_learnt,
     randomisation,
     rank_correlations,
 )
-from attention_visualizer.analysis.trust.rankings import curves_along, map_images
+from attention_visualizer.analysis.trust.rankings import MappedImages, curves_along, map_images
 from attention_visualizer.analysis.trust.verdict import (
     BASELINES,
     HALVES,
@@ -78,11 +77,7 @@ class TrustResult:
 def measure(study: Study, rows: Array, seed: int = 0) -> TrustResult:
     """Put each method's maps to the test over the images of these rows, for the classes that the model predicts."""
     images = map_images(study, rows)
-    known = images.baseline_maps()
-    # A generator each, so that no ranking depends on another.
-    random, among_inked = (np.random.default_rng([seed, stream]).random(images.inked.shape) for stream in range(2))
-    scores = {**images.maps, **known, RANDOM: random, INKED: images.inked + 0.5 * among_inked}
-    rankings = {name: ranking_of(score, seed) for name, score in scores.items()}
+    known, rankings = images.baseline_maps(), rankings_of(images, seed)
     orders = antithetic_pairs(len(rows), images.inked.shape[1], seed)
     curves = curves_along(study, rows, images.classes, rankings, "trained", orders)
 
@@ -91,18 +86,10 @@ def measure(study: Study, rows: Array, seed: int = 0) -> TrustResult:
     original = {name: each[control_rows] for name, each in images.maps.items()}
     likeness, stages = randomisation(study, *selected, original)
     controls = control_maps(study, *selected)
-    control_rankings = {
-        f"{name}, control {number}": ranking_of(each, seed)
-        for number, maps in enumerate(controls, start=1)
-        for name, each in maps.items()
-    }
-    control_curves = curves_along(study, *selected, control_rankings, "random weights") if controls else {}
-    reached = {name: performance(control_curves, name) for name in control_rankings}
-
+    reached = control_performances(study, *selected, controls, seed)
     performances = {name: performance(curves, name) for name in (*rankings, *REFERENCES, *HALVES)}
     baselines = {name: performances[name] for name in BASELINES}
     references = {name: performances[name] for name in REFERENCES}
-    is_learnt = has_learnt(study, rows, images.classes, control_rows)
 
     def judge(name: str) -> MethodTrust:
         own = [each for ranking, each in reached.items() if ranking.startswith(f"{name}, control ")]
@@ -117,14 +104,16 @@ def measure(study: Study, rows: Array, seed: int = 0) -> TrustResult:
             None if maps is None else mass_on(maps, images.inked),
             likeness.get(name),
             intervals.bootstrap_mean(np.stack(alike, axis=1)) if alike else None,
-            is_learnt,
+            study.has_learnt,
         )
 
     half, other = (performances[name] for name in HALVES)
     # Against the maps of random weights of all methods: which of them is nearest to its own kind nobody can say.
     compared = PairedGains.of(half, baselines, {**references, SHAPLEY: other}, list(reached.values()), control_rows)
     calibration = Calibration(
-        MethodTrust(HALVES[0], intervals.bootstrap_mean(areas_of(half)), compared.summary(), is_learnt=is_learnt),
+        MethodTrust(
+            HALVES[0], intervals.bootstrap_mean(areas_of(half)), compared.summary(), is_learnt=study.has_learnt
+        ),
         compared.chance_of_passing(),
     )
     return TrustResult(
@@ -139,6 +128,28 @@ def measure(study: Study, rows: Array, seed: int = 0) -> TrustResult:
         2 * len(orders),
         stages,
     )
+
+
+def rankings_of(images: MappedImages, seed: int) -> dict[str, Array]:
+    """Return the rankings by every method and baseline, name -> [image, patch]."""
+    # A generator each, so that no ranking depends on another.
+    random, among_inked = (np.random.default_rng([seed, stream]).random(images.inked.shape) for stream in range(2))
+    scores = {**images.maps, **images.baseline_maps(), RANDOM: random, INKED: images.inked + 0.5 * among_inked}
+    return {name: ranking_of(score, seed) for name, score in scores.items()}
+
+
+def control_performances(
+    study: Study, rows: Array, classes: Array, controls: list[dict[str, Array]], seed: int
+) -> dict[str, Array]:
+    """Return how well the answers follow each method's maps of each control model: "<method>, control <number>" ->
+    [image, operator, direction]."""
+    rankings = {
+        f"{name}, control {number}": ranking_of(each, seed)
+        for number, maps in enumerate(controls, start=1)
+        for name, each in maps.items()
+    }
+    curves = curves_along(study, rows, classes, rankings, "random weights") if controls else {}
+    return {name: performance(curves, name) for name in rankings}
 
 
 def areas_of(performances: Array) -> Array:
