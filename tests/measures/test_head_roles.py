@@ -137,13 +137,13 @@ def named(**changes: object) -> list[str]:
     ("changes", "expected"),
     [
         ({}, [NO_ROLE]),
-        ({"follows": interval(0.4)}, ["ink"]),
-        ({"follows": interval(-0.4)}, ["background"]),
-        ({"follows": interval(0.2, 0.001)}, [NO_ROLE]),  # significant, but less than the minimum effect
-        ({"follows": interval(0.31, 0.03)}, [NO_ROLE]),  # the interval reaches below it
-        ({"follows": interval(0.4), "p_value": 0.02}, [NO_ROLE]),
-        ({"follows": interval(0.4), "bounds": BOUNDS | {"ink": 0.45}}, [NO_ROLE]),  # controls reach as much
-        ({"follows": interval(0.4), "place": interval(0.2), "content": interval(0.2)}, [NO_ROLE]),  # hardly selects
+        ({"follows": interval(0.6)}, ["ink"]),
+        ({"follows": interval(-0.6)}, ["background"]),
+        ({"follows": interval(0.4, 0.001)}, [NO_ROLE]),  # significant, but less than the minimum effect
+        ({"follows": interval(0.51, 0.03)}, [NO_ROLE]),  # the interval reaches below it
+        ({"follows": interval(0.6), "p_value": 0.02}, [NO_ROLE]),
+        ({"follows": interval(0.6), "bounds": BOUNDS | {"ink": 0.65}}, [NO_ROLE]),  # controls reach as much
+        ({"follows": interval(0.6), "place": interval(0.2), "content": interval(0.2)}, [NO_ROLE]),  # hardly selects
         ({"brightest": interval(0.6)}, ["brightest patch"]),
         ({"brightest": interval(0.51)}, [NO_ROLE]),
         ({"brightest": interval(0.6), "bounds": BOUNDS | {"brightest patch": 0.7}}, [NO_ROLE]),
@@ -157,7 +157,7 @@ def named(**changes: object) -> list[str]:
         ({"closeness": interval(0.6)}, ["neighbours"]),
         ({"closeness": interval(0.51)}, [NO_ROLE]),
         ({"closeness": interval(0.6), "bounds": BOUNDS | {"neighbours": 0.7}}, [NO_ROLE]),
-        ({"follows": interval(0.4), "place": interval(2.0)}, ["ink", "fixed position"]),
+        ({"follows": interval(0.6), "place": interval(2.0)}, ["ink", "fixed position"]),
     ],
 )
 def test_a_role_is_named_where_the_numbers_carry_it(changes: dict[str, object], expected: list[str]) -> None:
