@@ -87,9 +87,15 @@ class MeasureSummary:
     raw_values: tuple[NDArray[np.float64], ...] | None = None  # of each layer, where there are at most MAX_RAW images
 
     def of_layers(self, chosen: NDArray[np.bool_]) -> MeasureSummary:
-        """Return the same with the other layers' means and deviations NaN. chosen: [layer]."""
-        mean, deviation = (np.where(chosen[:, None], each, np.nan) for each in (self.mean, self.deviation))
-        return replace(self, mean=mean, deviation=deviation)
+        """Return the same with nothing of the other layers. chosen: [layer]."""
+        return replace(
+            self,
+            mean=np.where(chosen[:, None], self.mean, np.nan),
+            deviation=np.where(chosen[:, None], self.deviation, np.nan),
+            counts=np.where(chosen[:, None, None], self.counts, 0),
+            raw_values=self.raw_values
+            and tuple(each if keep else each[:0] for each, keep in zip(self.raw_values, chosen, strict=True)),
+        )
 
     def quantiles(self, shares: tuple[float, ...]) -> NDArray[np.float64]:
         """Return quantiles over images and heads together: [layer, share]."""
