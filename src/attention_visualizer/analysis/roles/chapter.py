@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from attention_visualizer.analysis.importance.tables import p_text
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.roles.figure import draw_redundancy, draw_roles
 from attention_visualizer.analysis.roles.measure import MeasuredHeads, Redundancy, Roles, measure
@@ -128,7 +129,7 @@ def causal_tables(measured: MeasuredHeads) -> list[Table]:
             intervention,
             f"{before:,} to {outcomes.errors[index]:,}",
             f"{outcomes.lost[index]:,} lost, {outcomes.gained[index]:,} gained",
-            f"{outcomes.p_value[index]:.4f}",
+            p_text(float(outcomes.p_value[index])),
             "yes" if label in check.matters else "no",
         ]
         for index, (label, intervention) in enumerate(zip(check.labels, check.interventions, strict=True))
