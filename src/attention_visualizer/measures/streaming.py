@@ -131,7 +131,7 @@ class Measure:
     function: Callable[[Tensor, Geometry], Tensor]  # of weights [batch, head, query, key] -> [batch, head]
     upper_bound: Callable[[Geometry], float]  # it lies between 0 and this
     applies: Callable[[Tensor, Geometry], bool] = lambda weights, geometry: True  # whether a layer has it
-    of_all_queries: bool = False  # or all patch queries, also where the classification reads the class token alone
+    of_all_queries: bool = False  # whether it is a mean over all (patch) queries, read or not
 
 
 def _max_distance(geometry: Geometry) -> float:
