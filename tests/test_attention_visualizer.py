@@ -23,7 +23,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from attention_visualizer import AttentionVisualizer
-from attention_visualizer.data.datamodule import ImageDataModule, normalise
+from attention_visualizer.data.datamodule import ImageDataModule
+from attention_visualizer.data.images import normalise
 from attention_visualizer.data.mnist import MnistUnavailable
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.models.vit_config import ViTConfig
@@ -117,7 +118,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_budget: 
     settings = matplotlib.rcParams.copy()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MNIST_DIR", raising=False)
-    monkeypatch.setattr("attention_visualizer.data.datamodule.load_mnist", refuse)
+    monkeypatch.setattr("attention_visualizer.data.datasets.load_mnist", refuse)
     yield tmp_path
     assert not plt.get_fignums() and matplotlib.rcParams == settings
 

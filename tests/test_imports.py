@@ -80,6 +80,17 @@ print(json.dumps([complete, heavy, geometry.Geometry is Geometry, callable(captu
     assert in_a_fresh_interpreter(script) == (0, [True, [], True, True, True])
 
 
+def test_analysing_imports_neither_lightning_nor_the_compiler() -> None:
+    """They take longer to import than all else that analysing needs."""
+    script = """
+import attention_visualizer.commands.analyze_checkpoint
+from attention_visualizer import AttentionVisualizer
+heavy = ("lightning", "torchmetrics", "tensorboard", "torchvision", "torch._dynamo", "seaborn")
+print(json.dumps([name for name in heavy if name in sys.modules]))
+"""
+    assert in_a_fresh_interpreter(script) == (0, [])
+
+
 def test_the_front_door_only_passes_names_on() -> None:
     for name in attention_visualizer.__all__:
         assert getattr(attention_visualizer, name).__name__ == name

@@ -30,8 +30,9 @@ from attention_visualizer.analysis.study.compared_runs import find_compared_runs
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.data.datamodule import ImageDataModule, normalise
+from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import LabelledImageSet
+from attention_visualizer.data.images import normalise
 from attention_visualizer.files.atomic import write_json
 from attention_visualizer.files.tensor_files import CHECKPOINT_KEY
 from attention_visualizer.models.untrained import random_weights

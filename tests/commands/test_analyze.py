@@ -20,8 +20,9 @@ from torch import Tensor
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.data.datamodule import ImageDataModule, normalise
+from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import LabelledImageSet
+from attention_visualizer.data.images import normalise
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from tests.helpers.analyses import (
     FINDINGS_FIGURES,

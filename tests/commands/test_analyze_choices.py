@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.samples import SampleChoice, choose_samples, find_samples
 from attention_visualizer.analysis.study.target import BatchLimit, Target
-from attention_visualizer.data.datamodule import ImageDataModule, normalise
+from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import LabelledImageSet
+from attention_visualizer.data.images import normalise
 from attention_visualizer.figures import color_scales, panels
 from attention_visualizer.measures.observation import observe
 from attention_visualizer.models.vision_transformer import VisionTransformer

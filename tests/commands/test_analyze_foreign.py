@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from attention_visualizer import AttentionVisualizer, Geometry
 from attention_visualizer.attention.capture import capture
-from attention_visualizer.data.datamodule import ImageDataModule, normalise
+from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import InputFormat, read_formatted
+from attention_visualizer.data.images import normalise
 from attention_visualizer.figures import panels
 from attention_visualizer.support.errors import UserError
 from tests.helpers.analyses import (

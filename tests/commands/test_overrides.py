@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 
 from attention_visualizer.commands import analyze_checkpoint
-from attention_visualizer.data import datamodule, mnist
+from attention_visualizer.data import datasets, mnist
 from attention_visualizer.training import run as training_run
 from tests.helpers.overrides import analyze_fields, overrides, right_ones, train_fields
 from tests.helpers.runs import BRIEF, ENVIRONMENT, Outcome, only_run, run_script, run_train
@@ -47,7 +47,7 @@ def no_network_and_digits_read_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mnist, "download", unavailable)
-        patch.setattr(datamodule, "load_digits", functools.cache(datamodule.load_digits))
+        patch.setattr(datasets, "load_digits", functools.cache(datasets.load_digits))
         yield
 
 

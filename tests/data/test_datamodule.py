@@ -24,13 +24,9 @@ from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 
 from attention_visualizer.data import mnist
-from attention_visualizer.data.datamodule import (
-    DatasetDescription,
-    ImageDataModule,
-    normalise,
-    read_image,
-    stratified_split,
-)
+from attention_visualizer.data.datamodule import ImageDataModule
+from attention_visualizer.data.datasets import stratified_split
+from attention_visualizer.data.images import DatasetDescription, normalise, read_image
 from attention_visualizer.data.mnist import MnistUnavailable, download, load_mnist, parse_idx
 from attention_visualizer.support.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 from skimage.draw import disk, line
 from skimage.morphology import skeletonize
 
-from attention_visualizer.data.datamodule import load_digits
+from attention_visualizer.data.datasets import load_digits
 from attention_visualizer.data.strokes import (
     Strokes,
     amount_in_patches,

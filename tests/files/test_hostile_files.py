@@ -33,12 +33,13 @@ from attention_visualizer.data.mnist import FILES
 from attention_visualizer.files import atomic
 from attention_visualizer.files.tensor_files import CHECKPOINT_KEY, HASH
 from attention_visualizer.runs import folders
-from attention_visualizer.runs.checkpoint import AtomicCheckpointIO, load_checkpoint
+from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.runs.export import export_safetensors
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.text import csv_safe, printable
 from attention_visualizer.training import sweeps
+from attention_visualizer.training.checkpoint_io import AtomicCheckpointIO
 from attention_visualizer.training.resuming import accuracy_of_completed, read_config
 from tests.helpers.runs import BARE, BRIEF, ENVIRONMENT, only_run, run_script, run_train, trained_run
 

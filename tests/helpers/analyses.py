@@ -16,7 +16,8 @@ import torch
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from attention_visualizer.data.datamodule import ImageDataModule, normalise
+from attention_visualizer.data.datamodule import ImageDataModule
+from attention_visualizer.data.images import normalise
 from attention_visualizer.data.mnist import MnistUnavailable
 from attention_visualizer.files.atomic import write_json
 from attention_visualizer.measures.observation import observe
@@ -213,4 +214,4 @@ def without_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Path) -> dict[str, np.ndarray]:
         raise MnistUnavailable("there is no network in this test")
 
-    monkeypatch.setattr("attention_visualizer.data.datamodule.load_mnist", refuse)
+    monkeypatch.setattr("attention_visualizer.data.datasets.load_mnist", refuse)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.models.vit_config import ViTConfig
-from attention_visualizer.runs.checkpoint import AtomicCheckpointIO, load_checkpoint, refuse_other_settings
+from attention_visualizer.runs.checkpoint import load_checkpoint, refuse_other_settings
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.training.checkpoint_io import AtomicCheckpointIO
 from tests.helpers.checkpoints import DATA, SIZES, content_of, same_weights
 
 

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 from torch import nn
 
-from attention_visualizer.data import datamodule
+from attention_visualizer.data import datasets
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.training.classifier import Classifier
@@ -55,10 +55,10 @@ def targets_in(node: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def digits_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datamodule, "load_digits", read_digits)
+    monkeypatch.setattr(datasets, "load_digits", read_digits)
 
 
-read_digits = functools.cache(datamodule.load_digits)
+read_digits = functools.cache(datasets.load_digits)
 
 
 # --- composing -------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from lightning import Trainer
 
 from attention_visualizer.files.tensor_files import CHECKPOINT_KEY
 from attention_visualizer.models.vision_transformer import VisionTransformer
-from attention_visualizer.runs.checkpoint import AtomicCheckpointIO
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.training.checkpoint_io import AtomicCheckpointIO
 from attention_visualizer.training.classifier import Classifier
 from attention_visualizer.training.training_state import check_training_state
 from tests.helpers.runs import TINY, only_run, read_checkpoint, run_train

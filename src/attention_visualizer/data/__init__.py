@@ -4,7 +4,8 @@ Hands out the LightningDataModule for training and image sets for analysis. May 
 
     augmentation.py  random affine and elastic movements of whole batches
     class_names.py   names of classes that a model declares
-    datamodule.py    MNIST or the embedded digits: splits, order, batches
+    datamodule.py    batches for Lightning: order, augmentation, resuming
+    datasets.py      MNIST or the embedded digits, loaded and split
     image_sets.py    the images that are analysed: a test set, or a folder of pictures
     images.py        what a model must know of its images; from picture files to pixels
     ink.py           how much is drawn, pixel by pixel and patch by patch

@@ -1,121 +1,27 @@
-"""Images in memory: MNIST or the embedded digits, split, normalised, augmented and cut into batches.
+"""The data set's splits as batches for Lightning: normalised, ordered and augmented.
 
-Which images there are and how they are split depends on the data set and on `split_seed` alone; `seed` moves only
-the order of the training images and their augmentation.
+`seed` moves only the order of the training images and their augmentation.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
 
-import cv2
-import numpy as np
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.panel import Panel
 from torch import Tensor
 
 from attention_visualizer.data.augmentation import augment_batch
-from attention_visualizer.data.images import DatasetDescription, DatasetName, normalise, read_image
-from attention_visualizer.data.mnist import MnistUnavailable, load_mnist
+from attention_visualizer.data.datasets import DEFAULTS, Dataset, Splits, load_dataset, mnist_folder
+from attention_visualizer.data.images import DatasetDescription, DatasetName, normalise
 from attention_visualizer.support import training_progress
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.field_types import at_least, between, check_arguments
 
-__all__ = [  # with what users of the data need of `images`
-    "BatchLoader",
-    "DatasetDescription",
-    "ImageDataModule",
-    "normalise",
-    "read_image",
-    "stratified_split",
-]
-
 Batch = tuple[Tensor, Tensor]  # images float32 [batch, channel, height, width], labels int64 [batch]
-Splits = dict[str, tuple[Tensor, Tensor]]  # images uint8 [image, channel, height, width], labels int64 [image]
-
-
-class DatasetDefaults(NamedTuple):
-    batch_size: int
-    epochs: int
-
-
-DEFAULTS = {"mnist": DatasetDefaults(batch_size=128, epochs=10), "digits": DatasetDefaults(batch_size=32, epochs=60)}
-
-
-# --- data sets -------------------------------------------------------------------------------------------------
-
-
-def stratified_split(labels: np.ndarray, sizes: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
-    """Draw disjoint random indices into `labels` [image], ascending, `sizes[name]` for each name.
-
-    Every part has each class in its share of the whole, to within one image or two.
-    """
-    order = np.random.default_rng(seed).permutation(len(labels))
-    # Deals the classes out evenly: the k-th of a class of n images comes at (k + 1/2) / n, and any stretch of that
-    # sequence is a stratified sample.
-    moments = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = labels[order] == label
-        moments[members] = (np.arange(members.sum()) + 0.5) / members.sum()
-    dealt = order[np.argsort(moments, kind="stable")]
-    ends = np.cumsum(list(sizes.values()))
-    return {name: np.sort(dealt[end - size : end]) for (name, size), end in zip(sizes.items(), ends, strict=True)}
-
-
-def load_splits(name: str, data_dir: Path, split_seed: int) -> Splits:
-    """Load the data set's images and labels as "train", "validation" and "test".
-
-    MNIST: 55,000 and 5,000 of its 60,000 training images, and its own 10,000 test images. Digits: 1,297, 200 and
-    300. Raise UserError for damaged files and MnistUnavailable.
-    """
-    if name == "mnist":
-        files = load_mnist(data_dir)
-        images, labels = files["train-images-idx3-ubyte"], files["train-labels-idx1-ubyte"]
-        sizes = {"train": 55_000, "validation": 5_000}
-    else:
-        images, labels = load_digits()
-        sizes = {"train": 1_297, "validation": 200, "test": 300}
-    rows = stratified_split(labels, sizes, split_seed)
-    splits = {split: _tensors(images[rows[split]], labels[rows[split]]) for split in sizes}
-    if name == "mnist":
-        splits["test"] = _tensors(files["t10k-images-idx3-ubyte"], files["t10k-labels-idx1-ubyte"])
-    return splits
-
-
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Load scikit-learn's 1,797 scans of 8 x 8 pixels, scaled to uint8 [1797, 28, 28], and their labels [1797]."""
-    import sklearn.datasets  # slow to import, and needed only here
-
-    digits = sklearn.datasets.load_digits()
-    scans = (digits.images * (255 / 16)).astype(np.float32)
-    scaled = np.stack([cv2.resize(scan, (28, 28), interpolation=cv2.INTER_CUBIC) for scan in scans])
-    return scaled.round().clip(0, 255).astype(np.uint8), digits.target
-
-
-def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    return torch.tensor(images)[:, None], torch.tensor(labels, dtype=torch.int64)
-
-
-def describe(name: str, splits: Splits) -> DatasetDescription:
-    """Return the description of ten classes of digits, with the statistics of the training split."""
-    images, _ = splits["train"]
-    counts = torch.bincount(images.flatten(), minlength=256).double()
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    mean = float((counts * levels).sum() / counts.sum())
-    std = float(((counts * (levels - mean) ** 2).sum() / counts.sum()).sqrt())
-    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
-    return DatasetDescription(name, images.shape[-1], images.shape[1], tuple("0123456789"), mean, std, sizes)
-
-
-# --- batches ---------------------------------------------------------------------------------------------------
 
 
 def generator_for(*key: int | str) -> torch.Generator:
@@ -180,7 +86,7 @@ class ImageDataModule(LightningDataModule):
         check_arguments("data", ImageDataModule.__init__, locals())
         super().__init__()
         self.name: DatasetName = name
-        self.data_dir = Path(data_dir or os.environ.get("MNIST_DIR") or "data").expanduser()
+        self.data_dir = mnist_folder(data_dir)
         self.fallback = None if fallback == "null" else fallback
         self.eval_batch_size = eval_batch_size
         self.split_seed = split_seed
@@ -194,41 +100,34 @@ class ImageDataModule(LightningDataModule):
             "elastic": elastic,
         }
         self.fade = fade
-        self.splits: Splits = {}
         self._batch_size = batch_size
-        self._description: DatasetDescription | None = None
+        self._dataset: Dataset | None = None
         self._resident: Splits = {}  # the splits where the batches are made
 
     def load(self) -> None:
         """Read the images into memory, once. Raise UserError."""
-        if self.splits:
+        if self._dataset is not None:
             return
-        name: str = self.name
-        try:
-            splits = load_splits(name, self.data_dir, self.split_seed)
-        except MnistUnavailable as reason:
-            if self.fallback is None:
-                raise UserError(
-                    f"data.data_dir={self.data_dir}: MNIST is not there, and {reason}: name a folder that holds its "
-                    "four files, or allow data.fallback=digits"
-                ) from reason
-            name = self.fallback
-            splits = load_splits(name, self.data_dir, self.split_seed)
-            warn_of_fallback(self.data_dir, str(reason))
-        training_images = len(splits["train"][1])
+        dataset = load_dataset(self.name, self.data_dir, self.split_seed, self.fallback)
+        training_images = len(dataset.splits["train"][1])
         if self._batch_size is not None and self._batch_size > training_images:
             raise UserError(
                 f"data.batch_size={self._batch_size}: the training split has {training_images} images: give fewer"
             )
-        self.splits = self._resident = splits
-        self._description = describe(name, splits)
+        self._dataset = dataset
+        self._resident = dataset.splits
+
+    @property
+    def splits(self) -> Splits:
+        """The images and labels of each split; empty before `load`."""
+        return {} if self._dataset is None else self._dataset.splits
 
     @property
     def description(self) -> DatasetDescription:
         """Of the data set that was loaded, which a fallback may have chosen."""
-        if self._description is None:
+        if self._dataset is None:
             raise RuntimeError("call load() first")
-        return self._description
+        return self._dataset.description
 
     @property
     def batch_size(self) -> int:
@@ -367,16 +266,3 @@ def free_memory(device: torch.device) -> float:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return 0
-
-
-@rank_zero_only
-def warn_of_fallback(data_dir: Path, reason: str) -> None:
-    """Print a banner on stderr that cannot be missed."""
-    text = (
-        f"MNIST was not found in {data_dir}, and {reason}.\n\n"
-        "The 1,797 digits of scikit-learn are used instead: 8 x 8 pixels scaled to 28 x 28. "
-        "Their results are NOT MNIST results.\n\n"
-        "To use MNIST, set data.data_dir=FOLDER or the environment variable MNIST_DIR to a folder that holds its four "
-        "files. To stop here instead, set data.fallback=null."
-    )
-    Console(stderr=True).print(Panel(text, title="NOT MNIST", border_style="bold red", style="bold"))

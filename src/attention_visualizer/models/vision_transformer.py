@@ -74,7 +74,7 @@ class Dropout(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         if not self.training or self.share == 0.0:
             return values
-        if values.device.type != "cpu":
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(values, self.share)
         dropped = min(round(self.share * 2**16), 2**16 - 1)
         # The comparison leaves 0 and 1 in place of the bits: by way of a boolean mask it takes four times as long.
@@ -101,7 +101,6 @@ def random_numbers_from(seed: int) -> Iterator[None]:
         GENERATOR.own = None
 
 
-@torch.compiler.disable  # the generator is NumPy's
 def random_bits(shape: torch.Size) -> Tensor:
     """Draw uniform int16 of a shape, from the thread's generator or from one that PyTorch's seeds."""
     generator = GENERATOR.own or np.random.SFC64(int(torch.randint(2**63 - 1, ())))

@@ -1,4 +1,4 @@
-"""Read checkpoints, checked before they are used, and write them whole.
+"""Read checkpoints, checked before they are used.
 
 A checkpoint holds plain scalars, lists and dictionaries beside its tensors, and nothing is ever instantiated from
 a name found inside it.
@@ -7,7 +7,6 @@ a name found inside it.
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import re
 from collections.abc import Mapping
@@ -16,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from attention_visualizer.data.images import DatasetDescription
-from attention_visualizer.files.atomic import atomic_path
-from attention_visualizer.files.tensor_files import CHECKPOINT_KEY, existing_file, read_tensor_file, read_torch
+from attention_visualizer.files.tensor_files import CHECKPOINT_KEY, existing_file, read_tensor_file
 from attention_visualizer.files.weights import bare_names, check_weights, finite_weights
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs.config_fields import is_architecture, values_before_added
-from attention_visualizer.support.errors import UserError, reading
+from attention_visualizer.support.errors import UserError
 
 FORMAT = 1
 MAX_GRID = 256  # patches a side; beyond it attention would not fit any memory
@@ -253,33 +250,3 @@ def refuse_other_settings(loaded: LoadedCheckpoint, model_config: ViTConfig, dat
                 f"the data set's {field} is {asked[field]!r:.60} and {loaded.path} was trained with {value!r:.60}: "
                 "resume with the data set of the run"
             )
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's reader and writer of checkpoints, except that a kill never leaves half a file under the final
-    name, and that only intact files of plain data and tensors are resumed from.
-
-    loaded: a checkpoint that was read with its content, which is handed out, once, in the place of reading its file.
-    """
-
-    def __init__(self, loaded: LoadedCheckpoint | None = None) -> None:
-        super().__init__()
-        self._loaded = loaded
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if storage_options is not None:
-            raise TypeError("AtomicCheckpointIO writes to a local disk and takes no storage_options")
-        # Through memory, as Lightning does: torch.save into a file reports a full disk as a RuntimeError of its own.
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Load with weights_only=True, whatever is asked for."""
-        if self._loaded is not None and self._loaded.content is not None and Path(path) == self._loaded.path:
-            content, self._loaded = self._loaded.content, None
-            return content
-        path = existing_file(path)
-        with reading(path), path.open("rb") as file:
-            return read_torch(file, path, map_location)

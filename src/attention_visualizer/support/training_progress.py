@@ -1,8 +1,11 @@
 """How far training has come: the one count that order, augmentation, random state and charts go by."""
 
-from typing import Any
+from __future__ import annotations
 
-from lightning import Trainer
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning import Trainer
 
 
 def batches_done(trainer: Trainer) -> int:

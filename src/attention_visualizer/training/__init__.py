@@ -2,6 +2,7 @@
 
 Hands out what commands need to train; it knows Hydra. May use watching and below.
 
+    checkpoint_io.py   how Lightning writes checkpoints, whole, and reads them
     classifier.py      the LightningModule: loss, optimiser, learning rate schedule, metrics
     components.py      data, model and classifier, built from a config
     configuration.py   checks of a config; filling it in; config.yaml

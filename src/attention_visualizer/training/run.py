@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from attention_visualizer.data.datamodule import DatasetDescription, ImageDataModule
+from attention_visualizer.data.datamodule import ImageDataModule
+from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.figures import charts
 from attention_visualizer.files import atomic
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint

@@ -7,9 +7,9 @@ from hydra.errors import InstantiationException
 from lightning import Trainer
 from omegaconf import DictConfig
 
-from attention_visualizer.runs.checkpoint import AtomicCheckpointIO
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.training import run, slurm
+from attention_visualizer.training.checkpoint_io import AtomicCheckpointIO
 from attention_visualizer.training.configuration import arguments
 from attention_visualizer.training.saving import checkpoint_callbacks
 from attention_visualizer.training.start import Start

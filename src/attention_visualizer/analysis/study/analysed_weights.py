@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attention_visualizer.attention.geometry import Size
-from attention_visualizer.data.datamodule import ImageDataModule
+from attention_visualizer.data.datasets import Dataset, load_dataset, mnist_folder
 from attention_visualizer.data.image_sets import ImageFolder, LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.data.input_format import InputFormat
@@ -103,31 +103,27 @@ def timm_weights(model_from: str, ckpt: str) -> Weights:
     return Weights(model, f"{model_from}; {short_path(Path(ckpt))}, sha256 {digest}", digest=digest)
 
 
-def load_data(loaded: LoadedCheckpoint | None, data_dir: str | None = None) -> ImageDataModule:
+def load_data(loaded: LoadedCheckpoint | None, data_dir: str | None = None) -> Dataset:
     """Return the data set that the checkpoint was trained on; for files that do not say, MNIST or what stands in for
     it.
 
     Raise UserError when the checkpoint's own data set cannot be had: another one would give other findings.
     """
     if loaded is None or loaded.data is None:
-        data = ImageDataModule(data_dir=data_dir)
-        data.load()
-        return data
+        return load_dataset("mnist", data_dir)
     described = loaded.data
     # A file must not decide where something is downloaded to.
     recorded = loaded.data_dir if loaded.data_dir and holds_all(Path(loaded.data_dir)) else None
-    name: Any = described.name
-    data = ImageDataModule(name=name, data_dir=data_dir or recorded, fallback=None, split_seed=loaded.split_seed or 0)
+    folder = mnist_folder(data_dir or recorded)
     try:
-        data.load()
+        return load_dataset(described.name, folder, loaded.split_seed or 0, fallback=None)
     except UserError as error:
         if not isinstance(error.__cause__, MnistUnavailable):
             raise
         raise UserError(
-            f"data_dir={data.data_dir}: {described.title}, on which {loaded.path} was trained, is not there, and "
+            f"data_dir={folder}: {described.title}, on which {loaded.path} was trained, is not there, and "
             f"{error.__cause__}: name the folder of its files, here or in the environment variable MNIST_DIR"
         ) from error
-    return data
 
 
 def test_images(weights: Weights, data_dir: str | None = None) -> LabelledImageSet:

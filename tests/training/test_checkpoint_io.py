@@ -13,9 +13,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from attention_visualizer.models.vision_transformer import VisionTransformer
-from attention_visualizer.runs.checkpoint import AtomicCheckpointIO, load_checkpoint
+from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.support.errors import UserError
-from tests.helpers.checkpoints import content_of, same_weights
+from attention_visualizer.training.checkpoint_io import AtomicCheckpointIO
+from tests.helpers.checkpoints import content_of, same_weights, small_model
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionTransformer:
+    return small_model()
+
+
+@pytest.fixture
+def saved(model: VisionTransformer, tmp_path: Path) -> Path:
+    path = tmp_path / "best.ckpt"
+    torch.save(content_of(model), path)
+    return path
 
 
 def test_checkpoint_io_writes_whole_files_and_reads_only_whole_ones(model: VisionTransformer, tmp_path: Path) -> None:
