@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from attention_visualizer.commands.quick_imports import silent_interrupt
+from attention_visualizer.commands.main import run
 
 if __name__ == "__main__":
-    with silent_interrupt():
-        from attention_visualizer.commands import analyze
-    analyze.main(Path(__file__).resolve().parent / "conf")
+    run("analyze", Path(__file__).resolve().parent / "conf")

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from attention_visualizer.commands.quick_imports import quick_imports, silent_interrupt
+from attention_visualizer.commands.main import run
 
 if __name__ == "__main__":
-    with silent_interrupt(), quick_imports():
-        from attention_visualizer.commands import train
-    train.main(Path(__file__).resolve().parent / "conf")
+    run("train", Path(__file__).resolve().parent / "conf")

@@ -38,7 +38,12 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        from attention_visualizer.support.extras import needs
+
+        raise ImportError(str(needs(name, error, "report" if name == "AttentionVisualizer" else "train"))) from error
     return value
 
 

@@ -157,7 +157,7 @@ def test_training_does_not_begin(saved: Saved, tmp_path: Path, path: Any, value:
     AtomicCheckpointIO().save_checkpoint(saved.changed(path or moment(saved), value), run / "checkpoints/last.ckpt")
     outcome = run_train(f"ckpt_path={run}/checkpoints/last.ckpt", "trainer.max_steps=9", folder=tmp_path)
     assert outcome.exit_code == 2 and "Traceback" not in outcome.err, outcome
-    assert said in outcome.err.splitlines()[-1] and "Epoch" not in outcome.out
+    assert said in outcome.err.splitlines()[-1] and "epoch " not in outcome.out
 
 
 def test_a_best_score_that_is_none_is_refused(saved: Saved, tmp_path: Path) -> None:

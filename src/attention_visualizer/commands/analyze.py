@@ -14,9 +14,11 @@ from attention_visualizer.commands import command_line
 from attention_visualizer.commands.analyze_options import check_options
 from attention_visualizer.commands.quick_imports import quick_imports
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.extras import needs
+from attention_visualizer.support.invocation import invocation
 from attention_visualizer.training.stopping import StopRequest, signal_of
 
-NO_SWEEPS = UserError("analyze.py takes one checkpoint at a time: compare several with runs=<glob>")
+NO_SWEEPS = UserError("analyze takes one checkpoint at a time: compare several with runs=<glob>")
 
 
 def main(conf: Path) -> None:
@@ -35,9 +37,12 @@ def run_job(config: DictConfig) -> None:
         check_options(options)
     except UserError as error:
         command_line.fail(error)
-    with quick_imports():  # only now: --help and a misspelt field shall not wait for torch
-        from attention_visualizer.attention.capture import CaptureError
-        from attention_visualizer.commands.analyze_checkpoint import analyze
+    try:
+        with quick_imports():  # only now: --help and a misspelt field shall not wait for torch
+            from attention_visualizer.attention.capture import CaptureError
+            from attention_visualizer.commands.analyze_checkpoint import analyze
+    except ModuleNotFoundError as error:
+        command_line.fail(needs(" ".join(invocation("analyze")), error, "report"))
     with StopRequest():
         try:
             analyze(options)

@@ -29,6 +29,7 @@ from attention_visualizer.files import atomic
 from attention_visualizer.measures.observation import RolloutOptions
 from attention_visualizer.runs.folders import ANALYSIS
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.invocation import invocation
 from attention_visualizer.support.machine import peak_memory
 from attention_visualizer.support.text import print_sanitised
 from attention_visualizer.training.overrides import override
@@ -74,7 +75,7 @@ def analyze(options: dict[str, Any]) -> None:
         budget=budget,
         compared_runs=compared_runs,
     )
-    command = shlex.join(["python", "analyze.py", *reproducing_overrides(weights)])
+    command = shlex.join([*invocation("analyze"), *reproducing_overrides(weights)])
     written = write_analysis(study, command, chapters)
     print(f"Memory:     {peak_memory(study.target.device)}")
     print_sanitised(f"Page:       {atomic.short_path(written.page)}")

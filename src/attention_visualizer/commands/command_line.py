@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from attention_visualizer.support.errors import UserError, one_line
+from attention_visualizer.support.invocation import INSTALLED
 from attention_visualizer.support.text import printable
 
 MAX_LINE_LENGTH = 800  # characters; a value given may have any number
@@ -30,6 +32,9 @@ def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Cal
     A user's mistake ends as one line on stderr and exit code 2, after `on_mistake`. With HYDRA_FULL_ERROR=1 in the
     environment the traceback is shown instead.
     """
+    if {"--version", "-V"} & set(sys.argv[1:]):
+        print(f"{INSTALLED} {version(INSTALLED)}")
+        return
     job_started = False
 
     @functools.wraps(job)  # Hydra goes by the name of its module

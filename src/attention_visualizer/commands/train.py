@@ -22,10 +22,12 @@ from attention_visualizer.runs.checkpoint_choice import load_chosen
 from attention_visualizer.runs.export import export_safetensors
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError, ran_out_of_memory
+from attention_visualizer.support.invocation import invocation
 from attention_visualizer.support.text import print_sanitised
 from attention_visualizer.training import configuration, resuming, slurm, sweeps
 from attention_visualizer.training import run as training_run
 from attention_visualizer.training.components import Components, build_components
+from attention_visualizer.training.progress import RunLog
 from attention_visualizer.training.schemas import register_schemas
 from attention_visualizer.training.start import find_start, restoring_config
 from attention_visualizer.training.stopping import StopRequest
@@ -147,13 +149,15 @@ def record_start(config: DictConfig, components: Components, folder: RunFolder) 
     configuration.save(config, folder)
     folders.start_manifest(
         folder,
-        command=shlex.join(["python", *sys.argv]),
+        command=shlex.join([*invocation("train"), *sys.argv[1:]]),
         data=components.data.description.to_dict(),
         parameters=components.num_parameters,
         seed=config.seed,
         checkpoints={path.stem: str(path.relative_to(folder.path)) for path in (folder.best, folder.last)},
     )
-    print_sanitised(f"Run folder: {folder.path}")
+    log = RunLog(folder)
+    for line in (f"Run folder: {folder.path}", *training_run.describe(components)):
+        log.say(line)
 
 
 def silence_inapplicable_warnings() -> None:

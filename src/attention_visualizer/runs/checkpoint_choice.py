@@ -14,6 +14,7 @@ from attention_visualizer.files.tensor_files import existing_file
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint, load_checkpoint
 from attention_visualizer.runs.folders import BEST, RunFolder, RunGroup, find_runs, group_at
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.invocation import invocation
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def choose_checkpoint(
         return choice_in(group, file_name) or refuse_without(file_name, f"run={run}")
     groups = find_runs(root)
     if not groups:
-        raise UserError(f"no checkpoint yet in {root}/: train one first with `python train.py`")
+        raise UserError(f"no checkpoint yet in {root}/: train one first with `{' '.join(invocation('train'))}`")
     if run == "all":
         return best_of_all(groups, file_name) or refuse_without(file_name, f"{root}/")
     for position, group in enumerate(groups):
@@ -135,7 +136,9 @@ def choose_checkpoint(
 
 
 def refuse_without(file_name: str, place: str) -> NoReturn:
-    raise UserError(f"no {file_name} yet in {place}: train to the first validation with `python train.py`")
+    raise UserError(
+        f"no {file_name} yet in {place}: train to the first validation with `{' '.join(invocation('train'))}`"
+    )
 
 
 def choice_at(path: Path, num_heads: int | None = None) -> Choice:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # how cells begin that a spreadsheet would work out
@@ -24,3 +26,11 @@ def csv_safe(value: object) -> object:
         return value
     text = printable(" ".join(value.split()))
     return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice that `word` was probably meant to be; None where none is like it."""
+    choices = list(choices)
+    inside = [choice for choice in choices if len(word) > 2 and word in choice]
+    alike = difflib.get_close_matches(word, choices, 1)
+    return next(iter([*alike, *sorted(inside, key=len)]), None)

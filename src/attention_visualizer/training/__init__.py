@@ -8,6 +8,7 @@ Hands out what commands need to train; it knows Hydra. May use watching and belo
     configuration.py   checks of a config; filling it in; config.yaml
     muon.py            Muon and AdamW as one optimiser
     overrides.py       `field=value` as it is typed on the command line
+    progress.py        what is said while a run trains: a bar, a line an epoch, train.log
     resuming.py        with which settings a run goes on, and which runs are of the same settings
     run.py             one run: fit, manifest, test, what is printed at the end
     saving.py          when checkpoints are written

@@ -20,6 +20,7 @@ from attention_visualizer.files import plain_files
 from attention_visualizer.runs.config_fields import FIELDS, field_named, values_before_added
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError, one_line
+from attention_visualizer.support.invocation import invocation
 from attention_visualizer.training.configuration import with_values
 from attention_visualizer.training.overrides import override
 
@@ -157,7 +158,7 @@ def resume_command(folder: RunFolder) -> str:
     overrides = [each for each in HydraConfig.get().overrides.task if "_target_" in each]
     places = [source.path for source in HydraConfig.get().runtime.config_sources if source.provider == "command-line"]
     config_dir = [part for place in places for part in ("--config-dir", place)]
-    return shlex.join(["python", "train.py", override("ckpt_path", folder.last), *overrides, *config_dir])
+    return shlex.join([*invocation("train"), override("ckpt_path", folder.last), *overrides, *config_dir])
 
 
 def shipped_targets() -> set[str]:

@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -26,30 +25,23 @@ from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.images import DatasetDescription
 from attention_visualizer.figures import charts
 from attention_visualizer.files import atomic
+from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs.checkpoint import LoadedCheckpoint
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.text import print_sanitised, printable
+from attention_visualizer.support.invocation import invocation
+from attention_visualizer.support.text import printable
 from attention_visualizer.training import resuming, slurm
 from attention_visualizer.training.classifier import Classifier
+from attention_visualizer.training.components import Components
 from attention_visualizer.training.overrides import override
+from attention_visualizer.training.progress import RunLog
 from attention_visualizer.training.saving import BestCheckpoint
 from attention_visualizer.training.stopping import signal_of
 from attention_visualizer.training.training_state import check_training_state
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from attention_visualizer.watching.log_guard import LogGuard
 from attention_visualizer.watching.probes import first_of_each_class
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's bar, which draws itself and asks for the loss (on a GPU, waits for it) at every training batch
-    whatever its `refresh_rate`; this one does at every `refresh_rate`-th."""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % self.refresh_rate == 0 or batch_idx + 1 == self.total_train_batches:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 def check_resumable(loaded: LoadedCheckpoint, classifier: Classifier, trainer: Trainer) -> None:
@@ -132,9 +124,11 @@ def recorded(folder: RunFolder) -> Iterator[None]:
                 status="interrupted" if interrupted else "failed",
                 error=reason or f"{type(error).__name__}: {error}".rstrip(": "),
             )
+        log = RunLog(folder)
+        log.write(f"stopped early: {reason or printable(f'{type(error).__name__}: {error}').rstrip(': ')}")
         if folder.last.exists():
             print()
-            print_sanitised(f"Stopped early. Resume:  {resuming.resume_command(folder)}")
+            log.say(f"Stopped early. Resume:  {resuming.resume_command(folder)}")
         if isinstance(error, SystemExit):
             slurm.requeue_after(error.code)
         raise
@@ -205,25 +199,40 @@ def log_hyperparameters(trainer: Trainer, parameters: dict[str, Any], metrics: d
         logger.finalize("success")
 
 
+def describe(components: Components) -> list[str]:
+    """Return the model, the data and the length of the training, a line each."""
+    model, data, config = ViTConfig(**components.model.config), components.data, components.config
+    sizes = data.description.sizes
+    shape = f"{model.num_layers} layers x {model.num_heads} heads, {model.num_tokens} tokens"
+    splits = ", ".join(f"{sizes[split]:,} {split}" for split in ("train", "validation", "test"))
+    epochs, batches = config.trainer.max_epochs, data.batches_in(config.trainer.limit_train_batches)
+    return [
+        f"Model:      Vision Transformer, {components.num_parameters:,} parameters, {shape}",
+        f"Data:       {data.description.title}: {splits} images",
+        f"Training:   {epochs} epochs of {batches:,} batches of {data.batch_size} images",
+    ]
+
+
 def print_report(folder: RunFolder, description: DatasetDescription, metrics: dict[str, Any]) -> None:
     """Print the end of a run: how good, where, and what to do next, each command ready to paste."""
-    table = Table(title=Text(printable(f"{folder.path.name} on {description.title}")), title_justify="left")
-    table.add_column("")
+    log = RunLog(folder)
+    rows = [("validation (best epoch)", metrics["validation_accuracy"], description.sizes["validation"])]
+    if "test_accuracy" in metrics:
+        by_class = zip(
+            description.class_names, metrics["test_accuracy_by_class"], metrics["test_confusion"], strict=True
+        )
+        rows.append(("test (best.ckpt, once)", metrics["test_accuracy"], sum(map(sum, metrics["test_confusion"]))))
+        rows += [(f"  class {name}", share, sum(row)) for name, share, row in by_class]
+    table = Table(box=None)
+    table.add_column(Text(printable(description.title)))
     table.add_column("accuracy", justify="right")
     table.add_column("images", justify="right")
-    table.add_row(
-        "validation (best epoch)", f"{metrics['validation_accuracy']:.2%}", str(description.sizes["validation"])
-    )
-    if "test_accuracy" in metrics:
-        tested = sum(map(sum, metrics["test_confusion"]))
-        table.add_row("test (best.ckpt, once)", f"{metrics['test_accuracy']:.2%}", str(tested))
-        for name, share, row in zip(
-            description.class_names, metrics["test_accuracy_by_class"], metrics["test_confusion"], strict=True
-        ):
-            table.add_row(f"  class {name}", f"{share:.2%}", str(sum(row)))
+    for name, accuracy, images in rows:
+        table.add_row(Text(printable(name)), f"{accuracy:.2%}", f"{images:,}")
+        log.write(f"{name.strip()}: {accuracy:.2%} of {images:,} images")
     Console().print(table)
     path = atomic.short_path(folder.path)
     # Plain lines, never wrapped, so that they can be pasted.
-    print_sanitised(f"Run folder:   {shlex.quote(str(path))}")
-    print_sanitised(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))} --samples_per_plugin images=200")
-    print_sanitised(f"Analyse:      python analyze.py {shlex.quote(override('run', path))} ckpt=best")
+    log.say(f"Run folder:   {shlex.quote(str(path))}")
+    log.say(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))} --samples_per_plugin images=200")
+    log.say(f"Analyse:      {shlex.join([*invocation('analyze'), override('run', path), 'ckpt=best'])}")

@@ -23,6 +23,7 @@ from attention_visualizer.runs import folders
 from attention_visualizer.runs.config_fields import field_named
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.invocation import invocation
 from attention_visualizer.support.text import csv_safe, print_sanitised, printable
 from attention_visualizer.training import slurm
 from attention_visualizer.training.overrides import override
@@ -89,7 +90,7 @@ class SweepTable(Callback):
             print_sanitised(f"Table:    {folder / 'sweep.csv'}")
         except UserError as error:  # Hydra would make a warning of it
             print_sanitised(f"No table: {error}")
-        print_sanitised(f"Analyse:  python analyze.py {shlex.quote(override('run', folder))}")
+        print_sanitised(f"Analyse:  {shlex.join([*invocation('analyze'), override('run', folder)])}")
         if SweepTable.job_failed or any(row["status"] != "completed" for row in rows):
             raise SystemExit(1)
 

@@ -8,9 +8,10 @@ from lightning import Trainer
 from omegaconf import DictConfig
 
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.training import run, slurm
+from attention_visualizer.training import slurm
 from attention_visualizer.training.checkpoint_io import AtomicCheckpointIO
 from attention_visualizer.training.configuration import arguments
+from attention_visualizer.training.progress import EpochLines, RunBar, RunLog, shows_bar
 from attention_visualizer.training.saving import checkpoint_callbacks
 from attention_visualizer.training.start import Start
 from attention_visualizer.training.stopping import StopRequest
@@ -26,10 +27,12 @@ def build_trainer(config: DictConfig, start: Start, stop: StopRequest) -> Traine
     """Build the Trainer; write nothing yet. Raise UserError for what Lightning, a logger or a callback refuses."""
     try:
         callbacks = [hydra.utils.instantiate(callback) for callback in given(config.callbacks)]
-        if config.trainer.enable_progress_bar is not False:
-            callbacks.append(run.ProgressBar(refresh_rate=10))
+        callbacks.append(EpochLines(RunLog(start.folder)))
+        has_bar = shows_bar(config.trainer.enable_progress_bar)
+        if has_bar:
+            callbacks.append(RunBar())
         trainer = Trainer(
-            **arguments(config, "trainer"),
+            **{**arguments(config, "trainer"), "enable_progress_bar": has_bar},
             plugins=[AtomicCheckpointIO(start.checkpoint), *slurm.environments()],
             logger=[hydra.utils.instantiate(logger) for logger in given(config.logger)],
             callbacks=[*callbacks, *checkpoint_callbacks(start.folder, stop)],

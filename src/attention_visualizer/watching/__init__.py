@@ -6,6 +6,7 @@ Hands out AttentionLogger. May use report and below, but none of our own data, m
     attempts.py             what fails while watching: one warning, and never the training
     event_checksums.py      faster checksums for TensorBoard's event files
     history_file.py         the file of one training's history, which no other training takes
+    lightning_package.py    Lightning, as `lightning` or as `pytorch_lightning`
     lightning_internals.py  the private parts of Lightning and TensorBoard that are used, each once
     log_guard.py            LogGuard: a logger that cannot write costs a warning, not the training
     loggers.py              what each of Lightning's loggers gets

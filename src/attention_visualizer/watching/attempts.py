@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from attention_visualizer.support.errors import UserError, ran_out_of_memory, summary
+from attention_visualizer.watching.lightning_package import rank_zero_warn
 
 
 class Attempts:

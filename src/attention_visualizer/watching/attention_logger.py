@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from attention_visualizer.attention.geometry import Geometry
@@ -29,6 +27,7 @@ from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.training_progress import batches_done
 from attention_visualizer.watching.attempts import Attempts
 from attention_visualizer.watching.history_file import HistoryFile, frame_of
+from attention_visualizer.watching.lightning_package import Callback, LightningModule, Trainer, rank_zero_info
 from attention_visualizer.watching.log_guard import LogGuard
 from attention_visualizer.watching.loggers import Loggers, scalars_of
 from attention_visualizer.watching.padding import share_of_batch

@@ -11,11 +11,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, TypeGuard
 
-from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.watching.lightning_package import Logger, ModelCheckpoint, TensorBoardLogger, Trainer
 
 # --- saving: Lightning has no public way to save between two batches under a callback's own name -------------------
 

@@ -9,11 +9,9 @@ from functools import partial, wraps
 from types import TracebackType
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from attention_visualizer.support.errors import summary
 from attention_visualizer.watching.lightning_internals import is_event_writer, is_tensorboard
+from attention_visualizer.watching.lightning_package import Logger, rank_zero_warn
 
 # What Lightning itself asks of a logger.
 GUARDED_METHODS = ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint")

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from numpy.typing import NDArray
 
 from attention_visualizer.figures.panels import PanelFigure, encode_png
 from attention_visualizer.measures.streaming import LOGGED_MEASURES, MeasureSummary
 from attention_visualizer.watching.lightning_internals import add_summary, is_kind, is_tensorboard
+from attention_visualizer.watching.lightning_package import Logger, TensorBoardLogger
 from attention_visualizer.watching.log_guard import LogGuard
 
 

@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities import CombinedLoader
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
@@ -19,6 +16,7 @@ from attention_visualizer.attention.inputs import holds_pixels
 from attention_visualizer.attention.kept_state import kept_state
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.watching.lightning_internals import validation_loaders
+from attention_visualizer.watching.lightning_package import CombinedLoader, LightningModule, RunningStage, Trainer
 
 MAX_PROBES = 10
 MAX_INDICES = 1_000_000  # of images to choose from: a sampler may have no end

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-
 from attention_visualizer.attention.undisturbed import undisturbed
+from attention_visualizer.watching.lightning_package import DummyLogger, LightningModule, Trainer
 
 
 @contextmanager
