@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from attention_visualizer.attention.geometry import Geometry
     from attention_visualizer.models.vision_transformer import VisionTransformer
     from attention_visualizer.support.errors import UserError
+    from attention_visualizer.training.tensorboard import TensorBoardLogger
     from attention_visualizer.visualizer import AttentionVisualizer
     from attention_visualizer.watching.attention_logger import AttentionLogger
 
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionVisualizer",
     "CaptureError",
     "Geometry",
+    "TensorBoardLogger",
     "UserError",
     "VisionTransformer",
     "capture",
@@ -28,6 +30,7 @@ _MODULES = {
     "AttentionVisualizer": "visualizer",
     "CaptureError": "attention.capture",
     "Geometry": "attention.geometry",
+    "TensorBoardLogger": "training.tensorboard",
     "UserError": "support.errors",
     "VisionTransformer": "models.vision_transformer",
     "capture": "attention.capture",

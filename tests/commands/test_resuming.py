@@ -146,7 +146,7 @@ def test_the_history_of_a_resumed_run_has_each_step_once(resumed: Resumed) -> No
 
 def test_the_charts_of_a_resumed_run_have_each_step_once(resumed: Resumed) -> None:
     ours, theirs = (
-        EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+        EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 0}).Reload()
         for path in (resumed.path, trained_run().path)
     )
     for kind, read in (("scalars", EventAccumulator.Scalars), ("images", EventAccumulator.Images)):

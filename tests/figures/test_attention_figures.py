@@ -46,9 +46,10 @@ def subject(layers: int = LAYERS, heads: int = HEADS, grid: tuple[int, int] = GR
 def tiles(picture: PanelFigure) -> list[PlacedImage]:
     """All images but the colour bars and their titles, in reading order."""
     bars = [image for image in picture.images if image.rgb.shape == (256, 1, 3)]
+    below = [image for image in picture.images if image.rgb.shape == (1, 256, 3)]
     left_of_bars = min((bar.x - 19 for bar in bars), default=picture.width)
-    found = [image for image in picture.images if image.x < left_of_bars]
-    assert len(found) == len(picture.images) - 2 * len(bars)
+    found = [image for image in picture.images if image.x < left_of_bars and image not in below]
+    assert len(found) == len(picture.images) - 2 * len(bars) - len(below)
     return sorted(found, key=lambda image: (image.y, image.x))
 
 
@@ -62,9 +63,10 @@ def assert_tile(tile: PlacedImage, expected: np.ndarray) -> None:
 
 def every_figure(of: ExplainedImage, note: str = NOTE) -> dict[str, PanelFigure]:
     every = {
-        "strip": figures.overlay_strip(of, HEADLINE, SUBTITLE),
+        "layers in a card": figures.layer_card(of, HEADLINE, SUBTITLE),
         "pattern": figures.attention_pattern(of, HEADLINE, SUBTITLE),
         "heads": figures.head_grid(of, HEADLINE, SUBTITLE),
+        "heads in a card": figures.head_card(of, HEADLINE, SUBTITLE),
         "last heads": figures.head_grid(of, HEADLINE, SUBTITLE, layers=[len(of.maps) - 1]),
         "comparison": figures.layer_comparison(of, HEADLINE, SUBTITLE),
         "entropy": figures.entropy_heat_map(of.entropy, np.log(max(of.num_keys)), HEADLINE),
@@ -133,9 +135,9 @@ def test_a_layer_that_changes_nothing_is_white_even_where_attention_is_zero() ->
     assert change.rgb.min() > 240
 
 
-def test_the_strip_is_the_input_each_layer_and_the_rollout_of_all() -> None:
+def test_the_card_of_an_image_is_the_input_each_layer_and_the_rollout_of_all() -> None:
     of = subject()
-    first, *layers, rollout = tiles(figures.overlay_strip(of, HEADLINE))
+    first, *layers, rollout = tiles(figures.layer_card(of, HEADLINE))
     assert_tile(first, of.image)
     assert len(layers) == LAYERS
     for layer, tile in enumerate(layers):
@@ -148,7 +150,7 @@ def test_a_uniform_rollout_is_white() -> None:
     """Rollout keeps much of its mass on the class token: it is the share among patches that is shown."""
     flat = np.full((LAYERS, *GRID), 0.01, np.float32)
     of = subject(rollouts=flat, image=np.zeros((6, 35, 1), np.uint8))
-    assert tiles(figures.overlay_strip(of, HEADLINE))[-1].rgb.min() > 240
+    assert tiles(figures.layer_card(of, HEADLINE))[-1].rgb.min() > 240
 
 
 def test_the_entropy_map_runs_from_zero_to_the_highest() -> None:
@@ -161,7 +163,7 @@ def test_the_entropy_map_runs_from_zero_to_the_highest() -> None:
     assert [text for text in texts(picture) if text in ("0.00", "0.50", "1.00", "2.00", "1.50", "1.25")][:6] == [
         f"{value:.2f}" for value in entropy.flat
     ]
-    assert "entropy (nats)" not in texts(picture)  # it stands upright, as an image
+    assert {"entropy (nats)", "0: one patch", "2.00: uniform"} <= set(texts(picture))
 
 
 def probe(names: list[str], label: int = 1, layers: int = LAYERS) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -301,10 +303,34 @@ def test_a_subject_is_one_image_of_an_observation() -> None:
 def test_nothing_overlaps_or_leaves_a_figure(of: ExplainedImage) -> None:
     for picture in every_figure(of).values():
         assert_tidy(picture)
-    assert_tidy(figures.overlay_strip(of, of.verdict, SUBTITLE).with_watermark(NOTE))
+    assert_tidy(figures.layer_card(of, of.verdict, SUBTITLE).with_watermark(NOTE))
     assert figures.head_grid(of, of.verdict).to_rgb().ndim == 3
 
 
 @pytest.mark.parametrize("names", [["0", "1"], LONG_NAMES], ids=["digits", "long"])
 def test_nothing_overlaps_or_leaves_a_probe_sheet(names: list[str]) -> None:
-    assert_tidy(figures.probe_sheet(*probe(names), "epoch 10.000, step  2,140").with_watermark(NOTE))
+    for draw in (figures.probe_sheet, figures.probe_card):
+        assert_tidy(draw(*probe(names), "epoch 10.000, step  2,140").with_watermark(NOTE))
+
+
+def test_cards_are_as_wide_as_tensorboards() -> None:
+    """Which scales all others: text would be blurred, or too small to read."""
+    of = subject(6, 4, (4, 4))
+    fixed, frame = probe(["0", "1"], layers=6)
+    entropy = figures.entropy_heat_map(of.entropy, 2.83, "Attention entropy of each head")
+    cards = [figures.layer_card(of, of.verdict), figures.head_card(of, of.verdict), entropy]
+    for card in (*cards, figures.probe_card(fixed, frame, "step 16 (0.037 of epoch 1)")):
+        assert card.width == 343 and min(text.size for text in card.texts) >= 9
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step", "text"),
+    [
+        (0.0, 0, "step 0: RANDOM WEIGHTS, before training"),
+        (0.0373, 16, "step 16 (0.037 of epoch 1)"),
+        (10.0, 4290, "step 4,290 (epoch 10)"),
+        (2.5, 1072, "step 1,072 (0.5 of epoch 3)"),
+    ],
+)
+def test_moments_of_training_in_words(epoch: float, step: int, text: str) -> None:
+    assert figures.moment(epoch, step) == text

@@ -17,7 +17,8 @@ from matplotlib import font_manager
 
 from attention_visualizer.figures import charts, fonts
 from attention_visualizer.figures.attention_figures import short_class_name
-from attention_visualizer.figures.panels import PanelFigure, PlacedText, upright
+from attention_visualizer.figures.panels import PAGE, PanelFigure, PlacedText
+from attention_visualizer.figures.tile_grid import upright
 from tests.helpers.figures import assert_tidy
 
 NAMES = {
@@ -158,4 +159,9 @@ def test_charts_use_the_same_fonts() -> None:
 
 def test_a_name_that_would_be_cut_is_a_number() -> None:
     names = ["cat", "American black bear", "American black widow"]
-    assert [short_class_name(names, label, 56) for label in range(4)] == ["→ cat", "→ class 1", "→ class 2", "→ 3"]
+    assert [short_class_name(names, label, 56, PAGE) for label in range(4)] == [
+        "→ cat",
+        "→ class 1",
+        "→ class 2",
+        "→ 3",
+    ]

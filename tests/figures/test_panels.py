@@ -15,7 +15,8 @@ from PIL import Image
 
 from attention_visualizer.figures import panels
 from attention_visualizer.figures.color_scales import attention_scale, difference_scale, sequential_scale
-from attention_visualizer.figures.panels import PanelFigure, PlacedImage, PlacedText, Tile, tile_grid
+from attention_visualizer.figures.panels import PanelFigure, PlacedImage, PlacedText
+from attention_visualizer.figures.tile_grid import BAR_WIDTH, Tile, tile_grid
 from tests.helpers.figures import assert_tidy, boxes
 
 NUM_KEYS = 17
@@ -91,7 +92,7 @@ def test_the_bar_shows_the_colour_of_each_tick_beside_it() -> None:
     scale = attention_scale(NUM_KEYS)
     picture = tile_grid([[Tile(np.zeros((7, 7, 1), np.uint8))]], "headline", tile_size=211, scale=scale)
     rgb = picture.to_rgb()
-    bar = next(image for image in picture.images if image.width == panels.BAR_WIDTH)
+    bar = next(image for image in picture.images if image.width == BAR_WIDTH)
     for value, label in scale.ticks:
         text = next(text for text in picture.texts if text.text == label)
         drawn = rgb[text.y, bar.x + bar.width // 2].astype(int)

@@ -36,6 +36,7 @@ MODEL = ("model.embed_dim=24", f"model.num_heads={HEADS}", f"model.num_layers={L
 TINY = ("data=digits", "data.batch_size=103", *MODEL, "model.attention_dropout=0.1")
 BRIEF = (*TINY, "trainer.max_epochs=1", "trainer.limit_train_batches=2")  # for what needs no training
 BARE = ("callbacks=none", "logger=none")
+LOGGED = ("logger=[tensorboard,csv]", "callbacks.attention_logger.per_head_scalars=true")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("HYDRA_FULL_ERROR", "MNIST_DIR")}
 
 
@@ -174,7 +175,7 @@ def last(run_folder: Path) -> Path:
 def trained_once() -> tuple[Path, Outcome]:
     folder = Path(tempfile.mkdtemp(prefix="trained_run_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder, run_process(*TINY, f"trainer.max_epochs={EPOCHS}", "logger=[tensorboard,csv]", folder=folder)
+    return folder, run_process(*TINY, f"trainer.max_epochs={EPOCHS}", *LOGGED, folder=folder)
 
 
 def trained_run() -> TrainedRun:

@@ -21,6 +21,7 @@ from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.runs.history import AttentionHistory
 
 MEASURES = ("entropy", "maximum", "mean", "distance")
+CURVES = ("entropy", "maximum", "distance")  # of which loggers get curves
 CLASSES, IMAGES, SIZE = 7, 23, 15  # validated in batches of 5, so the last one is smaller
 
 

@@ -179,7 +179,7 @@ def test_configs_name_no_class_but_those_that_they_choose() -> None:
     assert {part["_target_"] for part in targets_in(config)} == {
         "attention_visualizer.AttentionLogger",
         "lightning.pytorch.callbacks.weight_averaging.EMAWeightAveraging",
-        "lightning.pytorch.loggers.TensorBoardLogger",
+        "attention_visualizer.TensorBoardLogger",
         "lightning.pytorch.loggers.CSVLogger",
     }
 

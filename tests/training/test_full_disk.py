@@ -97,7 +97,6 @@ def test_folders_that_are_read_only_are_refused_before_any_work(trained: Path, t
         (run.parent, ("train.py", *BRIEF), "cannot make a run folder in runs"),
         (run, resumed, str(run)),
         (run / "checkpoints", resumed, "checkpoints"),
-        (run / "tensorboard", resumed, "tensorboard"),
         (run, ("analyze.py", f"run={run}"), "output_dir"),
     ):
         with of_mode(place, 0o555):

@@ -64,7 +64,7 @@ def rows(run: Path) -> dict[tuple[str, str], list[str]]:
 
 def charts(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Tag -> (step, value) of every scalar, and of every image's step."""
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     tags = events.Tags()
     found = {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in tags["scalars"]}

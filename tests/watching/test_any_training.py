@@ -202,8 +202,8 @@ def test_other_precisions(tmp_path: Path, precision: str) -> None:
 
 def test_a_fast_development_run_shows_frames_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    strip = attention_figures.overlay_strip
-    monkeypatch.setattr(attention_figures, "overlay_strip", lambda *given: drawn.append(given) or strip(*given))
+    card = attention_figures.layer_card
+    monkeypatch.setattr(attention_figures, "layer_card", lambda *given: drawn.append(given) or card(*given))
     fit(tmp_path, Steps(vit()), AttentionLogger(), fast_dev_run=True, logger=True)
     assert len(drawn) == 2 * 5 and list(tmp_path.iterdir()) == []  # the images of one batch, before and after
 
@@ -356,7 +356,7 @@ def test_images_of_many_channels_are_shown_in_grey(tmp_path: Path) -> None:
     mean = probes.mean(dim=1).numpy()
     order = shown[0, ..., 0].flatten().argsort()
     assert (np.diff(mean[0].flatten()[order]) > -0.02).all()
-    assert {tag for tag, _, _ in recorder.images} >= {"attention_overlay/probe_0", "attention_overlay/probe_1"}
+    assert {tag for tag, _, _ in recorder.images} >= {"attention_2_layers/image_0", "attention_2_layers/image_1"}
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,19 @@ from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from tests.helpers.runs import BATCHES, HEADS, LAYERS, trained_run
-from tests.helpers.trainers import CLASSES, IMAGES, MEASURES, SIZE, Foreign, Recorder, fit, kept_in, loader, new_trainer
+from tests.helpers.trainers import (
+    CLASSES,
+    CURVES,
+    IMAGES,
+    MEASURES,
+    SIZE,
+    Foreign,
+    Recorder,
+    fit,
+    kept_in,
+    loader,
+    new_trainer,
+)
 
 FRAMES = [0, 1, 2, 4, 8, 12, 24, 36]  # before training, log-spaced in the first epoch, then each validation
 VALIDATIONS = [12, 24, 36]
@@ -43,7 +55,7 @@ VALIDATIONS = [12, 24, 36]
 def events() -> EventAccumulator:
     """Everything in the event files of the run that the tests share."""
     everything = {"images": 0, "scalars": 0, "histograms": 0, "tensors": 0}
-    return EventAccumulator(str(trained_run().path / "tensorboard"), size_guidance=everything).Reload()
+    return EventAccumulator(str(trained_run().path), size_guidance=everything).Reload()
 
 
 @functools.cache
@@ -57,14 +69,15 @@ def scalars(tag: str) -> dict[int, float]:
 
 def test_pictures_come_at_the_stated_steps() -> None:
     tags = events().Tags()["images"]
-    overlays = [f"attention_overlay/probe_{number}_class_{number}" for number in range(10)]
-    grids = [f"attention_heads/probe_{number}_class_{number}" for number in range(2)]
-    assert sorted(tags) == sorted([*overlays, *grids, "attention_entropy_heat_map", "test/confusion"])
-    for tag in overlays:
+    sheet, heat_map = "attention_1_maps/all_images", "attention_4_entropy/layers_x_heads"
+    overlays = [f"attention_2_layers/class_{number}" for number in range(10)]
+    grids = [f"attention_3_heads/class_{number}" for number in range(2)]
+    assert sorted(tags) == [sheet, *overlays, *grids, heat_map, "test/confusion"]
+    for tag in (sheet, *overlays):
         assert [event.step for event in events().Images(tag)] == FRAMES
     for tag in grids:  # which cost the most
         assert [event.step for event in events().Images(tag)] == [0, *VALIDATIONS]
-    assert [event.step for event in events().Images("attention_entropy_heat_map")] == VALIDATIONS
+    assert [event.step for event in events().Images(heat_map)] == VALIDATIONS
 
 
 def test_pictures_decode_and_evolve() -> None:
@@ -87,12 +100,12 @@ def test_pictures_of_one_tag_have_one_size() -> None:
 
 def test_a_scalar_for_each_measure_layer_and_head() -> None:
     expected = {
-        f"attention_{measure}/layer_{layer}_{what}"
-        for measure in MEASURES
+        f"vit_{measure}{what}"
+        for measure in CURVES
         for layer in range(1, LAYERS + 1)
-        for what in ("mean", *(f"head_{head}" for head in range(1, HEADS + 1)))
+        for what in (f"/layer_{layer}", *(f"_by_head/layer_{layer}_head_{head}" for head in range(1, HEADS + 1)))
     }
-    found = {tag for tag in events().Tags()["scalars"] if re.match("attention_(entropy|maximum|mean|distance)/", tag)}
+    found = {tag for tag in events().Tags()["scalars"] if re.match("vit_(entropy|maximum|distance)(_by_head)?/", tag)}
     assert found == expected
     for tag in expected:
         assert [event.step for event in events().Scalars(tag)] == VALIDATIONS
@@ -145,15 +158,17 @@ def test_scalars_are_those_of_the_whole_validation_set() -> None:
     assert len(layers) == LAYERS
     for layer, weights in enumerate(layers, start=1):
         for measure, heads in explicit_measures(weights).items():
+            if measure not in CURVES:
+                continue
             for head, value in enumerate(heads, start=1):
-                logged = scalars(f"attention_{measure}/layer_{layer}_head_{head}")[last.step]
+                logged = scalars(f"vit_{measure}_by_head/layer_{layer}_head_{head}")[last.step]
                 assert logged == pytest.approx(value, rel=2e-5), (measure, layer, head)
-            mean = scalars(f"attention_{measure}/layer_{layer}_mean")[last.step]
+            mean = scalars(f"vit_{measure}/layer_{layer}")[last.step]
             assert mean == pytest.approx(heads.mean(), rel=2e-5)
 
 
 def test_histograms_count_every_image_and_head() -> None:
-    tags = {f"attention_{measure}_distribution/layer_{layer}" for measure in MEASURES for layer in (1, 2)}
+    tags = {f"vit_{measure}_distribution/layer_{layer}" for measure in CURVES for layer in (1, 2)}
     assert set(events().Tags()["histograms"]) == tags
     last = load_checkpoint(trained_run().path / "checkpoints" / "last.ckpt")
     for tag in tags:
@@ -161,8 +176,8 @@ def test_histograms_count_every_image_and_head() -> None:
         assert list(by_step) == VALIDATIONS
         histogram = by_step[last.step]
         assert histogram.num == sum(histogram.bucket) == 200 * HEADS
-        measure, layer = re.findall("attention_(.*)_distribution/layer_(.)", tag)[0]
-        mean = scalars(f"attention_{measure}/layer_{layer}_mean")[last.step]
+        measure, layer = re.findall("vit_(.*)_distribution/layer_(.)", tag)[0]
+        mean = scalars(f"vit_{measure}/layer_{layer}")[last.step]
         width = max(np.diff(histogram.bucket_limit)) if len(histogram.bucket_limit) > 1 else 0.05
         assert histogram.sum / histogram.num == pytest.approx(mean, abs=width)
         assert histogram.min <= mean <= histogram.max
@@ -173,18 +188,18 @@ def test_one_chart_overlays_a_layers_heads_or_all_layers() -> None:
     layout = layout_pb2.Layout()
     layout.ParseFromString(event.tensor_proto.string_val[0])
     charts = [chart for category in layout.category for chart in category.chart]
-    assert len(charts) == len(MEASURES) * (LAYERS + 1)
+    assert len(charts) == len(CURVES) * (LAYERS + 1)
     tags = events().Tags()["scalars"]
     shown: set[str] = set()
     for chart in charts:
         matched = {tag for tag in tags if any(re.match(pattern, tag) for pattern in chart.multiline.tag)}
         assert len(matched) == (LAYERS if "all layers" in chart.title else HEADS)
         shown |= matched
-    assert shown == {tag for tag in tags if re.match("attention_(entropy|maximum|mean|distance)/", tag)}
+    assert shown == {tag for tag in tags if re.match("vit_(entropy|maximum|distance)(_by_head)?/", tag)}
 
 
 def test_the_callback_states_its_own_cost() -> None:
-    seconds, share = scalars("attention_logger/seconds"), scalars("attention_logger/share_of_epoch")
+    seconds, share = scalars("watching/seconds"), scalars("watching/share_of_epoch")
     assert list(seconds) == list(share) == VALIDATIONS
     assert all(0 < value < 60 for value in seconds.values())
     assert all(0 < value < 1 for value in share.values())
@@ -193,7 +208,7 @@ def test_the_callback_states_its_own_cost() -> None:
 def test_the_other_logger_gets_the_same_numbers() -> None:
     rows = list(csv.DictReader((trained_run().path / "csv" / "metrics.csv").open()))
     for tag in events().Tags()["scalars"]:
-        if tag.startswith("attention_"):
+        if tag.startswith(("vit_", "watching")):
             column = {int(row["step"]): float(row[tag]) for row in rows if row[tag]}
             assert column == pytest.approx(scalars(tag), rel=1e-6)
 
@@ -208,7 +223,9 @@ def test_the_history_agrees_with_the_events() -> None:
         kept = history().column("validations", measure)
         assert kept.shape == (3, LAYERS, HEADS)
         for layer, head in itertools.product(range(LAYERS), range(HEADS)):
-            logged = scalars(f"attention_{measure}/layer_{layer + 1}_head_{head + 1}")
+            if measure not in CURVES:
+                continue
+            logged = scalars(f"vit_{measure}_by_head/layer_{layer + 1}_head_{head + 1}")
             np.testing.assert_allclose(kept[:, layer, head], list(logged.values()), rtol=1e-6)
 
 
@@ -262,14 +279,14 @@ def test_training_does_not_notice_it(tmp_path: Path) -> None:
 
 
 def test_numbers_and_history_with_a_csv_logger_alone(tmp_path: Path) -> None:
-    fit(tmp_path, Foreign(), AttentionLogger(), logger=CSVLogger(tmp_path, name="csv", version=""))
+    fit(tmp_path, Foreign(), AttentionLogger(per_head_scalars=True), logger=CSVLogger(tmp_path, name="csv", version=""))
     rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
-    by_step = {int(row["step"]): row for row in rows if row["attention_entropy/layer_1_mean"]}
+    by_step = {int(row["step"]): row for row in rows if row["vit_entropy/layer_1"]}
     assert list(by_step) == [5, 10]
     kept = kept_in(tmp_path)
     for number, row in enumerate(by_step.values()):
-        for measure, layer, head in itertools.product(MEASURES, range(2), range(3)):
-            value = float(row[f"attention_{measure}/layer_{layer + 1}_head_{head + 1}"])
+        for measure, layer, head in itertools.product(CURVES, range(2), range(3)):
+            value = float(row[f"vit_{measure}_by_head/layer_{layer + 1}_head_{head + 1}"])
             assert value == pytest.approx(kept.validations[number][measure][layer, head])
     assert kept.column("validations", "images").tolist() == [IMAGES, IMAGES]
     assert kept.column("frames", "step").tolist() == [0, 1, 2, 4, 5, 10]
@@ -341,28 +358,34 @@ def test_an_exception_while_the_probes_are_looked_at(tmp_path: Path) -> None:
 
 def test_images_go_to_every_logger_that_takes_them(tmp_path: Path) -> None:
     recorder, board = Recorder(), TensorBoardLogger(tmp_path, name="board", version="")
-    fit(tmp_path, Foreign(), AttentionLogger(head_grids=1), logger=[recorder, board, CSVLogger(tmp_path)], max_epochs=1)
+    fit(
+        tmp_path,
+        Foreign(),
+        AttentionLogger(head_grids=1, per_head_scalars=True),
+        logger=[recorder, board, CSVLogger(tmp_path)],
+        max_epochs=1,
+    )
     numbers = {name for step, metrics in recorder.metrics for name in metrics if step == 5}
-    assert {"attention_entropy/layer_2_head_3", "attention_logger/share_of_epoch"} <= numbers
+    assert {"vit_entropy_by_head/layer_2_head_3", "watching/share_of_epoch"} <= numbers
     accumulator = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0}).Reload()
     for tag in accumulator.Tags()["images"]:
         for event in accumulator.Images(tag):
             (picture,) = [image for key, step, image in recorder.images if (key, step) == (tag, event.step)]
             with Image.open(io.BytesIO(event.encoded_image_string)) as decoded:
                 assert np.array_equal(np.asarray(decoded), picture)
-    assert len({tag for tag, _, _ in recorder.images}) == CLASSES + 1 + 1
+    assert len({tag for tag, _, _ in recorder.images}) == 1 + CLASSES + 1 + 1
 
 
 def subtitles(folder: Path, monkeypatch: pytest.MonkeyPatch, module: Foreign, **options: Any) -> list[tuple[str, ...]]:
-    """(headline, subtitle) of every overlay strip of one epoch."""
+    """(headline, subtitle) of every image's card of one epoch."""
     seen = []
-    strip = attention_figures.overlay_strip
+    card = attention_figures.layer_card
 
     def spying(subject: Any, headline: str, subtitle: str = "") -> Any:
         seen.append((headline, subtitle))
-        return strip(subject, headline, subtitle)
+        return card(subject, headline, subtitle)
 
-    monkeypatch.setattr(attention_figures, "overlay_strip", spying)
+    monkeypatch.setattr(attention_figures, "layer_card", spying)
     fit(folder, module, AttentionLogger(head_grids=0, **options), logger=Recorder(), max_epochs=1)
     return seen
 
@@ -378,7 +401,7 @@ def test_pictures_say_whose_attention_it_is(
     assert all(subtitle.startswith(words) for _, subtitle in seen)
     for number, (headline, _) in enumerate(seen):
         assert re.match(rf"true {number % CLASSES}, predicted \d \(\d+\.\d%\)", headline)
-    assert "epoch 0, step 0" in seen[0][1] and "epoch 1, step 5" in seen[-1][1]
+    assert "step 0: " in seen[0][1] and "step 5 (epoch 1)" in seen[-1][1]
     assert ["RANDOM WEIGHTS" in line for _, line in seen] == [True] * CLASSES + [False] * 4 * CLASSES
     query = str(kept_in(tmp_path).probe["query"])
     assert query == ("patches" if pooling == "mean" else "cls")

@@ -146,7 +146,7 @@ class Service(Recorder):
     """A logger of which only what AttentionLogger writes can be spoilt."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if any("attention" in name for name in metrics):
+        if any("vit_" in name for name in metrics):
             self.log_attention()
 
     def log_attention(self) -> None:
@@ -161,7 +161,7 @@ PLACES = {  # where, from which call on, what is missing
     "the start of a capture": (validation, "capture", 1, "no statistics"),
     "measures": (AttentionStatistics, "update", 4, "no statistics"),
     "summaries": (AttentionStatistics, "compute", 1, "no statistics"),
-    "strips": (attention_figures, "overlay_strip", 2, "no figures"),
+    "pictures": (attention_figures, "layer_card", 2, "no figures"),
     "the heat map": (attention_figures, "entropy_heat_map", 1, "no figures"),
     "the history": (AttentionHistory, "save", 1, "no history"),
     "scalars": (Service, "log_attention", 1, "Service gets no more numbers"),
@@ -263,7 +263,7 @@ def test_memory_that_ends_in_the_model_may_have_been_what_watching_held(
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), SystemExit(143)], ids=repr)
-@pytest.mark.parametrize("place", ["a later frame", "measures", "strips", "the history", "images"])
+@pytest.mark.parametrize("place", ["a later frame", "measures", "pictures", "the history", "images"])
 def test_an_interrupt_ends_training_also_in_the_midst_of_watching(
     tmp_path: Path, plant: Plant, place: str, end: BaseException
 ) -> None:

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from attention_visualizer.watching.loggers import takes_images
-from tests.helpers.trainers import MEASURES, Recorder, Steps, attention_warnings, fit, kept_in, loader, vit
+from tests.helpers.trainers import CURVES, Recorder, Steps, attention_warnings, fit, kept_in, loader, vit
 
 STEPS = [0, 1, 2, 4, 5, 10]
 PROBES = torch.stack([loader().dataset[number][0] for number in range(2)])
@@ -29,7 +29,9 @@ PROBES = torch.stack([loader().dataset[number][0] for number in range(2)])
 
 def train(folder: Path, logger: Any) -> AttentionHistory:
     torch.manual_seed(5)
-    callback = AttentionLogger(head_grids=1, probe_images=PROBES, probe_labels=torch.tensor([0, 1]))
+    callback = AttentionLogger(
+        head_grids=1, per_head_scalars=True, probe_images=PROBES, probe_labels=torch.tensor([0, 1])
+    )
     fit(folder, Steps(vit()), callback, logger=logger)
     return kept_in(folder)
 
@@ -37,17 +39,18 @@ def train(folder: Path, logger: Any) -> AttentionHistory:
 def numbers_of(kept: AttentionHistory, validation: int) -> dict[str, float]:
     """As they are logged, by tag."""
     return {
-        f"attention_{measure}/layer_{layer + 1}_head_{head + 1}": float(value)
-        for measure in MEASURES
+        f"vit_{measure}_by_head/layer_{layer + 1}_head_{head + 1}": float(value)
+        for measure in CURVES
         for (layer, head), value in np.ndenumerate(kept.validations[validation][measure])
     }
 
 
 PICTURES = {
-    "attention_overlay/probe_0_class_0": STEPS,
-    "attention_overlay/probe_1_class_1": STEPS,
-    "attention_heads/probe_0_class_0": [0, 5, 10],
-    "attention_entropy_heat_map": [5, 10],
+    "attention_1_maps/all_images": STEPS,
+    "attention_2_layers/class_0": STEPS,
+    "attention_2_layers/class_1": STEPS,
+    "attention_3_heads/class_0": [0, 5, 10],
+    "attention_4_entropy/layers_x_heads": [5, 10],
 }
 
 
@@ -105,7 +108,7 @@ def test_csv(tmp_path: Path) -> None:
     kept = train(tmp_path, CSVLogger(tmp_path, name="csv", version=""))
     rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
     for number, step in enumerate((5, 10)):
-        (row,) = [row for row in rows if row["step"] == str(step) and row["attention_entropy/layer_1_mean"]]
+        (row,) = [row for row in rows if row["step"] == str(step) and row["vit_entropy/layer_1"]]
         assert {tag: float(row[tag]) for tag in numbers_of(kept, number)} == pytest.approx(numbers_of(kept, number))
 
 
@@ -127,9 +130,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                         assert picture.size == (value["width"], value["height"]) and np.asarray(picture).std() > 1
     assert pictures == PICTURES
     for number, step in enumerate((5, 10)):
-        (row,) = [
-            row for row in rows if row.get("trainer/global_step") == step and "attention_mean/layer_1_mean" in row
-        ]
+        (row,) = [row for row in rows if row.get("trainer/global_step") == step and "vit_entropy/layer_1" in row]
         assert {tag: row[tag] for tag in numbers_of(kept, number)} == pytest.approx(numbers_of(kept, number))
 
 
@@ -207,10 +208,10 @@ def test_a_logger_that_fails_takes_nothing_from_the_others(tmp_path: Path) -> No
         found.setdefault(tag, []).append(step)
     assert found == PICTURES
     for logger in (broken, whole):  # numbers come all the same
-        assert [step for step, metrics in logger.metrics if "attention_entropy/layer_1_mean" in metrics] == [5, 10]
+        assert [step for step, metrics in logger.metrics if "vit_entropy/layer_1" in metrics] == [5, 10]
 
 
 def test_no_logger_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attention_visualizer.figures.attention_figures.overlay_strip", None)
+    monkeypatch.setattr("attention_visualizer.figures.attention_figures.probe_card", None)
     kept = train(tmp_path, False)
     assert kept.column("frames", "step").tolist() == STEPS and len(kept.validations) == 2

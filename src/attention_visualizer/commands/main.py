@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from attention_visualizer.commands.completion import SCRIPT
 from attention_visualizer.commands.quick_imports import quick_imports, silent_interrupt
 from attention_visualizer.support.extras import needs
 from attention_visualizer.support.invocation import INSTALLED, invocation
@@ -17,6 +18,7 @@ HELP = f"""See what a Vision Transformer attends to, while it trains and afterwa
   {INSTALLED} train [group=choice] [group.field=value] ...    train on MNIST or scikit-learn's digits
   {INSTALLED} analyze [field=value] ...                       figures, statistics and a report of a checkpoint
   {INSTALLED} --version
+  eval "$({INSTALLED} --completion)"                          completion in bash; in zsh after `bashcompinit`
 
 `{INSTALLED} train --help` and `{INSTALLED} analyze --help` list all fields. `attnviz` is the same command.
 """
@@ -30,6 +32,8 @@ def main() -> None:
         print(HELP, end="")
     elif name in ("--version", "-V"):
         print(f"{INSTALLED} {version(INSTALLED)}")
+    elif name == "--completion":
+        print(SCRIPT, end="")
     elif name in COMMANDS:
         sys.argv = [f"{INSTALLED} {name}", *arguments]
         run(name, config_folder())

@@ -8,7 +8,6 @@ import sys
 import warnings
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -135,10 +134,7 @@ def train_from_start(
             if config.export:
                 exported = export_safetensors(folder.best, folder.best.with_suffix(".safetensors"))
                 print_sanitised(f"Exported:     {exported}")
-            settings: Any = OmegaConf.to_container(config, resolve=True)
-            recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
-            recorded["parameters"] = components.num_parameters
-            training_run.log_hyperparameters(trainer, recorded, metrics)
+            training_run.log_hyperparameters(trainer, config, components.num_parameters, metrics)
             folder.update_manifest(status="completed", metrics=metrics)
         training_run.print_report(folder, data.description, metrics)
         return float(metrics["validation_accuracy"])

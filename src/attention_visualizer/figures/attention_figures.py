@@ -6,6 +6,7 @@ Maps are shares of a query's attention by patch, [..., grid height, grid width],
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,21 +21,14 @@ from attention_visualizer.figures.color_scales import (
     sequential_scale,
 )
 from attention_visualizer.figures.fonts import text_width
-from attention_visualizer.figures.panels import (
-    CAPTION,
-    GAP,
-    PanelFigure,
-    Tile,
-    fitting_size,
-    mark_patch,
-    overlay,
-    tile_grid,
-)
+from attention_visualizer.figures.panels import PAGE, PanelFigure, Style, fitting_size, mark_patch, overlay, shortened
+from attention_visualizer.figures.tile_grid import CARD, Tile, card_tile_size, tile_grid
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import Observation
 
 Array = NDArray[Any]
 SMALL_TILE = 56  # pixels
+MAX_TITLE_WIDTH = 70  # pixels, of a row in a card
 
 
 @dataclass(frozen=True)
@@ -143,9 +137,13 @@ def common_unit(num_keys: Sequence[int]) -> int:
 
 
 def moment(epoch: float, step: int) -> str:
-    """A point in training, for subtitles: as no line of its own, so that all frames of an animation have one size."""
-    text = f"epoch {epoch:.3g}, step {step:,}"
-    return text if step else f"{text}: RANDOM WEIGHTS, before training"
+    """Return a point in training, for subtitles: as no line of its own, so that all frames of an animation have one
+    size."""
+    if not step:
+        return "step 0: RANDOM WEIGHTS, before training"
+    if epoch == int(epoch):
+        return f"step {step:,} (epoch {epoch:.0f})"
+    return f"step {step:,} ({epoch % 1:.2g} of epoch {int(epoch) + 1})"
 
 
 def class_name(names: Sequence[str], label: int) -> str:
@@ -153,10 +151,10 @@ def class_name(names: Sequence[str], label: int) -> str:
     return names[label] if 0 <= label < len(names) else str(label)
 
 
-def short_class_name(names: Sequence[str], label: int, tile_size: int) -> str:
+def short_class_name(names: Sequence[str], label: int, tile_size: int, style: Style) -> str:
     """Return a tile's caption for a class: its number where its name would be cut, as cut names may be alike."""
-    text, width = f"→ {class_name(names, label)}", tile_size + GAP
-    return text if text_width(text, fitting_size([text], CAPTION, width)) <= width else f"→ class {label}"
+    text, width = f"→ {class_name(names, label)}", tile_size + style.gap
+    return text if text_width(text, fitting_size([text], style.caption, width)) <= width else f"→ class {label}"
 
 
 def _caption(entropy: float, self_attention: float | None) -> str:
@@ -173,15 +171,17 @@ def query_name(query: Query) -> str:
     return f"attention of the patch in row {query[0]}, column {query[1]} (from 0)"
 
 
-def overlay_strip(explained: ExplainedImage, headline: str, subtitle: str = "") -> PanelFigure:
-    """Draw the input, each layer's map over it (mean over heads), then the rollout of all layers."""
+def layer_card(explained: ExplainedImage, headline: str, subtitle: str = "") -> PanelFigure:
+    """Draw the input, each layer's map over it (mean over heads), then the rollout of all layers, for TensorBoard."""
     tiles: list[Tile | None] = [explained.input_tile()]
     for layer, picture in enumerate(explained.layers_over()):
         tiles.append(Tile(picture, f"layer {layer + 1}", explained.layer_caption(layer)))
     if explained.rollouts is not None:
         tiles.append(Tile(explained.shares_over(explained.rollouts[-1:])[0], "rollout", "over patches"))
-    # A little smaller than elsewhere: eight of them fit a TensorBoard card.
-    return tile_grid([tiles], headline, subtitle, tile_size=100, scale=explained.scale)
+    columns = math.ceil(math.sqrt(len(tiles)))
+    rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
+    size = card_tile_size(columns)
+    return tile_grid(rows, headline, subtitle, tile_size=size, scale=explained.scale, style=CARD)
 
 
 def attention_pattern(explained: ExplainedImage, headline: str, subtitle: str = "") -> PanelFigure:
@@ -197,8 +197,17 @@ def attention_pattern(explained: ExplainedImage, headline: str, subtitle: str = 
     return tile_grid([top, bottom], headline, subtitle, row_titles=["map", "overlay"], scale=scale)
 
 
+def head_card(explained: ExplainedImage, headline: str, subtitle: str = "") -> PanelFigure:
+    """Draw layers down, heads across, over the image, for TensorBoard."""
+    return head_grid(explained, headline, subtitle, style=CARD)
+
+
 def head_grid(
-    explained: ExplainedImage, headline: str, subtitle: str = "", layers: list[int] | None = None
+    explained: ExplainedImage,
+    headline: str,
+    subtitle: str = "",
+    layers: list[int] | None = None,
+    style: Style = PAGE,
 ) -> PanelFigure:
     """Draw layers down, heads across, over the image. layers: zero-based, None for all."""
     shown = list(range(len(explained.head_maps))) if layers is None else layers
@@ -210,13 +219,16 @@ def head_grid(
         ]
         for layer in shown
     ]
+    row_titles = [f"layer {layer + 1}" for layer in shown]
     return tile_grid(
         tiles,
         headline,
         subtitle,
         column_titles=[f"head {head + 1}" for head in range(num_heads)],
-        row_titles=[f"layer {layer + 1}" for layer in shown],
+        row_titles=row_titles,
+        tile_size=card_tile_size(num_heads, row_titles) if style is CARD else 112,
         scale=explained.scale,
+        style=style,
     )
 
 
@@ -272,24 +284,34 @@ def patch_share(maps: Array) -> Array:
     return maps / np.maximum(maps.sum(axis=(-2, -1), keepdims=True), np.finfo(np.float32).tiny)
 
 
-def entropy_heat_map(entropy: Array, highest: float, headline: str) -> PanelFigure:
-    """Draw entropy in nats [layer, head], layers down, heads across, dark (one key) to yellow (uniform)."""
-    scale = sequential_scale(0.0, highest, "entropy (nats)")
+def entropy_heat_map(entropy: Array, highest: float, headline: str, subtitle: str = "") -> PanelFigure:
+    """Draw entropy in nats [layer, head], layers down, heads across, from dark (one key) to yellow (uniform), for
+    TensorBoard."""
+    ends = ((0.0, "0: one patch"), (highest, f"{highest:.2f}: uniform"))
+    scale = replace(sequential_scale(0.0, highest, "entropy (nats)"), ticks=ends)
     tiles: list[list[Tile | None]] = [
         [None if np.isnan(value) else Tile(scale.to_rgb(np.full((1, 1), value)), "", f"{value:.2f}") for value in heads]
         for heads in entropy
     ]
+    row_titles = [f"layer {layer + 1}" for layer in range(entropy.shape[0])]
     return tile_grid(
         tiles,
         headline,
+        subtitle,
         column_titles=[f"head {head + 1}" for head in range(entropy.shape[1])],
-        row_titles=[f"layer {layer + 1}" for layer in range(entropy.shape[0])],
-        tile_size=SMALL_TILE,
+        row_titles=row_titles,
+        tile_size=min(SMALL_TILE, card_tile_size(entropy.shape[1], row_titles)),
         scale=scale,
+        style=CARD,
     )
 
 
-def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str) -> PanelFigure:
+def probe_card(probe: dict[str, Array], frame: dict[str, Array], moment: str) -> PanelFigure:
+    """Draw `probe_sheet` for TensorBoard."""
+    return probe_sheet(probe, frame, moment, style=CARD)
+
+
+def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str, style: Style = PAGE) -> PanelFigure:
     """Draw one frame of a training run's history: a row for each probe image, with the input, each layer, the rollout.
 
     probe, frame: as in AttentionHistory.
@@ -299,30 +321,34 @@ def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str) -
     num_keys = np.broadcast_to(probe["num_keys"], num_layers)  # one number where all layers have as many
     unit = common_unit(num_keys.tolist())
     query: Query = "cls" if probe["query"] == "cls" else "patches"
-    columns = ["input", *(f"layer {layer + 1}" for layer in range(num_layers))]
+    is_card = style is CARD
+    columns = ["input", *(f"{'L' if is_card else 'layer '}{layer + 1}" for layer in range(num_layers))]
     if "rollout" in frame:
         columns.append("rollout")
+    labels = [int(label) for label in probe["labels"]]
+    titles = [f"true {names[label]}" if label >= 0 else f"image {number + 1}" for number, label in enumerate(labels)]
+    if is_card:
+        titles = [shortened(title.removeprefix("true "), style.label, MAX_TITLE_WIDTH) for title in titles]
+    size = card_tile_size(len(columns), titles) if is_card else SMALL_TILE
     tiles: list[list[Tile | None]] = []
-    titles = []
     for number, image in enumerate(probe["images"]):
         predicted = int(frame["predicted"][number])
         scaled = frame["maps"][number] * (num_keys / unit)[:, None, None]
         row: list[Tile | None] = [
-            Tile(image, caption=short_class_name(names, predicted, SMALL_TILE) if predicted >= 0 else ""),
+            Tile(image, caption=short_class_name(names, predicted, size, style) if predicted >= 0 else ""),
             *(Tile(picture) for picture in overlay(image, scaled, unit)),
         ]
         if "rollout" in frame:
             rollout = patch_share(frame["rollout"][number])
             row.append(Tile(overlay(image, rollout, rollout.size)))
         tiles.append(row)
-        label = int(probe["labels"][number])
-        titles.append(f"true {names[label]}" if label >= 0 else f"image {number + 1}")
     return tile_grid(
         tiles,
         f"By layer: {query_name(query)}, mean over heads",
         moment,
         column_titles=columns,
         row_titles=titles,
-        tile_size=SMALL_TILE,
+        tile_size=size,
         scale=attention_scale(unit),
+        style=style,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from attention_visualizer.figures.color_scales import ColorScale, Rgb, attention_scale
+from attention_visualizer.figures.color_scales import Rgb, attention_scale
 from attention_visualizer.figures.fonts import drawable, families, text_mask, text_width
 
 Array = NDArray[Any]
@@ -49,6 +49,24 @@ class PlacedText:
     bold: bool = False
 
 
+@dataclass(frozen=True)
+class Style:
+    """Distances and sizes of text, in pixels."""
+
+    margin: int = 14
+    gap: int = 6  # between tiles
+    headline: int = 17
+    subtitle: int = 13
+    label: int = 13
+    caption: int = 11
+    line_spacing: int = 7
+    min_width: int = 640  # usual headlines fit, so that all frames of an animation have one size
+    bar_is_below: bool = False
+
+
+PAGE = Style()
+
+
 @dataclass
 class PanelFigure:
     """Images and texts placed on a white background of `width` x `height` pixels."""
@@ -58,23 +76,26 @@ class PanelFigure:
     images: list[PlacedImage] = field(default_factory=list)
     texts: list[PlacedText] = field(default_factory=list)
     header: int = 0  # pixels from the top to below the headline and subtitle
+    style: Style = PAGE
 
     def with_watermark(self, text: str) -> PanelFigure:
         """Return the figure with `text` in red below its header; the figure itself where `text` is empty."""
         if not text:
             return self
-        below = SUBTITLE + LINE_SPACING
+        size, margin = self.style.subtitle, self.style.margin
+        below = size + self.style.line_spacing
         lines = sum(placed.y < self.header for placed in self.texts)
         return PanelFigure(
-            max(self.width, text_width(text, SUBTITLE, bold=True) + 2 * MARGIN),
+            max(self.width, text_width(text, size, bold=True) + 2 * margin),
             self.height + below,
             [replace(image, y=image.y + below) for image in self.images],
             [
                 *self.texts[:lines],
-                PlacedText(MARGIN, self.header, text, SUBTITLE, "la", RED, bold=True),
+                PlacedText(margin, self.header, text, size, "la", RED, bold=True),
                 *(replace(placed, y=placed.y + below) for placed in self.texts[lines:]),
             ],
             self.header + below,
+            self.style,
         )
 
     def to_rgb(self) -> Rgb:
@@ -213,143 +234,9 @@ def mark_patch(image: Rgb, grid: tuple[int, int], row: int, column: int) -> Rgb:
     return marked
 
 
-# --- layout ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Tile:
-    """One panel: an image under a title, with a caption beneath."""
-
-    rgb: Rgb  # uint8 [height, width, 1 or 3]
-    title: str = ""
-    caption: str = ""
-
-
-MARGIN, GAP = 14, 6
-MIN_WIDTH = 640  # usual headlines fit, so that all frames of an animation have one size
-MIN_BAR_HEIGHT, MAX_BAR_HEIGHT = 7 * 14, 260  # seven ticks fit
-HEADLINE, SUBTITLE, LABEL, CAPTION = 17, 13, 13, 11
-LINE_SPACING = 7
-
-
-@dataclass(frozen=True)
-class TileColumns:
-    """Where the columns of a grid stand, in pixels."""
-
-    left: int
-    tile_width: int
-
-    def x(self, column: int) -> int:
-        return self.left + column * (self.tile_width + GAP)
-
-    def place_texts(
-        self, figure: PanelFigure, texts: Sequence[str], y: int, size: int, width: int, color: Color = INK
-    ) -> None:
-        """Centre a text over each column, cut where it is wider than `width`; none where it is empty."""
-        for column, text in enumerate(texts):
-            if text:
-                middle = self.x(column) + self.tile_width // 2
-                figure.texts.append(PlacedText(middle, y, shortened(text, size, width), size, "ma", color))
-
-
-def tile_grid(
-    tiles: list[list[Tile | None]],
-    headline: str,
-    subtitle: str = "",
-    column_titles: list[str] | None = None,
-    row_titles: list[str] | None = None,
-    tile_size: int = 112,
-    scale: ColorScale | None = None,
-    second_scale: ColorScale | None = None,
-) -> PanelFigure:
-    """Lay out rows of tiles with their titles, a headline, and a colour bar for each scale."""
-    existing = [tile for row in tiles for tile in row if tile is not None]
-    tile_height = max(1, round(tile_size * existing[0].rgb.shape[0] / existing[0].rgb.shape[1]))
-    scales = [each for each in (scale, second_scale) if each is not None]
-    titles = [tile.title for tile in existing if tile.title] + (column_titles or [])
-    title_size = fitting_size(titles, LABEL, tile_size)
-    caption_size = fitting_size([tile.caption for tile in existing if tile.caption], CAPTION, tile_size + GAP)
-    left = MARGIN + (max(text_width(title, LABEL) for title in row_titles) + 10 if row_titles else 0)
-    columns = TileColumns(left, tile_size)
-    right = columns.x(max(len(row) for row in tiles)) - GAP
-    figure = PanelFigure(right + sum(bar_width(each) for each in scales) + MARGIN, 0)
-
-    y = place_headline(figure, headline, subtitle)
-    if column_titles:
-        columns.place_texts(figure, column_titles, y, title_size, tile_size)
-        y += title_size + 6
-    top = y
-    for index, row in enumerate(tiles):
-        titles, captions = (
-            [getattr(tile, name) if tile is not None else "" for tile in row] for name in ("title", "caption")
-        )
-        if any(titles):
-            columns.place_texts(figure, titles, y, title_size, tile_size)
-            y += title_size + 5
-        if row_titles:
-            figure.texts.append(PlacedText(left - 10, y + tile_height // 2, row_titles[index], LABEL, "rm"))
-        for column, tile in enumerate(row):
-            if tile is not None:
-                figure.images.append(PlacedImage(columns.x(column), y, tile_size, tile_height, as_rgb(tile.rgb)))
-        y += tile_height + 3
-        if any(captions):
-            columns.place_texts(figure, captions, y, caption_size, tile_size + GAP, GREY)
-            y += caption_size + 5
-        y += 3
-    bottom = max(y - 6, top + MIN_BAR_HEIGHT)
-    for each in scales:
-        place_bar(figure, each, right, top, min(bottom - top, MAX_BAR_HEIGHT))
-        right += bar_width(each)
-    figure.height = bottom + MARGIN
-    return figure
-
-
-def place_headline(figure: PanelFigure, headline: str, subtitle: str) -> int:
-    """Place the header, widening the figure where the texts need it; return the y below it."""
-    lines = [(headline, HEADLINE, True, INK)]
-    lines += [(subtitle, SUBTITLE, False, GREY)] if subtitle else []
-    text_needs = max(text_width(text, size, bold) for text, size, bold, _ in lines) + 2 * MARGIN
-    figure.width = max(figure.width, text_needs, MIN_WIDTH)
-    figure.header = MARGIN - 2
-    for text, size, bold, color in lines:
-        figure.texts.append(PlacedText(MARGIN, figure.header, text, size, "la", color, bold))
-        figure.header += size + LINE_SPACING
-    return figure.header + 4
-
-
 def as_rgb(image: Rgb) -> Rgb:
     image = image[..., None] if image.ndim == 2 else image
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
-
-
-BAR_WIDTH, BAR_GAP = 14, 18
-
-
-def bar_width(scale: ColorScale) -> int:
-    """The width that a colour bar takes beside the grid."""
-    labels = max(text_width(label, CAPTION) for _, label in scale.ticks)
-    return BAR_GAP + CAPTION + 8 + BAR_WIDTH + 6 + labels
-
-
-def place_bar(figure: PanelFigure, scale: ColorScale, x: int, y: int, height: int) -> None:
-    """Place a vertical colour bar with its ticks; its title stands upright beside it."""
-    x += BAR_GAP
-    title = upright(scale.title, fitting_size([scale.title], CAPTION, height, least=7))
-    figure.images.append(PlacedImage(x, y + (height - title.shape[0]) // 2, title.shape[1], title.shape[0], title))
-    x += CAPTION + 8
-    figure.images.append(PlacedImage(x, y, BAR_WIDTH, height, np.ascontiguousarray(scale.table[::-1, None])))
-    for value, label in scale.ticks:
-        share = (value - scale.low) / (scale.high - scale.low)
-        figure.texts.append(PlacedText(x + BAR_WIDTH + 5, round(y + (1 - share) * (height - 1)), label, CAPTION, "lm"))
-
-
-@cache
-def upright(text: str, size: int) -> Rgb:
-    """Draw text that reads from bottom to top, as an image: the titles of colour bars are the only ones."""
-    image = Image.new("RGB", (text_width(text, size), size + 5), "white")
-    left, top, mask = text_mask(text, size, False, "la")
-    image.paste(INK, (left, top), mask)
-    return np.asarray(image.transpose(Image.Transpose.ROTATE_90))
 
 
 def encode_png(rgb: Rgb) -> bytes:

@@ -18,6 +18,7 @@ Hands out what commands need to train; it knows Hydra. May use watching and belo
     start.py           where a run starts: in a new folder, or going on in that of an unfinished one
     stopping.py        Ctrl-C, SIGTERM and other signals
     sweeps.py          the jobs of a sweep, going on with one, the table at its end
+    tensorboard.py     TensorBoard for one run: descriptions, hyperparameters
     trainer.py         Lightning's Trainer with the loggers and callbacks of a config
     training_state.py  check what training goes on from
 """

@@ -31,6 +31,7 @@ RENAMED_TARGETS = {
     "attention_visualizer.data.ImageDataModule": None,
     "attention_visualizer.classifier.Classifier": None,
     "lightning.pytorch.trainer.trainer.Trainer": None,
+    "lightning.pytorch.loggers.TensorBoardLogger": "attention_visualizer.TensorBoardLogger",
 }
 # What Lightning ships needs no trust of its own; where it writes is checked. (Its loggers may send data away.)
 LIGHTNING_CALLBACKS = {f"{callbacks.__name__}.{name}" for name in callbacks.__all__}

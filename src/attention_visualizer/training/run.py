@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -38,8 +39,10 @@ from attention_visualizer.training.overrides import override
 from attention_visualizer.training.progress import RunLog
 from attention_visualizer.training.saving import BestCheckpoint
 from attention_visualizer.training.stopping import signal_of
+from attention_visualizer.training.tensorboard import TensorBoardLogger, shown_parameters
 from attention_visualizer.training.training_state import check_training_state
 from attention_visualizer.watching.attention_logger import AttentionLogger
+from attention_visualizer.watching.lightning_internals import is_tensorboard
 from attention_visualizer.watching.log_guard import LogGuard
 from attention_visualizer.watching.probes import first_of_each_class
 
@@ -171,7 +174,7 @@ def test_best(
     step = step_behind(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(dict(scores), step=step)
-        if isinstance(logger, TensorBoardLogger):
+        if is_tensorboard(logger):
             log_guard.attempt(logger, None, partial(logger.experiment.add_figure, "test/confusion", figure, step))
     return {
         "test_accuracy": scores["test/accuracy"],
@@ -187,14 +190,18 @@ def step_behind(trainer: Trainer) -> int:
     return trainer.global_step + 1
 
 
-def log_hyperparameters(trainer: Trainer, parameters: dict[str, Any], metrics: dict[str, Any]) -> None:
+def log_hyperparameters(trainer: Trainer, config: DictConfig, num_parameters: int, metrics: dict[str, Any]) -> None:
     """Write the run's settings to every logger, for TensorBoard together with how well they did."""
-    scores = {f"hparams/{name}": value for name, value in metrics.items() if name.endswith("_accuracy")}
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    recorded = {part: settings[part] for part in ("model", "data", "optimizer", "trainer", "seed")}
+    names = {"test_accuracy": "test/accuracy", "validation_accuracy": "validation/best_accuracy"}
+    scores = {tag: metrics[name] for name, tag in names.items() if name in metrics}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(parameters, scores, step=step_behind(trainer))
+            shown = shown_parameters(config) | {"parameters": num_parameters}
+            logger.log_hyperparams(shown, scores, step=step_behind(trainer))
         else:
-            logger.log_hyperparams(parameters)
+            logger.log_hyperparams(recorded | {"parameters": num_parameters})
         logger.save()
         logger.finalize("success")
 

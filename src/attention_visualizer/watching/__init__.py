@@ -12,6 +12,7 @@ Hands out AttentionLogger. May use report and below, but none of our own data, m
     loggers.py              what each of Lightning's loggers gets
     padding.py              which images of a batch another process counts
     probes.py               the images that are observed again and again
+    tags.py                 what is logged is called and described, and where to look
     unnoticed.py            run somebody's module without a trace
     validation.py           attention statistics from the user's own validation pass
 """

@@ -29,7 +29,7 @@ from attention_visualizer.watching.attempts import Attempts
 from attention_visualizer.watching.history_file import HistoryFile, frame_of
 from attention_visualizer.watching.lightning_package import Callback, LightningModule, Trainer, rank_zero_info
 from attention_visualizer.watching.log_guard import LogGuard
-from attention_visualizer.watching.loggers import Loggers, scalars_of
+from attention_visualizer.watching.loggers import Loggers, layer_scalars, probe_scalars
 from attention_visualizer.watching.padding import share_of_batch
 from attention_visualizer.watching.probes import (
     check_probes,
@@ -38,6 +38,7 @@ from attention_visualizer.watching.probes import (
     flat_loaders,
     images_of_validation,
 )
+from attention_visualizer.watching.tags import DESCRIPTIONS, image_tags, in_words, where
 from attention_visualizer.watching.unnoticed import unnoticed
 from attention_visualizer.watching.validation import ValidationWatch
 
@@ -54,7 +55,8 @@ class AttentionLogger(Callback):
     does not tell the classes without its images, it is ten images, from the first to the last; where images cannot be
     read without moving the loader, such as a stream's, they are those of the first validation batch. `early_frames`
     adds overlays before training and after 1, 2, 4, 8 ... batches of the first epoch. `head_grids` is the number of
-    probe images with a layers x heads grid, before training and at validations. Numbers go to every logger, images to
+    probe images with a layers x heads grid, before training and at validations. `per_head_scalars` logs each head's
+    means beside the layers', which the heat map and the history have in any case. Numbers go to every logger, images to
     those that take images, and both to attention_history.npz in the trainer's root folder (with a number where that is
     another training's). Weights train the same to the bit with it and without; so do loaders, logged values and all
     that the module keeps.
@@ -73,6 +75,7 @@ class AttentionLogger(Callback):
         probe_labels: Tensor | None = None,
         model: str | None = None,
         geometry: Geometry | None = None,
+        per_head_scalars: bool = False,
     ) -> None:
         if every_n_epochs < 1:
             raise UserError(f"callbacks.attention_logger.every_n_epochs={every_n_epochs}: give at least 1")
@@ -89,6 +92,7 @@ class AttentionLogger(Callback):
         self.probe_labels = probe_labels
         self.model = model
         self.geometry = geometry
+        self.per_head_scalars = per_head_scalars
         self.log_guard: LogGuard | None = None  # of a run that guards its loggers itself
         self.owns_folder = False  # whether the trainer's root folder is this training's alone
         self._epoch_began = 0.0
@@ -234,8 +238,8 @@ class AttentionLogger(Callback):
         if trainer.is_global_zero and self._found is not None:
             now = time.perf_counter()
             share = self._seconds / max(now - self._epoch_began, 1e-9)
-            cost = {"attention_logger/seconds": self._seconds, "attention_logger/share_of_epoch": share}
-            self._loggers.log_scalars(cost, trainer.global_step)
+            cost = {"watching/seconds": self._seconds, "watching/share_of_epoch": share}
+            self._loggers.log_scalars(cost, trainer.global_step, dict.fromkeys(cost, DESCRIPTIONS["watching"]))
             self._seconds, self._epoch_began = 0.0, now
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -308,25 +312,33 @@ class AttentionLogger(Callback):
         probe = self.history.probe
         if "num_keys" not in probe:  # the first frame of this model
             probe |= {"num_keys": np.array(observation.num_keys), "query": np.array(str(observation.query))}
-            self._loggers.log_chart_layout(observation.entropy.shape[1])
-        self.history.frames.append(frame_of(observation, trainer.global_step, progress_in_epochs(trainer)))
+            rank_zero_info(
+                f"AttentionLogger: {self._found.name or 'the model'}, {in_words(observation)}{where(trainer)}"
+            )
+            self._loggers.log_chart_layout(observation.entropy.shape[1], self.per_head_scalars)
+        frame = frame_of(observation, trainer.global_step, progress_in_epochs(trainer))
+        self.history.frames.append(frame)
+        scalars, descriptions = probe_scalars(frame["entropy"], len(self._probes))
+        self._loggers.log_scalars(scalars, trainer.global_step, descriptions)
         if self._loggers.take_images:
             self._attempts.attempt("figures", partial(self._log_probe_figures, trainer, observation, early))
 
     def _log_probe_figures(self, trainer: Trainer, observation: Observation, early: bool) -> None:
-        probe = self.history.probe
+        probe, step = self.history.probe, trainer.global_step
         names, watermark = [str(name) for name in probe["class_names"]], str(probe["data"])
-        moment = figures.moment(progress_in_epochs(trainer), trainer.global_step)
-        for number, label in enumerate(probe["labels"]):
+        moment = figures.moment(progress_in_epochs(trainer), step)
+        sheet = figures.probe_card(probe, self.history.frames[-1], moment).with_watermark(watermark)
+        self._loggers.log_figure("attention_1_maps/all_images", sheet, step, DESCRIPTIONS["maps"])
+        tags = image_tags(probe["labels"].tolist(), names)
+        for number, (label, tag) in enumerate(zip(probe["labels"], tags, strict=True)):
             true_class = figures.class_name(names, int(label)) if label >= 0 else None
             image = figures.ExplainedImage.of(observation, number, probe["images"][number], true_class, names)
-            tag = f"probe_{number}" if true_class is None else f"probe_{number}_class_{true_class}"
             subtitle = f"{figures.query_name(observation.query)}, {moment}"
-            strip = figures.overlay_strip(image, image.verdict, subtitle).with_watermark(watermark)
-            self._loggers.log_figure(f"attention_overlay/{tag}", strip, trainer.global_step)
+            card = figures.layer_card(image, image.verdict, subtitle).with_watermark(watermark)
+            self._loggers.log_figure(f"attention_2_layers/{tag}", card, step, DESCRIPTIONS["layers"])
             if number < self.head_grids and not early:
-                grid = figures.head_grid(image, image.verdict, subtitle).with_watermark(watermark)
-                self._loggers.log_figure(f"attention_heads/{tag}", grid, trainer.global_step)
+                grid = figures.head_card(image, image.verdict, subtitle).with_watermark(watermark)
+                self._loggers.log_figure(f"attention_3_heads/{tag}", grid, step, DESCRIPTIONS["heads"])
 
     def _accept(self, watch: ValidationWatch) -> bool:
         """Warn of what was unusual in a validation; return whether all of it was measured."""
@@ -342,15 +354,20 @@ class AttentionLogger(Callback):
         if not trainer.is_global_zero:
             return
         summaries = statistics.compute()
-        self._loggers.log_scalars(scalars_of(summaries), trainer.global_step)
+        scalars, descriptions = layer_scalars(summaries, self.per_head_scalars)
+        self._loggers.log_scalars(scalars, trainer.global_step, descriptions)
         self._loggers.log_histograms(summaries, trainer.global_step)
         entropy = summaries["entropy"]
 
         def log_heat_map() -> None:
-            headline = f"attention entropy, mean over {entropy.n:,} validation images"
-            heat_map = figures.entropy_heat_map(entropy.mean, entropy.edges[-1], headline)
+            moment = figures.moment(progress_in_epochs(trainer), trainer.global_step)
+            subtitle = f"{entropy.n:,} validation images, {moment}"
+            heat_map = figures.entropy_heat_map(
+                entropy.mean, entropy.edges[-1], "Attention entropy of each head", subtitle
+            )
             heat_map = heat_map.with_watermark(str(self.history.probe["data"]))
-            self._loggers.log_figure("attention_entropy_heat_map", heat_map, trainer.global_step)
+            tag = "attention_4_entropy/layers_x_heads"
+            self._loggers.log_figure(tag, heat_map, trainer.global_step, DESCRIPTIONS["entropy"])
 
         self._attempts.attempt("figures", log_heat_map)
         self.history.validations.append(

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from attention_visualizer.analysis.atlas.measure import Atlas
 from attention_visualizer.figures.attention_figures import query_name
 from attention_visualizer.figures.color_scales import attention_scale, signed_scale
-from attention_visualizer.figures.panels import PanelFigure, Tile, overlay, tile_grid
+from attention_visualizer.figures.panels import PanelFigure, overlay
+from attention_visualizer.figures.tile_grid import Tile, tile_grid
 
 Array = NDArray[Any]
 
