@@ -378,8 +378,10 @@ def test_a_model_without_a_class_token_says_what_is_shown() -> None:
 
 
 def test_a_missing_model_is_a_loud_warning_and_every_figure_says_random(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All chapters say it on their figures; the command's tests have them all."""
+    monkeypatch.setattr("attention_visualizer.visualizer.CHAPTERS", ("patterns", "statistics"))
     visualizer = AttentionVisualizer("nowhere/best_model.pth")
     with pytest.warns(UserWarning, match=r"nowhere/best_model\.pth does not exist.*RANDOM WEIGHTS"):
         model = visualizer.load_optimal_model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import logging
 import warnings
@@ -32,19 +33,29 @@ from attention_visualizer.analysis.study.analysed_weights import (
 from attention_visualizer.analysis.study.samples import Sample, SampleChoice, check_sample, find_samples
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.study.survey import survey_model
-from attention_visualizer.analysis.writing import write_analysis
+from attention_visualizer.analysis.writing import print_findings, write_analysis
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.inputs import check_has_numbers
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.data.input_format import InputFormat
 from attention_visualizer.files import atomic
 from attention_visualizer.files.digests import model_digest
+from attention_visualizer.report.markdown import PAGE
 from attention_visualizer.runs.folders import ANALYSIS
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.text import print_sanitised
 
 log = logging.getLogger(__name__)
 
 OWNER = "model.json"  # inside an output folder: whose analysis it holds
+
+
+class ReportPath(type(Path())):  # type: ignore[misc]  # of this system: before Python 3.12 Path itself has no subclasses
+    """The path of a report in Markdown, which a notebook shows as the page beside it."""
+
+    def _repr_html_(self) -> str:
+        page = html.escape((self.parent / PAGE).read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" width="100%" height="900" style="border: 1px solid #ccc"></iframe>'
 
 
 class AttentionVisualizer:
@@ -97,6 +108,9 @@ class AttentionVisualizer:
         self._num_heads = num_heads
         self._study: Study | None = None
         self._digest = ""  # of a given model's weights
+
+    def __repr__(self) -> str:
+        return f"AttentionVisualizer({str(self.model_path)!r}, device={str(self.device)!r})"
 
     def load_optimal_model(self) -> nn.Module:
         """Return the model, in eval mode on the device; read once."""
@@ -161,9 +175,9 @@ class AttentionVisualizer:
         output.save(figure, "attention_statistics")
         return figure, pd.DataFrame(records(survey))
 
-    def run_comprehensive_analysis(self, model_path: str | Path | None = None) -> Path:
+    def run_comprehensive_analysis(self, model_path: str | Path | None = None) -> ReportPath:
         """Write every figure, the statistics over the whole test set and the report, in Markdown and HTML. Return the
-        path of the Markdown report.
+        path of the Markdown report, which a notebook shows as the page.
 
         A chapter that fails is named on stderr and in the report, which then may lie in <output>_incomplete: see
         `write_analysis`.
@@ -183,8 +197,12 @@ class AttentionVisualizer:
         )
         written = write_analysis(self.study, command, tuple(CHAPTERS), language="python")
         log.info("report written to %s", written.report)
-        print(f"Report: {written.report}")
-        return written.report
+        print_findings(written)
+        print_sanitised(f"HTML:       {written.page}")
+        print_sanitised(f"Markdown:   {written.report}")
+        if self._model is None and not self.model_path.exists():
+            print_sanitised(f"These are RANDOM WEIGHTS, which have learnt nothing: {self.model_path} does not exist")
+        return ReportPath(written.report)
 
     def _draw(self, chapter: Any, stem: str, image: Any, label: int | None, i: int) -> Figure:
         sample = as_sample(image, label, i)

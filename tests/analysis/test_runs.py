@@ -318,7 +318,7 @@ def test_the_chapter_on_seeds_says_what_holds_and_that_it_is_descriptive(planted
     assert over_seeds["high"] - over_seeds["value"] == pytest.approx(half, rel=1e-3)
     entropy = np.array(told["values_by_run_layer_head"]["entropy"]).mean(axis=(0, 2))
     np.testing.assert_allclose(told["over_seeds"]["entropy"]["value"], entropy)
-    assert chapter.finding.leads and chapter.finding.text.startswith("Over 3 seeds the mean accuracy is ")
+    assert chapter.finding.rank == 0 and chapter.finding.text.startswith("Over 3 seeds the mean accuracy is ")
     assert f"(single runs: {100 * accuracies.min():.2f} to {100 * accuracies.max():.2f})" in chapter.finding.text
     supported = told["runs_that_support"]
     assert chapter.tables[4].rows == [[claim, str(runs)] for claim, runs in supported.items()] and len(supported) > 5

@@ -101,7 +101,7 @@ def test_the_report_embeds_every_figure_and_no_other(analysis: Analysis) -> None
 def test_it_says_which_checkpoint_and_why(analysis: Analysis) -> None:
     first, *_, last = analysis.outcome.out.strip().splitlines()
     assert first.startswith("Checkpoint: best.ckpt of the newest run 2025-01-02_03-04-05-000006")
-    assert "0.7500" in first and last.startswith("Report: ")
+    assert "0.7500" in first and last.startswith("Markdown: ")
     assert (analysis.run.path.parents[1] / last.removeprefix("Report:").strip()).is_file()
     assert analysis.outcome.err == ""
 

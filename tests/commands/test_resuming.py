@@ -21,9 +21,9 @@ from tensorboard.summary.writer import event_file_writer
 
 from attention_visualizer.files import tensor_files
 from attention_visualizer.files.tensor_files import read_torch
-from attention_visualizer.runs import checkpoint
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.training_progress import batches_done
+from attention_visualizer.training import checkpoint_io
 from attention_visualizer.training.classifier import Classifier
 from tests.helpers.runs import (
     BARE,
@@ -202,7 +202,7 @@ def test_a_checkpoint_is_read_once_on_its_way_into_training(
         read.append(Path(file.name).name)
         return read_torch(file, *arguments)
 
-    for module in (tensor_files, checkpoint):  # both of them read torch's archives
+    for module in (tensor_files, checkpoint_io):  # both of them read torch's archives
         monkeypatch.setattr(module, "read_torch", reading)
     if how == "resume":
         manifest = json.loads((copied / "run.json").read_text())

@@ -356,7 +356,7 @@ def test_at_most_five_findings(output: Path) -> None:
     page = page_of(output, given=given)
     assert page.text("ol") == " ".join(f"found {i}" for i in range(2, 7))
     assert markdown_report.markdown(summary(), given).count("found ") == 5
-    given["chapter5"] = Chapter("T", "", finding=Finding("found 5", leads=True))
+    given["chapter5"] = Chapter("T", "", finding=Finding("found 5", rank=0))
     assert page_of(output, given=given).text("ol") == "found 5 found 2 found 3 found 4 found 6"
 
 

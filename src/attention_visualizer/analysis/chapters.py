@@ -77,8 +77,10 @@ def write_chapters(study: Study, names: Sequence[str]) -> dict[str, Chapter]:
         with progress_bar() as progress:
             task = progress.add_task("analysing", total=len(names), doing="")
             with study.progress.shown_by(lambda doing: progress.update(task, doing=doing)):
-                for name in names:
+                for number, name in enumerate(names, start=1):
                     progress.update(task, description=name, doing="")
+                    if progress.disable:
+                        print(f"chapter {number}/{len(names)}: {name}", flush=True)
                     written[name] = write_chapter(study, name, written)
                     progress.advance(task)
             progress.update(task, description="done", doing="")
@@ -111,7 +113,7 @@ def write_chapter(study: Study, name: str, written: Mapping[str, Chapter]) -> Ch
 
 
 def progress_bar() -> Progress:
-    """The chapter, how many are done, and what is being done in this one."""
+    """The chapter, how many are done, and what is being done in this one; nothing where there is no terminal."""
     whole = Column(no_wrap=True)
     return Progress(
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=11)),
@@ -119,6 +121,7 @@ def progress_bar() -> Progress:
         MofNCompleteColumn(table_column=whole),
         TimeElapsedColumn(table_column=whole),
         TextColumn("{task.fields[doing]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        disable=not sys.stdout.isatty(),  # a log file, or a notebook, in which it would ask for ipywidgets
     )
 
 

@@ -51,6 +51,6 @@ class ChapterWriter:
         types, null for NaN."""
         for need, sentence in self.needs.items():
             if not need.is_met(study):
-                return Chapter(self.title, sentence)
+                return Chapter(self.title, sentence, applies=False)
         chapter = self.write(study)
         return replace(chapter, numbers=json_ready(chapter.numbers))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from attention_visualizer.files import atomic
 from attention_visualizer.files.staging import move_in, staging
 from attention_visualizer.report import markdown as markdown_report
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.text import print_sanitised
 
 NUMBERS = (".csv", ".json")
 
@@ -26,6 +29,7 @@ class Written:
 
     report: Path
     missing: dict[str, str]
+    findings: tuple[str, ...] = ()  # as the report begins with, a line each
 
     @property
     def page(self) -> Path:
@@ -66,7 +70,15 @@ def write_analysis(
         move_in(new, target, files, [] if same else sorted(old - set(files)))
         if not missing:
             discard(target.with_name(f"{target.name}_incomplete"))
-    return Written(target / markdown_report.REPORT, missing)
+    return Written(target / markdown_report.REPORT, missing, tuple(markdown_report.finding_lines(written)))
+
+
+def print_findings(written: Written) -> None:
+    """Print what the report begins with, no wider than the terminal."""
+    width = min(110, shutil.get_terminal_size().columns)
+    for number, finding in enumerate(written.findings, start=1):
+        for line in textwrap.wrap(f"{number}. {finding}", width, subsequent_indent="   "):
+            print_sanitised(line)
 
 
 def without(study: Study, gone: VanishedPicture) -> Study:

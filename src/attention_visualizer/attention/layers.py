@@ -64,6 +64,11 @@ class AttentionLayer:
     #: captures with gradients and interventions.
     part: Part | None = None
 
+    def __repr__(self) -> str:
+        sizes = " x ".join(map(str, self.weights.shape))
+        place = f"{self.geometry}" if self.geometry is not None else f"no place: {self.unplaced}"
+        return f"AttentionLayer({self.name!r}, weights [{sizes}], {place}, error {self.error:.1e})"
+
     @property
     def projection(self) -> Tensor | None:
         """The weight of the linear map that was applied to the heads' outputs [embed, head * head_dim], as it was seen
@@ -128,6 +133,11 @@ class CapturedAttention:
             names = ", ".join(layer.name for layer in self.layers)
             raise KeyError(f"{key!r} names {len(matches)} attention layers; there are: {names}")
         return matches[0]
+
+    def __repr__(self) -> str:
+        heads = sorted({layer.weights.shape[1] for layer in self.layers})
+        shape = f"{len(self)} layers" + (f" x {heads[0]} heads" if len(heads) == 1 else "")
+        return f"CapturedAttention({shape}, reconstruction error {self.reconstruction_error:.1e})"
 
     def __iter__(self) -> Iterator[AttentionLayer]:
         return iter(self.layers)

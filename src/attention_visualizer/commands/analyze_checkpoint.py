@@ -22,7 +22,7 @@ from attention_visualizer.analysis.study.analysed_weights import (
 from attention_visualizer.analysis.study.budget import FULL, QUICK
 from attention_visualizer.analysis.study.compared_runs import ComparedRun, find_compared_runs
 from attention_visualizer.analysis.study.samples import SampleChoice
-from attention_visualizer.analysis.writing import write_analysis
+from attention_visualizer.analysis.writing import print_findings, write_analysis
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.data.images import read_picture
 from attention_visualizer.files import atomic
@@ -77,9 +77,10 @@ def analyze(options: dict[str, Any]) -> None:
     )
     command = shlex.join([*invocation("analyze"), *reproducing_overrides(weights)])
     written = write_analysis(study, command, chapters)
+    print_findings(written)
     print(f"Memory:     {peak_memory(study.target.device)}")
-    print_sanitised(f"Page:       {atomic.short_path(written.page)}")
-    print_sanitised(f"Report:     {atomic.short_path(written.report)}")
+    print_sanitised(f"HTML:       {atomic.short_path(written.page)}")
+    print_sanitised(f"Markdown:   {atomic.short_path(written.report)}")
     if written.missing:
         raise SystemExit(1)
 

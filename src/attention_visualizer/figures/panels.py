@@ -20,6 +20,7 @@ from PIL import Image
 
 from attention_visualizer.figures.color_scales import Rgb, attention_scale
 from attention_visualizer.figures.fonts import drawable, families, text_mask, text_width
+from attention_visualizer.figures.notebook_figure import NotebookFigure
 
 Array = NDArray[Any]
 Color = tuple[int, int, int]
@@ -113,7 +114,7 @@ class PanelFigure:
 
     def to_figure(self, dpi: int = 100) -> Figure:
         """Draw the figure with matplotlib, in the same size."""
-        figure = Figure(figsize=(self.width / dpi, self.height / dpi), dpi=dpi, facecolor="white")
+        figure = NotebookFigure(figsize=(self.width / dpi, self.height / dpi), dpi=dpi, facecolor="white")
         for image in self.images:
             box = (
                 image.x / self.width,

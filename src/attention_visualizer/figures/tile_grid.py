@@ -138,10 +138,9 @@ def place_headline(figure: PanelFigure, headline: str, subtitle: str) -> int:
     lines = [(headline, style.headline, True, INK)]
     lines += [(subtitle, style.subtitle, False, GREY)] if subtitle else []
     if style.bar_is_below:  # a card, whose width is given
-        room = figure.width - 2 * style.margin
-        lines = [
-            (text, fitting_size([text], size, round(0.9 * room)), bold, color) for text, size, bold, color in lines
-        ]
+        room = round(0.88 * (max(figure.width, style.min_width) - 2 * style.margin))  # bold text is wider
+        fitted = [(text, fitting_size([text], size, room), bold, color) for text, size, bold, color in lines]
+        lines = [(shortened(text, size, room), size, bold, color) for text, size, bold, color in fitted]
     text_needs = max(text_width(text, size, bold) for text, size, bold, _ in lines) + 2 * style.margin
     figure.width = max(figure.width, text_needs, style.min_width)
     figure.header = style.margin - 2

@@ -40,7 +40,7 @@ class Finding:
 
     text: str  # one or two sentences in Markdown
     figure: str | None = None  # the name of the figure that shows it
-    leads: bool = False  # whether it comes before those of all other chapters
+    rank: int = 9  # the lower, the earlier it stands among those of all chapters
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Chapter:
     finding: Finding | None = None  # for the report's first screen
     caution: str = ""  # what not to believe, a sentence in Markdown for the same place
     missing: str = ""  # why there is no such chapter after all, in one line
+    applies: bool = True  # or its text only says why it was not asked
 
 
 def escape_markdown(text: str) -> str:

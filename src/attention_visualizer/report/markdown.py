@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ REPORT = "attention_analysis_report.md"
 PAGE = "attention_analysis_report.html"
 STATISTICS = "attention_statistics"
 SCHEMA = 3  # of attention_statistics.json: docs/report.md
-MAX_FINDINGS = 5
+MAX_FINDINGS = 6
+HEROES = ("attention_pattern_sample_0", "attention_evolution_strip")  # the pictures that a page begins with
 PLACEHOLDER = re.compile(r"(?<!\\)\{(\w+)(?::([^{}]*))?\}")
 SHOWN = (".png", ".webp")  # kinds of figures that stand in the page; others are linked
 THUMBNAIL_WIDTH = 240  # pixels, in Markdown
@@ -81,7 +82,8 @@ def numbered(chapters: dict[str, Chapter]) -> list[Part]:
     parts: list[Part] = []
     figures, tables = 0, 0
     names: set[str] = set()
-    for name, chapter in chapters.items():
+    in_order = sorted(chapters.items(), key=lambda item: not item[1].applies)  # stable: the others come last
+    for name, chapter in in_order:
         numbered_figures = list(enumerate(chapter.figures, start=figures + 1))
         numbered_tables = list(enumerate(chapter.tables, start=tables + 1))
         figures, tables = figures + len(numbered_figures), tables + len(numbered_tables)
@@ -139,8 +141,8 @@ def statistics(summary: ReportHeader, parts: list[Part], earlier_figures: Iterab
         "chapters": {
             part.name: {
                 "title": part.chapter.title,
-                "status": "missing" if part.chapter.missing else "complete",
-                "reason": part.chapter.missing or None,
+                "status": status_of(part.chapter),
+                "reason": part.chapter.missing or (None if part.chapter.applies else one_line(part.chapter.text)),
                 "finding": finding_of(part),
                 "caution": one_line(part.resolve(part.chapter.caution)) or None,
                 "numbers": part.chapter.numbers,
@@ -153,6 +155,12 @@ def statistics(summary: ReportHeader, parts: list[Part], earlier_figures: Iterab
             for part in parts
         },
     }
+
+
+def status_of(chapter: Chapter) -> str:
+    if chapter.missing:
+        return "missing"
+    return "complete" if chapter.applies else "not applicable"
 
 
 def finding_of(part: Part) -> dict[str, Any] | None:
@@ -181,7 +189,9 @@ def contents(summary: ReportHeader, parts: list[Part]) -> dict[str, Any]:
     """Build what both templates are filled with."""
     return {
         "summary": summary,
-        "parts": parts,
+        "parts": [part for part in parts if part.chapter.applies],
+        "left_out": [part for part in parts if not part.chapter.applies],
+        "heroes": heroes_of(parts),
         "findings": findings_of(parts),
         "cautions": [part for part in parts if part.chapter.caution],
         "missing": [part for part in parts if part.chapter.missing],
@@ -194,10 +204,22 @@ def contents(summary: ReportHeader, parts: list[Part]) -> dict[str, Any]:
 
 
 def findings_of(parts: list[Part]) -> list[Part]:
-    """Return the chapters whose findings stand on the first screen: those of the last ones, which ask what the first
-    ones only describe; one that leads comes first."""
-    found = [part for part in parts if part.chapter.finding is not None][-MAX_FINDINGS:]
-    return sorted(found, key=lambda part: part.chapter.finding is None or not part.chapter.finding.leads)
+    """Return the chapters whose findings stand on the first screen, in the order of their ranks."""
+    found = [(part.chapter.finding.rank, part) for part in parts if part.chapter.finding is not None]
+    return [part for _, part in sorted(found, key=lambda each: each[0])][:MAX_FINDINGS]
+
+
+def finding_lines(chapters: dict[str, Chapter]) -> Iterator[str]:
+    """Yield the findings of the first screen as plain lines, for a terminal."""
+    for part in findings_of(numbered(chapters)):
+        assert part.chapter.finding is not None
+        yield re.sub(r"\\(.)", r"\1", one_line(part.resolve(part.chapter.finding.text)))
+
+
+def heroes_of(parts: list[Part]) -> list[tuple[int, FigureFile]]:
+    """Return the figures that the page begins with, as far as they were drawn as pictures, with their numbers."""
+    every = {figure.stem: (number, figure) for part in parts for number, figure in part.figures}
+    return [every[stem] for stem in HEROES if stem in every and every[stem][1].name.endswith(SHOWN)]
 
 
 def folded(part: Part) -> list[tuple[tuple[int, FigureFile], list[tuple[int, FigureFile]]]]:

@@ -101,12 +101,12 @@ def rounded_interval(interval: Interval) -> dict[str, Any]:
 
 def finding_of(atlas: Atlas, figure: str) -> Finding:
     places = atlas.differ[0, 0]
-    beyond_own = atlas.differ[0, :2].all(axis=0)
     return Finding(
-        f"Between {len(atlas.differences)} pairs of easily confused classes, {places.sum()} of {places.size} positions "
-        f"(layer and patch) get different attention; {beyond_own.sum()} of them beyond a line in the position's "
-        f"ink, {beyond_everything(atlas).sum()} beyond each of the regressions on all inks and on pixels.",
+        f"Easily confused classes get different attention at {places.sum()} of {places.size} positions (layer and "
+        f"patch, {len(atlas.differences)} pairs of classes). Beyond every regression on ink and pixels they do at "
+        f"{beyond_everything(atlas).sum()}.",
         figure,
+        rank=6,
     )
 
 

@@ -51,7 +51,7 @@ def write(study: Study) -> Chapter:
         [FigureFile(name, CAPTION.format(**facts))],
         [claim_table(judged), requirement_table(judged), layer_table(judged), *class_tables(judged)],
         numbers(judged),
-        finding=Finding(finding_text(judged), name),
+        finding=Finding(finding_text(judged), name, rank=5),
         caution=CAUTION,
     )
 

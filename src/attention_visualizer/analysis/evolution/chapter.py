@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from attention_visualizer.analysis.evolution.figure import animate, draw
+from dataclasses import dataclass
+
+import numpy as np
+
+from attention_visualizer.analysis.evolution.figure import animate, draw, draw_strip
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.report.chapter import Chapter, FigureFile
+from attention_visualizer.report.chapter import Chapter, FigureFile, Finding
+from attention_visualizer.runs.history import AttentionHistory
+
+SMALLEST_CHANGE = 0.1  # nats, for a change to be a finding
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the probe images' attention entropy changed most, of all layers."""
+
+    layer: int  # from 1
+    first: float  # nats, mean over heads and images
+    last: float
+    half_step: int  # the first captured step with half of the change
+    last_step: int
+
+
+def largest_change(history: AttentionHistory) -> Change:
+    entropies = history.column("frames", "entropy").mean(axis=2)  # [time, layer]
+    steps = history.column("frames", "step")
+    layer = int(np.abs(entropies[-1] - entropies[0]).argmax())
+    first, last = float(entropies[0, layer]), float(entropies[-1, layer])
+    done = (entropies[:, layer] - first) / (last - first) if last != first else np.ones(len(steps))
+    return Change(layer + 1, first, last, int(steps[int((done >= 0.5).argmax())]), int(steps[-1]))
 
 
 def write(study: Study) -> Chapter:
     history, output = study.history, study.output
     assert history is not None  # see CHAPTER
     figures = [
+        FigureFile(
+            output.save(draw_strip(history), "attention_evolution_strip"),
+            "The last layer's attention on probe images, from random weights to the end of training.",
+        ),
         FigureFile(
             output.save(draw(history), "attention_evolution"),
             "Entropy and mean attention distance by layer and head over training.",
@@ -20,17 +51,36 @@ def write(study: Study) -> Chapter:
             animate(history, output, "attention_evolution"), "The probe images' attention over training (animated)."
         ),
     ]
-    return Chapter(CHAPTER.title, TEXT.format(frames=len(history.frames)), figures)
+    change = largest_change(history)
+    begins_at_start = int(history.frames[0]["step"]) == 0
+    facts = {
+        "frames": len(history.frames),
+        "layer": change.layer,
+        "first": f"{change.first:.2f}",
+        "last": f"{change.last:.2f}",
+        "half": f"{change.half_step:,}",
+        "end": f"{change.last_step:,}",
+    }
+    finding = None
+    if begins_at_start and abs(change.last - change.first) >= SMALLEST_CHANGE:
+        finding = Finding(FINDING.format(**facts), figures[0].name, rank=2)
+    numbers = {"largest_change": vars(change)}
+    return Chapter(CHAPTER.title, TEXT.format(**facts), figures, numbers=numbers, finding=finding)
 
 
 CHAPTER = ChapterWriter(
     "Evolution over training",
     write,
-    ("attention_evolution",),
+    ("attention_evolution_strip", "attention_evolution"),
     {Need.HISTORY: "This checkpoint comes without the history of a training run."},
 )
 
+FINDING = """Training changed layer {layer} most (picked afterwards): its attention entropy went from {first} to {last}
+nats, half of it by step {half} of {end}."""
+
 TEXT = """Attention on the same probe images at {frames} steps, the first before training, most within the first epoch,
-where most of the change occurs. Solid lines are means over the whole validation set (thin ones single heads), dotted
-lines the probe images only; in the animation, each row is a probe image and each column a layer. Where a class token is
-read out, the last layer's distance is omitted: its patch queries cannot affect the logits."""
+where most of the change occurs. Of all layers, the entropy of layer {layer} changed most, from {first} to {last} nats
+on the probe images (mean over heads); half of the change was there at step {half} of {end}. Solid lines are means over
+the whole validation set (thin ones single heads), dotted lines the probe images only; in the animation, each row is a
+probe image and each column a layer. Where a class token is read out, the last layer's distance is omitted: its patch
+queries cannot affect the logits."""

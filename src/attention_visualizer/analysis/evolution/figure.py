@@ -10,14 +10,17 @@ from PIL import Image
 
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.figures import charts
-from attention_visualizer.figures.attention_figures import moment, probe_sheet
-from attention_visualizer.figures.panels import PanelFigure
+from attention_visualizer.figures.attention_figures import class_name, common_unit, moment, probe_sheet, query_name
+from attention_visualizer.figures.color_scales import attention_scale
+from attention_visualizer.figures.panels import Array, PanelFigure, overlay
+from attention_visualizer.figures.tile_grid import Tile, tile_grid
 from attention_visualizer.files.atomic import atomic_path
-from attention_visualizer.measures.map_measures import uniform_entropy
+from attention_visualizer.measures.map_measures import Query, uniform_entropy
 from attention_visualizer.runs.history import AttentionHistory
 
 FRAME_MILLISECONDS = 600
-MAX_FRAMES = 300  # they are in memory together
+MAX_FRAMES = 24  # of the animation
+STRIP_MOMENTS, STRIP_IMAGES = 6, 4
 
 
 def draw(history: AttentionHistory) -> Figure:
@@ -43,10 +46,42 @@ def draw(history: AttentionHistory) -> Figure:
 
 
 def draw_frames(history: AttentionHistory) -> Iterator[PanelFigure]:
-    """One figure for each captured frame of the probe images, at most MAX_FRAMES, the last one among them."""
-    step = -(-len(history.frames) // MAX_FRAMES)
-    for frame in history.frames[::-step][::-1]:
+    """One figure for each captured frame of the probe images, at most MAX_FRAMES."""
+    for frame in chosen_frames(history, MAX_FRAMES):
         yield probe_sheet(history.probe, frame, moment(float(frame["epoch"]), int(frame["step"])))
+
+
+def chosen_frames(history: AttentionHistory, count: int) -> list[dict[str, Array]]:
+    """Return at most `count` frames, the first and the last among them, and most of them early, as the change is."""
+    frames = history.frames
+    if len(frames) <= count:
+        return frames
+    steps = np.log1p([float(frame["step"]) for frame in frames])
+    wanted = np.linspace(steps[0], steps[-1], count)
+    return [frames[index] for index in sorted({int(np.abs(steps - each).argmin()) for each in wanted})]
+
+
+def draw_strip(history: AttentionHistory) -> PanelFigure:
+    """Draw the last layer's attention on a few probe images, from before training to its end."""
+    probe, frames = history.probe, chosen_frames(history, STRIP_MOMENTS)
+    num_keys = np.atleast_1d(probe["num_keys"])
+    unit = common_unit(np.broadcast_to(num_keys, frames[0]["maps"].shape[1]).tolist())
+    names, labels = [str(name) for name in probe["class_names"]], probe["labels"][:STRIP_IMAGES].tolist()
+    rows: list[list[Tile | None]] = []
+    for number in range(len(labels)):
+        image = probe["images"][number]
+        maps = np.stack([frame["maps"][number, -1] for frame in frames]) * (num_keys[-1] / unit)
+        rows.append([Tile(image), *(Tile(picture) for picture in overlay(image, maps, unit))])
+    query: Query = "cls" if probe["query"] == "cls" else "patches"
+    return tile_grid(
+        rows,
+        f"During training: {query_name(query)} of the last layer, mean over heads",
+        "From random weights to the end of training",
+        column_titles=["input", *(f"step {int(frame['step']):,}" for frame in frames)],
+        row_titles=[class_name(names, label) if label >= 0 else f"image {i + 1}" for i, label in enumerate(labels)],
+        tile_size=72,
+        scale=attention_scale(unit),
+    )
 
 
 def animate(history: AttentionHistory, output: Output, stem: str) -> str:

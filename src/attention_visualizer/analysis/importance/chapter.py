@@ -44,7 +44,7 @@ def write(study: Study) -> Chapter:
         ],
         tables_of(measured),
         numbers_of(measured),
-        finding=Finding(headline(measured), whole_model),
+        finding=Finding(headline(measured), whole_model, rank=1),
         caution="A head that is not needed may have a function that others share; edited attention is attention that "
         "the model was not trained with.",
     )

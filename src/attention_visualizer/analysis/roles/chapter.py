@@ -180,20 +180,21 @@ def role_counts(roles: Roles) -> dict[str, int]:
 def finding_of(measured: MeasuredHeads, figure: str) -> Finding:
     heads, roles, n = measured.heads, measured.roles, measured.num_images
     if not measured.has_learnt:
-        return Finding(f"The model's accuracy is not above chance, so no head has a role (n = {n:,}).", figure)
+        return Finding(f"The model's accuracy is not above chance, so no head has a role (n = {n:,}).", figure, rank=3)
     counts = role_counts(roles)
     with_role = len(heads) - counts[NO_ROLE]
     count = sum(measured.controls.values())
     beyond = f" beyond every head of {count} control models" if count else ", without a control to exceed"
     if not with_role:
-        return Finding(f"No head of {len(heads)} has a role{beyond} (n = {n:,}).", figure)
+        return Finding(f"No head of {len(heads)} has a role{beyond} (n = {n:,}).", figure, rank=3)
     listed = ", ".join(f"{count} {role}" for role, count in counts.items() if count and role != NO_ROLE)
     several = sum(len(names) > 1 for names in roles.names)
     if several:
         listed += f"; {several} of them {'has' if several == 1 else 'have'} more than one"
     check = measured.causal
     depends = "" if check is None else f" Predictions depend on {len(check.matters) or 'none'} of these roles."
-    return Finding(f"{with_role} of {len(heads)} heads have a role{beyond}: {listed} (n = {n:,}).{depends}", figure)
+    text = f"{with_role} of {len(heads)} heads have a role{beyond}: {listed} (n = {n:,}).{depends}"
+    return Finding(text, figure, rank=3)
 
 
 def controls_text(measured: MeasuredHeads) -> str:

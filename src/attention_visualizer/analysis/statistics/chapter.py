@@ -112,11 +112,11 @@ def finding_of(survey: Survey, figure: str) -> Finding:
     sharpest, broadest = int(np.argmin(entropies.value)), int(np.argmax(entropies.value))
     keys = survey.geometries[-1].num_tokens
     text = (
-        f"The readout query's attention is broadest in layer {broadest + 1}, {tokens[broadest].text(2)} effective "
-        f"tokens of {keys}, and sharpest in layer {sharpest + 1}, {tokens[sharpest].text(2)} (both layers picked "
-        f"afterwards; means over heads, n = {survey.num_images:,})."
+        f"The readout query's attention is broadest in layer {broadest + 1}: {tokens[broadest].text(2)} effective "
+        f"tokens of {keys}, mean over heads. It is sharpest in layer {sharpest + 1}: {tokens[sharpest].text(2)} "
+        f"(layers picked afterwards, n = {survey.num_images:,})."
     )
-    return Finding(text, figure)
+    return Finding(text, figure, rank=7)
 
 
 def layer_table(survey: Survey, images: str) -> Table:

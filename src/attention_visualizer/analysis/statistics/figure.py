@@ -9,6 +9,7 @@ from attention_visualizer.analysis.statistics.measure import Groups, Statistics
 from attention_visualizer.analysis.study.survey import MEASURE_NAMES, Survey
 from attention_visualizer.figures import charts
 from attention_visualizer.figures.fonts import drawable
+from attention_visualizer.figures.notebook_figure import NotebookFigure
 from attention_visualizer.measures.streaming import REPORTED_MEASURES
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -21,7 +22,7 @@ HEADS_IN_ROW = 2  # heat maps side by side
 
 def draw_layers(survey: Survey, images: str) -> Figure:
     """Draw box plots above and distributions below, for each measure. images: what the survey is over, in words."""
-    figure = Figure(figsize=(14, 8.5), layout="constrained")
+    figure = NotebookFigure(figsize=(14, 8.5), layout="constrained")
     axes = figure.subplots(2, len(BY_LAYER))
     uniform: dict[str, float | None] = dict.fromkeys(BY_LAYER)
     if survey.uniform_entropy is not None:

@@ -54,7 +54,7 @@ def write(study: Study) -> Chapter:
         ],
         [verdict_table(result), area_table(result), gain_table(result)],
         numbers_of(result),
-        finding=Finding(headline(result), figure),
+        finding=Finding(headline(result), figure, rank=4),
         caution="A map that is not trusted shows where the attention goes, but does not explain the prediction."
         if not result.trusted
         else "Trust applies to the ranking of patches over many images, not to the map of a single image.",
@@ -68,8 +68,8 @@ def headline(result: TrustResult) -> str:
         return f"{trusted} as an explanation of this checkpoint's predictions (n = {result.num_images:,})."
     best = result.methods[int(np.nanargmax(shares))]
     return (
-        f"The map that explains most, {best.name} (the largest of {len(shares)}, picked afterwards), gains "
-        f"{best.degrees}. {trusted} as an explanation of this checkpoint's predictions (n = {result.num_images:,})."
+        f"{trusted} as an explanation of this checkpoint's predictions (n = {result.num_images:,}). The best of "
+        f"{len(shares)}, {best.name} (picked afterwards), gains {best.degrees.partition(';')[0]}."
     )
 
 

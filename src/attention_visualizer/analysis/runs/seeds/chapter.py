@@ -49,7 +49,7 @@ def write(study: Study, surveyed: list[SurveyedRun]) -> Chapter:
         [FigureFile(name, CAPTION.format(count=count, n=n, kind=kind))],
         tables,
         numbers(comparison),
-        finding=Finding(finding_text(comparison), name, leads=count >= FEW_SEEDS),
+        finding=Finding(finding_text(comparison), name, rank=0 if count >= FEW_SEEDS else 8),
         caution=CAUTION,
     )
 
@@ -147,15 +147,16 @@ def finding_text(comparison: SeedComparison) -> str:
     """Values over seeds, where these are enough for an interval; then what recurs."""
     count, sentences = comparison.num_seeds, []
     if count >= FEW_SEEDS:
-        values = [each for each in (accuracy_text(comparison), claims_text(comparison)) if each]
-        sentences += [f"Over {count} seeds {', and '.join(values)}"] if values else []
+        accuracy, claims = accuracy_text(comparison), claims_text(comparison)
+        sentences += [f"Over {count} seeds {accuracy}"] if accuracy else []
+        sentences += [claims] if claims else []
     if comparison.partners.shape[2] > 1:
         gain = np.mean([pair.gain for pair in comparison.pairs])
         unrelated = max((pair.gain for pair in (*comparison.shifted, *comparison.random)), default=0.0)
         recur = "Heads recur" if comparison.heads_recur else "Heads do not recur recognisably"
         sentences.append(
             f"{recur}: matched heads are {gain:.0%} closer than at random, unrelated heads up to {unrelated:.0%} "
-            f"({count} seeds, n = {comparison.num_images:,} {comparison.image_kind}s)"
+            f"({count} seeds, n = {comparison.num_images:,})"
         )
     return " ".join(f"{each}." for each in sentences) or f"{count} seeds were compared, of layers with one head each."
 
@@ -166,7 +167,7 @@ def accuracy_text(comparison: SeedComparison) -> str:
         return ""
     each = [float(run.accuracy.value) for run in comparison.runs if run.accuracy is not None]
     return (
-        f"the mean accuracy is {accuracy.text(2, percent=True)}, 95 % interval over seeds (single runs: "
+        f"the mean accuracy is {accuracy.text(2, percent=True)}, interval over seeds (single runs: "
         f"{100 * min(each):.2f} to {100 * max(each):.2f})"
     )
 

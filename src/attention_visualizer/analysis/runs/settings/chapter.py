@@ -44,7 +44,7 @@ def write(study: Study, surveyed: list[SurveyedRun]) -> Chapter:
         [FigureFile(name, CAPTION.format(**facts))],
         [run_table(surveyed), setting_table(comparison)],
         numbers(comparison),
-        finding=Finding(finding_text(comparison), name),
+        finding=Finding(finding_text(comparison), name, rank=0),
         caution=CAUTION,
     )
 
