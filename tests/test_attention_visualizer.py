@@ -5,9 +5,12 @@ python tests/test_attention_visualizer.py
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
-from attention_visualizer import AttentionVisualizer
+from attention_visualizer import AttentionVisualizer, capture
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.images import normalise
 from attention_visualizer.data.mnist import MnistUnavailable
@@ -372,6 +375,40 @@ def test_a_model_without_a_class_token_says_what_is_shown() -> None:
     ((image, label), *_) = visualizer.get_test_samples(1)
     figure = visualizer.visualize_attention_patterns(image, label)
     assert any("averaged over patch queries" in text for text in texts(figure))
+
+
+# --- in a notebook ---
+
+
+def test_a_notebook_shows_figures_and_the_page_and_says_what_things_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("attention_visualizer.visualizer.CHAPTERS", ("patterns", "statistics"))
+    visualizer = AttentionVisualizer(small_model())
+    assert repr(visualizer).startswith("AttentionVisualizer('") and "device='cpu'" in repr(visualizer)
+    samples = visualizer.get_test_samples(num_samples=2)
+    figures = [visualizer.visualize_attention_patterns(*samples[0]), visualizer.create_attention_statistics(samples)[0]]
+    for figure in figures:
+        shown = Image.open(io.BytesIO(figure._repr_png_()))  # type: ignore[attr-defined]
+        assert shown.size == tuple(round(side * figure.dpi) for side in figure.get_size_inches())
+    report = visualizer.run_comprehensive_analysis()
+    page = html.unescape(report._repr_html_())
+    assert isinstance(report, Path) and report.is_file() and page.count("<iframe srcdoc=") == 1
+    assert report.with_name("attention_analysis_report.html").read_text() in page
+    told = capsys.readouterr().out.splitlines()
+    assert told[:2] == ["chapter 1/2: patterns", "chapter 2/2: statistics"] and told[2].startswith("1. The readout")
+    assert told[-2].endswith("attention_analysis_report.html") and told[-1].endswith("attention_analysis_report.md")
+
+
+def test_what_is_captured_prints_no_numbers() -> None:
+    model = model_of(**SMALL)
+    with torch.no_grad(), capture(model) as attention:
+        model(torch.rand(1, 1, 28, 28))
+    assert re.fullmatch(
+        r"CapturedAttention\(\d+ layers x \d+ heads, reconstruction error \d\.\de-\d\d\)", repr(attention)
+    )
+    assert "tensor" not in repr(attention[0]) and "weights [1 x " in repr(attention[0])
+    assert str(attention[0].geometry) in repr(attention[0])
 
 
 # --- model files ---

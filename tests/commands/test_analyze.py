@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import re
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ from tests.helpers.documentation import documented
 def test_every_promised_file_is_written_and_no_other(analysis: Analysis) -> None:
     expected = {f"{stem}_sample_{number}.png" for stem in SAMPLE_FIGURES for number in range(8)}
     expected |= {f"{stem}.png" for stem in STATISTICS_FIGURES + FINDINGS_FIGURES}
-    expected |= {"attention_evolution.png", "attention_evolution.webp"}
+    expected |= {"attention_evolution_strip.png", "attention_evolution.png", "attention_evolution.webp"}
     expected |= {
         "attention_analysis_report.md",
         "attention_analysis_report.html",
@@ -102,7 +104,7 @@ def test_it_says_which_checkpoint_and_why(analysis: Analysis) -> None:
     first, *_, last = analysis.outcome.out.strip().splitlines()
     assert first.startswith("Checkpoint: best.ckpt of the newest run 2025-01-02_03-04-05-000006")
     assert "0.7500" in first and last.startswith("Markdown: ")
-    assert (analysis.run.path.parents[1] / last.removeprefix("Report:").strip()).is_file()
+    assert (analysis.run.path.parents[1] / last.removeprefix("Markdown:").strip()).is_file()
     assert analysis.outcome.err == ""
 
 
@@ -219,6 +221,21 @@ def test_boxes_of_nearly_uniform_attention_are_no_artefact_of_the_bins(work: Wor
         told = layers[layer]["entropy"]["quantiles"]
         low, high = np.quantile(truth["entropy"][:, layer], [0.05, 0.95])
         assert told["0.95"] - told["0.05"] <= 2 * (high - low) + 1e-6, f"layer {layer + 1}"
+
+
+def test_findings_are_short_and_their_numbers_are_found_again(analysis: Analysis) -> None:
+    content = json.loads((analysis.output / "attention_statistics.json").read_text())
+    report = (analysis.output / "attention_analysis_report.md").read_text()
+    sections = {part.partition("\n")[0].partition(". ")[2]: part for part in re.split(r"^## ", report, flags=re.M)}
+    found = {name: each for name, each in content["chapters"].items() if each["finding"] is not None}
+    assert len(found) >= 5
+    for name, each in found.items():
+        text = re.sub(r"\*", "", each["finding"]["text"])
+        for sentence in re.split(r"(?<=[.:]) (?=[A-Z0-9])", text):
+            assert len(sentence.split()) <= 25, (name, sentence)
+        section = sections[each["title"]] + json.dumps(each["numbers"])
+        for number in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"Figure \d+", "", text)):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}", section), (name, number)
 
 
 def test_the_accuracy_is_the_models(analysis: Analysis, model: VisionTransformer, digits: ImageDataModule) -> None:

@@ -73,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: ImageDataModule) -> W
 def test_the_checkpoint_that_was_meant(runs: Workplace, arguments: list[str], width: int, said: str) -> None:
     outcome = succeed(*arguments, *ONE, folder=runs.path)
     assert said in outcome.out.splitlines()[0]
-    report = runs.path / outcome.out.splitlines()[-1].removeprefix("Report:").strip()
+    report = runs.path / outcome.out.splitlines()[-1].removeprefix("Markdown:").strip()
     assert f"width {width}," in report.read_text() and report.parent.name == "attention_analysis"
 
 
@@ -308,7 +308,7 @@ def test_only_the_chapters_that_were_asked_for(work: Workplace, model: VisionTra
         "importance": {"attention_interventions.png", "attention_importance.png"},
         "trust": {"attention_trust.png"},
         "claims": {"attention_claims.png"},
-        "evolution": {"attention_evolution.png", "attention_evolution.webp"},
+        "evolution": {"attention_evolution_strip.png", "attention_evolution.png", "attention_evolution.webp"},
     }
     expected = {"attention_analysis_report.md", "attention_analysis_report.html", "attention_statistics.json"}.union(
         *(files[name] for name in chapters)

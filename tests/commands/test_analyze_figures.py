@@ -35,7 +35,7 @@ def test_vector_formats(work: Workplace, model: VisionTransformer, file_format: 
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         succeed(f"format={file_format}", "num_samples=1", "output_dir=out", chapters, folder=work.path)
     figures = sorted((work.path / "out").glob(f"*.{file_format}"))
-    names = {"attention_pattern_sample_0", *STATISTICS_FIGURES, "attention_evolution"}
+    names = {"attention_pattern_sample_0", *STATISTICS_FIGURES, "attention_evolution_strip", "attention_evolution"}
     assert {path.stem for path in figures} == names
     assert not list((work.path / "out").glob("*.png"))
     assert set(embedded_figures(read_report(work.path / "out"))) == {

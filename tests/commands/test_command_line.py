@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -13,12 +13,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import ConfigKeyError
 
+from attention_visualizer.commands import help_text
 from attention_visualizer.commands.command_line import error_line
 from attention_visualizer.data.mnist import FILES
+from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.training.overrides import override
 from attention_visualizer.training.sweeps import job_folder, sweep_rows
-from tests.helpers.runs import BARE, BRIEF, Outcome, run_folders, run_process, run_train
+from tests.helpers.runs import BARE, BRIEF, PROJECT, Outcome, run_folders, run_process, run_train
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +198,64 @@ def test_the_traceback_can_be_asked_for(folder: Path) -> None:
     assert outcome.exit_code != 0 and "Traceback" in outcome.err and run_folders(folder) == []
 
 
-def test_help_shows_groups_and_values(folder: Path) -> None:
-    outcome = run_train("--help", folder=folder)
+def test_help_explains_groups_and_fields_with_their_values(folder: Path) -> None:
+    outcome = run_train("--help", "model.embed_dim=64", "optimizer=muon", folder=folder, COLUMNS="80")
     assert outcome.exit_code == 0
-    for words in ("python train.py", "embed_dim: 128", "experiment", "tensorboard"):
+    for words in (
+        "python train.py",
+        "model.embed_dim=64 ",
+        "optimizer.muon=true",
+        "10 for mnist",
+        "logger: csv, none,",
+    ):
         assert words in outcome.out
+    fields = outcome.out[outcome.out.index("Groups") :]
+    assert max(map(len, fields.splitlines())) <= 80
+    for private in ("_target_", "image_data_module", "vision_transformer", "run_folder", "classifier"):
+        assert private not in fields
     assert run_folders(folder) == []
+    wrong = run_train("--help", "model.embed=64", folder=folder)
+    assert wrong.exit_code == 2 and "did you mean model.embed_dim=?" in wrong.err
+
+
+@pytest.mark.parametrize("name", ["train", "analyze"])
+def test_every_field_of_ours_is_explained_and_no_other(name: str) -> None:
+    fields, _ = help_text.fields_of(PROJECT / "conf", name)
+    explained = help_text.explanations_of(PROJECT / "conf", name)
+    if name == "train":
+        assert set(explained) <= set(fields)
+        ours = {field for field in fields if not field.startswith(("trainer.", *help_text.HIDDEN))}
+        assert ours - set(explained) == set()
+        for field, hint in get_type_hints(ViTConfig).items():
+            assert all(choice in explained[f"model.{field}"] for choice in get_args(hint))
+    else:
+        assert set(fields) - set(explained) <= {"runs_dir"}
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "meant"),
+    [
+        ("train", "epochs=3", "trainer.max_epochs="),
+        ("train", "batch_size=3", "data.batch_size="),
+        ("train", "model.embed=64", "model.embed_dim="),
+        ("train", "trainer.max_epoch=3", "trainer.max_epochs="),
+        ("train", "lr=0.1", ""),
+        ("train", "learning_rate=0.1", "optimizer.learning_rate="),
+        ("train", "--epochs", "trainer.max_epochs="),
+        ("train", "seed=1", ""),
+        ("train", "logger.csv=null", ""),
+        ("analyze", "sample=3", "num_samples= or samples="),
+        ("analyze", "chapter=[heads]", "chapters="),
+    ],
+)
+def test_a_misspelt_field_is_asked_back(name: str, word: str, meant: str) -> None:
+    line = help_text.did_you_mean(PROJECT / "conf", name, [word])
+    assert (f"did you mean {meant}" in line) if meant else (line == ""), line
+
+
+def test_a_flag_that_is_a_field_is_one_line(folder: Path) -> None:
+    outcome = run_train("--epochs", "3", folder=folder)
+    assert outcome.exit_code == 2 and outcome.err.count("\n") == 1 and "trainer.max_epochs=" in outcome.err
 
 
 def test_options_whose_help_python_3_14_checks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from tests.helpers.runs import (
     BATCHES,
     BRIEF,
     EPOCHS,
+    LOGGED,
     TINY,
     Outcome,
     TrainedRun,
@@ -70,8 +71,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resumed]:
     pytest.MonkeyPatch().setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_after(2 * BATCHES + 5, monkeypatch)
-        loggers = "logger=[tensorboard,csv]"
-        interrupted = run_train(*TINY, f"trainer.max_epochs={EPOCHS}", loggers, folder=folder)
+        interrupted = run_train(*TINY, f"trainer.max_epochs={EPOCHS}", *LOGGED, folder=folder)
     path = only_run(folder)
     manifest = TrainedRun(path, interrupted).manifest
     outcome = run_train(f"ckpt_path={path}/checkpoints/last.ckpt", folder=folder)

@@ -304,17 +304,22 @@ def test_every_link_leads_to_a_place_on_the_page_or_to_a_file_beside_it(output: 
         assert address[1:] in page.ids if address[0] == "#" else (output / address).is_file(), address
 
 
-def test_figures_are_inside_the_page_to_the_byte_and_link_to_their_files(output: Path) -> None:
+def pixels(picture: Path | io.BytesIO) -> bytes:
+    with Image.open(picture) as opened:
+        return opened.convert("RGB").tobytes()
+
+
+def test_figures_are_inside_the_page_to_the_pixel_and_link_to_their_files(output: Path) -> None:
     page = page_of(output)
     shown = {}
     for (name, link), (_, picture) in zip(page.elements, page.elements[1:], strict=False):
         if name == "a" and "src" in picture and link["href"][0] != "#":
             kind, content = picture["src"].split(";base64,")
-            shown[link["href"]] = base64.b64decode(content)
-            assert kind == f"data:image/{link['href'].rpartition('.')[2]}"
+            shown[link["href"]] = pixels(io.BytesIO(base64.b64decode(content)))
+            assert kind == "data:image/webp"
             assert picture["width"].startswith("70") and picture["height"] == "300"
     drawn = [path for path in output.iterdir() if path.suffix in (".png", ".webp")]
-    assert shown == {path.name: path.read_bytes() for path in drawn} and len(drawn) == 4
+    assert shown == {path.name: pixels(path) for path in drawn} and len(drawn) == 4
     assert page.text("a", href="attention_statistics.svg") == "attention_statistics.svg"
 
 
@@ -351,13 +356,36 @@ def test_samples_are_folded_away_behind_the_first(output: Path) -> None:
     assert "test image 0" in before and folded.split("</details>")[0].count("![test image") == 2
 
 
-def test_at_most_five_findings(output: Path) -> None:
-    given = {f"chapter{i}": Chapter("T", "", finding=Finding(f"found {i}")) for i in range(7)}
-    page = page_of(output, given=given)
-    assert page.text("ol") == " ".join(f"found {i}" for i in range(2, 7))
-    assert markdown_report.markdown(summary(), given).count("found ") == 5
+def test_at_most_six_findings_the_most_interesting_first(output: Path) -> None:
+    given = {f"chapter{i}": Chapter("T", "", finding=Finding(f"found {i}")) for i in range(8)}
+    assert page_of(output, given=given).text("ol") == " ".join(f"found {i}" for i in range(6))
+    assert markdown_report.markdown(summary(), given).count("found ") == 6
     given["chapter5"] = Chapter("T", "", finding=Finding("found 5", rank=0))
-    assert page_of(output, given=given).text("ol") == "found 5 found 2 found 3 found 4 found 6"
+    given["chapter7"] = Chapter("T", "", finding=Finding("found 7", rank=2))
+    assert page_of(output, given=given).text("ol") == "found 5 found 7 found 0 found 1 found 2 found 3"
+    assert list(markdown_report.finding_lines(given))[:2] == ["found 5", "found 7"]
+
+
+def test_chapters_that_do_not_apply_are_lines_at_the_end(output: Path) -> None:
+    given = {"a": Chapter("Alpha", "Needs *ink*.", applies=False), "b": Chapter("Beta", "Is there.")}
+    page = page_of(output, given=given)
+    assert "1. Beta Not in this report Methods" in page.text("h2") and "Alpha" not in page.text("h2")
+    assert page.text("em") == "ink" and page.text("b") == "Warning. Alpha." and "Alpha" not in page.text("nav")
+    text = markdown_report.markdown(summary(), given)
+    assert "## 1. Beta" in text and "Alpha](" not in text and "- **Alpha.** Needs *ink*." in text
+    numbers = json.loads((output / "attention_statistics.json").read_text())["chapters"]
+    assert [numbers[name]["status"] for name in ("a", "b")] == ["not applicable", "complete"]
+    assert numbers["a"]["reason"] == "Needs *ink*."
+
+
+def test_the_page_begins_with_a_map_and_a_strip_of_training(output: Path) -> None:
+    names = ("attention_pattern_sample_0.png", "attention_evolution_strip.png", "attention_roles.png")
+    for name in names:
+        Image.new("RGB", (30, 20), "red").save(output / name)
+    given = {"a": Chapter("A", "", [FigureFile(name, "of " + name) for name in reversed(names)])}
+    page = page_of(output, given=given)
+    assert [image["alt"] for image in page.all("img")][:2] == ["of " + name for name in names[:2]]
+    assert [link["href"] for link in page.all("a")][:2] == ["#figure-3", "#figure-2"]
 
 
 def test_markup_of_prose_is_rendered_and_html_in_it_is_not(output: Path) -> None:

@@ -7,6 +7,7 @@ Hands out what train.py, analyze.py and the installed command `attention-visuali
     analyze_options.py     the fields of conf/analyze.yaml, their types, which go together
     command_line.py        how both run: a user's mistake ends in one line
     completion.py          completion in the shell
+    help_text.py           `--help`, and what a misspelt field was meant to be
     main.py                `attention-visualizer`: the commands by name
     quick_imports.py       imports without garbage collection; Ctrl-C meanwhile
     train.py               `python train.py`: a run, or the jobs of a sweep

@@ -19,11 +19,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from attention_visualizer.commands.help_text import did_you_mean, help_text
 from attention_visualizer.support.errors import UserError, one_line
 from attention_visualizer.support.invocation import INSTALLED
 from attention_visualizer.support.text import printable
 
 MAX_LINE_LENGTH = 800  # characters; a value given may have any number
+FLAGS = (  # Hydra's
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun"),
+    *("--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info"),
+)
 
 
 def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Callable[[], None] | None = None) -> None:
@@ -34,6 +39,14 @@ def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Cal
     """
     if {"--version", "-V"} & set(sys.argv[1:]):
         print(f"{INSTALLED} {version(INSTALLED)}")
+        return
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    check_flags(conf, name)
+    if {"--help", "-h"} & set(sys.argv[1:]) and not {"--config-dir", "-cd"} & set(sys.argv[1:]):
+        try:
+            print(help_text(conf, name, words), end="")
+        except HydraException as error:
+            fail(UserError(error_line(error) + did_you_mean(conf, name, words)))
         return
     job_started = False
 
@@ -61,7 +74,18 @@ def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Cal
             raise
         if on_mistake is not None:
             on_mistake()
-        fail(error if is_foreseen(error) else UserError(f"{' '.join(sys.argv[1:])}: cannot be understood: {error}"))
+        if not is_foreseen(error):
+            fail(UserError(f"{' '.join(sys.argv[1:])}: cannot be understood: {error}"))
+        meant = "" if job_started else did_you_mean(conf, name, words)
+        fail(UserError(error_line(error) + meant) if meant else error)
+
+
+def check_flags(conf: Path, name: str) -> None:
+    """End with one line for a flag that Hydra does not know: it would print its usage, and no field is a flag."""
+    for word in sys.argv[1:]:
+        if word.startswith("--") and word.partition("=")[0] not in FLAGS:
+            meant = did_you_mean(conf, name, [word]) or "; see --help"
+            fail(UserError(f"{word}: there is no such flag; fields are given as field=value, without dashes{meant}"))
 
 
 @contextmanager

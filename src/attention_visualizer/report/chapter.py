@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,3 +68,10 @@ def escape_markdown(text: str) -> str:
     """Escape foreign text (names, paths): no markup, no HTML, no table cell or placeholder of its own."""
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_{}\[\]|~$])", r"\\\1", " ".join(text.split()))
+
+
+def p_text(p_value: float) -> str:
+    """Format a p-value for a table; "–" for NaN."""
+    if math.isnan(p_value):
+        return "–"
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -24,7 +24,7 @@ from attention_visualizer.data.ink import border_patches
 from attention_visualizer.data.strokes import BEND
 from attention_visualizer.measures.intervals import CHAPTER_LEVEL
 from attention_visualizer.measures.matched_patches import num_levels
-from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
+from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table, p_text
 
 TITLE = "Common claims, tested"
 MIN_IMAGES = 100  # from which like patches can be found
@@ -60,19 +60,19 @@ def claim_table(judged: JudgedClaims) -> Table:
     rows = [
         [
             judgement.claim.name,
+            judgement.verdict,
             *result_cells(judgement.results[0], judged.controls),
-            f"{judgement.adjusted:.4f}",
-            f"{judgement.verdict}: {judgement.reason}",
+            p_text(judgement.adjusted),
+            judgement.reason,
         ]
         for judgement in judged.judgements
     ]
     caption = (
         f"One row per claim, n = {judged.n:,}, with the requirement that decides: the one that is farthest from being "
-        f"met, or where any layer suffices, the strongest, selected for its size. Effect: in units of the minimum "
-        f"effect, and (d) in standard deviations over images. p: of the claim, Holm-adjusted over the "
-        f"{len(judged.judgements)} claims and the layers."
+        f"met, or where any layer suffices, the strongest, selected for its size. The controls: from the lowest to the "
+        f"highest. p: of the claim, Holm-adjusted over the {len(judged.judgements)} claims and the layers."
     )
-    return Table(caption, [*columns_of(judged.controls), "p adjusted", "verdict"], rows)
+    return Table(caption, ["claim", "verdict", *columns_of(judged.controls), "p adjusted", "reason"], rows)
 
 
 def requirement_table(judged: JudgedClaims) -> Table:
@@ -80,16 +80,17 @@ def requirement_table(judged: JudgedClaims) -> Table:
     rows = [
         [
             judgement.claim.name,
+            "fails" if result.failure else "holds",
             *result_cells(result, judged.controls),
-            f"{result.p_value:.4f}",
-            result.failure or "holds",
+            p_text(result.p_value),
+            result.failure or "–",
         ]
         for judgement in judged.judgements
         if len(judgement.results) > 1
         for result in judgement.results
     ]
     caption = f"All requirements of claims that have more than one, n = {judged.n:,}. p: not adjusted."
-    return Table(caption, [*columns_of(judged.controls), "p", "holds"], rows)
+    return Table(caption, ["claim", "requirement", *columns_of(judged.controls), "p", "reason"], rows)
 
 
 def layer_table(judged: JudgedClaims) -> Table:
@@ -131,25 +132,15 @@ def class_tables(judged: JudgedClaims) -> list[Table]:
 
 
 def columns_of(controls: Iterable[str]) -> list[str]:
-    return ["claim", "quantity", "value (95 % interval)", "n", *controls, "null", "effect"]
+    return ["quantity", "value (95 % interval)", *controls]
 
 
 def result_cells(result: Result, controls: Iterable[str]) -> list[str]:
-    """Return quantity, value, n, the range of each kind of control, null and effect."""
+    """Return quantity, value, and the range of each kind of control."""
     requirement = result.requirement
     ranges = [range_text(result.controls.get(kind, ())) for kind in controls]
-    value = effect = "–"
-    if not np.isnan(result.value):
-        value = result.interval.text()
-        effect = f"{result.value / requirement.minimum:.2f} (d {result.standardised:.2f})"
-    return [
-        f"{requirement.quantity}, {requirement.unit}",
-        value,
-        f"{result.interval.n:,}",
-        *ranges,
-        requirement.null,
-        effect,
-    ]
+    value = "–" if np.isnan(result.value) else result.interval.text()
+    return [f"{requirement.quantity}, {requirement.unit}", value, *ranges]
 
 
 def range_text(values: Sequence[float]) -> str:

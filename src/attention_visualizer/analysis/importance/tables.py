@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from attention_visualizer.analysis.importance.measure import Importance, JointAblation
 from attention_visualizer.analysis.importance.outcomes import Outcomes
-from attention_visualizer.report.chapter import Table
+from attention_visualizer.report.chapter import Table, p_text
 
 NO_INTERVENTION = "the model as it is"
 
@@ -93,9 +91,3 @@ def count_columns(measured: Importance) -> list[str]:
 
 def quantity(measured: Importance) -> str:
     return "accuracy" if measured.class_source == "true" else "same prediction"
-
-
-def p_text(p_value: float) -> str:
-    if np.isnan(p_value):
-        return "–"
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from attention_visualizer.analysis.importance.tables import p_text
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.roles.figure import draw_redundancy, draw_roles
 from attention_visualizer.analysis.roles.measure import MeasuredHeads, Redundancy, Roles, measure
@@ -23,7 +22,7 @@ from attention_visualizer.measures.head_roles import (
     NO_ROLE,
     ROLES,
 )
-from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table
+from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table, p_text
 
 TWO_DIGITS = ("position (nats)", "content (nats)")
 
