@@ -91,7 +91,7 @@ def test_every_figure_and_number_for_a_model_from_a_file(place: Path) -> None:
     outcome = succeed(SMALL, "ckpt=weights.safetensors", "images=photos", "output_dir=out", folder=place)
     assert "photos/broken.jpg cannot be read and is left out" in outcome.out + outcome.err
     stems = ("attention_pattern", "attention_heads", "layer_comparison", "attention_methods")
-    expected = {f"{stem}_sample_{number}.png" for stem in stems for number in range(3)}
+    expected = {f"{stem}_sample_{number}.png" for stem in (*stems, "attention_last_layer") for number in range(3)}
     expected |= {"attention_statistics.png", "attention_statistics_by_head.png"}
     report = read_report(place / "out")
     assert set(embedded_figures(report)) == expected
@@ -228,12 +228,13 @@ def names(folder: Path) -> list[tuple[str, str]]:
 
 
 MISTAKES = {
-    ("model_from=timm:test_vit", "ckpt=random"): "give the images with images=<folder>",
+    ("model_from=timm:test_vit", "ckpt=random"): "give images=<folder> or image=<file>",
     (SMALL, "images=photos"): "give the weights with ckpt=<file>",
     (SMALL, "images=photos", "ckpt=random", "run=runs/one"): "refer to different models",
     (SMALL, "images=''", "ckpt=random"): "images= is empty",
     ("images=photos", "ckpt=best"): "no checkpoint yet in runs/",
-    (SMALL, "images=photos/china.png", "ckpt=random"): "this is a file, not a folder",
+    (SMALL, "images=photos/broken.jpg", "ckpt=random"): "1 cannot be read, such as broken.jpg",
+    (SMALL, "image=photos/none.jpg", "ckpt=random"): "there is no such folder or file",
     (SMALL, "images=photos", "ckpt=random", "rollout_discard=-0.1"): "give a share from 0",
     (SMALL, "images=photos", "ckpt=random", "rollout_discard=nan"): "give a share from 0",
     (SMALL, "images=photos", "ckpt=random", "image=photos"): "this is a folder",
@@ -267,6 +268,21 @@ def test_a_picture_and_a_patch_of_ones_own(place: Path) -> None:
     arguments = (SMALL, "ckpt=random", "images=photos", "image=photos/flower.png", "query=[2,3]", "chapters=[patterns]")
     succeed(*arguments, "rollout_fusion=max", "rollout_discard=0.5", "output_dir=own", folder=place)
     assert "flower.png" in read_report(place / "own") and "row 2, column 3" in read_report(place / "own")
+
+
+@pytest.mark.parametrize("arguments", [("image=photos/china.png",), ("images=photos/china.png",), ("image=photos",)])
+def test_one_picture_or_a_folder_by_either_name(place: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """One has no interval; each has a large picture of the last layer, and captions that end where they say all."""
+    chapters = "chapters=[patterns,statistics,claims]"
+    succeed(SMALL, "ckpt=random", *arguments, chapters, f"output_dir={tmp_path / 'out'}", folder=place)
+    report = read_report(tmp_path / "out")
+    number = 1 if "china" in arguments[0] else 3
+    assert len(list((tmp_path / "out").glob("attention_last_layer_sample_*.png"))) == number
+    width, height = Image.open(tmp_path / "out" / "attention_last_layer_sample_0.png").size
+    assert width > 840 and height > 420
+    assert "## Not in this report" in report and ": ." not in report
+    effective = statistics_of(tmp_path / "out")["means"]["effective_tokens"]
+    assert effective["n"] == number and (" to " in report.split("Findings")[1][:400]) == (number > 1)
 
 
 # --- from Python ---

@@ -215,7 +215,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         ImageFolder.find(tmp_path / "none", COLOUR)
     (tmp_path / "file.png").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="this is a file, not a folder"):
+    with pytest.raises(UserError, match=r"1 cannot be read, such as file\.png"):
         ImageFolder.find(tmp_path / "file.png", COLOUR)
     with pytest.raises(UserError, match=r"1 cannot be read, such as file\.png"):
         ImageFolder.find(tmp_path, COLOUR)

@@ -41,6 +41,9 @@ def analyze(options: dict[str, Any]) -> None:
     chapters = options["chapters"] if isinstance(options["chapters"], list) else list(CHAPTERS)
     check_chapters(chapters)
     choose_device(options["device"])  # before a large folder is read
+    single = options["image"]
+    if single is not None and options["images"] is None and (options["model_from"] or Path(single).is_dir()):
+        options["images"], options["image"] = single, None  # there is no test set beside it
     if options["image"] is not None:
         read_picture(options["image"], channels=1)
     budget = FULL if options["chapters"] == "full" else QUICK

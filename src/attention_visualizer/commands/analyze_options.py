@@ -64,8 +64,10 @@ def check_sources(options: dict[str, Any]) -> None:
         raise UserError(f"runs= compares trained runs of this project: leave out {other} or runs=")
     if options["model_from"] is None:
         return
-    if options["images"] is None:
-        raise UserError("model_from= is a model of another library: give the images with images=<folder>")
+    if options["images"] is None and options["image"] is None:
+        raise UserError(
+            "model_from= is a model of another library: give images=<folder>, or one picture as image=<file>"
+        )
     if options["ckpt"] in ("best", "last"):
         raise UserError(
             f"model_from={options['model_from']}: give the weights with ckpt=<file> (.safetensors, .pth), "

@@ -133,18 +133,18 @@ class ImageFolder:
     def find(
         cls, folder: str | Path, format: InputFormat, skip: Callable[[Path], bool] = lambda path: False, **known: Any
     ) -> ImageFolder:
-        """Find the pictures of a folder. Raise UserError where it has none.
+        """Find the pictures of a folder, or take a single one. Raise UserError where there is none.
 
         Files that cannot be read are named in `broken`. skip: whether to leave out a file.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(
-                f"images={folder}: {'this is a file, not a folder' if folder.exists() else 'there is no such folder'}"
-            )
-        found = sorted(
-            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file() and not skip(path)
-        )
+        if folder.is_file():
+            folder, found = folder.parent, [folder]
+        elif folder.is_dir():
+            every = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            found = sorted(path for path in every if not skip(path))
+        else:
+            raise UserError(f"images={folder}: there is no such folder or file")
         pictures = cls(folder, format, (), **known)
         readable = []
         for path in found:

@@ -27,7 +27,7 @@ from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import Observation
 
 Array = NDArray[Any]
-SMALL_TILE = 56  # pixels
+SMALL_TILE, LARGE_TILE = 56, 420  # pixels
 MAX_TITLE_WIDTH = 70  # pixels, of a row in a card
 
 
@@ -195,6 +195,12 @@ def attention_pattern(explained: ExplainedImage, headline: str, subtitle: str = 
     bottom: list[Tile | None] = [None]
     bottom += [Tile(picture) for picture in explained.layers_over()]
     return tile_grid([top, bottom], headline, subtitle, row_titles=["map", "overlay"], scale=scale)
+
+
+def last_layer(explained: ExplainedImage, headline: str, subtitle: str = "") -> PanelFigure:
+    """Draw the input and the last layer's map over it, large."""
+    tiles: list[Tile | None] = [explained.input_tile(), Tile(explained.layers_over()[-1], "last layer")]
+    return tile_grid([tiles], headline, subtitle, tile_size=LARGE_TILE, scale=explained.scale)
 
 
 def head_card(explained: ExplainedImage, headline: str, subtitle: str = "") -> PanelFigure:

@@ -110,7 +110,7 @@ def heat_map(
         vmax=high,
         cmap="viridis",
         annot=values.size <= MAX_ANNOTATED,
-        fmt=".2f",
+        fmt=".2f" if np.nanmax(np.abs(values), initial=0) >= 0.1 else ".2g",  # shares of one key in a thousand
         annot_kws={"fontsize": 9},
         linewidths=0.5,
         cbar_kws={"label": label},

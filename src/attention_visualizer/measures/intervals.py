@@ -65,7 +65,8 @@ class Interval:
         scale, unit = (100, " %") if percent else (1, "")
         decimals = self.decimals(digits, scale)
         value, low, high = (f"{scale * float(each):z.{decimals}f}" for each in (self.value, self.low, self.high))
-        return f"{value}{unit} ({low} to {high})"
+        # One image says nothing of others.
+        return f"{value}{unit}" if self.n < 2 else f"{value}{unit} ({low} to {high})"
 
     def decimals(self, most: int, scale: float = 1) -> int:
         """Return how many decimals of a single value, times `scale`, are worth printing, `most` at most: the last is

@@ -42,12 +42,14 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
     if ckpt == "pretrained":
         try:
             with offline_if_unreachable():
-                return timm.create_model(name, pretrained=True).eval()
+                pretrained: Any = timm.create_model(name, pretrained=True).eval()
         except Exception as error:  # the hub's own kinds, requests' and the operating system's
             raise UserError(
                 f"ckpt=pretrained: the weights of {name} cannot be downloaded ({summary(error):.120}): "
                 "give a file of them as ckpt="
             ) from error
+        pretrained.pretrained_cfg.setdefault("label_names", imagenet_names(pretrained))
+        return pretrained
     weights: Mapping[str, Tensor] | None = None if ckpt == "random" else read_weights(ckpt)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -64,6 +66,15 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
     if weights is not None:
         load(model, weights, Path(ckpt))
     return model.eval()
+
+
+def imagenet_names(model: nn.Module) -> list[str] | None:
+    """Return the names of ImageNet's classes where timm knows that the model gives these; else None."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(model)
+    names = [] if not subset else ImageNetInfo(subset).label_descriptions()
+    return [name.partition(",")[0] for name in names] or None  # without synonyms
 
 
 @contextmanager

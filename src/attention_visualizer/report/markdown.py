@@ -24,7 +24,11 @@ PAGE = "attention_analysis_report.html"
 STATISTICS = "attention_statistics"
 SCHEMA = 3  # of attention_statistics.json: docs/report.md
 MAX_FINDINGS = 6
-HEROES = ("attention_pattern_sample_0", "attention_evolution_strip")  # the pictures that a page begins with
+HEROES = (
+    "attention_last_layer_sample_0",
+    "attention_pattern_sample_0",
+    "attention_evolution_strip",
+)  # the pictures that a page begins with
 PLACEHOLDER = re.compile(r"(?<!\\)\{(\w+)(?::([^{}]*))?\}")
 SHOWN = (".png", ".webp")  # kinds of figures that stand in the page; others are linked
 THUMBNAIL_WIDTH = 240  # pixels, in Markdown

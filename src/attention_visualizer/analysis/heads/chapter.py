@@ -14,7 +14,7 @@ from attention_visualizer.report.chapter import Chapter
 def draw(study: Study, image: ExplainedImage, sample: Sample) -> PanelFigure:
     layers = [len(image.head_maps) - 1] if study.head_layers == "last" else None
     headline = f"Heads of {'the last layer' if layers else 'each layer'}: {query_name(image.query)}"
-    return attention_figures.head_grid(image, headline, f"{sample.source}: {image.verdict}", layers)
+    return attention_figures.head_grid(image, headline, sample.described(image.verdict), layers)
 
 
 def write(study: Study) -> Chapter:

@@ -14,7 +14,7 @@ from attention_visualizer.report.chapter import Chapter
 
 def draw(study: Study, image: ExplainedImage, sample: Sample) -> PanelFigure:
     headline = f"From shallow to deep: {query_name(image.query)}, mean over heads"
-    return attention_figures.layer_comparison(image, headline, f"{sample.source}: {image.verdict}")
+    return attention_figures.layer_comparison(image, headline, sample.described(image.verdict))
 
 
 def write(study: Study) -> Chapter:

@@ -32,7 +32,7 @@ def measure(study: Study, sample: Sample) -> dict[str, np.ndarray]:
 def draw(study: Study, image: ExplainedImage, sample: Sample) -> PanelFigure:
     maps = measure(study, sample)
     headline = f"By method: {query_name(image.query)}"
-    return attention_figures.method_comparison(image, maps, headline, f"{sample.source}: {image.verdict}")
+    return attention_figures.method_comparison(image, maps, headline, sample.described(image.verdict))
 
 
 def write(study: Study) -> Chapter:

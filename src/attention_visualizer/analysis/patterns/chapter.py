@@ -13,16 +13,23 @@ from attention_visualizer.report.chapter import Chapter
 
 def draw(study: Study, image: ExplainedImage, sample: Sample) -> PanelFigure:
     headline = f"By layer: {query_name(image.query)}, mean over heads"
-    return attention_figures.attention_pattern(image, headline, f"{sample.source}: {image.verdict}")
+    return attention_figures.attention_pattern(image, headline, sample.described(image.verdict))
 
 
 def write(study: Study) -> Chapter:
     first = study.explained_images[0]
     text = TEXT.format(query=query_name(first.query), self_note="" if first.self_attention is None else SELF_NOTE)
-    return Chapter(CHAPTER.title, text, save_for_samples(study, draw, "attention_pattern"))
+    large = [] if study.target.images.has_ink else save_for_samples(study, draw_last_layer, "attention_last_layer")
+    return Chapter(CHAPTER.title, text, [*large, *save_for_samples(study, draw, "attention_pattern")])
 
 
-CHAPTER = ChapterWriter("Attention by layer", write, ("attention_pattern_sample_#",))
+def draw_last_layer(study: Study, image: ExplainedImage, sample: Sample) -> PanelFigure:
+    """A photograph has many small patches: this one is large enough to see them."""
+    headline = f"Last layer: {query_name(image.query)}, mean over heads"
+    return attention_figures.last_layer(image, headline, sample.described(image.verdict))
+
+
+CHAPTER = ChapterWriter("Attention by layer", write, ("attention_last_layer_sample_#", "attention_pattern_sample_#"))
 
 TEXT = """Each column is a layer, from shallow to deep; the colour is the {query}, averaged over heads, relative to
 uniform attention (white): each step of red doubles it and each step of blue halves it. H is the entropy in

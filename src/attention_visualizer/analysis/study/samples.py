@@ -27,6 +27,10 @@ class Sample:
     label: int | None  # its class, if known
     source: str  # what to call it
 
+    def described(self, verdict: str) -> str:
+        """Return what to call it, with what the model says of it where that is known."""
+        return f"{self.source}: {verdict}" if verdict else self.source
+
 
 @dataclass(frozen=True)
 class SampleChoice:

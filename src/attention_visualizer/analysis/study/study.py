@@ -40,7 +40,7 @@ from attention_visualizer.report.chapter import FigureFile
 from attention_visualizer.runs.history import AttentionHistory
 
 HeadLayers = Literal["all", "last"]
-MAX_THUMBNAIL_SIDE = 224  # pixels a side, twice those of a tile
+MAX_THUMBNAIL_SIDE = 448  # pixels a side, somewhat more than those of the largest tile
 CONTROL_IMAGES = 1000  # that each control model is surveyed on
 LUCK_IMAGES = 200  # that it classifies, to see how many it gets right by luck
 FIRST_CONTROL = 1000  # the seed of the first control: no run is likely to have it
@@ -216,7 +216,7 @@ def save_for_samples(
     return [
         FigureFile(
             study.output.save(draw(study, image, sample), f"{stem}_sample_{index}"),
-            f"{sample.source}: {image.verdict}.",
+            f"{sample.described(image.verdict)}.",
         )
         for index, (sample, image) in enumerate(zip(study.samples, study.explained_images, strict=True))
     ]

@@ -1,0 +1,44 @@
+"""What TensorBoard shows of a run of train.py: described curves, and the settings that matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from attention_visualizer.training.tensorboard import DESCRIPTIONS, SHOWN, shown_parameters
+from tests.helpers.runs import compose_train, trained_run
+
+
+def board_of(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+
+
+def test_loss_and_accuracy_come_first_and_say_what_they_are() -> None:
+    board = board_of(trained_run().path)
+    groups = sorted({tag.partition("/")[0] for tag in board.Tags()["scalars"]})
+    assert groups[:3] == ["test", "train", "validation"]  # of which TensorBoard opens the first, and no other before
+    assert all(group.startswith(("vit_", "watching")) for group in groups[3:])
+    for tag in board.Tags()["scalars"]:
+        described = board.SummaryMetadata(tag).summary_description
+        assert described and described == DESCRIPTIONS.get(tag, described), tag
+
+
+def test_the_hparams_tab_shows_what_differs_and_how_good_it_is() -> None:
+    run = trained_run()
+    content = board_of(run.path).PluginTagToContent("hparams")
+    session = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
+    shown = set(session.hparams)
+    assert {*SHOWN, "parameters", "model.attention_dropout", "model.mlp_dim"} <= shown
+    assert not any("_target_" in name or "data_dir" in name for name in shown) and len(shown) < 20
+    experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["test/accuracy", "validation/best_accuracy"]
+    (best,) = board_of(run.path).Scalars("validation/best_accuracy")
+    assert abs(best.value - run.manifest["metrics"]["validation_accuracy"]) < 1e-6
+
+
+def test_defaults_are_not_shown_twice() -> None:
+    plain, other = (shown_parameters(compose_train(*words)) for words in ((), ("data.rotation=3", "logger=csv")))
+    assert list(other)[: len(SHOWN)] == list(SHOWN)
+    assert set(other) - set(plain) == {"data.rotation"}
