@@ -253,6 +253,17 @@ def test_a_misspelt_field_is_asked_back(name: str, word: str, meant: str) -> Non
     assert (f"did you mean {meant}" in line) if meant else (line == ""), line
 
 
+def test_help_knows_the_users_own_config_files(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "wide.yaml").write_text("# @package _global_\nmodel: {embed_dim: 260}\n")
+    for flag in (["--config-dir", str(tmp_path / "mine")], [f"--config-dir={tmp_path / 'mine'}"]):
+        outcome = run_train("--help", *flag, "experiment=wide", folder=folder)
+        assert outcome.exit_code == 0 and "model.embed_dim=260 " in outcome.out, outcome.err
+        outcome = run_train(*flag, "experiment=wide", "epochs=3", folder=folder)
+        assert outcome.exit_code == 2 and "did you mean trainer.max_epochs=" in outcome.err
+        assert str(tmp_path) not in outcome.err
+
+
 def test_a_flag_that_is_a_field_is_one_line(folder: Path) -> None:
     outcome = run_train("--epochs", "3", folder=folder)
     assert outcome.exit_code == 2 and outcome.err.count("\n") == 1 and "trainer.max_epochs=" in outcome.err

@@ -30,6 +30,12 @@ FLAGS = (  # Hydra's
     *("--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info"),
 )
 
+CONFIG_DIR = ("--config-dir", "-cd")
+WITH_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--shell-completion", "-sc"),
+    "--experimental-rerun",
+)
+
 
 def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Callable[[], None] | None = None) -> None:
     """Run `job` on the config that Hydra composes from `name`.yaml in the folder `conf` and the command line.
@@ -40,11 +46,12 @@ def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Cal
     if {"--version", "-V"} & set(sys.argv[1:]):
         print(f"{INSTALLED} {version(INSTALLED)}")
         return
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    words, config_dir = given_overrides(sys.argv[1:])
     check_flags(conf, name)
-    if {"--help", "-h"} & set(sys.argv[1:]) and not {"--config-dir", "-cd"} & set(sys.argv[1:]):
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        own = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
         try:
-            print(help_text(conf, name, words), end="")
+            print(help_text(conf, name, [*own, *words]), end="")
         except HydraException as error:
             fail(UserError(error_line(error) + did_you_mean(conf, name, words)))
         return
@@ -78,6 +85,24 @@ def run(job: Callable[[DictConfig], Any], conf: Path, name: str, on_mistake: Cal
             fail(UserError(f"{' '.join(sys.argv[1:])}: cannot be understood: {error}"))
         meant = "" if job_started else did_you_mean(conf, name, words)
         fail(UserError(error_line(error) + meant) if meant else error)
+
+
+def given_overrides(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Return the overrides of a command line, without flags and what belongs to them, and the user's folder of config
+    files."""
+    words, config_dir, flag = [], None, ""
+    for word in arguments:
+        if word.startswith("-"):
+            flag, _, value = word.partition("=")
+            if flag in CONFIG_DIR and value:
+                config_dir = value
+            flag = "" if value or flag not in (*CONFIG_DIR, *WITH_VALUE) else flag
+        elif flag:
+            config_dir = word if flag in CONFIG_DIR else config_dir
+            flag = ""
+        else:
+            words.append(word)
+    return words, config_dir
 
 
 def check_flags(conf: Path, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,3 +23,10 @@ def total_batches(trainer: Trainer, batches_per_epoch: int) -> int | None:
     if trainer.max_steps != -1:
         limits.append(trainer.max_steps * trainer.accumulate_grad_batches)
     return min(limits, default=None)
+
+
+def progress_in_epochs(trainer: Trainer) -> float:
+    """Return how far training has come: 0.25 a quarter through the first epoch; whole if its length is unknown."""
+    if math.isinf(trainer.num_training_batches):
+        return float(trainer.current_epoch)
+    return batches_done(trainer) / max(1, trainer.num_training_batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ from attention_visualizer.measures.observation import Observation, observe
 from attention_visualizer.measures.streaming import AttentionStatistics
 from attention_visualizer.runs.history import AttentionHistory
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.training_progress import batches_done
+from attention_visualizer.support.training_progress import progress_in_epochs
 from attention_visualizer.watching.attempts import Attempts
 from attention_visualizer.watching.history_file import HistoryFile, frame_of
 from attention_visualizer.watching.lightning_package import Callback, LightningModule, Trainer, rank_zero_info
@@ -386,13 +385,6 @@ class AttentionLogger(Callback):
             yield
         finally:
             self._seconds += time.perf_counter() - began
-
-
-def progress_in_epochs(trainer: Trainer) -> float:
-    """Return how far training has come: 0.25 a quarter through the first epoch; whole if its length is unknown."""
-    if math.isinf(trainer.num_training_batches):
-        return float(trainer.current_epoch)
-    return batches_done(trainer) / max(1, trainer.num_training_batches)
 
 
 def require_unsharded_model(trainer: Trainer) -> None:
