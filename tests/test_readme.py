@@ -27,7 +27,8 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("MNIST_DIR", str(tmp_path / "none"))
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [])  # the embedded digits will do
     model = VisionTransformer(embed_dim=24, num_heads=2, num_layers=2, mlp_dim=48)
-    torch.save({"model_state_dict": model.state_dict(), "config": model.config}, "best_model.pth")
+    (tmp_path / "runs" / "one" / "checkpoints").mkdir(parents=True)
+    torch.save({"model_state_dict": model.state_dict(), "config": model.config}, "runs/one/checkpoints/best.ckpt")
     namespace: dict[str, object] = {}
     for block in blocks("python"):
         exec(block, namespace)  # noqa: S102

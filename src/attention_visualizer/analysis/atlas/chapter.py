@@ -186,14 +186,19 @@ CHAPTER = ChapterWriter(
     {Need.INK: NO_CLASSES, Need.LABELS: NO_CLASSES},
 )
 
-TEXT = """Mean maps over {which}, as shares of the attention on patches. A class's mean map resembles its mean
-image, because some heads follow ink; differences between classes are therefore tested several times. First as they
-are: positions with a ring differ significantly, corrected over all layers and patches of all pairs together ({flips}
-random signs of the images' residuals, the largest standardised difference, p < {level:g}), and by at least {least:.0%}
-of the attention. Then with more and more taken out by regression ({{table:1}}): a line in the ink of the position; the
-inks of all patches; their squares and products; their softmax at four strengths; or all inks and the main components
-of the pixels; each over all images, and over those of the two classes alone. The class is regressed on the same, so
-that a p-value says whether it predicts attention beyond the regressors; the size is what is left of the difference.
-Full dots are significant and of that size in each of these. No regression is the last word. Attention is a function of
-the pixels, so that a full dot is a difference that none of these describes; and what predicts attention predicts the
-class, too, so that no dot is not no difference."""
+TEXT = """Does the model look at different places for classes that it could confuse? The maps are means over {which},
+as shares of the attention on patches. Some heads follow ink, so a class's mean map resembles its mean image. Each
+difference between two classes is therefore tested several times.
+
+**Ring**: the mean attention of the two classes differs here by at least {least:.0%} of the attention, more than
+chance allows. The test corrects for all layers and patches of all pairs together ({flips} random signs of the images'
+residuals, the largest standardised difference, p < {level:g}).
+
+**Full dot**: the difference stays significant and of that size after each of five regressions on the image
+({{table:1}}): on the ink of the position; the inks of all patches; their squares and products; their softmax at four
+strengths; all inks and the main components of the pixels. Each is fitted over all images, and over those of the two
+classes alone. The class is regressed on the same, so p says whether it predicts attention beyond the regressors. The
+size is what is left.
+
+A full dot is a difference that none of these regressions describes: attention is still a function of the pixels. No
+dot does not mean no difference: what predicts attention predicts the class, too."""

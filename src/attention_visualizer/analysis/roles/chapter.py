@@ -251,23 +251,27 @@ QUANTITIES = (
     "distance short of uniform",
 )
 
-TEXT = """Over {n:,} test images. A head with uniform attention would give inked patches {uniform} of it. Most of what
-heads give to ink beyond that is due to **position**: the middle of the image is mostly inked. So a head's attention is
-correlated with the amount of ink *within* positions: 0 for a head that always attends to the same positions, and no
-larger for a sharper head. p comes from permuting the amounts of ink among images (999 permutations, the largest of all
-heads). How far a head is from uniform on the patches is split in two: what its mean map shows (position) and what
-changes from image to image (content).
+TEXT = """What does each head respond to, more than the heads of models that have not learnt the task? Over {n:,} test
+images.
 
-A role requires a value beyond the minimum declared in advance (a correlation of {correlation} with the amount of ink or
-the lack of it; the most attended patch being the brightest in {brightest:.0%} of images; {part:.0%} of the selectivity
-in position, or in content; half of uniform attention's distance) *and* {beyond:.0%} of the way from the largest value
-of any head of the controls to 1, in a model that has learnt something; but for the last, of a head with a selectivity
-of at least {selective} nats. Controls: {controls}. Sharpened weights are random
-ones with each head's logits scaled so that it is as sharp as the trained head: sharp heads have places and images that
-that they prefer without learning, too.
+**Ink.** The middle of the image is mostly inked, so a head that always looks there gives ink much attention. (A
+uniform head would give inked patches {uniform} of it.) A head's attention is therefore correlated with the amount of
+ink *within* positions: 0 for a head that always attends to the same positions. Sharper heads do not get a larger
+value. p comes from permuting the amounts of ink among images (999 permutations, the largest of all heads).
 
-Whether predictions depend on a role is tried out by taking it away: a head with a role about positions gives to other
-patches what it gave to each, one with a role about the image attends as on another image."""
+**Position and content.** How far a head is from uniform on the patches is its selectivity. It is split in two: what
+its mean map shows (position), and what changes from image to image (content).
+
+**A role** has to pass two bounds, in a model that has learnt something. The first was declared in advance: a
+correlation of {correlation} with the amount of ink or the lack of it; the most attended patch being the brightest in
+{brightest:.0%} of images; {part:.0%} of the selectivity in position, or in content; half of uniform attention's
+distance. The second comes from the controls: {beyond:.0%} of the way from the largest value of any of their heads to
+1. All roles but the last need a selectivity of at least {selective} nats. Controls: {controls}. Sharpened weights are
+random ones with each head's logits scaled so that it is as sharp as the trained head: sharp heads prefer places and
+images without learning, too.
+
+**Does the answer depend on it?** Each role is taken away: a head with a role about positions gives to other patches
+what it gave to each, one with a role about the image attends as on another image."""
 
 REDUNDANCY = """Between two heads the divergence is {mean} nats on average over {pairs} pairs and {n:,} images (0: the
 same map on every image, 0.69: no patch in common). {count} of the pairs {verb} by less than {alike} nats; clustered by

@@ -222,15 +222,21 @@ CHAPTER = ChapterWriter(
     "Statistics", write, ("attention_statistics", "attention_statistics_by_head", "attention_statistics_by_class")
 )
 
-TEXT = """Over {n:,} {kind}{accuracy}, for {who}: the largest and the mean weight on a patch, and the entropy of the
-whole row of weights{highest}. The mean weight is the share that prefix tokens leave to the image, divided by the number
-of patches. The mean attention distance is that of the patch queries, head confidence the mean over all queries of the
-largest weight, and sink strength the share of all queries' attention that the most attended key receives; where a class
-token is read out, the last layer's patch queries cannot affect the logits, so it has none of these. The divergence of
-a head is its mean Jensen-Shannon divergence from the layer's other heads, 0 for a copy and 0.693 for heads that have no
-key in common."""
+TEXT = """How focused is attention, and where does it go? Over {n:,} {kind}{accuracy}, for {who}:
 
-TRENDS = """With depth, the last third of the layers minus the first third, mean over heads{unread}: {trends}."""
+- **maximum** and **mean**: the largest and the mean weight on a patch. The mean is the share that prefix tokens leave
+  to the image, divided by the number of patches.
+- **entropy**: of the whole row of weights{highest}.
+- **distance**: how far patch queries look, in pixels, on average.
+- **confidence**: the largest weight of each query, mean over all queries.
+- **sink strength**: the share of all queries' attention that the most attended key receives.
+- **divergence**: a head's mean Jensen-Shannon divergence from the layer's other heads, 0 for a copy and 0.693 for
+  heads that have no key in common.
+
+Where a class token is read out, the last layer's patch queries cannot affect the logits. So it has no distance,
+confidence and sink strength."""
+
+TRENDS = """From shallow to deep (the last third of the layers minus the first, mean over heads{unread}): {trends}."""
 
 OUTCOMES = """{wrong:,} images are misclassified and {right:,} correctly classified. The misclassified ones are
 different, harder images, so the differences do not show that attention caused the errors."""

@@ -232,22 +232,31 @@ CHAPTER = ChapterWriter(
     {Need.INK: NO_INK, Need.LABELS: NO_INK, Need.OWN_MODEL: OTHER_MODEL},
 )
 
-TEXT = """Patches are removed from {n:,} test images, and restored, in the order of a map; a map that shows what the
-prediction depends on makes the probability of the predicted class fall early and rise early. On digits this mostly
-measures ink: black patches are background, and removing them changes nothing. So maps are compared with four baseline
-rankings (all patches in random order; inked patches first, in random order; patches by their amount of ink; by their
-amount of stroke edge) and with rankings that ask the model itself what it needs: Shapley values of that probability,
-from {permutations} permutations for each way of removing (patches filled with background, tokens dropped), and
-leave-one-out. They cost hundreds of passes an image and show what is possible, though not its limit: Shapley values
-gain {whole} over inked patches in random order, with half of the permutations {half}. Unlike the maps they have a sign,
-so that what speaks against the class comes last, and part of their lead is due to that.
+TEXT = """If patches are removed in the order of a map, does the prediction fail as early as it should? Patches are
+removed from {n:,} test images, and restored. A map that shows what the prediction depends on makes the probability of
+the predicted class fall early and rise early.
 
-A map is trusted if, on average over deletion, insertion and both ways of removing, it surely gains more than
-{share:.0f} % of that; beats every baseline by at least {least}, with the interval above 0, and is nowhere surely worse;
-gains as much over the same method's maps of each of {controls} models with random weights (on this model's predictions
-for {randomised} of the images); and has a rank correlation with these of at most {likeness}. Nothing is trusted unless
-the accuracy is above chance and above that of random weights. Can the truth pass? Shapley values from half of the
-permutations, judged beside those from the other half, with the random-weight maps of all methods as controls,
-{passing}; they would in {power} of resampled sets of images.
+**Against simple orders.** On digits this mostly measures ink: black patches are background, and removing them changes
+nothing. So maps are compared with four baselines: all patches in random order; inked patches first, in random order;
+patches by their amount of ink; by their amount of stroke edge.
+
+**Against what is possible.** Shapley values and leave-one-out ask the model itself what it needs, with hundreds of
+passes an image: Shapley values of that probability come from {permutations} permutations for each way of removing
+(patches filled with background, tokens dropped). They show what is possible, though not its limit. Over inked patches
+in random order they gain {whole}, with half of the permutations {half}. Unlike the maps they have a sign, so what
+speaks against the class comes last; part of their lead is due to that.
+
+**The rule.** A map is trusted if, on average over deletion, insertion and both ways of removing, it
+
+- surely gains more than {share:.0f} % of what Shapley values gain;
+- beats every baseline by at least {least}, with the interval above 0, and is nowhere surely worse;
+- gains as much over the same method's maps of each of {controls} models with random weights (on this model's
+  predictions for {randomised} of the images), with a rank correlation of at most {likeness} with these.
+
+Nothing is trusted unless the accuracy is above chance and above that of random weights. Can the truth pass? Shapley
+values from half of the permutations, judged beside those from the other half, with the random-weight maps of all
+methods as controls, {passing}; they would in {power} of resampled sets of images.
+
+**The verdicts.**
 
 {verdicts}"""
