@@ -54,6 +54,10 @@ def test_the_training_commands_compose() -> None:
         compose_train("model.no_such_field=1")
 
 
+def test_the_first_hour_fits_150_lines() -> None:
+    assert len(README.splitlines()) <= 150
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -81,7 +81,8 @@ def test_the_installed_commands_help(programs: Path, tmp_path: Path) -> None:
     ):
         assert run(programs, *words, "--version", folder=tmp_path) == named
     assert run(programs, "attnviz", "--help", folder=tmp_path) == run(programs, "attnviz", folder=tmp_path)
-    assert "rollout_fusion" in run(programs, "attnviz", "analyze", "--help", folder=tmp_path)
+    text = run(programs, "attnviz", "analyze", "--help", folder=tmp_path)
+    assert "rollout_fusion" in text and "attention-visualizer analyze ckpt=best" in text and ".py" not in text
     wrong = run(programs, "attnviz", "analyse", folder=tmp_path, code=2)
     assert wrong == "error: analyse: there is no such command: did you mean `attention-visualizer analyze`?\n"
     assert not list(tmp_path.iterdir())

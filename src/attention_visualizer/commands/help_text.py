@@ -15,6 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from attention_visualizer.support.invocation import invocation
+
 NAME_WIDTH = 38  # characters before the explanations
 SUGGESTIONS = 3
 
@@ -115,7 +117,7 @@ def help_text(conf: Path, name: str, overrides: Sequence[str] = ()) -> str:
     fields, hydra = fields_of(conf, name, overrides)
     explained = explanations_of(conf, name)
     width = max(60, min(120, shutil.get_terminal_size().columns))
-    lines = [str(hydra.help.template).rstrip(), ""]
+    lines = [as_typed(str(hydra.help.template)).rstrip(), ""]
     groups = sorted(folder.name for folder in conf.iterdir() if folder.is_dir()) if name == "train" else []
     if groups:
         lines.append("Groups (group=choice; logger=[tensorboard,csv] for several):")
@@ -143,6 +145,13 @@ def help_text(conf: Path, name: str, overrides: Sequence[str] = ()) -> str:
         more = ", ".join(other.removeprefix("trainer.") for other in others)
         lines += ["", *textwrap.wrap(f"Further fields of trainer., as Lightning's Trainer has them: {more}", width)]
     return "\n".join([*lines, ""])
+
+
+def as_typed(text: str) -> str:
+    """Write the commands in `text` as this process was started."""
+    for command in ("train", "analyze"):
+        text = text.replace(f"python {command}.py", " ".join(invocation(command)))
+    return text
 
 
 def did_you_mean(conf: Path, name: str, words: Sequence[str]) -> str:
