@@ -104,7 +104,7 @@ def measure_run(watched: bool, quick: bool) -> dict[str, Any]:
         trainer.fit(Classifier(VisionTransformer(num_layers=2 if quick else 6), 10), data)
         if watched:
             written = EventAccumulator(str(Path(folder) / "board")).Reload()
-            found["clock"] = [event.value for event in written.Scalars("attention_logger/seconds")]
+            found["clock"] = [event.value for event in written.Scalars("watching/seconds")]
         moments = stopwatch.moments
         found["batch"] = statistics.median(after - before for before, after in zip(moments, moments[1:], strict=False))
         found["batches"] = len(data.train_dataloader())

@@ -172,7 +172,7 @@ def assert_pictures(folder: Path, names: set[str]) -> None:
 # --- as printed ---
 
 
-def test_the_quick_start(tmp_path: Path) -> None:
+def test_the_quick_start(tmp_path: Path, small_budget: None) -> None:
     scope = execute(OPTIMAL_CONFIG)
     save_pth(PRINTED_PATH, model_of(**scope["optimal_config"]))
     execute(QUICK_START)

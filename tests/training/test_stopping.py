@@ -40,7 +40,7 @@ LONG = (*TINY, "model.dropout=0.1", "callbacks=ema", "logger=[tensorboard,csv]",
 RUN_TRAIN = (
     f"import runpy, sys; sys.argv[0] = {str(PROJECT / 'train.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
-CLOCK = ("attention_logger/seconds", "attention_logger/share_of_epoch")  # the charts that no two runs share
+CLOCK = ("watching/seconds", "watching/share_of_epoch")  # the charts that no two runs share
 
 
 @pytest.fixture(scope="module")

@@ -65,9 +65,7 @@ def check_sources(options: dict[str, Any]) -> None:
     if options["model_from"] is None:
         return
     if options["images"] is None and options["image"] is None:
-        raise UserError(
-            "model_from= is a model of another library: give images=<folder>, or one picture as image=<file>"
-        )
+        raise UserError("model_from= is a model of another library: give images=<folder> or image=<file>")
     if options["ckpt"] in ("best", "last"):
         raise UserError(
             f"model_from={options['model_from']}: give the weights with ckpt=<file> (.safetensors, .pth), "

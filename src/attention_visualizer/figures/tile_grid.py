@@ -93,6 +93,8 @@ def tile_grid(
     captions = [tile.caption for tile in existing if tile.caption]
     caption_size = fitting_size(captions, style.caption, tile_size + style.gap)
     left = title_width(row_titles or (), style)
+    # The pictures of a card's tag have one height, whatever their texts: a slider must not jump.
+    title_height, caption_height = (style.label, style.caption) if style.bar_is_below else (title_size, caption_size)
     columns = TileColumns(left, tile_size, style.gap)
     right = columns.x(max(len(row) for row in tiles)) - style.gap
     beside = [] if style.bar_is_below else scales
@@ -101,7 +103,7 @@ def tile_grid(
     y = place_headline(figure, headline, subtitle)
     if column_titles:
         columns.place_texts(figure, column_titles, y, title_size, tile_size)
-        y += title_size + 6
+        y += title_height + 6
     top = y
     for index, row in enumerate(tiles):
         titles, captions = (
@@ -109,7 +111,7 @@ def tile_grid(
         )
         if any(titles):
             columns.place_texts(figure, titles, y, title_size, tile_size)
-            y += title_size + 5
+            y += title_height + 5
         if row_titles:
             figure.texts.append(PlacedText(left - 10, y + tile_height // 2, row_titles[index], style.label, "rm"))
         for column, tile in enumerate(row):
@@ -118,7 +120,7 @@ def tile_grid(
         y += tile_height + style.gap // 2
         if any(captions):
             columns.place_texts(figure, captions, y, caption_size, tile_size + style.gap, GREY)
-            y += caption_size + 5
+            y += caption_height + 5
         y += style.gap // 2
     bottom = y - style.gap
     if beside:
@@ -144,9 +146,9 @@ def place_headline(figure: PanelFigure, headline: str, subtitle: str) -> int:
     text_needs = max(text_width(text, size, bold) for text, size, bold, _ in lines) + 2 * style.margin
     figure.width = max(figure.width, text_needs, style.min_width)
     figure.header = style.margin - 2
-    for text, size, bold, color in lines:
+    for (text, size, bold, color), height in zip(lines, (style.headline, style.subtitle), strict=False):
         figure.texts.append(PlacedText(style.margin, figure.header, text, size, "la", color, bold))
-        figure.header += size + style.line_spacing
+        figure.header += height + style.line_spacing
     return figure.header + 4
 
 

@@ -59,7 +59,7 @@ FIELDS: dict[str, Field] = {
     **dict.fromkeys(
         [
             *("trainer.accelerator", "trainer.devices", "trainer.log_every_n_steps", "trainer.enable_progress_bar"),
-            *("trainer.enable_model_summary", "trainer.enable_autolog_hparams", "trainer.limit_test_batches"),
+            *("trainer.enable_autolog_hparams", "trainer.limit_test_batches"),
             "trainer.num_sanity_val_steps",
         ],
         NO_EFFECT,
@@ -70,12 +70,14 @@ FIELDS: dict[str, Field] = {
     ),
     **dict.fromkeys(("trainer.logger", "trainer.callbacks", "trainer.plugins", "trainer.fast_dev_run"), FROM_PROGRAM),
     "logger": NO_EFFECT,
-    "logger.tensorboard.purge_step": LOCATION,
+    # What changed its default since version 2.0.0: runs of then are still those of these settings.
+    **dict.fromkeys(("logger.tensorboard", "trainer.enable_model_summary"), LOCATION),
     "callbacks.attention_logger": NO_EFFECT,
     **dict.fromkeys(
         [f"callbacks.attention_logger.{name}" for name in ("probe_images", "probe_labels", "geometry")],
         Field(is_hyperparameter=False, is_set_by_program=True),
     ),
+    "callbacks.attention_logger.per_head_scalars": Field(is_hyperparameter=False, value_before_added=False),
     "callbacks.ema.device": FROM_PROGRAM,
 }
 

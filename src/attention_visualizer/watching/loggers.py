@@ -113,9 +113,12 @@ def log_described_scalars(
 ) -> None:
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 
+    plugin = SummaryMetadata.PluginData(plugin_name="scalars")
     values = [
         Summary.Value(
-            tag=tag, simple_value=value, metadata=SummaryMetadata(summary_description=descriptions.get(tag, ""))
+            tag=tag,
+            simple_value=value,
+            metadata=SummaryMetadata(summary_description=descriptions.get(tag, ""), plugin_data=plugin),
         )
         for tag, value in scalars.items()
     ]
@@ -176,7 +179,8 @@ def log_histograms(logger: TensorBoardLogger, summaries: dict[str, MeasureSummar
             )
             text = f"{measure.label} ({measure.unit}), layer {layer}: of each head on each of {summary.n:,} images"
             tag = f"vit_{measure.name}_distribution/layer_{layer}"
-            metadata = SummaryMetadata(summary_description=text)
+            plugin = SummaryMetadata.PluginData(plugin_name="histograms")
+            metadata = SummaryMetadata(summary_description=text, plugin_data=plugin)
             add_summary(logger, Summary(value=[Summary.Value(tag=tag, histo=histogram, metadata=metadata)]), step)
 
 

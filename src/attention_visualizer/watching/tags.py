@@ -39,5 +39,5 @@ def in_words(observation: Observation) -> str:
 
 def where(trainer: Trainer) -> str:
     """Return the command that shows the pictures, if TensorBoard does."""
-    boards = [logger.log_dir for logger in trainer.loggers if is_tensorboard(logger)]
+    boards = [logger.log_dir.rstrip("/") for logger in trainer.loggers if is_tensorboard(logger)]
     return f"; tensorboard --logdir {shlex.quote(boards[0])} --samples_per_plugin images=200" if boards else ""

@@ -84,13 +84,15 @@ def numbers_of(measured: Statistics) -> dict[str, Any]:
 
 def text_of(measured: Statistics) -> str:
     survey, groups = measured.survey, measured.groups
-    uniform = survey.uniform_entropy
+    uniform, keys = survey.uniform_entropy, survey.geometries[0].num_tokens
     text = TEXT.format(
         n=survey.num_images,
         kind=f"{measured.image_kind}s",
         who="the CLS token" if survey.reads_class_token else "the patch queries (mean over them)",
         accuracy="" if measured.accuracy is None else f" (accuracy {measured.accuracy.text(2, percent=True)})",
-        highest="" if uniform is None else f", which is {uniform:.3f} nats when it is uniform",
+        highest=""
+        if uniform is None
+        else f", which is {uniform:.3f} nats when it is uniform over {survey.geometries[0].num_tokens} tokens",
     )
     if measured.trends:
         trends = "; ".join(
