@@ -185,7 +185,9 @@ def has_settings(folder: RunFolder, config: DictConfig, but_for: Collection[str]
         own = read_config(folder.config_path)
         own = relocated(own, str(own.get("run_folder")), str(folder.path))
         asked = OmegaConf.merge(config, {"run_folder": str(folder.path)})
-        return settings_of(own, but_for) == settings_of(asked, but_for)
+        wanted = settings_of(asked, but_for)
+        before = {name: value for name, value in values_before_added().items() if name in wanted}
+        return before | settings_of(own, but_for) == wanted
     return False
 
 

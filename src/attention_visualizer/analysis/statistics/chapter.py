@@ -90,9 +90,7 @@ def text_of(measured: Statistics) -> str:
         kind=f"{measured.image_kind}s",
         who="the CLS token" if survey.reads_class_token else "the patch queries (mean over them)",
         accuracy="" if measured.accuracy is None else f" (accuracy {measured.accuracy.text(2, percent=True)})",
-        highest=""
-        if uniform is None
-        else f", which is {uniform:.3f} nats when it is uniform over {survey.geometries[0].num_tokens} tokens",
+        highest="" if uniform is None else f", which is {uniform:.3f} nats when it is uniform over {keys} tokens",
     )
     if measured.trends:
         trends = "; ".join(
