@@ -59,7 +59,8 @@ def config_of_resumed_run(config: DictConfig) -> DictConfig:
         raise UserError(f"{config.ckpt_path} is not inside a run folder: {folder.config_path} is missing")
     resumed = read_config(folder.config_path)
     for name, value in values_before_added().items():
-        if OmegaConf.select(resumed, name) is None:
+        has_group = OmegaConf.select(resumed, name.rpartition(".")[0]) is not None  # a callback may not be there
+        if has_group and OmegaConf.select(resumed, name) is None:
             OmegaConf.update(resumed, name, value, force_add=True)
     resumed = relocated(resumed, str(resumed.run_folder), str(folder.path))
     before = {name: OmegaConf.select(resumed, name) for name in FIXED}
