@@ -44,9 +44,11 @@ def __getattr__(name: str) -> Any:
     try:
         value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
-        from attention_visualizer.support.extras import needs
+        from attention_visualizer.support.extras import missing_package
 
-        raise ImportError(str(needs(name, error, "report" if name == "AttentionVisualizer" else "train"))) from error
+        raise ImportError(
+            str(missing_package(name, error, "report" if name == "AttentionVisualizer" else "train"))
+        ) from error
     return value
 
 

@@ -108,6 +108,7 @@ class AttentionVisualizer:
         self._num_heads = num_heads
         self._study: Study | None = None
         self._digest = ""  # of a given model's weights
+        self._warning = ""  # said first, and last
 
     def __repr__(self) -> str:
         return f"AttentionVisualizer({str(self.model_path)!r}, device={str(self.device)!r})"
@@ -200,8 +201,8 @@ class AttentionVisualizer:
         print_findings(written)
         print_sanitised(f"HTML:       {written.page}")
         print_sanitised(f"Markdown:   {written.report}")
-        if self._model is None and not self.model_path.exists():
-            print_sanitised(f"These are RANDOM WEIGHTS, which have learnt nothing: {self.model_path} does not exist")
+        if self._warning:
+            print_sanitised(self._warning)
         return ReportPath(written.report)
 
     def _draw(self, chapter: Any, stem: str, image: Any, label: int | None, i: int) -> Figure:
@@ -214,14 +215,15 @@ class AttentionVisualizer:
         return output.as_matplotlib(figure)
 
     def _read_weights(self) -> Weights:
+        self._warning = ""
         if self._model is not None:
             self._digest = model_digest(self._model)
             text = f"{type(self._model).__name__} as given, sha256 {self._digest}"
             return Weights(self._model.eval(), text, digest=self._digest)
         if not self.model_path.exists():
-            message = f"{self.model_path} does not exist: RANDOM WEIGHTS are used, which have learnt nothing"
-            warnings.warn(message, UserWarning, stacklevel=4)
-            log.warning(message)
+            self._warning = f"{self.model_path} does not exist: RANDOM WEIGHTS are used, which have learnt nothing"
+            warnings.warn(self._warning, UserWarning, stacklevel=4)
+            log.warning(self._warning)
             return Weights(random_model(), f"random weights ({self.model_path} does not exist)", random=True)
         return find_weights(str(self.model_path), None, "runs", num_heads=self._num_heads)
 

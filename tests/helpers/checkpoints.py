@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,13 @@ def content_of(model: VisionTransformer, accuracy: float | None = 0.875) -> Any:
         "optimizer_states": [{"state": {0: {"step": torch.tensor(17.0)}}, "param_groups": [{"lr": 0.1}]}],
         CHECKPOINT_KEY: block | {"validation_accuracy": accuracy},
     }
+
+
+def saved_in(folder: Path, model: VisionTransformer) -> Path:
+    """Write the checkpoint of the model."""
+    path = folder / "best.ckpt"
+    torch.save(content_of(model), path)
+    return path
 
 
 def same_weights(loaded: LoadedCheckpoint, model: VisionTransformer) -> bool:

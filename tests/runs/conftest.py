@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from attention_visualizer.models.vision_transformer import VisionTransformer
-from tests.helpers.checkpoints import content_of, small_model
+from tests.helpers.checkpoints import saved_in, small_model
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +17,4 @@ def model() -> VisionTransformer:
 
 @pytest.fixture
 def saved(model: VisionTransformer, tmp_path: Path) -> Path:
-    path = tmp_path / "best.ckpt"
-    torch.save(content_of(model), path)
-    return path
+    return saved_in(tmp_path, model)

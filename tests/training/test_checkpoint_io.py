@@ -12,26 +12,14 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.training.checkpoint_io import AtomicCheckpointIO
-from tests.helpers.checkpoints import content_of, same_weights, small_model
+from tests.helpers.checkpoints import content_of, same_weights, saved_in, small_model
 
 
-@pytest.fixture(scope="module")
-def model() -> VisionTransformer:
-    return small_model()
-
-
-@pytest.fixture
-def saved(model: VisionTransformer, tmp_path: Path) -> Path:
-    path = tmp_path / "best.ckpt"
-    torch.save(content_of(model), path)
-    return path
-
-
-def test_checkpoint_io_writes_whole_files_and_reads_only_whole_ones(model: VisionTransformer, tmp_path: Path) -> None:
+def test_checkpoint_io_writes_whole_files_and_reads_only_whole_ones(tmp_path: Path) -> None:
+    model = small_model()
     path = tmp_path / "checkpoints" / "last.ckpt"
     io = AtomicCheckpointIO()
     io.save_checkpoint(content_of(model), str(path))
@@ -81,7 +69,8 @@ def test_checkpoint_io_serves_a_trainer(tmp_path: Path) -> None:
     assert resumed.global_step == 6
 
 
-def test_a_resumed_checkpoint_is_handed_out_once_and_its_file_not_read_again(saved: Path, tmp_path: Path) -> None:
+def test_a_resumed_checkpoint_is_handed_out_once_and_its_file_not_read_again(tmp_path: Path) -> None:
+    saved = saved_in(tmp_path, small_model())
     io = AtomicCheckpointIO(load_checkpoint(saved, keep_content=True))
     whole = saved.read_bytes()
     saved.write_bytes(whole[:-101])

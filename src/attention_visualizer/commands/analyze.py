@@ -14,7 +14,7 @@ from attention_visualizer.commands import command_line
 from attention_visualizer.commands.analyze_options import check_options
 from attention_visualizer.commands.quick_imports import quick_imports
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.extras import needs
+from attention_visualizer.support.extras import missing_package
 from attention_visualizer.support.invocation import invocation
 from attention_visualizer.training.stopping import StopRequest, signal_of
 
@@ -42,7 +42,7 @@ def run_job(config: DictConfig) -> None:
             from attention_visualizer.attention.capture import CaptureError
             from attention_visualizer.commands.analyze_checkpoint import analyze
     except ModuleNotFoundError as error:
-        command_line.fail(needs(" ".join(invocation("analyze")), error, "report"))
+        command_line.fail(missing_package(" ".join(invocation("analyze")), error, "report"))
     with StopRequest():
         try:
             analyze(options)

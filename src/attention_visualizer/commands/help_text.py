@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shutil
 import textwrap
@@ -16,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from attention_visualizer.support.invocation import invocation
+from attention_visualizer.support.text import nearest
 
 NAME_WIDTH = 38  # characters before the explanations
 SUGGESTIONS = 3
@@ -41,7 +41,7 @@ EXPLANATIONS = {
     "data.batch_size": "training images a step; null: 128 for mnist, 32 for digits",
     "data.eval_batch_size": "images a step without gradients",
     "data.split_seed": "which images are for validation",
-    "data.augment": "move training images at random, by at most:",
+    "data.augment": "move training images at random, by at most what the next five fields say",
     "data.rotation": "degrees",
     "data.translation": "pixels",
     "data.scaling": "share of the size",
@@ -168,17 +168,10 @@ def did_you_mean(conf: Path, name: str, words: Sequence[str]) -> str:
 
 
 def nearest_fields(key: str, fields: Sequence[str]) -> list[str]:
-    """Return the fields that are most like `key` as a whole or in their last part."""
-
-    def likeness(field: str) -> float:
-        last, asked = field.rpartition(".")[2], key.rpartition(".")[2]
-        inside = 0.95 if len(asked) > 3 and re.search(rf"(^|_){re.escape(asked)}(_|$|s$)", last) else 0.0
-        return max(
-            difflib.SequenceMatcher(None, key, field).ratio(),
-            difflib.SequenceMatcher(None, asked, last).ratio(),
-            inside,
-        )
-
-    ranked = sorted(fields, key=likeness, reverse=True)
-    best = likeness(ranked[0])
-    return [field for field in ranked[:SUGGESTIONS] if likeness(field) >= max(0.7, best - 0.02)]
+    """Return the fields that `key` was probably meant to be: by its last part, which is all that many remember."""
+    by_last_part: dict[str, list[str]] = {}
+    for field in fields:
+        by_last_part.setdefault(field.rpartition(".")[2], []).append(field)
+    asked = key.rpartition(".")[2]
+    found = [asked] if asked in by_last_part else nearest(asked, by_last_part, SUGGESTIONS)
+    return [field for last_part in found for field in by_last_part[last_part]][:SUGGESTIONS]

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from attention_visualizer.commands.completion import SCRIPT
 from attention_visualizer.commands.quick_imports import quick_imports, silent_interrupt
-from attention_visualizer.support.extras import needs
+from attention_visualizer.support.extras import missing_package
 from attention_visualizer.support.invocation import INSTALLED, invocation
 from attention_visualizer.support.text import nearest, printable
 
@@ -39,7 +39,7 @@ def main() -> None:
         run(name, config_folder())
     else:
         meant = nearest(name.lstrip("-"), COMMANDS)
-        advice = f"did you mean `{INSTALLED} {meant}`?" if meant else f"give one of {', '.join(COMMANDS)}"
+        advice = f"did you mean `{INSTALLED} {meant[0]}`?" if meant else f"give one of {', '.join(COMMANDS)}"
         fail(f"{printable(name)}: there is no such command: {advice}")
 
 
@@ -53,7 +53,7 @@ def run(name: str, conf: Path) -> None:
             else:
                 from attention_visualizer.commands.analyze import main as command
     except ModuleNotFoundError as error:
-        fail(str(needs(" ".join(invocation(name)), error, "train" if name == "train" else "report")))
+        fail(str(missing_package(" ".join(invocation(name)), error, "train" if name == "train" else "report")))
     command(conf)
 
 

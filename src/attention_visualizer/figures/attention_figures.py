@@ -232,7 +232,7 @@ def head_grid(
         subtitle,
         column_titles=[f"head {head + 1}" for head in range(num_heads)],
         row_titles=row_titles,
-        tile_size=card_tile_size(num_heads, row_titles) if style is CARD else 112,
+        tile_size=card_tile_size(num_heads, row_titles) if style.is_card else 112,
         scale=explained.scale,
         style=style,
     )
@@ -312,6 +312,11 @@ def entropy_heat_map(entropy: Array, highest: float, headline: str, subtitle: st
     )
 
 
+def query_of(probe: dict[str, Array]) -> Query:
+    """Return whose attention a history holds."""
+    return "cls" if probe["query"] == "cls" else "patches"
+
+
 def probe_card(probe: dict[str, Array], frame: dict[str, Array], moment: str) -> PanelFigure:
     """Draw `probe_sheet` for TensorBoard."""
     return probe_sheet(probe, frame, moment, style=CARD)
@@ -326,16 +331,15 @@ def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str, s
     num_layers = frame["maps"].shape[1]
     num_keys = np.broadcast_to(probe["num_keys"], num_layers)  # one number where all layers have as many
     unit = common_unit(num_keys.tolist())
-    query: Query = "cls" if probe["query"] == "cls" else "patches"
-    is_card = style is CARD
-    columns = ["input", *(f"{'L' if is_card else 'layer '}{layer + 1}" for layer in range(num_layers))]
+    query = query_of(probe)
+    columns = ["input", *(f"{'L' if style.is_card else 'layer '}{layer + 1}" for layer in range(num_layers))]
     if "rollout" in frame:
         columns.append("rollout")
     labels = [int(label) for label in probe["labels"]]
     titles = [f"true {names[label]}" if label >= 0 else f"image {number + 1}" for number, label in enumerate(labels)]
-    if is_card:
+    if style.is_card:
         titles = [shortened(title.removeprefix("true "), style.label, MAX_TITLE_WIDTH) for title in titles]
-    size = card_tile_size(len(columns), titles) if is_card else SMALL_TILE
+    size = card_tile_size(len(columns), titles) if style.is_card else SMALL_TILE
     tiles: list[list[Tile | None]] = []
     for number, image in enumerate(probe["images"]):
         predicted = int(frame["predicted"][number])

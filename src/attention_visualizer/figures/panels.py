@@ -62,7 +62,7 @@ class Style:
     caption: int = 11
     line_spacing: int = 7
     min_width: int = 640  # usual headlines fit, so that all frames of an animation have one size
-    bar_is_below: bool = False
+    is_card: bool = False  # for TensorBoard: texts are made to fit `min_width`, the colour bar stands below
 
 
 PAGE = Style()

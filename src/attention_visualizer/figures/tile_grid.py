@@ -36,7 +36,7 @@ class Tile:
 
 
 CARD_WIDTH = 343  # of a picture in TensorBoard, which scales others to it
-CARD = Style(8, 4, 12, 11, 10, 9, 4, CARD_WIDTH, bar_is_below=True)
+CARD = Style(8, 4, 12, 11, 10, 9, 4, CARD_WIDTH, is_card=True)
 MIN_CARD_TILE = 20
 MIN_BAR_HEIGHT, MAX_BAR_HEIGHT = 7 * 14, 260  # seven ticks fit
 
@@ -94,10 +94,10 @@ def tile_grid(
     caption_size = fitting_size(captions, style.caption, tile_size + style.gap)
     left = title_width(row_titles or (), style)
     # The pictures of a card's tag have one height, whatever their texts: a slider must not jump.
-    title_height, caption_height = (style.label, style.caption) if style.bar_is_below else (title_size, caption_size)
+    title_height, caption_height = (style.label, style.caption) if style.is_card else (title_size, caption_size)
     columns = TileColumns(left, tile_size, style.gap)
     right = columns.x(max(len(row) for row in tiles)) - style.gap
-    beside = [] if style.bar_is_below else scales
+    beside = [] if style.is_card else scales
     figure = PanelFigure(right + sum(bar_width(each) for each in beside) + style.margin, 0, style=style)
 
     y = place_headline(figure, headline, subtitle)
@@ -139,7 +139,7 @@ def place_headline(figure: PanelFigure, headline: str, subtitle: str) -> int:
     style = figure.style
     lines = [(headline, style.headline, True, INK)]
     lines += [(subtitle, style.subtitle, False, GREY)] if subtitle else []
-    if style.bar_is_below:  # a card, whose width is given
+    if style.is_card:  # a card, whose width is given
         room = round(0.88 * (max(figure.width, style.min_width) - 2 * style.margin))  # bold text is wider
         fitted = [(text, fitting_size([text], size, room), bold, color) for text, size, bold, color in lines]
         lines = [(shortened(text, size, room), size, bold, color) for text, size, bold, color in fitted]

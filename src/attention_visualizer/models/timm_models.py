@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import socket
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from attention_visualizer.files.tensor_files import existing_file, read_tensor_file
 from attention_visualizer.files.weights import WEIGHT_TYPES, bare_names, check_weights, finite_weights
 from attention_visualizer.support.errors import UserError, summary
+from attention_visualizer.support.text import nearest
 
 LEGACY = b"\x80\x02\x8a"  # the first bytes of a file of torch.save before PyTorch 1.6
 NESTED = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "teacher")
@@ -37,7 +37,7 @@ def build(model_from: str, ckpt: str, seed: int = 0) -> nn.Module:
     except ImportError:
         raise UserError(f"model_from={model_from} needs timm: python -m pip install timm") from None
     if not timm.is_model(name.split(".")[0]):
-        similar = difflib.get_close_matches(name, timm.list_models(), 5) or timm.list_models("vit_*patch16_224")[:5]
+        similar = nearest(name, timm.list_models(), 5) or timm.list_models("vit_*patch16_224")[:5]
         raise UserError(f"model_from={model_from}: timm has no such model; it has, among others, {', '.join(similar)}")
     if ckpt == "pretrained":
         try:

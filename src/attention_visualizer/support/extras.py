@@ -5,7 +5,7 @@ from __future__ import annotations
 from attention_visualizer.support.errors import UserError
 
 
-def needs(what: str, error: ModuleNotFoundError, extra: str) -> UserError:
+def missing_package(what: str, error: ModuleNotFoundError, extra: str) -> UserError:
     """Return the error that says which extra of this package brings the module that `what` could not import.
 
     Raise `error` itself where a module of this package is missing: that is no matter of installing.

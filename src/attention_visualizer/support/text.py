@@ -28,9 +28,9 @@ def csv_safe(value: object) -> object:
     return f"'{text}" if text.startswith(FORMULA) else text
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """Return the choice that `word` was probably meant to be; None where none is like it."""
+def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
+    """Return the choices, at most `count`, that `word` was probably meant to be: those that contain it, the shortest
+    first; where none does, those that are spelt alike."""
     choices = list(choices)
-    inside = [choice for choice in choices if len(word) > 2 and word in choice]
-    alike = difflib.get_close_matches(word, choices, 1)
-    return next(iter([*alike, *sorted(inside, key=len)]), None)
+    inside = sorted((choice for choice in choices if len(word) > 2 and word in choice), key=len)
+    return (inside or difflib.get_close_matches(word, choices, count))[:count]

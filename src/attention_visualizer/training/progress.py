@@ -17,7 +17,7 @@ from rich.table import Column
 
 from attention_visualizer.runs.folders import RunFolder
 from attention_visualizer.support.text import print_sanitised, printable
-from attention_visualizer.support.training_progress import batches_done, total_batches
+from attention_visualizer.support.training_progress import batches_done, progress_in_epochs, total_batches
 
 BATCHES_BETWEEN_DRAWINGS = 10  # the loss is asked for when it is shown: on a GPU that waits for it
 
@@ -39,6 +39,22 @@ class RunLog:
         self.write(line)
 
 
+class Pace:
+    """How fast a training goes, since this process began it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.total = total_batches(trainer, int(trainer.num_training_batches))
+        self._began, self._done_before = time.monotonic(), batches_done(trainer)
+
+    def seconds_left(self) -> float | None:
+        """Return how long the rest will take; None where that cannot be told, or nothing is left."""
+        done = batches_done(self.trainer)
+        if self.total is None or not self.total > done > self._done_before:
+            return None
+        return (time.monotonic() - self._began) / (done - self._done_before) * (self.total - done)
+
+
 def shows_bar(wanted: bool | None) -> bool:
     """Whether there is a terminal that a bar can be drawn in. wanted: `trainer.enable_progress_bar`."""
     return wanted is not False and sys.stdout.isatty()
@@ -51,12 +67,11 @@ class EpochLines(Callback):
         self.run_log = run_log
         self._loss: Any = 0.0  # summed over the batches since the last line; a tensor, so that a GPU need not wait
         self._batches = 0
-        self._began = self._last_line = 0.0
-        self._done_before = 0  # batches of the runs that this one goes on from
+        self._last_line = 0.0
+        self._pace: Pace | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began = self._last_line = time.monotonic()
-        self._done_before = batches_done(trainer)
+        self._last_line, self._pace = time.monotonic(), Pace(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,7 +87,6 @@ class EpochLines(Callback):
         now = time.monotonic()
         scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
         best = getattr(trainer.checkpoint_callback, "best_model_score", None)
-        done, total = batches_done(trainer), total_batches(trainer, int(trainer.num_training_batches))
         parts = [f"{epoch_text(trainer)}  step {trainer.global_step:,}"]
         if self._batches:
             parts.append(f"loss {float(self._loss) / self._batches:.3f}")
@@ -81,8 +95,9 @@ class EpochLines(Callback):
             highest = accuracy if best is None else max(accuracy, float(best))
             parts.append(f"validation {scores['validation/loss']:.3f}, {accuracy:.2%} (best {highest:.2%})")
         took = duration(now - self._last_line)
-        if total is not None and total > done > self._done_before:
-            took += f", about {duration((now - self._began) / (done - self._done_before) * (total - done))} left"
+        left = None if self._pace is None else self._pace.seconds_left()
+        if left is not None:
+            took += f", about {duration(left)} left"
         self._loss, self._batches, self._last_line = 0.0, 0, now
         line = "  ".join([*parts, took])
         bar = trainer.progress_bar_callback
@@ -100,6 +115,7 @@ class RunBar(callbacks.ProgressBar):
         super().__init__()
         self._bar: Progress | None = None
         self._task: Any = None
+        self._pace: Pace | None = None
         self._is_enabled = True
 
     # --- what Lightning asks of a bar ---
@@ -135,34 +151,30 @@ class RunBar(callbacks.ProgressBar):
             console=Console(),
             transient=True,
         )
-        total = total_batches(trainer, int(trainer.num_training_batches))
-        self._task = self._bar.add_task("", total=total, text="")
-        self._done_before, self._began = batches_done(trainer), time.monotonic()
+        self._pace = Pace(trainer)
+        self._task = self._bar.add_task("", total=self._pace.total, text="")
         self._bar.start()
-        self._draw(trainer, self._done_before, "beginning")
+        self._draw(trainer, "beginning")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        done = batches_done(trainer)
-        if done % BATCHES_BETWEEN_DRAWINGS == 0:
-            self._draw(trainer, done)
+        if batches_done(trainer) % BATCHES_BETWEEN_DRAWINGS == 0:
+            self._draw(trainer)
 
-    def _draw(self, trainer: Trainer, done: int, doing: str = "") -> None:
-        if self._bar is None:
+    def _draw(self, trainer: Trainer, doing: str = "") -> None:
+        if self._bar is None or self._pace is None:
             return
-        task = self._bar.tasks[0]
         texts = [doing] if doing else [f"loss {float(trainer.callback_metrics.get('train/loss', float('nan'))):.3f}"]
-        new = done - self._done_before
-        if task.total is not None and new and not doing:
-            left = (time.monotonic() - self._began) / new * (task.total - done)
+        left = self._pace.seconds_left()
+        if left is not None and not doing:
             texts.append(f"{duration(left)} left")
         description = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        self._bar.update(self._task, completed=done, description=description, text="  ".join(texts))
+        self._bar.update(self._task, completed=batches_done(trainer), description=description, text="  ".join(texts))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._draw(trainer, batches_done(trainer), "validating")
+            self._draw(trainer, "validating")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -184,10 +196,8 @@ class RunBar(callbacks.ProgressBar):
 
 def epoch_text(trainer: Trainer) -> str:
     """Return the epoch, counted from 1, of how many: `epoch 3/10`, or `epoch 2.5/10` in its middle."""
-    batches = int(trainer.num_training_batches)
-    epoch = batches_done(trainer) / batches if batches else float(trainer.current_epoch)
     of = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-    return f"epoch {round(epoch, 2):g}{of}"
+    return f"epoch {round(progress_in_epochs(trainer), 2):g}{of}"
 
 
 def duration(seconds: float) -> str:

@@ -7,9 +7,9 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
-IS_IMPORTED = "pytorch_lightning" in sys.modules and "lightning" not in sys.modules
+ONLY_THE_OTHER_IS_IMPORTED = "pytorch_lightning" in sys.modules and "lightning" not in sys.modules
 
-if not TYPE_CHECKING and (IS_IMPORTED or importlib.util.find_spec("lightning") is None):
+if not TYPE_CHECKING and (ONLY_THE_OTHER_IS_IMPORTED or importlib.util.find_spec("lightning") is None):
     try:
         from pytorch_lightning import Callback, LightningModule, Trainer
     except ModuleNotFoundError as error:

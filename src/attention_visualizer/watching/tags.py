@@ -29,7 +29,7 @@ def image_tags(labels: Sequence[int], names: Sequence[str]) -> list[str]:
     return tags
 
 
-def in_words(observation: Observation) -> str:
+def size_of_attention(observation: Observation) -> str:
     """Return the size of the attention that was found."""
     _, layers, heads = observation.head_maps.shape[:3]
     keys = sorted(set(observation.num_keys))
@@ -37,7 +37,7 @@ def in_words(observation: Observation) -> str:
     return f"{layers} layers x {heads} heads, {tokens} tokens"
 
 
-def where(trainer: Trainer) -> str:
-    """Return the command that shows the pictures, if TensorBoard does."""
+def tensorboard_command(trainer: Trainer) -> str:
+    """Return "; " and the command that shows the pictures; nothing where TensorBoard has none."""
     boards = [logger.log_dir.rstrip("/") for logger in trainer.loggers if is_tensorboard(logger)]
     return f"; tensorboard --logdir {shlex.quote(boards[0])} --samples_per_plugin images=200" if boards else ""

@@ -10,12 +10,19 @@ from PIL import Image
 
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.figures import charts
-from attention_visualizer.figures.attention_figures import class_name, common_unit, moment, probe_sheet, query_name
+from attention_visualizer.figures.attention_figures import (
+    class_name,
+    common_unit,
+    moment,
+    probe_sheet,
+    query_name,
+    query_of,
+)
 from attention_visualizer.figures.color_scales import attention_scale
 from attention_visualizer.figures.panels import Array, PanelFigure, overlay
 from attention_visualizer.figures.tile_grid import Tile, tile_grid
 from attention_visualizer.files.atomic import atomic_path
-from attention_visualizer.measures.map_measures import Query, uniform_entropy
+from attention_visualizer.measures.map_measures import uniform_entropy
 from attention_visualizer.runs.history import AttentionHistory
 
 FRAME_MILLISECONDS = 600
@@ -72,10 +79,9 @@ def draw_strip(history: AttentionHistory) -> PanelFigure:
         image = probe["images"][number]
         maps = np.stack([frame["maps"][number, -1] for frame in frames]) * (num_keys[-1] / unit)
         rows.append([Tile(image), *(Tile(picture) for picture in overlay(image, maps, unit))])
-    query: Query = "cls" if probe["query"] == "cls" else "patches"
     return tile_grid(
         rows,
-        f"During training: {query_name(query)} of the last layer, mean over heads",
+        f"During training: {query_name(query_of(probe))} of the last layer, mean over heads",
         "From random weights to the end of training",
         column_titles=["input", *(f"step {int(frame['step']):,}" for frame in frames)],
         row_titles=[class_name(names, label) if label >= 0 else f"image {i + 1}" for i, label in enumerate(labels)],
