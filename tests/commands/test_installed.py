@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers.runs import BRIEF, ENVIRONMENT, PROJECT
+from tests.helpers.environments import build_wheel, environment
+from tests.helpers.runs import BRIEF, ENVIRONMENT
 
 EXPERIMENT = """# @package _global_
 model: {embed_dim: 20, num_heads: 2, num_layers: 1, mlp_dim: 9}
@@ -20,46 +21,44 @@ model: {embed_dim: 20, num_heads: 2, num_layers: 1, mlp_dim: 9}
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the programs of a new environment, in which the wheel of this project was installed.
-
-    What it depends on it borrows from the tests' own: an environment without a network has no other.
-    """
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of programs of new environments, by the extra of this project's wheel that was installed there."""
     folder = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    wheel = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(PROJECT)]
-    subprocess.run([*pip, *wheel], check=True, capture_output=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
-    (site,) = (folder / "env").glob("lib/python*/site-packages")
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")  # but for its editable installations
-    (built,) = folder.glob("*.whl")
-    python = str(folder / "env" / "bin" / "python")
-    subprocess.run(
-        [*pip, "--python", python, "install", "--no-deps", "--no-index", "--ignore-installed", str(built)],
-        check=True,
-        capture_output=True,
-    )
-    return folder / "env" / "bin"
+    wheel = build_wheel(folder)
+    lightning = {"": ("pytorch-lightning", "tensorboard")}
+    return {
+        extra: environment(folder / (extra or "core"), wheel, extra, *lightning.get(extra, ()))
+        for extra in ("", "train", "report")
+    }
 
 
-def run(programs: Path, *words: str, folder: Path, code: int = 0) -> str:
-    """What a command of the environment prints; its errors, where it is to end with `code`."""
+@pytest.fixture
+def programs(places: dict[str, Path]) -> Path:
+    return places["train"]
+
+
+def run(programs: Path, *words: str, folder: Path, code: int = 0, with_errors: bool = False) -> str:
+    """What a command of the environment prints; its errors, where it is to end with `code`, or both."""
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [str(programs / words[0]), *words[1:]],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stderr if code else done.stdout
+    return done.stdout + done.stderr if with_errors else done.stderr if code else done.stdout
 
 
 @pytest.mark.long
-def test_the_wheel_trains_and_analyses_away_from_the_clone(programs: Path, tmp_path: Path) -> None:
+def test_the_wheel_trains_and_analyses_away_from_the_clone(places: dict[str, Path], tmp_path: Path) -> None:
+    """Each command in an environment that has its extra alone."""
+    programs = places["train"]
     trained = run(programs, "attention-visualizer", "train", *BRIEF, folder=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     assert f"Analyse:      attention-visualizer analyze run=runs/{folder.name} ckpt=best\n" in trained
     assert json.loads((folder / "run.json").read_text())["command"].startswith("attention-visualizer train data=digits")
-    analysed = run(programs, "attnviz", "analyze", "ckpt=best", "chapters=[patterns]", folder=tmp_path)
+    missing = run(programs, "attnviz", "analyze", "ckpt=best", folder=tmp_path, code=2)
+    assert missing.endswith("python -m pip install 'attention-visualizer[report]'\n") and missing.count("\n") == 1
+    analysed = run(places["report"], "attnviz", "analyze", "ckpt=best", "chapters=[patterns]", folder=tmp_path)
     page = folder / "attention_analysis" / "attention_analysis_report.html"
     assert f"HTML:       {page.relative_to(tmp_path)}\n" in analysed
     assert "attention-visualizer analyze ckpt=runs/" in page.read_text()
@@ -68,6 +67,44 @@ def test_the_wheel_trains_and_analyses_away_from_the_clone(programs: Path, tmp_p
     own = ("--config-dir", "mine", "experiment=small", "data=digits", "trainer.limit_train_batches=2")
     text = run(programs, "attention-visualizer", "train", *own, "trainer.max_epochs=1", "test=false", folder=tmp_path)
     assert "1 layers x 2 heads" in text
+
+
+# Of somebody who has Lightning by its other name, and TensorBoard.
+PROJECT_OF_SOMEBODY = """
+import importlib.util, pytorch_lightning, torch
+from attention_visualizer import AttentionLogger, VisionTransformer, capture
+assert importlib.util.find_spec("lightning") is None
+
+model = VisionTransformer(embed_dim=8, num_heads=2, num_layers=2, mlp_dim=8)
+with torch.no_grad(), capture(model.eval()) as attention:
+    model(torch.rand(1, 1, 28, 28))
+print(attention)
+
+class Module(pytorch_lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.vit = model
+    def training_step(self, batch, index):
+        return torch.nn.functional.cross_entropy(self.vit(batch[0]), batch[1])
+    validation_step = training_step
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+data = torch.utils.data.DataLoader([(torch.rand(1, 28, 28), i % 10) for i in range(20)], batch_size=10)
+logger = pytorch_lightning.loggers.TensorBoardLogger(".", name="board", version="")
+options = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "logger": logger}
+pytorch_lightning.Trainer(callbacks=[AttentionLogger()], **options).fit(Module(), data, data)
+"""
+
+
+@pytest.mark.long
+def test_a_project_needs_no_extra_and_either_package_of_lightning(places: dict[str, Path], tmp_path: Path) -> None:
+    told = run(places[""], "python", "-c", PROJECT_OF_SOMEBODY, folder=tmp_path, with_errors=True)
+    assert "CapturedAttention(2 layers x 2 heads" in told and "AttentionLogger: no " not in told
+    found = "AttentionLogger: vit, 2 layers x 2 heads, 17 tokens"
+    assert f"{found}; tensorboard --logdir ./board --samples_per_plugin images=200" in told
+    tags = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0}).Reload().Tags()
+    assert "attention_1_maps/all_images" in tags["images"] and "vit_entropy/layer_2" in tags["scalars"]
 
 
 @pytest.mark.long

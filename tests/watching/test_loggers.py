@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,40 +83,6 @@ def test_the_other_package_of_lightning(tmp_path: Path) -> None:
         tags.append(EventAccumulator(str(folder / "board"), size_guidance={"images": 0}).Reload().Tags())
     assert tags[0] == tags[1]
     assert all(tags[1][kind] for kind in ("scalars", "images", "histograms"))
-
-
-def test_a_project_with_the_other_package_alone(tmp_path: Path) -> None:
-    """Where `pytorch_lightning` is imported, `lightning` is neither needed nor imported."""
-    script = """
-import sys
-class NoLightning:
-    def find_spec(self, name, path=None, target=None):
-        if name == "lightning" or name.startswith("lightning."):
-            raise ModuleNotFoundError("No module named 'lightning'", name="lightning")
-sys.meta_path.insert(0, NoLightning())
-import pytorch_lightning, torch
-from attention_visualizer import AttentionLogger, VisionTransformer
-class Module(pytorch_lightning.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.vit = VisionTransformer(embed_dim=8, num_heads=2, num_layers=2, mlp_dim=8)
-    def training_step(self, batch, index):
-        return torch.nn.functional.cross_entropy(self.vit(batch[0]), batch[1])
-    validation_step = training_step
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-data = torch.utils.data.DataLoader([(torch.rand(1, 28, 28), i % 10) for i in range(20)], batch_size=10)
-logger = pytorch_lightning.loggers.TensorBoardLogger(".", name="board", version="")
-options = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "logger": logger}
-pytorch_lightning.Trainer(callbacks=[AttentionLogger()], **options).fit(Module(), data, data)
-assert "lightning" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    line = "AttentionLogger: vit, 2 layers x 2 heads, 17 tokens; tensorboard --logdir ./board --samples_per_plugin"
-    assert line in done.stderr + done.stdout
-    tags = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0}).Reload().Tags()
-    assert "attention_1_maps/all_images" in tags["images"] and "vit_entropy/layer_2" in tags["scalars"]
 
 
 def test_every_number_and_picture_says_what_it_is(tmp_path: Path) -> None:
