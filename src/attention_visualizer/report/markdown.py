@@ -24,11 +24,8 @@ PAGE = "attention_analysis_report.html"
 STATISTICS = "attention_statistics"
 SCHEMA = 3  # of attention_statistics.json: docs/report.md
 MAX_FINDINGS = 6
-HEROES = (
-    "attention_last_layer_sample_0",
-    "attention_pattern_sample_0",
-    "attention_evolution_strip",
-)  # the pictures that a page begins with
+# The pictures that a page begins with.
+OPENING_FIGURES = ("attention_last_layer_sample_0", "attention_pattern_sample_0", "attention_evolution_strip")
 PLACEHOLDER = re.compile(r"(?<!\\)\{(\w+)(?::([^{}]*))?\}")
 SHOWN = (".png", ".webp")  # kinds of figures that stand in the page; others are linked
 THUMBNAIL_WIDTH = 240  # pixels, in Markdown
@@ -195,7 +192,7 @@ def contents(summary: ReportHeader, parts: list[Part]) -> dict[str, Any]:
         "summary": summary,
         "parts": [part for part in parts if part.chapter.applies],
         "left_out": [part for part in parts if not part.chapter.applies],
-        "heroes": heroes_of(parts),
+        "opening": opening_figures(parts),
         "findings": findings_of(parts),
         "cautions": [part for part in parts if part.chapter.caution],
         "missing": [part for part in parts if part.chapter.missing],
@@ -220,10 +217,10 @@ def finding_lines(chapters: dict[str, Chapter]) -> Iterator[str]:
         yield re.sub(r"\\(.)", r"\1", one_line(part.resolve(part.chapter.finding.text)))
 
 
-def heroes_of(parts: list[Part]) -> list[tuple[int, FigureFile]]:
+def opening_figures(parts: list[Part]) -> list[tuple[int, FigureFile]]:
     """Return the figures that the page begins with, as far as they were drawn as pictures, with their numbers."""
     every = {figure.stem: (number, figure) for part in parts for number, figure in part.figures}
-    return [every[stem] for stem in HEROES if stem in every and every[stem][1].name.endswith(SHOWN)]
+    return [every[stem] for stem in OPENING_FIGURES if stem in every and every[stem][1].name.endswith(SHOWN)]
 
 
 def folded(part: Part) -> list[tuple[tuple[int, FigureFile], list[tuple[int, FigureFile]]]]:

@@ -27,7 +27,7 @@ class Change:
 
 
 def largest_change(history: AttentionHistory) -> Change:
-    entropies = history.column("frames", "entropy").mean(axis=2)  # [time, layer]
+    entropies = np.nanmean(history.column("frames", "entropy"), axis=2)  # [time, layer]; not all have as many heads
     steps = history.column("frames", "step")
     layer = int(np.abs(entropies[-1] - entropies[0]).argmax())
     first, last = float(entropies[0, layer]), float(entropies[-1, layer])
@@ -41,7 +41,7 @@ def write(study: Study) -> Chapter:
     figures = [
         FigureFile(
             output.save(draw_strip(history), "attention_evolution_strip"),
-            "The last layer's attention on probe images, from random weights to the end of training.",
+            "The last layer's attention on probe images, from the first captured step to the last.",
         ),
         FigureFile(
             output.save(draw(history), "attention_evolution"),
@@ -78,9 +78,9 @@ CHAPTER = ChapterWriter(
 FINDING = """Training changed layer {layer} most (picked afterwards): its attention entropy went from {first} to {last}
 nats, half of it by step {half} of {end}."""
 
-TEXT = """Attention on the same probe images at {frames} steps, the first before training, most within the first epoch,
-where most of the change occurs. Of all layers, the entropy of layer {layer} changed most, from {first} to {last} nats
-on the probe images (mean over heads); half of the change was there at step {half} of {end}. Solid lines are means over
-the whole validation set (thin ones single heads), dotted lines the probe images only; in the animation, each row is a
-probe image and each column a layer. Where a class token is read out, the last layer's distance is omitted: its patch
-queries cannot affect the logits."""
+TEXT = """Attention on the same probe images at {frames} steps, most of them within the first epoch, where most of the
+change occurs; step 0 is before training. Of all layers, the entropy of layer {layer} changed most, from {first} to
+{last} nats on the probe images (mean over heads); half of the change was there at step {half} of {end}. Solid lines
+are means over the whole validation set (thin ones single heads), dotted lines the probe images only; in the
+animation, each row is a probe image and each column a layer. Where a class token is read out, the last layer's
+distance is omitted: its patch queries cannot affect the logits."""

@@ -69,7 +69,7 @@ def chosen_frames(history: AttentionHistory, count: int) -> list[dict[str, Array
 
 
 def draw_strip(history: AttentionHistory) -> PanelFigure:
-    """Draw the last layer's attention on a few probe images, from before training to its end."""
+    """Draw the last layer's attention on a few probe images, from the first captured step to the last."""
     probe, frames = history.probe, chosen_frames(history, STRIP_MOMENTS)
     num_keys = np.atleast_1d(probe["num_keys"])
     unit = common_unit(np.broadcast_to(num_keys, frames[0]["maps"].shape[1]).tolist())
@@ -82,7 +82,7 @@ def draw_strip(history: AttentionHistory) -> PanelFigure:
     return tile_grid(
         rows,
         f"During training: {query_name(query_of(probe))} of the last layer, mean over heads",
-        "From random weights to the end of training",
+        f"From {'random weights' if not frames[0]['step'] else 'the first captured step'} to the last captured step",
         column_titles=["input", *(f"step {int(frame['step']):,}" for frame in frames)],
         row_titles=[class_name(names, label) if label >= 0 else f"image {i + 1}" for i, label in enumerate(labels)],
         tile_size=72,
