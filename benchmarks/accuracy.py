@@ -113,8 +113,8 @@ def percent(shares: list[float]) -> str:
     """Mean and standard deviation, and each."""
     each = ", ".join(f"{100 * share:.2f}" for share in shares)
     if len(shares) == 1:
-        return f"{each} %"
-    return f"{100 * statistics.mean(shares):.2f} ± {100 * statistics.stdev(shares):.2f} % ({each})"
+        return f"{each}%"
+    return f"{100 * statistics.mean(shares):.2f} ± {100 * statistics.stdev(shares):.2f}% ({each})"
 
 
 def main() -> None:

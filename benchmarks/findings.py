@@ -6,7 +6,7 @@
 
 Claims, roles, needed heads and trusted maps of models and maps of which none should have any, and of those in which
 something was planted. All are judged as if their accuracy were above chance; how many pass that gate has a column of
-its own. No model that is judged has the seed of a control. Rates have the upper end of their 95 % interval (Wilson).
+its own. No model that is judged has the seed of a control. Rates have the upper end of their 95% interval (Wilson).
 """
 
 from __future__ import annotations

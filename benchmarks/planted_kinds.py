@@ -294,7 +294,7 @@ class Kinds:
         for name, count in heads.items():
             found[name] = lambda name=name, count=count: Truth(name, one, count())
         name = "ranking by Shapley values of other permutations"
-        found[name] = lambda: Truth(name, "100 % of the gain", self.shapley_values())
+        found[name] = lambda: Truth(name, "100% of the gain", self.shapley_values())
         return found
 
 

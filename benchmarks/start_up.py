@@ -4,9 +4,10 @@
     python benchmarks/start_up.py commands --repeats 7 --markdown
     python benchmarks/start_up.py --quick
 
-commands: from the shell to the answer, for --help, for a wrong argument and for the end of the first training step
-(real MNIST where MNIST_DIR or data/ has it, else scikit-learn's digits), each beside the shortest program with the
-same libraries that does the like.
+commands: from the shell to the answer, for --help, for a wrong argument, for a script that captures a model's attention
+and for the end of the first training step (real MNIST where MNIST_DIR or data/ has it, else scikit-learn's digits),
+each beside the shortest program with the same libraries that does the like.
+packages: how many packages each extra needs, itself and PyTorch's own included, and how large they are, as installed.
 imports: whose modules the time of `train.py --help` and of `analyze.py` goes into, by `-X importtime`,
 which itself makes imports slower.
 Each start is a process of its own; repeats are interleaved, and a number is their median with the smallest and the
@@ -25,13 +26,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from parts import option_parser, parse
 from tables import machine, spread, table, versions
 
 PROJECT = Path(__file__).resolve().parent.parent
-PARTS = ("commands", "imports")
+PARTS = ("commands", "packages", "imports")
 MIN_SHARE = 0.03  # of the imports; what takes less is summed up
 
 HYDRA = """
@@ -41,6 +43,14 @@ def main(config):
     pass
 main()
 """
+CAPTURE = """
+import torch, torchvision
+from attention_visualizer import capture
+model = torchvision.models.VisionTransformer(64, 16, 4, 4, 128, 256).eval()
+with torch.no_grad(), capture(model):
+    model(torch.rand(2, 3, 64, 64))
+"""
+FORWARD = CAPTURE.replace("from attention_visualizer import capture\n", "").replace(", capture(model)", "")
 FIRST_STEP = """
 import torch
 from hydra import main
@@ -71,7 +81,7 @@ class Start:
     """A program and how it ends. `peer` is the text of the shortest one, in `peer_title`'s words."""
 
     title: str
-    arguments: tuple[str, ...]
+    arguments: tuple[str, ...]  # the first is its file, or its text
     exit_code: int
     peer_title: str
     peer: str
@@ -83,6 +93,7 @@ STARTS = (
     Start("analyze.py --help", ("analyze.py", "--help"), 0, "a Hydra program's --help", HYDRA, ("--help",)),
     Start("analyze.py num_samples=x", ("analyze.py", "num_samples=x"), 2, "an empty Hydra program", HYDRA),
     Start("analyze.py ckpt=nowhere.ckpt", ("analyze.py", "ckpt=nowhere.ckpt"), 2, "import torch", "import torch"),
+    Start("a script with capture", (CAPTURE,), 0, "the same forward pass", FORWARD),
     Start("train.py --help", ("train.py", "--help"), 0, "import hydra, lightning", "import hydra, lightning"),
     Start("train.py model.embed_dim=x", ("train.py", "model.embed_dim=x"), 2, "the same", "import hydra, lightning"),
     Start("train.py, first step", ("train.py",), 7, "Lightning, linear layer", FIRST_STEP, first_step=True),
@@ -96,7 +107,10 @@ def mnist_folder() -> Path:
 def seconds_of(start: Start, ours: bool) -> float:
     """In an empty folder, from the start of the process to its end."""
     with tempfile.TemporaryDirectory() as folder:
-        if ours:
+        if ours and start.arguments[0] == CAPTURE:
+            program, arguments = str(Path(folder) / "script.py"), []
+            Path(program).write_text(CAPTURE)
+        elif ours:
             program, arguments = str(PROJECT / start.arguments[0]), list(start.arguments[1:])
             if start.first_step and not any(mnist_folder().rglob("train-images-idx3-ubyte*")):
                 arguments.append("data=digits")
@@ -133,6 +147,46 @@ def commands_table(starts: Sequence[Start], repeats: int, markdown: bool) -> str
     return table(("command", "seconds", "peer", "seconds", "ratio"), rows, markdown)
 
 
+def packages_table(markdown: bool) -> str:
+    """Count what each extra needs, and its megabytes."""
+    rows = []
+    for extra in ("", "train", "report", "all"):
+        names = needed("attention-visualizer", frozenset([extra]))
+        size = sum(megabytes(name) for name in names)
+        rows.append((f"attention-visualizer{f'[{extra}]' if extra else ''}", str(len(names)), f"{size:,.0f}"))
+    return table(("installed", "packages", "MB"), rows, markdown)
+
+
+def needed(name: str, extras: frozenset[str]) -> set[str]:
+    """Return the names of the installed packages that `name` with these extras needs, itself included."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found: set[str] = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting: list[tuple[str, frozenset[str]]] = [(canonicalize_name(name), extras)]
+    while waiting:
+        package, wanted = waiting.pop()
+        if (package, wanted) in seen:
+            continue
+        seen.add((package, wanted))
+        try:
+            requirements = distribution(package).requires or []
+        except PackageNotFoundError:
+            continue
+        found.add(package)
+        for requirement in map(Requirement, requirements):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in wanted | {""}):
+                waiting.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    return found
+
+
+def megabytes(package: str) -> float:
+    """Sum the files that a package installed, as its record lists them, in 10^6 bytes."""
+    return sum(file.size or 0 for file in distribution(package).files or []) / 1e6
+
+
 def imports_table(command: str, markdown: bool) -> str:
     """Seconds by package, each counting only its own modules' lines."""
     with tempfile.TemporaryDirectory() as folder:
@@ -163,6 +217,8 @@ def main() -> None:
     for part in options.parts:
         if part == "commands":
             print(commands_table(STARTS, options.repeats, options.markdown))
+        elif part == "packages":
+            print(packages_table(options.markdown))
         else:
             # The checkpoint is looked for after all that the analysis needs has been imported.
             for command in ("train.py --help", "analyze.py ckpt=nowhere.ckpt"):

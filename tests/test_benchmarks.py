@@ -150,6 +150,17 @@ def test_a_start_is_measured_beside_its_libraries() -> None:
     assert "| analyze.py --help |" in result.stdout and "| analyze.py num_samples=x |" in result.stdout
 
 
+def test_an_installation_without_extras_is_the_smallest() -> None:
+    result = run("start_up.py", "packages", "--markdown")
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"\| attention-visualizer(?:\[(\w+)\])? \| (\d+) \| ([\d,]+) \|", result.stdout)
+    packages = {extra: int(count) for extra, count, _ in rows}
+    size = {extra: int(megabytes.replace(",", "")) for extra, _, megabytes in rows}
+    assert packages.keys() == {"", "train", "report", "all"}
+    assert 10 < packages[""] < min(packages["train"], packages["report"]) < packages["all"]
+    assert 200 < size[""] <= size["report"] <= size["all"]  # PyTorch's own among them
+
+
 def test_training_is_measured_beside_the_peers() -> None:
     result = run("training.py", "peers", "--quick", "--markdown")
     assert result.returncode == 0, result.stderr

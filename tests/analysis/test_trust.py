@@ -94,9 +94,7 @@ def test_a_map_that_gains_enough_and_needs_the_weights_is_trusted() -> None:
     found = planted(0.15)
     assert found.is_trusted and found.reason.startswith("Trusted, ") and not found.failures
     assert float(found.gains.share[SHAPLEY].value) == pytest.approx(0.75, abs=0.02)
-    assert (
-        "75 % (7" in found.degrees and "amount of ink: yes, +0.1" in found.degrees and "weights: yes" in found.degrees
-    )
+    assert "75% (7" in found.degrees and "amount of ink: yes, +0.1" in found.degrees and "weights: yes" in found.degrees
     assert set(found.gains.over) == set(BASELINES) and found.gains.over[AMOUNT].value.shape == (2, 2)
 
 
@@ -109,8 +107,8 @@ ONLY_WORSE_IN_ONE = np.array([[0.2, 0.2], [0.2, 0.02]])
         (
             0.09,
             {},
-            "its share of what Shapley values gain is not surely above 50 %",
-        ),  # 45 %; beats every baseline, and shows less than half
+            "its share of what Shapley values gain is not surely above 50%",
+        ),  # 45%; beats every baseline, and shows less than half
         (0.15, {"possible": 0.01}, "Shapley values themselves gain too little"),
         (0.15, {"amount": 0.14}, "its gain over the ranking by amount of"),  # significant, but too little
         (ONLY_WORSE_IN_ONE, {}, "it is worse than the ranking by amount of ink in insertion, tokens dropped"),
@@ -526,7 +524,7 @@ def test_without_known_classes_the_chapter_is_one_sentence(digits: LabelledImage
 
 
 def test_an_empty_null_is_at_its_level() -> None:
-    """Maps no better than the ink: an interval lies above 0 no more often than it may (one side, 2.5 %)."""
+    """Maps no better than the ink: an interval lies above 0 no more often than it may (one side, 2.5%)."""
     generator = np.random.default_rng(0)
     above = [float(intervals.bootstrap_mean(generator.standard_normal(50), seed=seed).low) > 0 for seed in range(400)]
     assert 0.005 <= np.mean(above) <= 0.055

@@ -103,7 +103,7 @@ def test_the_report_embeds_every_figure_and_no_other(analysis: Analysis) -> None
 def test_it_says_which_checkpoint_and_why(analysis: Analysis) -> None:
     first, *_, last = analysis.outcome.out.strip().splitlines()
     assert first.startswith("Checkpoint: best.ckpt of the newest run 2025-01-02_03-04-05-000006")
-    assert "0.7500" in first and last.startswith("Markdown: ")
+    assert "75.00%" in first and last.startswith("Markdown: ")
     assert (analysis.run.path.parents[1] / last.removeprefix("Markdown:").strip()).is_file()
     assert analysis.outcome.err == ""
 
@@ -244,7 +244,7 @@ def test_the_accuracy_is_the_models(analysis: Analysis, model: VisionTransformer
         right = (model(normalise(images, digits.description)).argmax(dim=1) == labels).float().mean()
     told = read_statistics(analysis.output)["chapters"]["statistics"]["numbers"]
     assert told["accuracy"] == pytest.approx(float(right)) and told["images"] == 300
-    assert f"accuracy {100 * right:.0f} % (" in read_report(analysis.output)
+    assert f"accuracy {100 * right:.0f}% (" in read_report(analysis.output)
 
 
 @pytest.mark.parametrize("chapters", ["[patterns]", "[statistics]"])
@@ -263,7 +263,7 @@ def test_the_headline_has_the_accuracy_with_its_interval(
     halves = [half.double().mean().item() for half in (right[: n // 2], right[n // 2 :])]
     low, high = min(low, *halves), max(high, *halves)
     assert 0.02 < high - low < 0.2  # so that no decimal of a percentage survives
-    expected = f"{100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f}), n = {n}"
+    expected = f"{100 * share:.0f}% ({100 * low:.0f} to {100 * high:.0f}), n = {n}"
     succeed(f"chapters={chapters}", "num_samples=1", "output_dir=headline", folder=one_run.path)
     assert read_statistics(one_run.path / "headline")["facts"]["accuracy"] == expected
     headline = read_report(one_run.path / "headline").split("\n\n")[1]

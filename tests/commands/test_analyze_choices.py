@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: ImageDataModule) -> W
         (["ckpt=best"], 14, "best.ckpt of the newest run 2025-01-03"),
         (["ckpt=last"], 14, "last.ckpt of the newest run 2025-01-03"),
         (["ckpt=best", "run=runs/2025-01-01_00-00-00-000000"], 10, "2025-01-01"),
-        (["run=2025-01-01_00-00-00-000000"], 10, "validation accuracy 0.9700"),
+        (["run=2025-01-01_00-00-00-000000"], 10, "validation accuracy 97.00%"),
         (["run=all"], 10, "the best of 5"),
         (["run=2025-01-02_00-00-00-000000"], 18, "1_model.embed_dim-18, the best job of sweep"),
         (["ckpt=runs/2025-01-01_00-00-00-000000"], 10, "2025-01-01"),
@@ -120,7 +120,7 @@ def test_other_files_are_analysed_beside_where_the_command_runs(
 def test_a_running_runs_checkpoint_counts_without_its_manifest(work: Workplace, model: VisionTransformer) -> None:
     run = work.add_run("2025-01-01_00-00-00-000000", model)
     run.manifest_path.unlink()
-    assert "0.7500" in succeed(*ONE, folder=work.path).out
+    assert "75.00%" in succeed(*ONE, folder=work.path).out
 
 
 # --- which samples ---

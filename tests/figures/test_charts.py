@@ -111,7 +111,7 @@ def test_boxes_stand_at_their_quantiles_in_the_order_of_layers() -> None:
         )
         assert (whiskers.min(), whiskers.max()) == pytest.approx((low, high))
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "3"]
-    assert "5 to 95 %" in ax.get_xlabel() and ax.get_ylabel() == "entropy (nats)"
+    assert "5 to 95%" in ax.get_xlabel() and ax.get_ylabel() == "entropy (nats)"
 
 
 def test_a_reference_is_drawn_and_named() -> None:

@@ -113,7 +113,7 @@ def test_p_values_are_at_their_level_where_class_says_nothing_beyond_ink() -> No
         assert shares[0].p_value == 1 / 1000
         p_values.append([each.p_value for each in shares[1:]])
     rejected = (np.array(p_values) < 0.1).mean(axis=0)
-    assert (rejected <= 0.25).all() and rejected.max() > 0, rejected  # 40 tests of 10 %: three standard errors
+    assert (rejected <= 0.25).all() and rejected.max() > 0, rejected  # 40 tests of 10%: three standard errors
 
 
 def test_intervals_cover_the_share() -> None:

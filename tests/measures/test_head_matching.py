@@ -132,7 +132,7 @@ def test_partners_are_the_best_of_all_pairings() -> None:
 
 
 def test_unrelated_heads_are_rarely_called_matched() -> None:
-    """At most about 5 % of pairs of models that have nothing to do with each other reach 0.05."""
+    """At most about 5% of pairs of models that have nothing to do with each other reach 0.05."""
     generator = np.random.default_rng(0)
     p_values = np.array(
         [

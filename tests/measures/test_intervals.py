@@ -97,7 +97,7 @@ def test_columns_without_a_value_stay_without_one() -> None:
 
 def test_intervals_as_text() -> None:
     interval = intervals.Interval(np.array(0.12345), np.array(0.1), np.array(0.2), 7)
-    assert interval.text() == "0.12 (0.10 to 0.20)" and interval.text(1, percent=True) == "12 % (10 to 20)"
+    assert interval.text() == "0.12 (0.10 to 0.20)" and interval.text(1, percent=True) == "12% (10 to 20)"
     assert intervals.Interval(np.array(np.nan), np.array(np.nan), np.array(np.nan), 0).text() == "–"
 
 
@@ -115,7 +115,7 @@ def test_intervals_as_text() -> None:
 def test_no_digit_is_printed_that_other_images_would_not_give(value: float, low: float, high: float, text: str) -> None:
     interval = intervals.Interval(*map(np.array, (value, low, high)), 7)
     assert interval.text() == text
-    assert interval.times(0.01).text(percent=True).replace(" %", "") == text
+    assert interval.times(0.01).text(percent=True).replace("%", "") == text
 
 
 def test_intervals_include_both_halves_of_the_images() -> None:
@@ -170,7 +170,7 @@ def test_permutation_p_values() -> None:
 
 
 def test_the_largest_of_all_keeps_the_level_for_all_together() -> None:
-    """Seven statistics of very different spreads, in 400 families: any below 5 % in about 5 % of the families; and one
+    """Seven statistics of very different spreads, in 400 families: any below 5% in about 5% of the families; and one
     that is planted is found, whatever its spread."""
     generator = np.random.default_rng(11)
     spreads = np.array([1e-3, 1.0, 50.0, 1.0, 1.0, 7.0, 1.0])
@@ -191,7 +191,7 @@ def test_p_values_of_replicates_taken_for_normal() -> None:
 
 @pytest.mark.parametrize("permutations", [19, 99, 999])
 def test_p_values_are_uniform_where_nothing_is_planted(permutations: int) -> None:
-    """At any number of permutations: with few of them, a null mean without the observed value rejects 6.4 % at 5 %."""
+    """At any number of permutations: with few of them, a null mean without the observed value rejects 6.4% at 5%."""
     generator = np.random.default_rng(permutations)
     cases = 20_000 if permutations < 999 else 4000
     observed, null = generator.exponential(1.0, cases), generator.exponential(1.0, (permutations, cases))
@@ -266,7 +266,7 @@ def test_attention_to_places_alone_is_rejected_at_the_level() -> None:
         attention = generator.dirichlet(np.linspace(3, 0.5, 9), (50, 5)).astype(np.float32)
         p_values = permutation_p_value(*permuted_products(attention, content, 199, seed=trial))
         rejected.append(p_values < 0.05)
-    assert 0.02 <= np.mean(rejected) <= 0.085  # 300 tests of 5 %: three standard errors either way
+    assert 0.02 <= np.mean(rejected) <= 0.085  # 300 tests of 5%: three standard errors either way
 
 
 def test_attention_to_content_is_found() -> None:
@@ -309,7 +309,7 @@ def test_the_largest_effect_holds_its_level_over_all_places() -> None:
         wrong[spread, count] += (
             intervals.largest_effect_test([effects_and_influences(first, second)], 99)[0] < 0.05
         ).any()
-    assert all(1 <= count <= 18 for count in wrong.values()), wrong  # 150 tests of 5 %, four standard errors
+    assert all(1 <= count <= 18 for count in wrong.values()), wrong  # 150 tests of 5%, four standard errors
 
 
 def test_parts_of_different_images_are_one_family() -> None:

@@ -73,8 +73,8 @@ def test_influences_give_the_interval_of_resampled_images() -> None:
 
 
 def test_intervals_hold_the_truth_and_the_test_keeps_its_level() -> None:
-    """Attention that depends on place and ink, as the feature does, but not on the feature: in 300 data sets 5 % are
-    significant, and 95 % of intervals hold 0, within what 300 draws can tell (three standard errors)."""
+    """Attention that depends on place and ink, as the feature does, but not on the feature: in 300 data sets 5% are
+    significant, and 95% of intervals hold 0, within what 300 draws can tell (three standard errors)."""
     p_values, covered = [], []
     for seed in range(300):
         values, feature, strata = example(seed)

@@ -75,7 +75,7 @@ def summary(**changes: Any) -> ReportHeader:
         "facts": {"weights": "best.ckpt of run_7", "data": NASTY},
         "warnings": ["random weights (untrained)"],
         "command": "python analyze.py 'ckpt=my run/best.ckpt'",
-        "headline": ("6 layers", NASTY, "accuracy 99.30 %, n = 10,000"),
+        "headline": ("6 layers", NASTY, "accuracy 99.30%, n = 10,000"),
     }
     return ReportHeader(**fields | changes)
 
@@ -337,7 +337,7 @@ def test_the_first_screen(output: Path) -> None:
     first = page.text("header")
     assert "n = 10,000 Warning. random weights (untrained) Missing: the chapter Roles ." in first
     assert page.text("h1") == "Attention analysis"
-    assert page.text("p", **{"class": "headline"}) == f"6 layers {NASTY} accuracy 99.30 %, n = 10,000"
+    assert page.text("p", **{"class": "headline"}) == f"6 layers {NASTY} accuracy 99.30%, n = 10,000"
     assert "Head 4.1 follows the ink: 0.19 (0.18 to 0.20), n = 7, Figure 5" in first
     assert "Not a reason, see Table 2 ." in first
     (thumbnail,) = [link for link in page.all("a") if link.get("class") == "thumbnail"]

@@ -60,7 +60,7 @@ def test_best_is_the_newest_run_s(tmp_path: Path, make_run: Callable[..., RunFol
     newest = make_run("2025-01-02_00-00-00-000000", 0.9321)
     choice = choose_checkpoint(root=tmp_path / "runs")
     assert choice.path == newest.best and choice.run == newest
-    assert choice.reason == "best.ckpt of the newest run 2025-01-02_00-00-00-000000 (validation accuracy 0.9321)"
+    assert choice.reason == "best.ckpt of the newest run 2025-01-02_00-00-00-000000 (validation accuracy 93.21%)"
     last = choose_checkpoint("last", root=tmp_path / "runs")
     assert (last.path, last.reason) == (newest.last, "last.ckpt of the newest run 2025-01-02_00-00-00-000000")
 
@@ -73,7 +73,7 @@ def test_a_running_run_counts_and_newer_ones_without_are_mentioned(
     make_run("2025-01-04_00-00-00-000000", files=("last",))
     choice = choose_checkpoint(root=str(tmp_path / "runs"))
     assert choice.path == running.best
-    assert "(validation accuracy 0.5000)" in choice.reason  # from the checkpoint itself
+    assert "(validation accuracy 50.00%)" in choice.reason  # from the checkpoint itself
     assert choice.reason.endswith("newer ones have none: 2025-01-04_00-00-00-000000, 2025-01-03_00-00-00-000000")
     assert choose_checkpoint("last", root=tmp_path / "runs").path.parts[-3] == "2025-01-04_00-00-00-000000"
 
@@ -86,14 +86,14 @@ def test_a_sweep_stands_for_its_best_job(tmp_path: Path, make_run: Callable[...,
     make_run(f"{sweep}/2_model.embed_dim-32")  # 0.5 in its checkpoint
     make_run(f"{sweep}/3_model.embed_dim-64", 0.95, files=())
     (tmp_path / "runs" / sweep / "multirun.yaml").touch()
-    expected = f"best.ckpt of {best.name}, the best job of the newest sweep {sweep} (validation accuracy 0.9000)"
+    expected = f"best.ckpt of {best.name}, the best job of the newest sweep {sweep} (validation accuracy 90.00%)"
     choice = choose_checkpoint(root=tmp_path / "runs")
     assert (choice.path, choice.reason) == (best.best, expected)
     for by_name in (sweep, str(tmp_path / "runs" / sweep)):
         assert choose_checkpoint(run=by_name, root=tmp_path / "runs").path == best.best
     assert choose_checkpoint(str(tmp_path / "runs" / sweep)).path == best.best
     job = choose_checkpoint(run=f"{sweep}/0_model.embed_dim-8", root=tmp_path / "runs")
-    assert job.reason == "best.ckpt of run 0_model.embed_dim-8 (validation accuracy 0.7000)"
+    assert job.reason == "best.ckpt of run 0_model.embed_dim-8 (validation accuracy 70.00%)"
 
 
 def test_run_all_compares_only_runs_of_the_newest_data_set(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
@@ -102,7 +102,7 @@ def test_run_all_compares_only_runs_of_the_newest_data_set(tmp_path: Path, make_
     make_run("2025-01-03_00-00-00-000000", 0.97)
     choice = choose_checkpoint(run="all", root=tmp_path / "runs")
     assert choice.path == best.best
-    assert "the best of 2 (validation accuracy 0.9800); 1 on other data than the newest (mnist)" in choice.reason
+    assert "the best of 2 (validation accuracy 98.00%); 1 on other data than the newest (mnist)" in choice.reason
 
 
 def test_a_broken_manifest_does_not_stop_the_choice(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:

@@ -36,9 +36,13 @@ def assert_ended_as_the_completed_run(run: Path) -> None:
     interrupted = read_checkpoint(RUNS / "interrupted" / "checkpoints" / "last.ckpt")
     assert (ours["global_step"], theirs["global_step"], interrupted["global_step"]) == (STEPS, STEPS, 35)
     for name, value in theirs["state_dict"].items():
-        torch.testing.assert_close(ours["state_dict"][name], value, rtol=0, atol=2e-5, msg=name)
+        found = ours["state_dict"][name]
+        if name.endswith("qkv.bias"):
+            # Softmax does not change with the keys' bias. Its gradient is rounding, which Adam turns into steps.
+            found, value = (bias.view(3, -1)[[0, 2]] for bias in (found, value))
+        torch.testing.assert_close(found, value, rtol=0, atol=2e-6, msg=name)
     moved = [(theirs["state_dict"][name] - value).abs().max() for name, value in interrupted["state_dict"].items()]
-    assert max(moved) > 0.02  # a thousand times what is tolerated
+    assert max(moved) > 0.02  # ten thousand times what is tolerated
 
 
 def test_their_checkpoints_are_opened(folder: Path) -> None:

@@ -35,8 +35,8 @@ from tests.helpers.runs import (
 )
 
 # A few seconds of training beside those that a process takes to begin; averaged weights, dropout, both logs.
-STEPS = 12 * BATCHES
-LONG = (*TINY, "model.dropout=0.1", "callbacks=ema", "logger=[tensorboard,csv]", "trainer.max_epochs=12", "test=false")
+STEPS = 8 * BATCHES
+LONG = (*TINY, "model.dropout=0.1", "callbacks=ema", "logger=[tensorboard,csv]", "trainer.max_epochs=8", "test=false")
 RUN_TRAIN = (
     f"import runpy, sys; sys.argv[0] = {str(PROJECT / 'train.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
 )
@@ -198,7 +198,7 @@ def test_killed_at_random_moments_and_gone_on_with_it_is_the_same_run(uninterrup
         began = time.time_ns()
         training = Training(*LONG, "resume=auto", folder=tmp_path)
         training.wait_until(lambda training=training: "Run folder:" in training.output())  # type: ignore[misc]
-        if chance.random() < 3 / wanted:  # so often it gets on by an epoch or two, of twelve
+        if chance.random() < 3 / wanted:  # so often it gets on by an epoch or two, of eight
             training.wait_for_checkpoint(newer_than=began)
         time.sleep(chance.uniform(0, epoch / 2))
         if training.process.poll() is None:

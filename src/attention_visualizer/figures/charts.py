@@ -30,7 +30,7 @@ def new_axes() -> Axes:
 def box_by_layer(
     quantiles: Array, label: str, ax: Axes | None = None, reference: float | None = None, reference_label: str = ""
 ) -> Axes:
-    """Draw a box for each layer from quantiles [layer, 5] at 5, 25, 50, 75 and 95 % (whiskers at 5 and 95)."""
+    """Draw a box for each layer from quantiles [layer, 5] at 5, 25, 50, 75 and 95% (whiskers at 5 and 95)."""
     ax = ax or new_axes()
     boxes = [
         {"whislo": low, "q1": first, "med": middle, "q3": third, "whishi": high, "label": str(layer + 1)}
@@ -51,7 +51,7 @@ def box_by_layer(
             reference, color=REFERENCE, linestyle="--", linewidth=1, label=f"{reference_label} ({reference:.3g})"
         )
         ax.legend(fontsize=9, facecolor="white", edgecolor="none", framealpha=1)
-    ax.set_xlabel("layer (box: middle 50 %, whiskers: 5 to 95 %)")
+    ax.set_xlabel("layer (box: middle 50%, whiskers: 5 to 95%)")
     ax.set_ylabel(label)
     return clean(ax)
 

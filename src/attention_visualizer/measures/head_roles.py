@@ -23,7 +23,7 @@ MIN_PART = 0.8  # of a head's selectivity that is position, or content
 MIN_SELECTIVITY = 0.5  # nats: a factor of 1.6 in the number of patches
 # Part of the way from the largest value of any control to 1 that a role must lie beyond it. A model that is such a
 # control itself is often the largest of all: of sharpened random weights beside 6 others, resampled from 72 models,
-# 34 % had a role at 0, 14 % at 0.3, 6 % at 0.4 and 3.5 % at this distance (docs/findings.md).
+# 34% had a role at 0, 14% at 0.3, 6% at 0.4 and 3.5% at this distance (docs/findings.md).
 BEYOND_CONTROLS = 0.5
 NO_ROLE = "no distinct role"
 

@@ -32,7 +32,7 @@ STRENGTHS = (-10.0, 4.0, 10.0, 30.0)
 NO_SPREAD = 1e-9  # of a regressor, below which it predicts nothing
 
 NOTHING = "nothing"
-OWN_INK = "the place's own ink"
+OWN_INK = "the position's own ink"
 ALL_INKS = "all inks, linear"
 SQUARES = "all inks, squares and products"
 SOFTMAX = "all inks, squares, products and softmax"

@@ -33,7 +33,7 @@ NORMAL = NormalDist().inv_cdf(1 - LEVEL / 2)  # 1.96
 
 @dataclass(frozen=True)
 class Interval:
-    """Values with their 95 % intervals, arrays of one shape."""
+    """Values with their 95% intervals, arrays of one shape."""
 
     value: Array
     low: Array
@@ -62,7 +62,7 @@ class Interval:
         decimals as `decimals` allows."""
         if np.isnan(self.value):
             return "–"
-        scale, unit = (100, " %") if percent else (1, "")
+        scale, unit = (100, "%") if percent else (1, "")
         decimals = self.decimals(digits, scale)
         value, low, high = (f"{scale * float(each):z.{decimals}f}" for each in (self.value, self.low, self.high))
         # One image says nothing of others.
@@ -177,7 +177,7 @@ class BootstrapMeans:
 
 
 def percentiles(replicates: Array) -> tuple[Array, Array]:
-    """Return the ends of the 95 % interval of [replicate, ...]: [...] each; NaN where any replicate is."""
+    """Return the ends of the 95% interval of [replicate, ...]: [...] each; NaN where any replicate is."""
     flat = replicates.reshape(len(replicates), math.prod(replicates.shape[1:]))
     ends = np.full((2, flat.shape[1]), np.nan)
     defined = ~np.isnan(flat).any(axis=0)
@@ -383,7 +383,7 @@ def alternate_halves(labels: Array) -> Array:
 
 
 def learnt_threshold(chance: float) -> float:
-    """Return the accuracy above which a model counts as trained: 10 % of the way from chance to perfect, which models
+    """Return the accuracy above which a model counts as trained: 10% of the way from chance to perfect, which models
     with random weights do not reach by luck."""
     return chance + (1 - chance) / 10
 

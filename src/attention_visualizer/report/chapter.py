@@ -33,6 +33,7 @@ class Table:
     caption: str
     columns: list[str]
     rows: list[list[str]]
+    is_detail: bool = False  # whether a page may fold it away
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Candidate:
     def remark(self) -> str:
         if self.accuracy is None or self.path.name != BEST:  # the run's accuracy is that of its best
             return ""
-        return f" (validation accuracy {self.accuracy:.4f})"
+        return f" (validation accuracy {self.accuracy:.2%})"
 
 
 @dataclass(frozen=True)

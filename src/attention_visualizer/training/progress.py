@@ -146,7 +146,7 @@ class RunBar(callbacks.ProgressBar):
         self._bar = Progress(
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(20),
-            TaskProgressColumn("{task.percentage:>3.0f} %", table_column=Column(no_wrap=True)),
+            TaskProgressColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True)),
             console=Console(),
             transient=True,

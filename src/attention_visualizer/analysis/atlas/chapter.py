@@ -122,27 +122,29 @@ def regression_table(atlas: Atlas) -> Table:
             regression.taken_out,
             str(regression.regressors),
             f"{regression.predicted:.0%}",
-            *(f"{there.sum()} of {there.size}" for there in (of_all, of_pair, of_all & of_pair)),
+            *(str(there.sum()) for there in (of_all, of_pair, of_all & of_pair)),
         ]
         for regression, of_all, of_pair in zip(atlas.regressions, *atlas.differ, strict=True)
     ]
     return Table(
-        f"Positions (layer and patch) of {len(atlas.differences)} pairs of classes whose attention differs when "
-        "something is taken out of maps and classes by regression, out of fold. The last row counts the positions that "
-        "differ in every other row.",
+        f"Of {beyond.size} positions (layer and patch, {len(atlas.differences)} pairs of classes), how many get "
+        "different attention when something is taken out of maps and classes by regression, out of fold. The last row "
+        "counts those that differ in every other row.",
         [
             "taken out",
             "regressors",
             "of the maps' variance, predicted",
-            "positions that differ, regression over all images",
+            "regression over all images",
             "over the pair's images",
             "both",
         ],
-        [*rows, ["each of these", "", "", "", "", f"{beyond.sum()} of {beyond.size}"]],
+        [*rows, ["each of these", "–", "–", "–", "–", str(beyond.sum())]],
     )
 
 
 def difference_table(atlas: Atlas) -> Table:
+    first = atlas.differences[0]
+    per_pair, num_patches = first.differs_in_all.size, first.ink_differs.size
     rows = []
     for each in atlas.differences:
         layer, patch = each.largest
@@ -154,9 +156,9 @@ def difference_table(atlas: Atlas) -> Table:
                 f"{each.counts[0]:,} and {each.counts[1]:,}",
                 f"layer {layer + 1}, row {row + 1}, column {column + 1}",
                 each.largest_elsewhere.text(),
-                f"{each.differs[0, 0].sum()} of {each.differs[0, 0].size}",
-                f"{each.differs_in_all.sum()} of {each.differs_in_all.size}",
-                f"{each.ink_differs.sum()} of {each.ink_differs.size}",
+                str(each.differs[0, 0].sum()),
+                str(each.differs_in_all.sum()),
+                str(each.ink_differs.sum()),
             ]
         )
     columns = [
@@ -165,13 +167,13 @@ def difference_table(atlas: Atlas) -> Table:
         "images",
         "largest on half of the images",
         "there, on the other half (share)",
-        "positions that differ",
+        f"positions that differ (of {per_pair})",
         "beyond each regression",
-        "patches whose ink differs",
+        f"patches whose ink differs (of {num_patches})",
     ]
     return Table(
         "Pairs of classes: similar-looking digits, named beforehand, then those that this model confuses most on the "
-        "same images. Where a difference is largest was chosen on half of the images of both classes; its value (95 % "
+        "same images. Where a difference is largest was chosen on half of the images of both classes; its value (95% "
         "interval over images) is of the other half.",
         columns,
         rows,

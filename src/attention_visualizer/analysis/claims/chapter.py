@@ -63,14 +63,14 @@ def claim_table(judged: JudgedClaims) -> Table:
             judgement.verdict,
             *result_cells(judgement.results[0], judged.controls),
             p_text(judgement.adjusted),
-            judgement.reason,
+            judgement.reason.removeprefix(f"{judgement.results[0].requirement.quantity}: "),
         ]
         for judgement in judged.judgements
     ]
     caption = (
-        f"One row per claim, n = {judged.n:,}, with the requirement that decides: the one that is farthest from being "
-        f"met, or where any layer suffices, the strongest, selected for its size. The controls: from the lowest to the "
-        f"highest. p: of the claim, Holm-adjusted over the {len(judged.judgements)} claims and the layers."
+        f"One row per claim (n = {judged.n:,}), with the requirement that decides: the weakest, or where one layer "
+        f"suffices, the strongest, picked afterwards. Controls: lowest to highest value. p: of the claim, "
+        f"Holm-adjusted over the {len(judged.judgements)} claims and the layers."
     )
     return Table(caption, ["claim", "verdict", *columns_of(judged.controls), "p adjusted", "reason"], rows)
 
@@ -90,7 +90,8 @@ def requirement_table(judged: JudgedClaims) -> Table:
         for result in judgement.results
     ]
     caption = f"All requirements of claims that have more than one, n = {judged.n:,}. p: not adjusted."
-    return Table(caption, ["claim", "requirement", *columns_of(judged.controls), "p", "reason"], rows)
+    columns = ["claim", "requirement", *columns_of(judged.controls), "p", "reason"]
+    return Table(caption, columns, rows, is_detail=True)
 
 
 def layer_table(judged: JudgedClaims) -> Table:
@@ -98,9 +99,8 @@ def layer_table(judged: JudgedClaims) -> Table:
     columns = ["attention on", *(f"layer {layer + 1}" for layer in layers)]
     rows = [[name, *(value[layer].text(2) for layer in layers)] for name, value in judged.by_layer.items()]
     caption = (
-        f"By layer, mean over heads, with 95 % intervals, n = {judged.n:,}. Ink: against empty patches, as a part of "
-        "their sum. The others: beyond what the amounts of ink and the class predict, as a part of what matched "
-        "patches get."
+        f"By layer, mean over heads, with 95% intervals (n = {judged.n:,}). Ink: the difference from empty patches, "
+        "as a part of their sum. The others: what ink and class do not predict, as a part of what matched patches get."
     )
     return Table(caption, columns, rows)
 
@@ -123,16 +123,16 @@ def class_tables(judged: JudgedClaims) -> list[Table]:
         for each in shares
     ]
     caption = (
-        f"Share of the maps' variance between images that lies between classes, n = {judged.n:,}, without what each "
-        "regression predicts out of fold; the verdict takes the smallest. Predicted: of all variance. Would be left: "
-        "of maps that the class alone makes, which show how much of the class goes with the ink."
+        f"How much of the maps' variance between images lies between classes (n = {judged.n:,}), without what each "
+        "regression predicts out of fold; the verdict takes the smallest. Predicted: the part of all variance. Would "
+        "be left: the same share for maps that only the class determines; a low value means that ink tells the class."
     )
     columns = ["taken out", "share", "p", *(f"layer {layer + 1}" for layer in layers), "predicted", "would be left"]
     return [Table(caption, columns, rows)]
 
 
 def columns_of(controls: Iterable[str]) -> list[str]:
-    return ["quantity", "value (95 % interval)", *controls]
+    return ["quantity", "value (95% interval)", *controls]
 
 
 def result_cells(result: Result, controls: Iterable[str]) -> list[str]:
@@ -222,42 +222,49 @@ def numbers(judged: JudgedClaims) -> dict[str, Any]:
 NO_INK = "These claims are about digits of ink on an empty background, which these images are not."
 CHAPTER = ChapterWriter(TITLE, write, ("attention_claims",), {Need.INK: NO_INK})
 
-TEXT = f"""Common claims about the attention maps of digit models, each expressed as quantities declared before any
-model was analysed, and tested over {{n:,}} {{kind}}. Attention is that of the readout query, mean over heads,
-renormalised over the patches. Shallow, middle and deep layers are thirds of the depth.
+TEXT = f"""Each of these common claims about digit models is expressed as quantities, which were fixed before any model
+was analysed, and tested over {{n:,}} {{kind}}. Attention is that of the readout query, mean over heads, as shares of
+the attention on patches. Shallow, middle and deep layers are thirds of the depth.
 
 **More attention than other ink.** End points, junctions (three strokes or more) and bends ({BEND:.0f}° or more) come
-from the skeleton of the ink. Shares of attention compete: a patch gets more where the rest of the image holds less ink,
-and patches with such points stand in such images. So the attention is first predicted from the amounts of ink of all
-patches and the class of the image, by a softmax regression (linear, quadratic and inked or not) on the other half of
-the images; attention on the brightest patch, at any sharpness, is predicted by it whole. What is left over is compared
-between patches with a point and matched patches: at the same position in other images, with about as much ink
-({{levels}} levels per position) but no such point; likewise for edges, with more edge than the median. It is given as
-a part of what the matched patches get, which means the same for sharp maps and for nearly uniform ones. Each layer and
-the mean over layers are tested; any one suffices, with p adjusted for their number. Ink itself is contrasted with empty
-patches at the same position.
+from the skeleton of the ink. Patches with such a point cannot simply be compared with all others: shares compete, so a
+patch gets more where the rest of the image holds less ink. Therefore:
 
-**Classes.** Attention is a function of the pixels, so "beyond the ink" means: not predicted by the named regressions
-on it, out of fold. The more they can express the less is left; the verdict takes the smallest. What they take out may
-in part be the class's own.
+1. A softmax regression predicts the attention from the ink of all patches and the class. It is fitted to the other half
+   of the images (ink, its square, and whether there is any). It predicts attention on the brightest patch, at any
+   sharpness, completely. Only what it does not predict is used.
+2. That is compared between patches with such a point and *matched patches* without one: at the same position in other
+   images, with about as much ink ({{levels}} levels per position). For edges, the comparison is between more and less
+   edge than the median.
 
-**Space.** Attention distances are also tested against the same maps with patches at permuted places.
+The result is a part of what matched patches get, so sharp and nearly uniform maps are comparable. Each layer is
+tested, and the mean over layers; one of them suffices, with p adjusted for their number. Ink itself is compared with
+empty patches at the same position.
 
-**Controls.** {{controls}}. Sharpened weights are random ones with each head's logits scaled so that its attention is
-as sharp as the trained head's. Models with shuffled labels know the labels of other images by heart that were permuted
-among them: they have learnt to see, but nothing about the classes.
+**Classes.** Attention is computed from the pixels, so "beyond the ink" can only mean: not predicted by the regressions
+named here. The more a regression can express, the less is left; the verdict takes the smallest. Part of what they
+predict may be the class's own.
 
-**Verdicts.** A claim is supported if the model's accuracy is above chance and its requirements hold: the 95 % interval
-excludes no effect, p is below {CHAPTER_LEVEL:g} (Holm-adjusted over all claims; five chapters of a report make
-statements, so together they make a false one in at most 5 % of reports), the effect reaches a minimum declared in
-advance ({MIN_ATTENTION:g} of what matched patches get, a contrast of {MIN_CONTRAST:g}, {MIN_DISTANCE:g} of the distance
-of uniform attention, {MIN_VARIANCE:g} of the variance between classes; {WHOLE:g} of the inked patches for "the whole
-digit"), and it is beyond what any control reaches by that minimum. Intervals and p-values are over images of this
-one model.{{missing}}{{grid}}
+**Space.** Attention distances are also compared with those of the same maps with patches at permuted positions.
 
-**Numbered heads.** "Head 1 attends to the stroke, head 2 to junctions, head 3 to the background, head 4 to everything"
-is not tested: a model's heads are interchangeable, so their numbers mean nothing, within a layer or from one run to
-the next. What each head does is in the chapter on roles."""
+**Controls.** {{controls}}. Sharpened weights are random ones with each head's logits scaled so that it is as sharp as
+the trained head. Models with shuffled labels know permuted labels of other images by heart: they have learnt to see,
+but nothing about the classes.
+
+**Verdicts.** A claim is supported if the model's accuracy is above chance and each requirement
+
+- reaches a minimum effect: {MIN_ATTENTION:g} of what matched patches get, a contrast of {MIN_CONTRAST:g} for ink,
+  {MIN_DISTANCE:g} of the distance of uniform attention, {MIN_VARIANCE:g} of the variance between classes, {WHOLE:g} of
+  the inked patches for "the whole digit";
+- exceeds every control by that minimum;
+- has a 95% interval without 0, and p < {CHAPTER_LEVEL:g} (Holm-adjusted over all claims; five chapters make
+  statements, so at most 5% of reports contain a false one).
+
+Intervals and p-values are over images of this one model.{{missing}}{{grid}}
+
+**Numbered heads.** "Head 1 attends to the stroke, head 2 to junctions ..." is not tested. The heads of a layer are
+interchangeable, so their numbers mean nothing from one training run to the next. The chapter on roles says what each
+head does."""
 COARSE = """ With {rows} x {columns} patches, {border:.0%} of which lie at the border, "edges", "local" and "details"
 can hardly be told apart: `python train.py experiment=fine_patches` trains a model with patches of 4 pixels, whose
 report can."""

@@ -28,7 +28,7 @@ def draw(judged: JudgedClaims, title: str) -> Figure:
         figure.add_subplot(),
     )
     handles = [
-        Line2D([], [], color=charts.REFERENCE, marker="o", linewidth=1.8, label="deciding requirement, 95 % interval"),
+        Line2D([], [], color=charts.REFERENCE, marker="o", linewidth=1.8, label="deciding requirement, 95% interval"),
         Line2D([], [], color="black", marker="|", linestyle="none", markersize=12, label="required value"),
         Patch(color=charts.BAND, label=f"range of {sum(judged.controls.values())} control models"),
     ]

@@ -46,7 +46,7 @@ class Result:
     """What a requirement's quantity is."""
 
     requirement: Requirement
-    interval: Interval  # of the quantity, 95 %
+    interval: Interval  # of the quantity, 95%
     controls: Mapping[str, tuple[float, ...]]  # kind -> what each model of it reaches
     standardised: float  # the value in standard deviations over its images
     p_value: float

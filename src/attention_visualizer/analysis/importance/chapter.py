@@ -33,7 +33,7 @@ def write(study: Study) -> Chapter:
             FigureFile(
                 whole_model,
                 f"What the model still classifies when attention is replaced in all layers at once, over "
-                f"{measured.images}; bars: 95 % intervals.",
+                f"{measured.images}; bars: 95% intervals.",
             ),
             FigureFile(
                 heads,
@@ -77,7 +77,7 @@ def whole_model_sentence(measured: Importance) -> str:
     return (
         f"With every layer's attention {words} the model still classifies {float(accuracy.value):.1%} correctly "
         f"({float(measured.accuracy.value):.1%} as it is)."
-    ).replace("%", " %")
+    )
 
 
 def costliest_sentence(measured: Importance) -> str:
@@ -185,32 +185,37 @@ CHAPTER = ChapterWriter(
     "Head importance", write, ("attention_interventions", "attention_importance"), {Need.CLASSIFIER: NO_SCORES}
 )
 
-TEXT = """**What does the answer need of attention?** Over {who}, attention weights are replaced in all layers at once,
-everything else as it is: by each head's average map over these images, which is the same for every image; by that only
-in the class token's row, where one is read; by the attention that the model has on another image, of any class (paired
-by a fixed ring; the weights are those of an unedited pass); by all weight on the largest; by uniform weights; by none.
+TEXT = """**What does the answer need of attention?** Over {who}, the weights of all layers are replaced at once, and
+everything else stays as it is:
 
-**Heads and layers.** Each is ablated with all others intact (zero ablation: its weights are 0), and each layer also
-replaced by its average map (mean ablation). Counted are {errors}, {before:,} of {n:,} with all heads; the score is the
-logit of the {classes} class relative to the mean logit. A head or layer is *needed* if errors rise by at least
-{rise:.0%} and p < {level:g} (exact McNemar test, Holm-adjusted over {family}; five chapters of a report make
-statements, this one in two tables).{verdict}{joint}{correlation}"""
+- **average map**: each head's mean over these images, so the same for every image;
+- **class token's row only**: the average map in that row, everything else as it is;
+- **another image's attention**: the weights of the unedited model on an image of any class;
+- **all on the largest weight**: one key gets everything;
+- **uniform attention**, and **no attention** at all.
+
+**Heads and layers.** Each is switched off alone: its weights become 0 (zero ablation). Each layer is also replaced by
+its average map (mean ablation). The table counts {errors}, which are {before:,} of {n:,} with all heads. The score is
+the logit of the {classes} class minus the mean logit.
+
+A head or layer is *needed* if, without it, errors rise by at least {rise:.0%} with p < {level:g} (exact McNemar test,
+Holm-adjusted over {family}).{verdict}{joint}{correlation}"""
 
 NEEDED = """ {needed} of {count} heads are needed alone{names}, and {layers} of {all_layers} layers{averaged}. With
-{n:,} images the test finds, in 4 of 5 cases, a rise of {detectable:,} errors (from {before:,} to {reached:,}) or more;
-what costs less may not be seen."""
+{n:,} images the test finds a rise of {detectable:,} errors (from {before:,} to {reached:,}) in 4 of 5 cases. What costs
+less may not be seen."""
 
 AVERAGED = " ({count} still when only averaged)"
 
 JOINT = """
 
-**Heads together.** Ranked on one half of the images (of each class, the first, third, fifth, ...), on the other
-({n:,}) the model without the {count} most needed heads has {most} {word}, without the {count} least needed {least}."""
+**Heads together.** Heads are ranked by what each costs on one half of the images, and judged on the other ({n:,}).
+Without the {count} most needed heads the model has {most} {word}, without the {count} least needed {least}."""
 
 CORRELATION = """
 
-Over the {count} heads the rise in errors and the entropy of the readout row have a rank correlation of {value}, p =
-{p:.3f} by permutation, not adjusted: a description."""
+Are sharp heads needed more? Over the {count} heads, the rise in errors and the entropy of the readout row have a rank
+correlation of {value} (p = {p:.3f} by permutation, not adjusted)."""
 
 TOO_MUCH = """Omitted: it takes {passes:,} passes over each image, which is slow for a model of this size. `subset=50`
 runs it on 50 images."""

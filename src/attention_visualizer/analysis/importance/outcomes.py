@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 # Declared beforehand: a head or layer is needed if there are at least this share more errors without it. With many
 # images significance alone would do for a rise from 4,000 to 4,150 errors of 10,000, which no reader would call need; a
-# share of the errors means the same at 99 % and at 60 % accuracy, as points of accuracy or logits do not.
+# share of the errors means the same at 99% and at 60% accuracy, as points of accuracy or logits do not.
 MIN_RISE = 0.1
 TABLE_LEVEL = CHAPTER_LEVEL / 2  # two tables say what is needed: zero ablation and mean ablation
 

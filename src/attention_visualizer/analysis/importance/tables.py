@@ -35,7 +35,7 @@ def whole_model_table(measured: Importance) -> Table:
         for row, name in enumerate(outcomes.names)
     ]
     return Table(
-        f"Attention replaced in all layers at once, with 95 % intervals over {measured.accuracy.n:,} images.",
+        f"Attention replaced in all layers at once, with 95% intervals over {measured.accuracy.n:,} images.",
         ["attention", *count_columns(measured), f"{quantity(measured)} (%)", "change (points)"],
         [[NO_INTERVENTION, *before], *rows],
     )
@@ -44,7 +44,7 @@ def whole_model_table(measured: Importance) -> Table:
 def ablation_table(measured: Importance, outcomes: Outcomes, words: str) -> Table:
     needed = measured.needed(outcomes)
     return Table(
-        f"{words}, with 95 % intervals over {measured.accuracy.n:,} images. {count_columns(measured)[0].capitalize()} "
+        f"{words}, with 95% intervals over {measured.accuracy.n:,} images. {count_columns(measured)[0].capitalize()} "
         f"with all: {outcomes.errors_before:,}. p: exact McNemar test, Holm-adjusted over these {len(needed)}; points: "
         "percentage points (interval: Newcombe, 1998).",
         ["without", *count_columns(measured), f"{quantity(measured)} (points)", "p", "score (logits)", "verdict"],
@@ -72,7 +72,7 @@ def joint_table(measured: Importance, joint: JointAblation) -> Table:
     before = joint.most
     return Table(
         "Heads ablated together (zero ablation), ranked by what each costs alone on one half of the images and judged "
-        f"on the other {before.accuracy.n:,}, with 95 % intervals. {count_columns(measured)[0].capitalize()} with all "
+        f"on the other {before.accuracy.n:,}, with 95% intervals. {count_columns(measured)[0].capitalize()} with all "
         f"heads: {before.errors_before:,}.",
         ["without", *count_columns(measured), f"{quantity(measured)} (%)"],
         rows,

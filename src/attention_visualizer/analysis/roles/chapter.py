@@ -38,7 +38,7 @@ def write(study: Study) -> Chapter:
         [
             FigureFile(
                 roles_file,
-                "Left: correlation of a head's attention with the amount of ink, within positions, with 95 % intervals "
+                "Left: correlation of a head's attention with the amount of ink, within positions, with 95% intervals "
                 f"over {measured.num_images:,} test images; grey: the range of all heads of the controls; dashed: the "
                 "threshold for a role. Middle: selectivity on patches, split into the part that is the same for every "
                 f"image (position) and the part that changes with it (content), means over "
@@ -70,7 +70,7 @@ def ink_table(roles: Roles, heads: Heads) -> Table:
         for place, label, names in zip(heads, heads.labels, roles.names, strict=True)
     ]
     return Table(
-        f"Attention on ink by head, over {roles.on_ink.n:,} test images, with 95 % intervals. A uniform head gives "
+        f"Attention on ink by head, over {roles.on_ink.n:,} test images, with 95% intervals. A uniform head gives "
         f"inked patches {roles.uniform.text()} of its attention on patches. p: of the correlation, for all heads "
         "together.",
         ["head", "on inked patches", "correlation with ink", "p", "most on the brightest patch", "role"],
@@ -88,7 +88,7 @@ def place_table(roles: Roles, heads: Heads) -> Table:
         "distance short of uniform": roles.closeness,
     }
     caption = (
-        f"What each head attends to, with 95 % intervals over {roles.entropy.n:,} test images (position and content: "
+        f"What each head attends to, with 95% intervals over {roles.entropy.n:,} test images (position and content: "
         f"of the attention on patches, {place.n:,} of the images)."
     )
     rows = [

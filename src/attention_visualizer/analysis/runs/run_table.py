@@ -22,7 +22,7 @@ def run_table(surveyed: Sequence[SurveyedRun]) -> Table:
                 "–" if accuracy is None else accuracy.text(2, percent=True),
             ]
         )
-    n = "" if surveyed[0].correct is None else f", over {len(surveyed[0].correct):,} images with its 95 % interval"
+    n = "" if surveyed[0].correct is None else f", over {len(surveyed[0].correct):,} images with its 95% interval"
     return Table(
         f"The runs: validation accuracy as the run recorded it, accuracy on these images{n}.",
         ["run", "seed", "settings that differ", "validation accuracy", "accuracy here"],

@@ -58,7 +58,7 @@ def caption_of_groups(groups: Groups) -> str:
     smallest, largest = groups.class_sizes
     return (
         f"Entropy by class ({smallest:,} to {largest:,} images) and layer, mean over heads; and its difference "
-        f"between {groups.num_wrong:,} misclassified and {groups.num_correct:,} correctly classified images, with 95 % "
+        f"between {groups.num_wrong:,} misclassified and {groups.num_correct:,} correctly classified images, with 95% "
         "intervals."
     )
 
@@ -120,7 +120,7 @@ def finding_of(survey: Survey, figure: str) -> Finding:
 
 
 def layer_table(survey: Survey, images: str) -> Table:
-    """Return means over images and heads, and the range of the middle 90 % of them."""
+    """Return means over images and heads, and the range of the middle 90% of them."""
     summaries, means = survey.summaries, {name: survey.mean_of(name)[:, -1] for name in MEASURE_NAMES}
     columns = ["layer", *(LABELS[name] for name in MEASURE_NAMES)]
     rows = []
@@ -137,7 +137,7 @@ def layer_table(survey: Survey, images: str) -> Table:
             row.append(f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})")
         rows.append(row)
     return Table(
-        f"Mean over {images} and the layer's heads ({head_counts(survey)}), with the range of the middle 90 % of "
+        f"Mean over {images} and the layer's heads ({head_counts(survey)}), with the range of the middle 90% of "
         "images x heads; intervals of the means are in the next table.",
         columns,
         rows,
@@ -174,7 +174,7 @@ def mean_table(survey: Survey, images: str) -> Table:
         [str(layer + 1), *(interval[layer].text() for interval in means)] for layer in range(len(survey.layer_names))
     ]
     return Table(
-        f"Means over {images} and the layer's heads ({head_counts(survey)}), with 95 % bootstrap intervals over images "
+        f"Means over {images} and the layer's heads ({head_counts(survey)}), with 95% bootstrap intervals over images "
         f"(content dependence: {content.n:,} of the images; intervals by head in attention_statistics.json).",
         columns,
         rows,
@@ -189,7 +189,7 @@ def outcome_table(groups: Groups) -> Table:
     ]
     return Table(
         f"Misclassified (n = {groups.num_wrong:,}) minus correctly classified images (n = {groups.num_correct:,}), "
-        "mean over heads, with 95 % intervals over images.",
+        "mean over heads, with 95% intervals over images.",
         ["layer", *(LABELS[name] for name in OUTCOME_MEASURES)],
         rows,
     )

@@ -24,7 +24,6 @@ from attention_visualizer.analysis.trust.verdict import (
     OPERATOR_NAMES,
     REFERENCES,
     SHAPLEY,
-    Gains,
     MethodTrust,
     signed,
 )
@@ -47,7 +46,7 @@ def write(study: Study) -> Chapter:
                 "Above: probability of the predicted class as patches are removed (deletion) or restored (insertion), "
                 f"most relevant first, mean over {result.num_images:,} test images; black: rankings that ask the model "
                 "itself; grey: baselines. Below: how much of what Shapley values gain over inked patches in random "
-                "order each ranking gains, with 95 % intervals (trust requires more than the dashed line, and more "
+                "order each ranking gains, with 95% intervals (trust requires more than the dashed line, and more "
                 "besides), and the similarity of each map to its map as more and more layers are randomised, over "
                 f"{result.num_control_images} images.",
             )
@@ -90,7 +89,7 @@ def text_of(result: TrustResult) -> str:
         whole=signed(whole),
         half=signed(half),
         passing=f"do not pass: {failures[0]}" if failures else "pass",
-        power=f"{100 * result.calibration.passes:.0f} %",
+        power=f"{100 * result.calibration.passes:.0f}%",
         verdicts="\n".join(f"- **{each.name}**: {each.degrees}. {each.reason}" for each in result.methods),
     )
 
@@ -99,15 +98,13 @@ def verdict_table(result: TrustResult) -> Table:
     """The verdict in degrees."""
     columns = [
         "ranking by",
+        "verdict",
         "of what Shapley values gain",
         "of what leave-one-out gains",
-        "beats amount of ink",
-        "beats amount of edge",
-        "least gain over its maps of random weights",
+        "gain over amount of ink",
+        "gain over amount of edge",
+        "least gain over random weights",
         "similarity to them (largest)",
-        "top-ranked patch is inked",
-        "mass on inked patches",
-        "verdict",
     ]
     rows = []
     for each in result.rankings:
@@ -115,55 +112,61 @@ def verdict_table(result: TrustResult) -> Table:
         rows.append(
             [
                 each.name,
+                ("trusted" if each.is_trusted else "not trusted") if is_method else "–",
                 *(each.gains.share[name].text(0, percent=True) for name in REFERENCES),
-                *(beats(each.gains, name) if each.name != name else "–" for name in (AMOUNT, EDGES)),
+                *(each.gains.mean_over[name].text() if each.name != name else "–" for name in (AMOUNT, EDGES)),
                 "–" if controls is None else controls[int(controls.value.argmin())].text(),
                 "–" if each.closest_control is None else each.closest_control.text(2),
-                "–" if each.pointing is None else each.pointing.text(1, percent=True),
-                "–" if each.mass is None else each.mass.text(),
-                ("trusted" if each.is_trusted else "not trusted") if is_method else "–",
             ]
         )
     return Table(
         f"How much of what rankings by {' and by '.join(REFERENCES)} gain over inked patches in random order each "
-        f"ranking gains, mean over both directions and both ways of removing, {result.num_images:,} test images; "
-        f"maps of {result.num_controls} models with random weights, {result.num_control_images} images. Rows without a "
-        "verdict are references, which ask the model itself, and baselines.",
+        f"ranking gains, and its gain in probability over others; means over both directions and both ways of "
+        f"removing, {result.num_images:,} test images. Random weights: the same method's maps of {result.num_controls} "
+        f"models, {result.num_control_images} images. Rows without a verdict are references, which ask the model "
+        "itself, and baselines.",
         columns,
         rows,
     )
 
 
-def beats(gains: Gains, baseline: str) -> str:
-    return f"{gains.beats(baseline)}, {gains.mean_over[baseline].text()}"
-
-
 def area_table(result: TrustResult) -> Table:
     columns = [f"{direction}, {OPERATOR_NAMES[operator]}" for operator, direction in COMPARISONS]
-    rows = [[each.name, *texts(each.areas)] for each in result.rankings]
+    rows = [
+        [
+            each.name,
+            *texts(each.areas),
+            "–" if each.pointing is None else each.pointing.text(1, percent=True),
+            "–" if each.mass is None else each.mass.text(),
+        ]
+        for each in result.rankings
+    ]
     return Table(
         f"Area under deletion curves (low is good) and insertion curves (high is good), over {result.num_images:,} "
-        f"test images, with 95 % intervals. References and baselines ({', '.join(BASELINES)}) stand below the methods.",
-        ["ranking by", *columns],
+        f"test images, with 95% intervals; then how often the first patch is inked, and the share of the map on inked "
+        f"patches. References and baselines ({', '.join(BASELINES)}) stand below the methods.",
+        ["ranking by", *columns, "first patch inked", "share on ink"],
         rows,
     )
 
 
 def gain_table(result: TrustResult) -> Table:
     """Each comparison, in probability and as a share of what Shapley values gain."""
-    compared = [*result.methods, *result.references]
+    compared = result.methods
     kinds = [(name, [texts(each.gains.over[name]) for each in compared]) for name in BASELINES]
     shares = [texts(each.gains.shares[SHAPLEY], percent=True) for each in compared]
-    kinds.append((f"{INKED}, share of Shapley values' gain", shares))
+    kinds.append((f"{INKED}, of Shapley's gain", shares))
     rows = [
         [f"{direction}, {OPERATOR_NAMES[operator]}", against, *(each[number] for each in values)]
         for number, (operator, direction) in enumerate(COMPARISONS)
         for against, values in kinds
     ]
     return Table(
-        f"Probability gained over each baseline, paired over {result.num_images:,} images, with 95 % intervals.",
-        ["gain", "against", *(each.name for each in compared)],
+        f"Each method's gain in probability over each baseline, paired over {result.num_images:,} images, with 95% "
+        "intervals, for each direction and way of removing.",
+        ["removing", "against", *(each.name for each in compared)],
         rows,
+        is_detail=True,
     )
 
 
@@ -248,7 +251,7 @@ speaks against the class comes last; part of their lead is due to that.
 
 **The rule.** A map is trusted if, on average over deletion, insertion and both ways of removing, it
 
-- surely gains more than {share:.0f} % of what Shapley values gain;
+- surely gains more than {share:.0f}% of what Shapley values gain;
 - beats every baseline by at least {least}, with the interval above 0, and is nowhere surely worse;
 - gains as much over the same method's maps of each of {controls} models with random weights (on this model's
   predictions for {randomised} of the images), with a rank correlation of at most {likeness} with these.

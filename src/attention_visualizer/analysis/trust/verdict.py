@@ -61,7 +61,7 @@ class Gains:
         if np.isnan(share.value):
             found.append("Shapley values themselves gain too little here to compare with")
         elif share.low <= MIN_SHARE:
-            found.append(f"its share of what Shapley values gain is not surely above {100 * MIN_SHARE:.0f} %")
+            found.append(f"its share of what Shapley values gain is not surely above {100 * MIN_SHARE:.0f}%")
         weakest = min(self.mean_over, key=lambda name: float(self.mean_over[name].value))
         if not is_enough(self.mean_over[weakest]):
             found.append(f"its gain over the ranking by {weakest} is {signed(self.mean_over[weakest])}")

@@ -186,7 +186,7 @@ def layer_table(comparison: SeedComparison) -> Table:
     over_seeds = {name: comparison.over_seeds[name] for name in comparison.values}
     layers = range(comparison.partners.shape[1])
     return Table(
-        f"By layer, mean over heads and {comparison.num_seeds} seeds, with 95 % intervals over seeds (Student's t).",
+        f"By layer, mean over heads and {comparison.num_seeds} seeds, with 95% intervals over seeds (Student's t).",
         ["layer", *(QUANTITIES[name].label for name in over_seeds)],
         [[str(layer + 1), *(interval[layer].text() for interval in over_seeds.values())] for layer in layers],
     )
@@ -273,7 +273,7 @@ def numbers(comparison: SeedComparison) -> dict[str, Any]:
                 "p": pair.p_value,
                 "partners": pair.matching.partners,
                 "divergence": pair.matching.matched,
-                "divergence_by_lot": pair.matching.random_pairing,
+                "divergence_of_random_pairing": pair.matching.random_pairing,
                 "rank_correlation": pair.agreement,
             }
             for pair in comparison.pairs
@@ -295,16 +295,20 @@ def numbers(comparison: SeedComparison) -> dict[str, Any]:
     }
 
 
-CAPTION = """{count} runs that differ in the seed only, over {n:,} {kind}s. First panel: the Jensen-Shannon divergence
-between the readout rows of matched heads, 0 for copies. Next: the runs' layers against random weights. Last: whether
-matched heads deviate from their layer's mean in the same way; dots are pairs of runs."""
+CAPTION = """{count} runs that differ in the seed only, over {n:,} {kind}s. First: the Jensen-Shannon divergence of
+matched heads; 0 for copies. Next: each run's layers against random weights. Last: do matched heads deviate from their
+layer's mean in the same way? Each dot is a pair of runs."""
 
 TEXT = """{count} runs with the same settings and different seeds, over the same {n:,} {kind}s, compared with {controls}
-models with random weights. Heads have no identity across seeds: within each layer, the heads of two runs are paired so
-that the total Jensen-Shannon divergence of their readout rows on the same images is minimal (Hungarian matching).
-Matching pairs any heads, so it is also applied to heads that cannot correspond: those of the next layer, and those of
-random weights. Entropy and attention distance are relative to uniform attention, attention to ink is relative to a head
-with uniform attention. {seeds}"""
+models with random weights.
 
-CAUTION = """Heads are matched by what they attend to, so they always agree to some degree: compare their agreement with
-that of the next layer's heads."""
+Head 1 of one seed need not be head 1 of another. So the heads of two runs are matched within each layer: paired so that
+their attention on the same images is as similar as possible (the smallest total Jensen-Shannon divergence of their
+readout rows; Hungarian method). Any heads can be paired like this. It is therefore also done with heads that cannot
+correspond: those of the next layer, and those of random weights. Matched heads must be closer than these.
+
+Entropy and attention distance are relative to uniform attention. Attention to ink is relative to a uniform head.
+{seeds}"""
+
+CAUTION = """Heads are matched by what they attend to, so they always agree to some degree. Compare their agreement
+with that of the next layer's heads."""

@@ -40,7 +40,7 @@ def write(study: Study, surveyed: list[SurveyedRun]) -> Chapter:
     }
     return Chapter(
         f"Comparing runs: {name_varied(comparison.varied)}",
-        f"{TEXT.format(**facts)} {describe_differences(comparison.differences)}{describe_remarks(surveyed)}",
+        f"{TEXT.format(**facts)}\n{describe_differences(comparison.differences)}{describe_remarks(surveyed)}",
         [FigureFile(name, CAPTION.format(**facts))],
         [run_table(surveyed), setting_table(comparison)],
         numbers(comparison),
@@ -124,7 +124,7 @@ def setting_table(comparison: SettingComparison) -> Table:
             cells.append(cell)
         rows.append([label, str(len(setting.runs)), *cells])
     return Table(
-        f"Each setting with the 95 % interval over images, or over its runs where it has {FEW_SEEDS} or more; then the "
+        f"Each setting with the 95% interval over images, or over its runs where it has {FEW_SEEDS} or more; then the "
         "paired difference from the first (interval over images), with a star where it stands out.",
         ["setting", "runs", *(quantity.label for quantity in QUANTITIES)],
         rows,
@@ -162,17 +162,22 @@ def numbers(comparison: SettingComparison) -> dict[str, Any]:
 
 
 NOT_LEARNT = "Runs that classify no better than random weights are excluded."
-CAPTION = """{runs} runs: accuracy over {total:,} {kind}, all else over {n:,}, means over layers and heads. Below, the
+CAPTION = """{runs} runs: accuracy over {total:,} {kind}, all else over {n:,}, means over layers and heads. Below:
 paired differences from {first}. A low divergence between a layer's heads means that they are redundant."""
 
 TEXT = """{runs} runs that differ in {varied}, over the same {kind} ({total:,} for accuracy, {n:,} for attention).
-Entropy and attention distance are relative to uniform attention, because the number of keys depends on the patch size;
-where a class token is read, the last layer has no distance. The divergence between a layer's heads (Jensen-Shannon) is
-low where heads are redundant. {seeds} A difference from {first} stands out when its bootstrap p-value over images,
-Holm-adjusted over all {size} differences, is below {level:g}, when it exceeds the minimum effect (0.2 percentage points
-of accuracy, 0.05 of uniform attention, 0.035 nats) and, for attention, 1.5 times the largest difference between
-{controls} models with random weights of each architecture; where settings have several runs, all of one must lie on
-one side of all of the other."""
+Entropy and attention distance are relative to uniform attention, because the number of keys depends on the patch size.
+Where a class token is read, the last layer has no distance. A low Jensen-Shannon divergence between a layer's heads
+means that they are redundant. {seeds}
 
-CAUTION = """Differences between settings have intervals over images, not over seeds: training the same setting again
-gives others."""
+A difference from {first} *stands out* if
+
+- p < {level:g} (bootstrap over images, Holm-adjusted over all {size} differences);
+- it reaches a minimum effect: 0.2 percentage points of accuracy, 0.05 of uniform attention, 0.035 nats;
+- for attention, it is 1.5 times the largest difference between {controls} models with random weights of each
+  architecture;
+- where settings have several runs, all runs of one lie on one side of all runs of the other.
+"""
+
+CAUTION = """Intervals of differences between settings are over images, not over seeds. Training the same setting again
+gives other values."""

@@ -30,7 +30,7 @@ def draw(comparison: SettingComparison) -> Figure:
     for column, quantity in enumerate(quantities):
         draw_quantity(comparison, quantity, axes[0, column], axes[1, column])
     handles = [
-        Line2D([], [], color=run_charts.TRAINED, marker="o", label="runs, with the 95 % interval over images"),
+        Line2D([], [], color=run_charts.TRAINED, marker="o", label="runs, with the 95% interval over images"),
         Line2D([], [], color=run_charts.CONTROL, marker="x", linestyle="", label="random weights"),
         Patch(color=run_charts.TOO_SMALL, label="below the minimum effect"),
     ]
