@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -107,3 +108,15 @@ def test_the_chapter_with_and_without_known_classes(study: Study) -> None:
     assert len(chapter.tables) == len(chapter.figures) == 2 and chapter.numbers["wrong_minus_right"] is None
     assert chapter.finding is not None and chapter.finding.figure == chapter.figures[0].name
     assert measure(unlabelled).groups is None and "accuracy" not in chapter.text
+
+
+def test_layers_that_are_equally_broad_are_not_ranked(study: Study) -> None:
+    model = copy.deepcopy(study.target.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-3)  # uniform attention
+    finding = statistics_chapter.CHAPTER(replace(study, target=replace(study.target, model=model))).finding
+    assert finding is not None
+    assert finding.text.startswith(
+        "The readout query's attention is as broad in each layer: 10.00 effective tokens of 10,"
+    )

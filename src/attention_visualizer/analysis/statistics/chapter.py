@@ -111,9 +111,16 @@ def finding_of(survey: Survey, figure: str) -> Finding:
     tokens = survey.mean_of("effective_tokens")[:, -1]
     sharpest, broadest = int(np.argmin(entropies.value)), int(np.argmax(entropies.value))
     keys = survey.geometries[-1].num_tokens
+    broad, sharp = tokens[broadest].text(2), tokens[sharpest].text(2)
+    if broad == sharp:
+        text = (
+            f"The readout query's attention is as broad in each layer: {broad} effective tokens of {keys}, mean over "
+            f"heads (n = {survey.num_images:,})."
+        )
+        return Finding(text, figure, rank=7)
     text = (
-        f"The readout query's attention is broadest in layer {broadest + 1}: {tokens[broadest].text(2)} effective "
-        f"tokens of {keys}, mean over heads. It is sharpest in layer {sharpest + 1}: {tokens[sharpest].text(2)} "
+        f"The readout query's attention is broadest in layer {broadest + 1}: {broad} effective "
+        f"tokens of {keys}, mean over heads. It is sharpest in layer {sharpest + 1}: {sharp} "
         f"(layers picked afterwards, n = {survey.num_images:,})."
     )
     return Finding(text, figure, rank=7)
