@@ -118,5 +118,5 @@ def test_layers_that_are_equally_broad_are_not_ranked(study: Study) -> None:
     finding = statistics_chapter.CHAPTER(replace(study, target=replace(study.target, model=model))).finding
     assert finding is not None
     assert finding.text.startswith(
-        "The readout query's attention is as broad in each layer: 10.00 effective tokens of 10,"
+        "The readout query's attention is as broad in each layer: 10.00 (10.00 to 10.00) effective tokens of 10,"
     )
