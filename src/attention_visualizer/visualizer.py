@@ -210,8 +210,7 @@ class AttentionVisualizer:
         (explained,) = self.study.explain_images([sample])
         figure, output = chapter.draw(self.study, explained, sample), self.study.output
         self._sign_output()
-        name = output.save(figure, f"{stem}_sample_{i}")
-        log.debug("wrote %s", output.folder / name)
+        output.save(figure, f"{stem}_sample_{i}")
         return output.as_matplotlib(figure)
 
     def _read_weights(self) -> Weights:

@@ -229,7 +229,7 @@ def test_every_field_of_ours_is_explained_and_no_other(name: str) -> None:
         for field, hint in get_type_hints(ViTConfig).items():
             assert all(choice in explained[f"model.{field}"] for choice in get_args(hint))
     else:
-        assert set(fields) - set(explained) <= {"runs_dir"}
+        assert set(fields) == set(explained)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ from matplotlib.figure import Figure
 from attention_visualizer.figures import charts
 from attention_visualizer.figures.panels import PanelFigure, encode_png
 from attention_visualizer.files.atomic import atomic_path
+
+log = logging.getLogger(__name__)
 
 FileFormat = Literal["png", "pdf", "svg"]
 
@@ -34,6 +37,7 @@ class Output:
                     chart = self.as_matplotlib(figure)
                     charts.without_math(chart)
                     chart.savefig(temporary, dpi=150 if is_chart else "figure")
+        log.debug("wrote %s", path.name)
         return path.name
 
     def as_matplotlib(self, figure: PanelFigure | Figure) -> Figure:
