@@ -394,10 +394,22 @@ def test_a_notebook_shows_figures_and_the_page_and_says_what_things_are(
     report = visualizer.run_comprehensive_analysis()
     page = html.unescape(report._repr_html_())
     assert isinstance(report, Path) and report.is_file() and page.count("<iframe srcdoc=") == 1
-    assert report.with_name("attention_analysis_report.html").read_text() in page
+    page_file = report.with_name("attention_analysis_report.html").read_text()
+    # A link inside the page stays inside it.
+    assert page_file.replace("<head>", '<head>\n<base href="about:srcdoc">', 1) in page
     told = capsys.readouterr().out.splitlines()
     assert told[:2] == ["chapter 1/2: patterns", "chapter 2/2: statistics"] and told[2].startswith("1. The readout")
     assert told[-2].endswith("attention_analysis_report.html") and told[-1].endswith("attention_analysis_report.md")
+
+
+def test_a_model_in_training_mode_is_told_and_images_are_a_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of(**SMALL).train()
+    AttentionVisualizer(model=model, images=tmp_path)
+    assert "call its train() before you train it on" in caplog.text
+    with pytest.raises(UserError, match="images= is a Tensor: give the path of a folder or a file"):
+        AttentionVisualizer(model=model.eval(), images=torch.rand(3, 3, 8, 8))  # type: ignore[arg-type]
 
 
 def test_what_is_captured_prints_no_numbers() -> None:

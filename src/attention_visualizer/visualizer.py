@@ -54,7 +54,9 @@ class ReportPath(type(Path())):  # type: ignore[misc]  # of this system: before 
     """The path of a report in Markdown, which a notebook shows as the page beside it."""
 
     def _repr_html_(self) -> str:
-        page = html.escape((self.parent / PAGE).read_text(encoding="utf-8"))
+        page = (self.parent / PAGE).read_text(encoding="utf-8")
+        # Or a link inside the page would lead to the notebook's address.
+        page = html.escape(page.replace("<head>", '<head>\n<base href="about:srcdoc">', 1))
         return f'<iframe srcdoc="{page}" width="100%" height="900" style="border: 1px solid #ccc"></iframe>'
 
 
@@ -93,8 +95,12 @@ class AttentionVisualizer:
             raise UserError(f"model={model!r:.60} is no PyTorch module: give the model itself, or model_path=")
         if model is not None and images is None:
             raise UserError("model= needs images: give images=<folder>")
+        if images is not None and not isinstance(images, str | Path):
+            raise UserError(f"images= is a {type(images).__name__}: give the path of a folder or a file")
         if model is not None:
             check_has_numbers(model)
+            if model.training:
+                log.warning("model= is put into eval mode: call its train() before you train it on")
         self.model_path = Path(model_path) if model_path is not None else Path(type(model).__name__)
         self.device = choose_device(device)
         self.data_dir = data_dir

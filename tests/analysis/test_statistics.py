@@ -100,7 +100,7 @@ def test_the_chapter_with_and_without_known_classes(study: Study) -> None:
         assert set(unread) == {LABELS[name] for name in ("distance", "confidence", "sink")}
         assert "–" not in table.rows[-2]
     assert len(chapter.numbers["entropy_by_class"]) == 3 and chapter.finding is not None
-    assert chapter.finding.figure == chapter.figures[-1].name and "images are misclassified" in chapter.text
+    assert chapter.finding.figure == chapter.figures[0].name and "images are misclassified" in chapter.text
     images = study.target.images
     assert isinstance(images, LabelledImageSet)
     unlabelled = replace(study, target=replace(study.target, images=replace(images, labels=None)))
@@ -117,6 +117,4 @@ def test_layers_that_are_equally_broad_are_not_ranked(study: Study) -> None:
             parameter.mul_(1e-3)  # uniform attention
     finding = statistics_chapter.CHAPTER(replace(study, target=replace(study.target, model=model))).finding
     assert finding is not None
-    assert finding.text.startswith(
-        "The readout query's attention is as broad in each layer: 10.00 (10.00 to 10.00) effective tokens of 10,"
-    )
+    assert "about as broad in each layer: up to 10.00 (10.00 to 10.00) effective tokens of 10," in finding.text

@@ -22,6 +22,12 @@ def test_token_counts() -> None:
     assert GEOMETRY.num_tokens == 17
 
 
+def test_it_is_said_in_words() -> None:
+    assert str(GEOMETRY) == "3 x 5 patches of 7 x 11 pixels, and 2 prefix tokens"
+    one = dataclasses.replace(GEOMETRY, num_prefix_tokens=1, window=(2, 2))
+    assert str(one) == "3 x 5 patches of 7 x 11 pixels, and the class token, in windows of 2 x 2"
+
+
 def test_patch_centres_are_in_pixels_row_by_row() -> None:
     centers = GEOMETRY.patch_centers()
     expected = [((row + 0.5) * 7, (column + 0.5) * 11) for row in range(3) for column in range(5)]

@@ -46,6 +46,7 @@ from tests.helpers.analyses import (
     succeed,
 )
 from tests.helpers.documentation import documented
+from tests.helpers.runs import PROJECT
 
 
 def test_every_promised_file_is_written_and_no_other(analysis: Analysis) -> None:
@@ -119,7 +120,7 @@ def test_the_report_says_what_was_analysed(analysis: Analysis, model: VisionTran
 def test_the_report_tells_how_to_make_it_again_when_there_are_newer_runs(analysis: Analysis) -> None:
     """`ckpt=best` alone would be another checkpoint tomorrow."""
     command = read_report(analysis.output).split("```bash\n")[1].split("```")[0]
-    assert command.startswith("python analyze.py") and analysis.run.name in command
+    assert command.startswith(f"python {PROJECT / 'analyze.py'} ") and analysis.run.name in command
 
 
 # --- the numbers ---

@@ -23,7 +23,7 @@ from attention_visualizer import AttentionVisualizer, Geometry
 from attention_visualizer.attention.capture import capture
 from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.image_sets import InputFormat, read_formatted
-from attention_visualizer.data.images import normalise
+from attention_visualizer.data.images import normalise, read_image
 from attention_visualizer.figures import panels
 from attention_visualizer.support.errors import UserError
 from tests.helpers.analyses import (
@@ -183,6 +183,30 @@ def test_this_projects_own_model_on_a_folder(tmp_path: Path, digits: ImageDataMo
         assert f"{labels[number]}\\_{number}.png: {verdict}" in report
     found = statistics_of(tmp_path / "out")
     assert found["images"] == 3 and found["accuracy"] is None
+
+
+def test_dark_ink_on_paper_is_inverted_in_a_folder_as_in_a_single_file(tmp_path: Path, digits: ImageDataModule) -> None:
+    """And a report on images of one's own leaves that on the test set."""
+    model = random_model()
+    run = Workplace(tmp_path, digits).add_run("2025-01-02_03-04-05-000006", model)
+    drawn = tmp_path / "my digits"
+    drawn.mkdir()
+    dark, light = digits.splits["test"][0][:2, 0].numpy()
+    Image.fromarray(255 - dark).resize((60, 90)).save(drawn / "a.png")
+    see_through = np.dstack([np.zeros((28, 28, 3), np.uint8), dark])  # black ink on nothing
+    Image.fromarray(see_through, "RGBA").save(drawn / "b.png")
+    Image.fromarray(light).save(drawn / "c.png")
+    outcome = succeed("images=my digits", "chapters=[patterns]", folder=tmp_path)
+    inverted = "2 of 3 images have a light border, so they are inverted to light ink on dark"
+    report = read_report(run.path / "attention_analysis_my_digits")
+    assert inverted in outcome.out and inverted in report and "trained on scikit-learn digits" in report
+    assert not (run.path / "attention_analysis").exists()
+    alone = torch.stack([read_image(drawn / f"{name}.png", digits.description) for name in "abc"])
+    assert torch.equal(alone[2, 0], torch.from_numpy(light)) and float(alone[0].float().mean()) < 100
+    with torch.no_grad():
+        probabilities, predicted = model(normalise(alone, digits.description)).softmax(dim=1).max(dim=1)
+    for number, name in enumerate("abc"):
+        assert f"{name}.png: predicted {int(predicted[number])} ({float(probabilities[number]):.1%})" in report
 
 
 def test_windows_have_no_rollout_and_say_so(place: Path) -> None:

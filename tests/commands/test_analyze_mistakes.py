@@ -54,7 +54,7 @@ def test_into_the_folder_one_is_in(one_run: Workplace, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["ckpt=best"], ["ckpt=last"], [], ["run=all"]])
 def test_without_any_checkpoint_it_says_how_to_train(tmp_path: Path, arguments: list[str]) -> None:
-    assert_refused(tmp_path, *arguments, said="python train.py")
+    assert_refused(tmp_path, *arguments, said="/train.py`")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,9 @@ def test_without_any_checkpoint_it_says_how_to_train(tmp_path: Path, arguments: 
         ("ckpt=nowhere.ckpt", "nowhere.ckpt does not exist"),
         ("ckpt=null", "ckpt="),
         ("run=nowhere", "run=nowhere"),
+        ("chapters=[pattern,heads]", "there is no chapter pattern; choose from"),
+        ("chapters=pattern,heads", "a list is written as 'chapters=[pattern,heads]'"),
+        ("query", "query: give field=value, without spaces around the equals sign"),
         ("image=nowhere.png", "nowhere.png"),
         ("image=runs", "runs"),
         ("output_dir=''", "output_dir"),
@@ -104,6 +107,10 @@ def test_without_any_checkpoint_it_says_how_to_train(tmp_path: Path, arguments: 
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(one_run: Workplace, no_gpu: None, argument: str, said: str) -> None:
     assert_refused(one_run.path, argument, said=said)
+
+
+def test_runs_without_their_chapter_are_refused(one_run: Workplace) -> None:
+    assert_refused(one_run.path, "runs=runs/*", "chapters=[patterns]", said="runs= is for the chapter runs")
 
 
 def test_a_gpu_that_is_not_there(one_run: Workplace, no_gpu: None) -> None:
@@ -115,7 +122,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, str(PROJECT / "analyze.py"), "ckpt=best"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stdout == "" and not os.listdir(tmp_path)
-    assert done.stderr == "error: no checkpoint yet in runs/: train one first with `python train.py`\n"
+    assert done.stderr == f"error: no checkpoint yet in runs/: train one first with `python {PROJECT / 'train.py'}`\n"
 
 
 def test_a_file_that_is_no_picture(one_run: Workplace) -> None:

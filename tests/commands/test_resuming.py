@@ -86,7 +86,7 @@ def test_an_interrupted_run_says_how_to_resume(tmp_path: Path, monkeypatch: pyte
     path = only_run(tmp_path)
     assert outcome.exit_code != 0 and "Traceback" not in outcome.err
     assert TrainedRun(path, outcome).manifest["status"] == "interrupted"
-    (command,) = re.findall(r"Resume: +(python train.py .+)", outcome.out)
+    (command,) = re.findall(r"Resume: +(python .*train.py .+)", outcome.out)
     key, _, value = shlex.split(command)[-1].partition("=")
     assert key == "ckpt_path" and (tmp_path / value).resolve() == (path / "checkpoints" / "last.ckpt").resolve()
 

@@ -15,6 +15,7 @@ from attention_visualizer.training.sweeps import SweepTable
 from tests.helpers.runs import (
     BARE,
     BRIEF,
+    PROJECT,
     Outcome,
     TrainedRun,
     assert_same_training,
@@ -74,7 +75,7 @@ def test_a_sweep_ends_with_a_table(sweep: Sweep) -> None:
     table = sweep.outcome.out[sweep.outcome.out.index("Sweep runs/") :]
     for word in ("embed_dim", "validation", "accuracy", "parameters", "seconds", "completed", "failed"):
         assert word in table
-    assert f"python analyze.py run=runs/{sweep.path.name}" in table
+    assert f"python {PROJECT / 'analyze.py'} run=runs/{sweep.path.name}" in table
 
 
 def test_a_sweeps_jobs_have_tidy_folders_of_their_own(sweep: Sweep) -> None:

@@ -23,6 +23,7 @@ from tests.helpers.runs import (
     BATCHES,
     BRIEF,
     EPOCHS,
+    PROJECT,
     TINY,
     Outcome,
     TrainedRun,
@@ -79,7 +80,7 @@ def test_what_is_printed_at_the_end_can_be_pasted(run: TrainedRun) -> None:
     out = run.outcome.out
     where = f"runs/{run.path.name}"
     assert f"tensorboard --logdir {where} --samples_per_plugin images=200\n" in out
-    assert f"python analyze.py run={where} ckpt=best\n" in out
+    assert f"python {PROJECT / 'analyze.py'} run={where} ckpt=best\n" in out
     assert f"Run folder:   {where}\n" in out
     metrics = run.manifest["metrics"]
     assert f"{metrics['validation_accuracy']:.2%}" in out and f"{metrics['test_accuracy']:.2%}" in out

@@ -73,7 +73,7 @@ def test_a_running_run_counts_and_newer_ones_without_are_mentioned(
     make_run("2025-01-04_00-00-00-000000", files=("last",))
     choice = choose_checkpoint(root=str(tmp_path / "runs"))
     assert choice.path == running.best
-    assert "(validation accuracy 50.00%)" in choice.reason  # from the checkpoint itself
+    assert "(validation accuracy 50.00%, of a run that was not completed)" in choice.reason  # by the checkpoint itself
     assert choice.reason.endswith("newer ones have none: 2025-01-04_00-00-00-000000, 2025-01-03_00-00-00-000000")
     assert choose_checkpoint("last", root=tmp_path / "runs").path.parts[-3] == "2025-01-04_00-00-00-000000"
 

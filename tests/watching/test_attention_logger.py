@@ -310,6 +310,11 @@ def test_validation_outside_training_is_quiet(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_model_is_given_by_its_path() -> None:
+    with pytest.raises(UserError, match='model=Foreign: give its dotted path, such as "backbone.vit"'):
+        AttentionLogger(model=Foreign())  # type: ignore[arg-type]
+
+
 def test_every_n_epochs(tmp_path: Path) -> None:
     fit(tmp_path, Foreign(), AttentionLogger(every_n_epochs=2, early_frames=False), max_epochs=5)
     kept = kept_in(tmp_path)
@@ -438,7 +443,7 @@ def test_a_model_with_more_classes_than_the_validation_set(tmp_path: Path) -> No
 @pytest.mark.parametrize("options", [{"every_n_epochs": 0}, {"every_n_epochs": -1}, {"head_grids": -1}], ids=str)
 def test_values_that_make_no_sense_are_refused_by_name(options: dict[str, Any]) -> None:
     (name,) = options
-    with pytest.raises(UserError, match=f"callbacks.attention_logger.{name}={options[name]}: give"):
+    with pytest.raises(UserError, match=f"AttentionLogger: {name}={options[name]}: give"):
         AttentionLogger(**options)
 
 

@@ -63,8 +63,10 @@ def is_analysis_file(path: Path) -> bool:
 
 def check_chapters(names: Sequence[str]) -> None:
     """Raise UserError for a chapter that does not exist."""
-    if not names or any(not isinstance(name, str) or name not in CHAPTERS for name in names):
-        raise UserError(f"chapters=[{','.join(map(str, names))}]: choose from {', '.join(CHAPTERS)}")
+    unknown = [str(name) for name in names if not isinstance(name, str) or name not in CHAPTERS]
+    if unknown or not names:
+        what = f"there is no chapter {', '.join(unknown)}; " if unknown else ""
+        raise UserError(f"chapters=[{','.join(map(str, names))}]: {what}choose from {', '.join(CHAPTERS)}")
 
 
 def write_chapters(study: Study, names: Sequence[str]) -> dict[str, Chapter]:

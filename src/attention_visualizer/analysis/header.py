@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from attention_visualizer.analysis.runs.surveyed_runs import FEW_SEEDS
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.attention.geometry import Geometry
-from attention_visualizer.data.image_sets import ImageFolder
+from attention_visualizer.data.image_sets import INVERTED, ImageFolder
 from attention_visualizer.data.input_format import InputFormat
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.report.markdown import ReportHeader
@@ -46,6 +45,8 @@ def report_header(study: Study, command: str, language: str) -> ReportHeader:
     facts["proof"] += f"; positions of the keys on the image: {describe_evidence(study.first_observation.geometries)}"
     if isinstance(images, ImageFolder):
         facts["input"] = describe_input(images.format)
+        if images.inverted:
+            facts["input"] += f"; {INVERTED.format(count=f'{images.inverted:,}', total=f'{len(images):,}')}"
     versions = ", ".join(f"{name} {machine.installed_version(name) or 'from a folder'}" for name in SOFTWARE)
     facts["software"] = f"{versions}, Python {platform.python_version()}"
     headline = [facts["model"], facts["data"], *([f"accuracy {facts['accuracy']}"] if accuracy is not None else [])]
@@ -115,14 +116,4 @@ def describe_evidence(geometries: Sequence[Geometry]) -> str:
 
 def describe_tokens(geometries: Sequence[Geometry]) -> str:
     """Describe each token layout once, in the order of the layers."""
-    layouts = []
-    for geometry in dict.fromkeys(replace(geometry, shift=(0, 0)) for geometry in geometries):
-        text = (
-            f"{geometry.grid[0]} x {geometry.grid[1]} patches of {geometry.patch_size[0]:g} x "
-            f"{geometry.patch_size[1]:g} pixels"
-        )
-        prefix = geometry.num_prefix_tokens
-        text += ", and the class token" if prefix == 1 else f", and {prefix} prefix tokens" if prefix else ""
-        text += f", in windows of {geometry.window[0]} x {geometry.window[1]}" if geometry.window else ""
-        layouts.append(text)
-    return "; then ".join(layouts)
+    return "; then ".join(dict.fromkeys(str(geometry) for geometry in geometries))

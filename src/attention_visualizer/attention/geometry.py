@@ -44,6 +44,16 @@ class Geometry:
     #: How it is known: "measured", "given and confirmed", or "given, not confirmed" with the reason.
     evidence: str = field(default="", compare=False)
 
+    def __str__(self) -> str:
+        """Say it in words: "4 x 4 patches of 7 x 7 pixels, and the class token"."""
+        text = f"{self.grid[0]} x {self.grid[1]} patches of {self.patch_size[0]:g} x {self.patch_size[1]:g} pixels"
+        prefix = self.num_prefix_tokens
+        if prefix == 1:
+            text += ", and one prefix token" if self.class_token == "absent" else ", and the class token"
+        elif prefix:
+            text += f", and {prefix} prefix tokens"
+        return text + (f", in windows of {self.window[0]} x {self.window[1]}" if self.window else "")
+
     @property
     def num_patches(self) -> int:
         """The number of patches in a row of weights: those of a window, if there are windows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +55,7 @@ def analyze(options: dict[str, Any]) -> None:
     else:
         weights = timm_weights(options["model_from"], options["ckpt"])
     print_sanitised(f"Checkpoint: {weights.text}")
-    folder = check_output(output_folder(options["output_dir"], weights))
+    folder = check_output(output_folder(options["output_dir"], weights, options["images"]))
     images: ImageSet
     if options["images"] is None:
         images = test_images(weights, options["data_dir"])
@@ -97,8 +98,9 @@ def reproducing_overrides(weights: Weights) -> list[str]:
     return [override("ckpt", atomic.short_path(weights.loaded.path)), *others]
 
 
-def output_folder(output_dir: str | None, weights: Weights) -> Path:
-    """Return where the analysis goes: as asked for, else a folder of the run. Raise UserError for one outside it."""
+def output_folder(output_dir: str | None, weights: Weights, images: str | None = None) -> Path:
+    """Return where the analysis goes: as asked for, else a folder of the run, another one for images of one's own.
+    Raise UserError for one outside it."""
     if output_dir is not None:
         if not output_dir:
             raise UserError("output_dir= is empty: name a folder")
@@ -106,6 +108,8 @@ def output_folder(output_dir: str | None, weights: Weights) -> Path:
     name = f"{ANALYSIS}_random" if weights.random else ANALYSIS
     if weights.run is None:
         return Path(name)
+    if images is not None:
+        name += "_" + re.sub(r"[^\w-]+", "_", Path(images).resolve().stem)
     output = weights.run.path / name
     if not output.resolve().is_relative_to(weights.run.path.resolve()):  # a run may come from elsewhere
         raise UserError(f"{output} leads out of the run's folder: choose another with output_dir=")

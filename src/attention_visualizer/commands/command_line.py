@@ -153,6 +153,11 @@ def error_line(error: Exception) -> str:
         if isinstance(error, OSError):
             return f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
         return one_line(error)
+    if mistyped := re.search(r"Error parsing override '(.*?)'\s+missing EQUAL", str(error)):
+        return f"{mistyped[1]}: give field=value, without spaces around the equals sign"
+    if listed := re.search(r"Ambiguous value for argument '(.+?)=(.*?)'", str(error)):
+        field, values = listed.groups()
+        return f"{field}={values}: a list is written as '{field}=[{values}]'; train.py tries each value with -m"
     lines: list[str] = []
     cause: BaseException | None = error
     while cause is not None:  # the inner message says what, the outer one where
@@ -160,8 +165,9 @@ def error_line(error: Exception) -> str:
             line = line.strip()
             if line.startswith("Config search path"):
                 break
-            noise = re.match(r"(object_type|reference_type|full_key|set |To append to your config)", line)
+            noise = re.match(r"(object_type|reference_type|full_key|set |To append to your config|_\w+$)", line)
             if line and not noise and line not in lines:
                 lines.append(line)
         cause = cause.__cause__
-    return re.sub(r"[.:;]+;", ":", "; ".join(lines)) + " (see --help for the groups and fields)"
+    text = re.sub(r"Key '(\w+)' not in '\w+'", r"there is no field \1", "; ".join(lines))
+    return re.sub(r"[.:;]+;", ":", text) + " (see --help for the groups and fields)"

@@ -19,13 +19,14 @@ from attention_visualizer.support.text import nearest
 
 NAME_WIDTH = 38  # characters before the explanations
 SUGGESTIONS = 3
+ABBREVIATIONS = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "epochs": "max_epochs"}
 
 # Of train.py; those of analyze.py are the comments in conf/analyze.yaml.
 EXPLANATIONS = {
-    "model.img_size": "pixels of a side; the data set's",
+    "model.img_size": "pixels of a side; must be the data set's",
     "model.patch_size": "pixels of a patch's side; divides img_size",
-    "model.in_channels": "the data set's",
-    "model.num_classes": "the data set's",
+    "model.in_channels": "must be the data set's",
+    "model.num_classes": "must be the data set's",
     "model.embed_dim": "width of a token; a multiple of num_heads",
     "model.num_heads": "attention heads of a layer",
     "model.num_layers": "transformer blocks",
@@ -37,7 +38,7 @@ EXPLANATIONS = {
     "model.stem": "how patches become tokens: patches (one linear map) or convolutions",
     "data.name": "mnist or digits (scikit-learn's)",
     "data.data_dir": "folder of MNIST's files; null: the environment variable MNIST_DIR, or data/",
-    "data.fallback": "digits take the place of an MNIST that cannot be had; null: that is an error",
+    "data.fallback": "used instead where MNIST is not available; null: that is an error",
     "data.batch_size": "training images a step; null: 128 for mnist, 32 for digits",
     "data.eval_batch_size": "images a step without gradients",
     "data.split_seed": "which images are for validation",
@@ -49,15 +50,15 @@ EXPLANATIONS = {
     "data.elastic": "deviation of a smooth displacement, pixels",
     "data.fade": "the last share of training, in which augmentation falls to zero",
     "optimizer.learning_rate": "its highest value, after the warm-up",
-    "optimizer.weight_decay": "of weight matrices",
+    "optimizer.weight_decay": "on weight matrices only",
     "optimizer.beta1": "decay of AdamW's mean gradient",
     "optimizer.beta2": "decay of its mean squared gradient",
     "optimizer.warmup_share": "the first share of training, with a rising learning rate",
-    "optimizer.label_smoothing": "share of the target that all classes share",
+    "optimizer.label_smoothing": "0 up to 1",
     "optimizer.muon": "Muon for the blocks' matrices, AdamW for the rest",
     "trainer.accelerator": "auto, cpu or gpu",
     "trainer.devices": "1: this program trains on one device",
-    "trainer.precision": "null: 32-true; bf16-mixed where it is faster",
+    "trainer.precision": "null: chosen by the trainer group, 32-true on CPUs",
     "trainer.max_epochs": "null: 10 for mnist, 60 for digits",
     "trainer.max_steps": "-1: as many as the epochs have",
     "trainer.max_time": "such as '00:01:30:00' (days:hours:minutes:seconds)",
@@ -65,7 +66,7 @@ EXPLANATIONS = {
     "trainer.limit_val_batches": "the same in validation",
     "trainer.val_check_interval": "validate after this share, or number, of an epoch's batches; null: at its end",
     "trainer.check_val_every_n_epoch": "validate after every n-th epoch",
-    "trainer.log_every_n_steps": "training loss in the logs",
+    "trainer.log_every_n_steps": "log the training loss after every n-th step",
     "trainer.enable_progress_bar": "null: in a terminal",
     "trainer.enable_model_summary": "Lightning's table of modules",
     "trainer.accumulate_grad_batches": "batches for each step of the optimiser",
@@ -74,7 +75,7 @@ EXPLANATIONS = {
     "callbacks.attention_logger.every_n_epochs": "watch attention at every n-th epoch",
     "callbacks.attention_logger.early_frames": "pictures after 1, 2, 4, 8 ... batches of the first epoch",
     "callbacks.attention_logger.head_grids": "images with a picture of all layers x heads",
-    "callbacks.attention_logger.model": "dotted path of the model to watch; null: found",
+    "callbacks.attention_logger.model": "dotted path of the model to watch; null: found automatically",
     "callbacks.attention_logger.per_head_scalars": "a curve for each head, too",
     "seed": "of weights, order, augmentation and dropout",
     "ckpt_path": "resume this run: its checkpoints/last.ckpt",
@@ -173,5 +174,6 @@ def nearest_fields(key: str, fields: Sequence[str]) -> list[str]:
     for field in fields:
         by_last_part.setdefault(field.rpartition(".")[2], []).append(field)
     asked = key.rpartition(".")[2]
+    asked = ABBREVIATIONS.get(asked, asked)
     found = [asked] if asked in by_last_part else nearest(asked, by_last_part, SUGGESTIONS)
     return [field for last_part in found for field in by_last_part[last_part]][:SUGGESTIONS]

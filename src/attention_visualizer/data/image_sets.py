@@ -12,7 +12,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from attention_visualizer.data.images import DatasetDescription, decode, normalise, read_picture, to_unit
+from attention_visualizer.data.images import (
+    DatasetDescription,
+    as_light_ink,
+    decode,
+    has_light_border,
+    normalise,
+    read_picture,
+    to_unit,
+)
 from attention_visualizer.data.input_format import InputFormat
 from attention_visualizer.support.errors import UserError, ran_out_of_memory
 from attention_visualizer.support.text import printable
@@ -20,6 +28,7 @@ from attention_visualizer.support.text import printable
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+INVERTED = "{count} of {total} images have a light border, so they are inverted to light ink on dark"
 MAX_ASPECT = 100  # times the other side: of a longer picture only the middle is scaled, as it might not fit the memory
 
 
@@ -127,6 +136,7 @@ class ImageFolder:
     watermark: str = ""
     kind: str = "image"
     broken: dict[str, str] = field(default_factory=dict)
+    inverted: int = 0  # how many had a light border, where light ink on dark is wanted
     has_ink: bool = False
 
     @classmethod
@@ -146,10 +156,13 @@ class ImageFolder:
         else:
             raise UserError(f"images={folder}: there is no such folder or file")
         pictures = cls(folder, format, (), **known)
-        readable = []
+        readable, inverted = [], 0
         for path in found:
             try:
-                decode(path, format.channels)
+                if format.fit == "ink":
+                    inverted += has_light_border(decode(path, 1))
+                else:
+                    decode(path, format.channels)
                 readable.append(path)
             except Exception as error:  # Pillow raises many kinds for broken files
                 reason = str(error).replace(str(path), path.name)
@@ -159,7 +172,9 @@ class ImageFolder:
             raise UserError(f"images={folder}: it contains no images (such as .png or .jpg){broken}")
         for name in pictures.broken:
             log.warning("%s cannot be read and is left out", printable(folder / name))
-        return cls(folder, format, tuple(readable), broken=pictures.broken, **known)
+        if inverted:
+            log.info("%s", INVERTED.format(count=f"{inverted:,}", total=f"{len(readable):,}"))
+        return cls(folder, format, tuple(readable), broken=pictures.broken, inverted=inverted, **known)
 
     @property
     def title(self) -> str:
@@ -207,8 +222,11 @@ class ImageFolder:
 def read_formatted(path: str | Path, format: InputFormat) -> Tensor:
     """Read a picture as uint8 [channel, height, width], scaled and cut as timm's and torchvision's transforms do.
 
-    Raise UserError for a file that is not a readable image.
+    Where the format wants ink, it is what `read_image` makes of it. Raise UserError for a file that is not a readable
+    image.
     """
+    if format.fit == "ink":
+        return as_light_ink(read_picture(path, 1), format.size[0]).repeat(format.channels, 1, 1)
     picture = read_picture(path, format.channels)
     pixels = torch.frombuffer(bytearray(fitted(picture, format).tobytes()), dtype=torch.uint8)
     return pixels.view(*format.size, -1).permute(2, 0, 1).contiguous()

@@ -117,18 +117,32 @@ def normalise(images: Tensor, description: DatasetDescription) -> Tensor:
 
 
 def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
-    """Read a picture of any size and mode as uint8 [channel, size, size], light ink on dark as in the data set.
-
-    It is made grey, transparency over white; inverted where its border is light; scaled to fit, and centred on the
-    border's colour. Raise UserError for a file that is not a readable image.
-    """
-    grey = np.asarray(read_picture(path, 1))
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    if np.median(border) > 127:
+    """Read a picture of any size and mode as uint8 [channel, size, size], light ink on dark as in the data set, and say
+    where that meant to invert it. Raise UserError for a file that is not a readable image."""
+    picture = read_picture(path, 1)
+    if has_light_border(picture):
         log.info("%s: its border is light, so it is inverted to light ink on dark", printable(path))
-        grey, border = 255 - grey, 255 - border
+    return as_light_ink(picture, description.image_size).repeat(description.channels, 1, 1)
+
+
+def border_of(grey: np.ndarray) -> np.ndarray:
+    """Return the pixels of all four sides."""
+    return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+
+
+def has_light_border(picture: Image.Image) -> bool:
+    """Whether a grey picture is taken for dark ink on a light ground."""
+    return bool(np.median(border_of(np.asarray(picture))) > 127)
+
+
+def as_light_ink(picture: Image.Image, size: int) -> Tensor:
+    """Return a grey picture as uint8 [size, size] of light ink on dark: inverted where its border is light, scaled to
+    fit, and centred on the border's colour."""
+    grey = np.asarray(picture)
+    if has_light_border(picture):
+        grey = 255 - grey
+    border = border_of(grey)
     height, width = grey.shape
-    size = description.image_size
     share = size / max(height, width)
     height, width = max(1, round(height * share)), max(1, round(width * share))
     if grey.shape != (height, width):
@@ -136,7 +150,7 @@ def read_image(path: str | Path, description: DatasetDescription) -> Tensor:
     canvas = np.full((size, size), np.median(border), np.uint8)
     top, left = (size - height) // 2, (size - width) // 2
     canvas[top : top + height, left : left + width] = grey
-    return torch.from_numpy(canvas).repeat(description.channels, 1, 1)
+    return torch.from_numpy(canvas)
 
 
 def read_picture(path: str | Path, channels: int) -> Image.Image:

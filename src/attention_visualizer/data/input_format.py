@@ -15,7 +15,7 @@ from attention_visualizer.attention.geometry import Size, as_size, declared_layo
 from attention_visualizer.attention.policies import PassIsOver
 from attention_visualizer.support.errors import UserError
 
-Fit = Literal["center", "squash", "border"]
+Fit = Literal["center", "squash", "border", "ink"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPEN_CLIP_FITS = {"shortest": "center", "squash": "squash", "longest": "border"}
 OF_BYTES = 0.1  # a model that multiplies its pixels by less takes 0..255, not 0..1
@@ -29,7 +29,8 @@ class InputFormat:
     model's.
 
     fit: how a picture of another shape is brought to the model's: its middle is cut out ("center"), it is stretched
-    ("squash"), or all of it is shown on a ground of the mean colour ("border").
+    ("squash"), or all of it is shown on a ground of the mean colour ("border") or, as light ink on dark, of its own
+    border's colour ("ink": inverted where that is light, as MNIST's digits are).
     """
 
     size: Size

@@ -67,9 +67,12 @@ class Candidate:
 
     @property
     def remark(self) -> str:
-        if self.accuracy is None or self.path.name != BEST:  # the run's accuracy is that of its best
-            return ""
-        return f" (validation accuracy {self.accuracy:.2%})"
+        known = []
+        if self.accuracy is not None and self.path.name == BEST:  # the run's accuracy is that of its best
+            known.append(f"validation accuracy {self.accuracy:.2%}")
+        if self.manifest.get("status") not in (None, "completed"):
+            known.append("of a run that was not completed")
+        return f" ({', '.join(known)})" if known else ""
 
 
 @dataclass(frozen=True)

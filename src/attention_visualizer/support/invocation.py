@@ -10,6 +10,7 @@ INSTALLED = "attention-visualizer"
 
 def invocation(command: str) -> list[str]:
     """Return the words that begin a command line of "train" or "analyze", in the way that this process was started."""
-    if Path(sys.argv[0]).name in ("train.py", "analyze.py"):
-        return ["python", f"{command}.py"]
+    script = Path(sys.argv[0])
+    if script.name in ("train.py", "analyze.py"):
+        return ["python", str(script.with_name(f"{command}.py"))]
     return [INSTALLED, command]

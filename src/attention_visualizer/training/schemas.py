@@ -52,13 +52,13 @@ CALLBACKS: dict[str, tuple[Any, str]] = {
     "attention_logger": (AttentionLogger, "attention_visualizer.AttentionLogger"),
     "ema": (EMAWeightAveraging, f"{EMAWeightAveraging.__module__}.{EMAWeightAveraging.__qualname__}"),
 }
-SCHEMA_NAMES = {  # by which conf/ refers to them
-    "model": "vision_transformer",
-    "data": "image_data_module",
-    "optimizer": "classifier",
-    "trainer": "lightning_trainer",
-    "attention_logger": "attention_logger",
-    "ema": "ema_weights",
+SCHEMA_NAMES = {  # by which conf/ refers to them; with an underscore, so that they are not offered as choices
+    "model": "_vision_transformer",
+    "data": "_image_data_module",
+    "optimizer": "_classifier",
+    "trainer": "_lightning_trainer",
+    "attention_logger": "_attention_logger",
+    "ema": "_ema_weights",
 }
 
 

@@ -86,7 +86,9 @@ def find_start(components: Components, named: LoadedCheckpoint | None = None, jo
         return unfinished
     if named is not None:
         folder = RunFolder(Path(config.run_folder))
-        return Start(folder, folder.lock(), named, is_resumed=True)
+        start = Start(folder, folder.lock(), named, is_resumed=True)
+        print_sanitised(f"Resuming {atomic.short_path(folder.path)}, step {named.step}")
+        return start
     if job is not None:
         if job.exists:
             raise folders.RunExistsError(

@@ -67,6 +67,7 @@ class AttentionLogger(Callback):
 
     def __init__(
         self,
+        *,
         every_n_epochs: int = 1,
         early_frames: bool = True,
         head_grids: int = 2,
@@ -77,9 +78,13 @@ class AttentionLogger(Callback):
         per_head_scalars: bool = False,
     ) -> None:
         if every_n_epochs < 1:
-            raise UserError(f"callbacks.attention_logger.every_n_epochs={every_n_epochs}: give at least 1")
+            raise UserError(f"AttentionLogger: every_n_epochs={every_n_epochs}: give at least 1")
         if head_grids < 0:
-            raise UserError(f"callbacks.attention_logger.head_grids={head_grids}: give 0 or more")
+            raise UserError(f"AttentionLogger: head_grids={head_grids}: give 0 or more")
+        if model is not None and not isinstance(model, str):
+            raise UserError(
+                f'AttentionLogger: model={type(model).__name__}: give its dotted path, such as "backbone.vit"'
+            )
         if probe_images is not None:
             check_probes(probe_images, probe_labels)
         elif probe_labels is not None:

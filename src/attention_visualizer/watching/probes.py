@@ -28,7 +28,7 @@ LABELS = ("labels", "label", "targets", "target")
 def check_probes(images: Tensor, labels: Tensor | None) -> None:
     """Raise UserError unless images are [probe, channel, height, width] and labels [probe], or None."""
     if not isinstance(images, Tensor):
-        raise UserError(f"probe_images is of type {type(images).__name__}: {EXPECTED}")
+        raise UserError(f"probe_images is of type {type(images).__name__}, not torch.Tensor: {EXPECTED}")
     if images.ndim != 4 or not holds_pixels(images) or not images.numel():
         raise UserError(f"probe_images is {images.dtype} {list(images.shape)}: {EXPECTED}")
     if not bool(images.isfinite().all()):
@@ -37,7 +37,7 @@ def check_probes(images: Tensor, labels: Tensor | None) -> None:
         return
     if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
         given = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise UserError(f"probe_labels is {given}: give whole numbers [{len(images)}], one for each probe image")
+        raise UserError(f"probe_labels is {given}: give a torch.Tensor of {len(images)} whole numbers, one an image")
 
 
 EXPECTED = "give numbers [probe, channel, height, width], as the model expects them"

@@ -39,7 +39,7 @@ def write(study: Study) -> Chapter:
         tables,
         numbers_of(measured),
         records(survey),
-        finding=finding_of(survey, files[0 if groups is None else -1].name),
+        finding=finding_of(survey, files[0].name),
     )
 
 
@@ -111,16 +111,16 @@ def finding_of(survey: Survey, figure: str) -> Finding:
     tokens = survey.mean_of("effective_tokens")[:, -1]
     sharpest, broadest = int(np.argmin(entropies.value)), int(np.argmax(entropies.value))
     keys = survey.geometries[-1].num_tokens
-    broad, sharp = tokens[broadest].text(2), tokens[sharpest].text(2)
-    if broad == sharp:
+    most, least = tokens[broadest], tokens[sharpest]
+    if least.high >= most.low or least.text(2) == most.text(2):
         text = (
-            f"The readout query's attention is as broad in each layer: {broad} effective tokens of {keys}, mean over "
-            f"heads (n = {survey.num_images:,})."
+            f"The readout query's attention is about as broad in each layer: up to {most.text(2)} effective tokens of "
+            f"{keys}, mean over heads (n = {survey.num_images:,})."
         )
         return Finding(text, figure, rank=7)
     text = (
-        f"The readout query's attention is broadest in layer {broadest + 1}: {broad} effective "
-        f"tokens of {keys}, mean over heads. It is sharpest in layer {sharpest + 1}: {sharp} "
+        f"The readout query's attention is broadest in layer {broadest + 1}: {most.text(2)} effective tokens of "
+        f"{keys}, mean over heads. It is sharpest in layer {sharpest + 1}: {least.text(2)} "
         f"(layers picked afterwards, n = {survey.num_images:,})."
     )
     return Finding(text, figure, rank=7)

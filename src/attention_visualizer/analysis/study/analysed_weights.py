@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +158,20 @@ def folder_images(
 ) -> ImageFolder:
     """Return a folder's pictures as the model expects them. Raise UserError where there are none. skip: files to leave
     out."""
-    model = weights.model
+    model, watermark = weights.model, ""
     if isinstance(model, VisionTransformer) and image_format is None:
         data = weights.loaded.data if weights.loaded is not None else None
         channels, side = int(model.config["in_channels"]), int(model.config["img_size"])
         mean, std = (0.5, 0.5) if data is None else (data.mean, data.std)
         image_format = InputFormat((side, side), channels, (mean,) * channels, (std,) * channels)
-        class_names = class_names or (() if data is None else data.class_names)
+        if data is not None:  # trained on digits
+            image_format = replace(image_format, fit="ink")
+            class_names = class_names or data.class_names
+            watermark = data.watermark.replace("data: ", "trained on ")
     return ImageFolder.find(
-        folder, image_format or InputFormat.of(model, image_size), skip=skip, class_names=class_names
+        folder,
+        image_format or InputFormat.of(model, image_size),
+        skip=skip,
+        class_names=class_names,
+        watermark=watermark,
     )
