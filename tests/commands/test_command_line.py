@@ -112,8 +112,8 @@ def assert_refused(outcome: Outcome, folder: Path, *named: str) -> None:
         ("trainer.fast_dev_run=true", "fast_dev_run"),
         ("trainer.enable_checkpointing=false", "enable_checkpointing"),
         ("trainer.devices=0", "devices"),
-        ("callbacks.attention_logger.every_n_epochs=0", "callbacks.attention_logger.every_n_epochs=0"),
-        ("callbacks.attention_logger.head_grids=-1", "callbacks.attention_logger.head_grids=-1"),
+        ("callbacks.attention_logger.every_n_epochs=0", "AttentionLogger: every_n_epochs=0: give at least 1"),
+        ("callbacks.attention_logger.head_grids=-1", "AttentionLogger: head_grids=-1: give 0 or more"),
         ("seed=-1", "seed=-1"),
         ("seed=nan", "seed"),
         # checkpoints

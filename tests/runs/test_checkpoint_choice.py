@@ -65,6 +65,13 @@ def test_best_is_the_newest_run_s(tmp_path: Path, make_run: Callable[..., RunFol
     assert (last.path, last.reason) == (newest.last, "last.ckpt of the newest run 2025-01-02_00-00-00-000000")
 
 
+def test_a_run_that_was_not_completed_is_said_to_be_so(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
+    run = make_run("2025-01-02_00-00-00-000000", 0.9321)
+    run.manifest_path.write_text(run.manifest_path.read_text().replace("completed", "interrupted"))
+    reason = choose_checkpoint(root=tmp_path / "runs").reason
+    assert reason.endswith("(validation accuracy 93.21%, of a run that was not completed)")
+
+
 def test_a_running_run_counts_and_newer_ones_without_are_mentioned(
     tmp_path: Path, make_run: Callable[..., RunFolder]
 ) -> None:
@@ -73,7 +80,7 @@ def test_a_running_run_counts_and_newer_ones_without_are_mentioned(
     make_run("2025-01-04_00-00-00-000000", files=("last",))
     choice = choose_checkpoint(root=str(tmp_path / "runs"))
     assert choice.path == running.best
-    assert "(validation accuracy 50.00%, of a run that was not completed)" in choice.reason  # by the checkpoint itself
+    assert "(validation accuracy 50.00%)" in choice.reason  # from the checkpoint itself
     assert choice.reason.endswith("newer ones have none: 2025-01-04_00-00-00-000000, 2025-01-03_00-00-00-000000")
     assert choose_checkpoint("last", root=tmp_path / "runs").path.parts[-3] == "2025-01-04_00-00-00-000000"
 

@@ -16,7 +16,7 @@ from attention_visualizer.training.progress import RunLog, duration
 from tests.helpers.runs import BATCHES, BRIEF, ENVIRONMENT, EPOCHS, PROJECT, only_run, run_train, trained_run
 
 LINE = re.compile(
-    r"epoch (\S+)  step ([\d,]+)  loss (\d\.\d{3})  validation (\d\.\d{3}), (\d+\.\d\d)% \(best (\d+\.\d\d)%\)"
+    r"epoch (\S+)  step ([\d,]+)  loss (\d\.\d{3})  val loss (\d\.\d{3}), acc (\d+\.\d\d)% \(best (\d+\.\d\d)%\)"
 )
 
 

@@ -93,9 +93,7 @@ class EpochLines(Callback):
         if "validation/accuracy" in scores:
             accuracy = scores["validation/accuracy"]
             highest = accuracy if best is None else max(accuracy, float(best))
-            parts.append(
-                f"validation loss {scores['validation/loss']:.3f}, accuracy {accuracy:.2%} (best {highest:.2%})"
-            )
+            parts.append(f"val loss {scores['validation/loss']:.3f}, acc {accuracy:.2%} (best {highest:.2%})")
         took = duration(now - self._last_line)
         left = None if self._pace is None else self._pace.seconds_left()
         if left is not None:
