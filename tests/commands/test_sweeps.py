@@ -76,6 +76,9 @@ def test_a_sweep_ends_with_a_table(sweep: Sweep) -> None:
     for word in ("embed_dim", "validation", "accuracy", "parameters", "seconds", "completed", "failed"):
         assert word in table
     assert f"python {PROJECT / 'analyze.py'} run=runs/{sweep.path.name}" in table
+    shown = [float(share) for share in re.findall(r"(\d+\.\d\d)%", table)]
+    assert len(shown) == 2 and shown == sorted(shown, reverse=True)
+    assert re.findall(r"(\d+\.\d\d)% best", table) == [f"{shown[0]:.2f}"]
 
 
 def test_a_sweeps_jobs_have_tidy_folders_of_their_own(sweep: Sweep) -> None:

@@ -132,6 +132,8 @@ def recorded(folder: RunFolder) -> Iterator[None]:
         if folder.last.exists():
             print()
             log.say(f"Stopped early. Resume:  {resuming.resume_command(folder)}")
+        elif interrupted:
+            log.say("Stopped before the first checkpoint: there is nothing to resume")
         if isinstance(error, SystemExit):
             slurm.requeue_after(error.code)
         raise

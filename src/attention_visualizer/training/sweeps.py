@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 import shlex
 import sys
@@ -35,7 +36,8 @@ def job_folder(number: int, overrides: str) -> str:
     return name.encode()[:240].decode(errors="ignore").rstrip("._-")  # file systems count bytes
 
 
-COLUMNS = ("run", "status", "validation_accuracy", "parameters", "seconds", "error")  # beside the swept fields
+ACCURACY = "validation_accuracy"
+COLUMNS = ("run", "status", ACCURACY, "parameters", "seconds", "error")  # beside the swept fields
 RESUME = "resume=auto"
 RECORD = "sweep.json"  # what was swept over: Hydra's own multirun.yaml is not written whole or not at all
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
@@ -90,6 +92,9 @@ class SweepTable(Callback):
             print_sanitised(f"Table:    {folder / 'sweep.csv'}")
         except UserError as error:  # Hydra would make a warning of it
             print_sanitised(f"No table: {error}")
+        if any(folder.rglob("events.out.tfevents.*")):
+            board = shlex.join(["tensorboard", "--logdir", str(folder), "--samples_per_plugin", "images=200"])
+            print_sanitised(f"Charts:   {board}")
         print_sanitised(f"Analyse:  {shlex.join([*invocation('analyze'), override('run', folder)])}")
         if SweepTable.job_failed or any(row["status"] != "completed" for row in rows):
             raise SystemExit(1)
@@ -102,11 +107,14 @@ def refuse(why: str) -> NoReturn:
 
 
 def print_table(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Print a line for each job, with as much of its folder's name as there is room for."""
+    """Print a line for each job, the best first, with as much of its folder's name as there is room for."""
+    rows = sorted(rows, key=lambda row: -math.inf if row[ACCURACY] is None else row[ACCURACY], reverse=True)
     console, table = Console(), Table(title=Text(f"Sweep {printable(folder)}"))
     table.add_column("run", no_wrap=True)
     columns = [column for column in rows[0] if column not in ("run", "error")]
-    cells = {column: [printable("" if row[column] is None else str(row[column])) for row in rows] for column in columns}
+    cells = {column: [printable(cell_text(column, row[column])) for row in rows] for column in columns}
+    if rows[0][ACCURACY] is not None:
+        cells[ACCURACY][0] += " best"
     for column in columns:
         heading = column.replace("_", " ") if column in COLUMNS else printable(column).replace(".", ".\n")
         width = min(20, max(map(len, [*heading.split(), *cells[column]])))
@@ -120,6 +128,15 @@ def print_table(folder: Path, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["error"]:
             print_sanitised(f"{row['run']}: {row['error']}")
+
+
+def cell_text(column: str, value: Any) -> str:
+    """Write a value as the other lines of a run do."""
+    if value is None:
+        return ""
+    if column == ACCURACY:
+        return f"{value:.2%}"
+    return f"{value:,}" if column == "parameters" else str(value)
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
@@ -169,7 +186,7 @@ def sweep_rows(folder: Path) -> list[dict[str, Any]]:
                 "run": job.name,
                 "status": manifest.get("status", "not started"),
                 **{name: values.get(name) for name in swept},
-                "validation_accuracy": _rounded(metrics.get("validation_accuracy"), 4),
+                ACCURACY: _rounded(metrics.get(ACCURACY), 4),
                 "parameters": manifest.get("parameters"),
                 "seconds": _rounded(metrics.get("seconds"), 1),
                 "error": manifest.get("error"),
