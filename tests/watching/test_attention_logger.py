@@ -315,6 +315,17 @@ def test_the_model_is_given_by_its_path() -> None:
         AttentionLogger(model=Foreign())  # type: ignore[arg-type]
 
 
+def test_a_training_without_validation_says_what_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("attention_visualizer.watching.attention_logger.rank_zero_info", told.append)
+    images = next(iter(loader()))[0][:3]
+    fit(tmp_path, Foreign(), AttentionLogger(probe_images=images), limit_val_batches=0)
+    assert any("; without validation only the first batches are watched" in line for line in told)
+    told.clear()
+    fit(tmp_path / "validated", Foreign(), AttentionLogger(probe_images=images))
+    assert told and not any("without validation" in line for line in told)
+
+
 def test_every_n_epochs(tmp_path: Path) -> None:
     fit(tmp_path, Foreign(), AttentionLogger(every_n_epochs=2, early_frames=False), max_epochs=5)
     kept = kept_in(tmp_path)

@@ -37,7 +37,7 @@ from attention_visualizer.watching.probes import (
     flat_loaders,
     images_of_validation,
 )
-from attention_visualizer.watching.tags import DESCRIPTIONS, image_tags, size_of_attention, tensorboard_command
+from attention_visualizer.watching.tags import DESCRIPTIONS, image_tags, size_of_attention, where_to_look
 from attention_visualizer.watching.unnoticed import unnoticed
 from attention_visualizer.watching.validation import ValidationWatch
 
@@ -316,7 +316,7 @@ class AttentionLogger(Callback):
         probe = self.history.probe
         if "num_keys" not in probe:  # the first frame of this model
             probe |= {"num_keys": np.array(observation.num_keys), "query": np.array(str(observation.query))}
-            name, command = self._found.name or "the model", tensorboard_command(trainer)
+            name, command = self._found.name or "the model", where_to_look(trainer)
             rank_zero_info(f"AttentionLogger: {name}, {size_of_attention(observation)}{command}")
             self._loggers.log_chart_layout(observation.entropy.shape[1], self.per_head_scalars)
         frame = frame_of(observation, trainer.global_step, progress_in_epochs(trainer))
