@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from matplotlib.figure import Figure
 
 from attention_visualizer import VisionTransformer
 from attention_visualizer.analysis.claims import chapter
+from attention_visualizer.analysis.claims.chapter import class_power_text
 from attention_visualizer.analysis.claims.content import Content
-from attention_visualizer.analysis.claims.declared import declared_claims, thirds, weights_of
+from attention_visualizer.analysis.claims.declared import CLASS_CLAIM, declared_claims, thirds, weights_of
 from attention_visualizer.analysis.claims.evidence import (
     Distances,
     Evidence,
@@ -332,6 +335,20 @@ def test_random_weights_support_nothing(tmp_path: Path) -> None:
         significant += sum(each.adjusted < 0.05 for each in judgements)
     assert set(reference) == {"random weights", "sharpened random weights", "shuffled labels"}
     assert significant > 2
+
+
+@pytest.mark.parametrize(("kept", "told"), [(0.05, True), (0.3, False), (float("nan"), False)])
+def test_a_class_claim_that_nothing_could_support_is_said_to_be_one(kept: float, told: bool) -> None:
+    shares = [
+        SimpleNamespace(taken_out=name, share=SimpleNamespace(value=share), kept=left)
+        for name, share, left in (("nothing", 0.3, 1.0), ("all inks", 0.01, kept))
+    ]
+    judgement = SimpleNamespace(claim=SimpleNamespace(name=CLASS_CLAIM), results=[SimpleNamespace(threshold=0.09)])
+    other = SimpleNamespace(claim=SimpleNamespace(name="another"), results=[])
+    judged: Any = SimpleNamespace(measured=SimpleNamespace(classes=shares), judgements=[other, judgement])
+    text = class_power_text(judged)
+    assert bool(text) is told
+    assert ("what all inks leaves would be 0.05 of" in " ".join(text.split())) is told
 
 
 # --- the pieces --------------------------------------------------------------------------------------------------

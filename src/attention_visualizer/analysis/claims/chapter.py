@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from attention_visualizer.analysis.claims.declared import (
+    CLASS_CLAIM,
     MIN_ATTENTION,
     MIN_CONTRAST,
     MIN_DISTANCE,
@@ -22,6 +23,7 @@ from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.data.ink import border_patches
 from attention_visualizer.data.strokes import BEND
+from attention_visualizer.measures.class_variance import smallest
 from attention_visualizer.measures.intervals import CHAPTER_LEVEL
 from attention_visualizer.measures.matched_patches import num_levels
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table, p_text
@@ -44,6 +46,7 @@ def write(study: Study) -> Chapter:
         "levels": num_levels(judged.n),
         "missing": "".join(f" {sentence}" for sentence in judged.missing),
         "grid": grid_text(judged.measured.content.grid),
+        "power": class_power_text(judged),
     }
     return Chapter(
         TITLE,
@@ -153,6 +156,17 @@ def grid_text(grid: tuple[int, int]) -> str:
     return COARSE.format(rows=grid[0], columns=grid[1], border=at_border) if at_border > 0.5 else ""
 
 
+def class_power_text(judged: JudgedClaims) -> str:
+    """Say where even maps that only the class determines would not be called different between classes."""
+    if not judged.measured.classes:
+        return ""
+    least = smallest(judged.measured.classes)
+    (needed,) = (each.results[0].threshold for each in judged.judgements if each.claim.name == CLASS_CLAIM)
+    return (
+        "" if not least.kept < needed else POWERLESS.format(taken_out=least.taken_out, kept=least.kept, needed=needed)
+    )
+
+
 def finding_text(judged: JudgedClaims) -> str:
     judgements = judged.judgements
     counts = Counter(judgement.verdict for judgement in judgements)
@@ -243,7 +257,7 @@ empty patches at the same position.
 
 **Classes.** Attention is computed from the pixels, so "beyond the ink" can only mean: not predicted by the regressions
 named here. The more a regression can express, the less is left; the verdict takes the smallest. Part of what they
-predict may be the class's own.
+predict may be the class's own.{{power}}
 
 **Space.** Attention distances are also compared with those of the same maps with patches at permuted positions.
 
@@ -268,6 +282,8 @@ head does."""
 COARSE = """ With {rows} x {columns} patches, {border:.0%} of which lie at the border, "edges", "local" and "details"
 can hardly be told apart: `python train.py experiment=fine_patches` trains a model with patches of 4 pixels, whose
 report can."""
+POWERLESS = """ On this model the claim cannot hold: even of maps that only the class determines, what {taken_out}
+leaves would be {kept:.2f} of the variance, and {needed:.2f} is needed."""
 CAPTION = """One row per claim, n = {n:,} {kind}: the requirement that decides, in units of its minimum effect. Grey:
 the range of all controls."""
 CAUTION = """A claim that is "not supported" is not disproved."""

@@ -24,6 +24,7 @@ MIN_CONTRAST = 0.1  # between ink and empty patches at the same place: 55 to 45
 MIN_DISTANCE = 0.1  # of the distance of uniform attention
 WHOLE = 0.75  # of the inked patches take part, for "the whole digit"
 MIN_VARIANCE = 0.06  # of the maps' variance; Cohen (1988) calls it a medium effect
+CLASS_CLAIM = "Attention differs between classes beyond their ink"
 FAR = "of the distance of uniform attention"
 LOCALITY_UNKNOWN = (
     "Locality is not tested: it needs the attention distance of shallow and deep patch queries, and the last layer's "
@@ -197,7 +198,7 @@ def class_claim(evidence: Evidence) -> Claim:
         "random signs of the images' residuals",
         "of the variance",
     )
-    return Claim("Attention differs between classes beyond their ink", (requirement,))
+    return Claim(CLASS_CLAIM, (requirement,))
 
 
 def weights_of(layers: range, num_layers: int) -> Array:
