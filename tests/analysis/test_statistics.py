@@ -16,6 +16,7 @@ from attention_visualizer.analysis.statistics.figure import LABELS, draw_groups,
 from attention_visualizer.analysis.statistics.measure import Statistics, measure
 from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.survey import MEASURE_NAMES
 from attention_visualizer.analysis.study.target import Target
 from attention_visualizer.data.image_sets import LabelledImageSet
 from attention_visualizer.data.images import DatasetDescription
@@ -95,10 +96,12 @@ def test_figures_show_what_was_measured(measured: Statistics) -> None:
 def test_the_chapter_with_and_without_known_classes(study: Study) -> None:
     chapter = statistics_chapter.CHAPTER(study)
     assert [len(table.rows) for table in chapter.tables] == [LAYERS] * 3 and len(chapter.figures) == 3
-    for table in chapter.tables[:2]:
-        unread = {name: row for name, row in zip(table.columns, table.rows[-1], strict=True) if row == "–"}
-        assert set(unread) == {LABELS[name] for name in ("distance", "confidence", "sink")}
-        assert "–" not in table.rows[-2]
+    of_maps, of_heads = chapter.tables[:2]
+    assert {*of_maps.columns[1:], *of_heads.columns[1:]} == {LABELS[name] for name in (*MEASURE_NAMES, "content")}
+    assert max(len(of_maps.columns), len(of_heads.columns)) <= 6  # which a page holds
+    unread = {name for name, cell in zip(of_heads.columns, of_heads.rows[-1], strict=True) if cell == "–"}
+    assert unread == {LABELS[name] for name in ("distance", "confidence", "sink")}
+    assert all("–" not in row for row in (*of_maps.rows, of_heads.rows[-2]))
     assert len(chapter.numbers["entropy_by_class"]) == 3 and chapter.finding is not None
     assert chapter.finding.figure == chapter.figures[0].name and "images are misclassified" in chapter.text
     images = study.target.images

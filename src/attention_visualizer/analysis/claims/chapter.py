@@ -113,13 +113,11 @@ def class_tables(judged: JudgedClaims) -> list[Table]:
     shares = judged.measured.classes
     if not shares:
         return []
-    layers = range(judged.measured.num_layers)
     rows = [
         [
             each.taken_out,
             each.share.text(),
             f"{each.p_value:.3f}",
-            *(each.by_layer[layer].text(2) for layer in layers),
             f"{each.predicted:.2f}",
             "–" if np.isnan(each.kept) else f"{each.kept:.2f}",
         ]
@@ -130,8 +128,7 @@ def class_tables(judged: JudgedClaims) -> list[Table]:
         "regression predicts out of fold; the verdict takes the smallest. Predicted: the part of all variance. Would "
         "be left: the same share for maps that only the class determines; a low value means that ink tells the class."
     )
-    columns = ["taken out", "share", "p", *(f"layer {layer + 1}" for layer in layers), "predicted", "would be left"]
-    return [Table(caption, columns, rows)]
+    return [Table(caption, ["taken out", "share", "p", "predicted", "would be left"], rows)]
 
 
 def columns_of(controls: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from attention_visualizer.measures.streaming import REPORTED_MEASURES, MeasureSu
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding, Table, escape_markdown
 
 UNITS = {each.name: each.unit for each in REPORTED_MEASURES}
+# The columns of the tables: nine in one would be wider than a page.
+OF_MAPS = ("entropy", "effective_tokens", "maximum", "mean", "class_token")
+OF_HEADS = ("distance", "confidence", "sink", "divergence", "content")
 
 
 def write(study: Study) -> Chapter:
@@ -27,7 +31,7 @@ def write(study: Study) -> Chapter:
         ),
         FigureFile(study.output.save(draw_heads(measured), "attention_statistics_by_head"), caption_of_heads(measured)),
     ]
-    tables = [layer_table(survey, images), mean_table(survey, images)]
+    tables = [mean_table(survey, images, names) for names in (OF_MAPS, OF_HEADS)]
     if groups is not None:
         file_name = study.output.save(draw_groups(groups, images), "attention_statistics_by_class")
         files.append(FigureFile(file_name, caption_of_groups(groups)))
@@ -126,31 +130,6 @@ def finding_of(survey: Survey, figure: str) -> Finding:
     return Finding(text, figure, rank=7)
 
 
-def layer_table(survey: Survey, images: str) -> Table:
-    """Return means over images and heads, and the range of the middle 90% of them."""
-    summaries, means = survey.summaries, {name: survey.mean_of(name)[:, -1] for name in MEASURE_NAMES}
-    columns = ["layer", *(LABELS[name] for name in MEASURE_NAMES)]
-    rows = []
-    for layer in range(len(summaries["entropy"].mean)):
-        row = [str(layer + 1)]
-        for name in MEASURE_NAMES:
-            summary = summaries[name]
-            if np.isnan(summary.mean[layer]).all():
-                row.append("–")
-                continue
-            low, _, _, _, high = summary.quantiles(QUANTILES)[layer]
-            decimals = means[name][layer].decimals(3)
-            mean = np.nanmean(summary.mean[layer])
-            row.append(f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})")
-        rows.append(row)
-    return Table(
-        f"Mean over {images} and the layer's heads ({head_counts(survey)}), with the range of the middle 90% of "
-        "images x heads; intervals of the means are in the next table.",
-        columns,
-        rows,
-    )
-
-
 def head_counts(survey: Survey) -> str:
     """Return how many heads layers have: "4", or "3 to 12"."""
     counts = (~np.isnan(survey.summaries["entropy"].mean)).sum(axis=1)
@@ -172,18 +151,18 @@ def layer_numbers(summaries: dict[str, MeasureSummary]) -> list[dict[str, Any]]:
     ]
 
 
-def mean_table(survey: Survey, images: str) -> Table:
-    """Return means over images and heads with their intervals."""
-    columns = ["layer", *(LABELS[name] for name in (*MEASURE_NAMES, "content"))]
+def mean_table(survey: Survey, images: str, names: Sequence[str]) -> Table:
+    """Return means over images and heads with their intervals, of some measures."""
     content = survey.selectivity.content_of_layers
-    means = [*(survey.mean_of(name)[:, -1] for name in MEASURE_NAMES), content]
+    means = [content if name == "content" else survey.mean_of(name)[:, -1] for name in names]
     rows = [
         [str(layer + 1), *(interval[layer].text() for interval in means)] for layer in range(len(survey.layer_names))
     ]
+    some = f" (content dependence: {content.n:,} of the images)" if "content" in names else ""
     return Table(
-        f"Means over {images} and the layer's heads ({head_counts(survey)}), with 95% bootstrap intervals over images "
-        f"(content dependence: {content.n:,} of the images; intervals by head in attention_statistics.json).",
-        columns,
+        f"Means over {images} and the layer's heads ({head_counts(survey)}), with 95% bootstrap intervals over "
+        f"images{some}. By head and with the spread: attention_statistics.json.",
+        ["layer", *(LABELS[name] for name in names)],
         rows,
     )
 
