@@ -22,7 +22,17 @@ from attention_visualizer.runs.checkpoint import load_checkpoint
 from attention_visualizer.support.errors import UnreadableError, UserError
 from attention_visualizer.training import saving, stopping
 from attention_visualizer.training.classifier import Classifier
-from tests.helpers.runs import BARE, BRIEF, Outcome, assert_same_training, last, only_run, run_folders, run_train
+from tests.helpers.runs import (
+    BARE,
+    BRIEF,
+    PROJECT,
+    Outcome,
+    assert_same_training,
+    last,
+    only_run,
+    run_folders,
+    run_train,
+)
 
 SETTINGS = (*BRIEF, *BARE, "trainer.max_epochs=2", "test=false")
 
@@ -241,7 +251,7 @@ def test_other_signals_save_and_can_be_resumed_exactly(
     assert (manifest["status"], manifest["error"]) == ("interrupted", name)
     (command,) = (line for line in outcome.out.splitlines() if line.startswith("Stopped early."))
     arguments = shlex.split(command.partition("Resume:")[2])
-    assert arguments[:2] == ["python", "train.py"]
+    assert arguments[:2] == ["python", str(PROJECT / "train.py")]
     assert run_train(*arguments[2:], folder=tmp_path).exit_code == 0
     assert_same_training(last(run), last(trained))
 

@@ -73,7 +73,9 @@ def test_in_a_terminal_a_bar_is_drawn_and_a_line_for_each_epoch_stays(tmp_path: 
         return part
 
     environment = ENVIRONMENT | {"COLUMNS": columns, "TERM": "xterm", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(PROJECT / "train.py"), *BRIEF, "test=false", "trainer.max_epochs=2"]
+    # Batches enough for the bar, which is drawn ten times a second, to be seen between validations.
+    longer = ("trainer.max_epochs=2", "trainer.limit_train_batches=80", "data.batch_size=16")
+    command = [sys.executable, str(PROJECT / "train.py"), *BRIEF, "test=false", *longer]
     program = "import os, sys; os.chdir(sys.argv[1]); os.execve(sys.argv[2], sys.argv[2:], dict(os.environ))"
     before = dict(os.environ)
     os.environ.update(environment)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from attention_visualizer.training.tensorboard import DESCRIPTIONS, SHOWN, shown_parameters
+from attention_visualizer.training.tensorboard import DESCRIPTIONS, SHOWN, shown_parameters, wait_for_a_later_second
 from tests.helpers.runs import compose_train, trained_run
 
 
@@ -42,3 +43,17 @@ def test_defaults_are_not_shown_twice() -> None:
     plain, other = (shown_parameters(compose_train(*words)) for words in ((), ("data.rotation=3", "logger=csv")))
     assert list(other)[: len(SHOWN)] == list(SHOWN)
     assert set(other) - set(plain) == {"data.rotation"}
+
+
+def test_a_new_file_of_events_sorts_behind_those_of_a_process_with_a_larger_number(tmp_path: Path) -> None:
+    while time.time() % 1 > 0.8:  # so that the next second is not there by chance
+        time.sleep(0.01)
+    killed = tmp_path / f"events.out.tfevents.{int(time.time())}.host.99999.1"
+    killed.touch()
+    wait_for_a_later_second(tmp_path)
+    assert f"events.out.tfevents.{int(time.time())}.host.10000.0" > killed.name
+    (tmp_path / f"events.out.tfevents.{int(time.time()) + 900}.host.1.0").touch()
+    began = time.monotonic()
+    wait_for_a_later_second(tmp_path)  # of a clock that was set back: it ends
+    assert time.monotonic() - began < 10
+    wait_for_a_later_second(tmp_path / "not there")

@@ -39,7 +39,11 @@ from attention_visualizer.training.overrides import override
 from attention_visualizer.training.progress import RunLog
 from attention_visualizer.training.saving import BestCheckpoint
 from attention_visualizer.training.stopping import signal_of
-from attention_visualizer.training.tensorboard import TensorBoardLogger, shown_parameters
+from attention_visualizer.training.tensorboard import (
+    TensorBoardLogger,
+    shown_parameters,
+    wait_for_a_later_second,
+)
 from attention_visualizer.training.training_state import check_training_state
 from attention_visualizer.watching.attention_logger import AttentionLogger
 from attention_visualizer.watching.lightning_internals import is_tensorboard
@@ -72,6 +76,8 @@ def open_logs(trainer: Trainer, resumed_step: int | None) -> Iterator[LogGuard]:
             try:
                 if resumed_step is not None and isinstance(log, CSVLogger):
                     keep_csv_rows(log, resumed_step)
+                if resumed_step is not None and isinstance(log, TensorBoardLogger):
+                    wait_for_a_later_second(Path(log.log_dir))
                 log.experiment  # type: ignore[attr-defined]  # noqa: B018
             except UserError:
                 raise

@@ -136,7 +136,7 @@ def cell_text(column: str, value: Any) -> str:
         return ""
     if column == ACCURACY:
         return f"{value:.2%}"
-    return f"{value:,}" if column == "parameters" else str(value)
+    return f"{value:,}" if column == "parameters" and isinstance(value, int) else str(value)
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

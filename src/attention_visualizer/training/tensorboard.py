@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import loggers
@@ -39,6 +42,19 @@ class TensorBoardLogger(loggers.TensorBoardLogger):
 
     def save(self) -> None:
         self.experiment.flush()
+
+
+def wait_for_a_later_second(folder: Path) -> None:
+    """Wait until a new file of events sorts behind those in `folder`, whose names begin with the second they began in.
+
+    TensorBoard reads them in the order of their names, which go on with the process: of two in one second the resumed
+    run's may come first, and what it replaces would be shown beside it.
+    """
+    began = [re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.out.tfevents.*")]
+    newest = max((int(each[1]) for each in began if each), default=0)
+    give_up = time.time() + 2  # of a clock that was set back
+    while time.time() < min(newest + 1, give_up):
+        time.sleep(0.01)
 
 
 def shown_parameters(config: DictConfig) -> dict[str, Any]:
