@@ -14,7 +14,6 @@ from attention_visualizer.analysis.trust.verdict import (
     AMOUNT,
     BASELINES,
     COMPARISONS,
-    EDGES,
     HALVES,
     INKED,
     LEAVE_ONE_OUT,
@@ -102,7 +101,6 @@ def verdict_table(result: TrustResult) -> Table:
         "of what Shapley values gain",
         "of what leave-one-out gains",
         "gain over amount of ink",
-        "gain over amount of edge",
         "least gain over random weights",
         "similarity to them (largest)",
     ]
@@ -114,7 +112,7 @@ def verdict_table(result: TrustResult) -> Table:
                 each.name,
                 ("trusted" if each.is_trusted else "not trusted") if is_method else "–",
                 *(each.gains.share[name].text(0, percent=True) for name in REFERENCES),
-                *(each.gains.mean_over[name].text() if each.name != name else "–" for name in (AMOUNT, EDGES)),
+                "–" if each.name == AMOUNT else each.gains.mean_over[AMOUNT].text(),
                 "–" if controls is None else controls[int(controls.value.argmin())].text(),
                 "–" if each.closest_control is None else each.closest_control.text(2),
             ]
