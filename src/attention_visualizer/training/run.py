@@ -49,6 +49,7 @@ from attention_visualizer.watching.attention_logger import AttentionLogger
 from attention_visualizer.watching.lightning_internals import is_tensorboard
 from attention_visualizer.watching.log_guard import LogGuard
 from attention_visualizer.watching.probes import first_of_each_class
+from attention_visualizer.watching.tags import tensorboard_command
 
 
 def check_resumable(loaded: LoadedCheckpoint, classifier: Classifier, trainer: Trainer) -> None:
@@ -249,5 +250,5 @@ def print_report(folder: RunFolder, description: DatasetDescription, metrics: di
     path = atomic.short_path(folder.path)
     # Plain lines, never wrapped, so that they can be pasted.
     log.say(f"Run folder:   {shlex.quote(str(path))}")
-    log.say(f"TensorBoard:  tensorboard --logdir {shlex.quote(str(path))} --samples_per_plugin images=200")
+    log.say(f"TensorBoard:  {tensorboard_command(str(path))}")
     log.say(f"Analyse:      {shlex.join([*invocation('analyze'), override('run', path), 'ckpt=best'])}")

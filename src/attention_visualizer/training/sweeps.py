@@ -28,6 +28,7 @@ from attention_visualizer.support.invocation import invocation
 from attention_visualizer.support.text import csv_safe, print_sanitised, printable
 from attention_visualizer.training import slurm
 from attention_visualizer.training.overrides import override
+from attention_visualizer.watching.tags import tensorboard_command
 
 
 def job_folder(number: int, overrides: str) -> str:
@@ -93,8 +94,7 @@ class SweepTable(Callback):
         except UserError as error:  # Hydra would make a warning of it
             print_sanitised(f"No table: {error}")
         if any(folder.rglob("events.out.tfevents.*")):
-            board = shlex.join(["tensorboard", "--logdir", str(folder), "--samples_per_plugin", "images=200"])
-            print_sanitised(f"Charts:   {board}")
+            print_sanitised(f"Charts:   {tensorboard_command(str(folder))}")
         print_sanitised(f"Analyse:  {shlex.join([*invocation('analyze'), override('run', folder)])}")
         if SweepTable.job_failed or any(row["status"] != "completed" for row in rows):
             raise SystemExit(1)

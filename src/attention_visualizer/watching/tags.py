@@ -37,10 +37,14 @@ def size_of_attention(observation: Observation) -> str:
     return f"{layers} layers x {heads} heads, {tokens} tokens"
 
 
+def tensorboard_command(folder: str) -> str:
+    """Return the command that shows a folder's logs, with all steps of its pictures instead of ten."""
+    return shlex.join(["tensorboard", "--logdir", folder, "--samples_per_plugin", "images=200"])
+
+
 def where_to_look(trainer: Trainer) -> str:
     """Return what a training without validation lacks and the command that shows the pictures, where TensorBoard has
     any, each after "; "."""
     lacking = "" if trainer.enable_validation else "; without validation only the first batches are watched"
     boards = [logger.log_dir.rstrip("/") for logger in trainer.loggers if is_tensorboard(logger)]
-    command = f"; tensorboard --logdir {shlex.quote(boards[0])} --samples_per_plugin images=200" if boards else ""
-    return lacking + command
+    return lacking + (f"; {tensorboard_command(boards[0])}" if boards else "")
