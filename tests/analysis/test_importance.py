@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from attention_visualizer.analysis.study import budget
 from attention_visualizer.analysis.study.budget import QUICK, Budget
 from attention_visualizer.analysis.study.heads import Heads
 from attention_visualizer.analysis.study.study import Study
-from attention_visualizer.attention.capture import capture
+from attention_visualizer.attention.capture import Edit, capture
+from attention_visualizer.attention.edits import attend_as_partner, in_all_layers, switch_off, together
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.layers import AttentionLayer
 from attention_visualizer.data.image_sets import LabelledImageSet
@@ -343,7 +345,7 @@ def test_all_layers_are_edited_at_once(planted: tuple[VisionTransformer, Labelle
     }
     whole_model = trials.whole_model_trials(passes.average_maps())
     assert [trial.name for trial in whole_model] == list(expected)
-    found = {trial.name: passes.answers(trial).score for trial in whole_model}
+    found = {trial.name: each.score for trial, each in zip(whole_model, passes.try_all(whole_model), strict=True)}
     for name, scores in expected.items():
         np.testing.assert_allclose(found[name], scores, atol=1e-4, err_msg=name)
     for one, name in enumerate(found):  # they are different interventions
@@ -455,20 +457,65 @@ def test_all_images_are_taken_where_two_minutes_suffice() -> None:
 
 def test_passes_are_counted(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
-    answers, average_maps = Passes.answers, Passes.average_maps
+    answers, try_all, average_maps = Passes.answers, Passes.try_all, Passes.average_maps
 
-    def count_answers(self: Passes, trial: trials.Trial | None = None) -> Answers:
-        counted.append(len(self.rows) * (2 if trial is not None and trial.with_partners else 1))
-        return answers(self, trial)
+    def count_answers(self: Passes) -> Answers:
+        counted.append(len(self.rows))
+        return answers(self)
+
+    def count_trials(self: Passes, tried: Sequence[trials.Trial]) -> list[Answers]:
+        counted.append(len(self.rows) * sum(2 if trial.with_partners else 1 for trial in tried))
+        return try_all(self, tried)
 
     def count_maps(self: Passes) -> trials.AverageMaps:
         counted.append(len(self.rows))
         return average_maps(self)
 
     monkeypatch.setattr(Passes, "answers", count_answers)
+    monkeypatch.setattr(Passes, "try_all", count_trials)
     monkeypatch.setattr(Passes, "average_maps", count_maps)
     measure(study, study.stratified_rows(60))
     assert sum(counted) / 60 == pytest.approx(num_passes(study), abs=0.2)
+
+
+class KeepsBesideModules(VisionTransformer):
+    """What its answer adds is kept by a module inside the first block."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        self.blocks[0].mlp.register_forward_hook(self.keep)
+        self.kept: Tensor | float = 0.0
+
+    def keep(self, module: Any, inputs: Any, output: Tensor) -> None:
+        self.kept = output[:, 0, :3]
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        self.kept = 0.0
+        return super().classify(tokens) + self.kept
+
+
+@pytest.mark.parametrize(("kind", "is_reused"), [(VisionTransformer, True), (KeepsBesideModules, False)])
+def test_what_runs_before_an_edit_runs_once_for_all_where_that_changes_nothing(
+    kind: type[VisionTransformer], is_reused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    study = study_of(kind(**SIZES | {"num_layers": 4}), labelled_by(VisionTransformer(**SIZES).eval()), tmp_path, 40, 1)
+    passes = Passes(study, np.arange(40), np.zeros(40, int))
+    edits: list[Edit] = [switch_off(f"blocks.{layer}", head) for layer in range(4) for head in (0, None)]
+    edits += [together([edits[7], edits[2]]), in_all_layers(switch_off), attend_as_partner("blocks.3")]
+    tried = [trials.Trial(str(edit), edit, with_partners=edit is edits[-1]) for edit in edits]
+    expected = passes.try_all(tried)  # one batch: each pass is computed whole
+
+    runs: list[None] = []
+    study.target.model.blocks[0].norm1.register_forward_hook(lambda *_: runs.append(None))  # type: ignore[index, union-attr]
+    monkeypatch.setattr(trials, "MIN_BATCHES", 2)
+    study.target.limit.images = 10
+    found = passes.try_all(tried)
+    for one, other in zip(expected, found, strict=True):
+        assert np.array_equal(one.is_right, other.is_right)
+        np.testing.assert_allclose(one.score, other.score, atol=1e-6)
+    assert not any("forward" in vars(module) for module in study.target.model.modules())
+    assert (len(runs) < 4 * len(tried)) == is_reused
 
 
 def test_too_much_work_and_too_few_images_are_left_out(

@@ -247,6 +247,13 @@ def test_images_without_partners_are_refused() -> None:
             model(inputs()[:1])
 
 
+def test_a_layer_that_only_one_of_several_edits_names_must_be_there() -> None:
+    model = Model()
+    with pytest.raises(CaptureError, match="no layer 'blocks.7' to edit"):
+        with torch.no_grad(), intervene(model, together([switch_off("blocks.0"), switch_off("blocks.7")])):
+            model(inputs())
+
+
 def test_edits_together_are_one_after_the_other() -> None:
     model = Model()
     edit = together([switch_off("blocks.0", 0), make_uniform("blocks.1", 2), switch_off("blocks.0", 2)])

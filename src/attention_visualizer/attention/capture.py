@@ -25,7 +25,6 @@ from attention_visualizer.attention.layers import (
     CaptureError,
     Edit,
     InternalCaptureError,
-    is_named,
 )
 from attention_visualizer.attention.policies import Capture, CaptureWithGradients, Intervention
 from attention_visualizer.attention.recording import Recorder
@@ -40,7 +39,6 @@ __all__ = [
     "capture",
     "force_eager",
     "intervene",
-    "is_named",
 ]
 
 

@@ -93,13 +93,7 @@ def in_all_layers(edit_of: Callable[[str], Edit]) -> Edit:
 
 def together(edits: Sequence[Edit]) -> Edit:
     """Edit by each in turn."""
-
-    def edited(layer: AttentionLayer, weights: Tensor) -> Tensor:
-        for edit in edits:
-            weights = edit(layer, weights)
-        return weights
-
-    return edited
+    return EditsTogether(tuple(edits))
 
 
 @dataclass(frozen=True)
@@ -110,8 +104,13 @@ class NamedEdit:
     head: int | None
     change: Callable[[Tensor], Tensor]  # of [batch, query, key] for one head, [batch, head, query, key] for all
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that are edited."""
+        return (self.layer,)
+
     def __call__(self, layer: AttentionLayer, weights: Tensor) -> Tensor:
-        if not is_named(layer, self.layer):
+        if not is_named(layer.name, self.layer):
             return weights
         if self.head is None:
             return self.change(weights)
@@ -120,3 +119,25 @@ class NamedEdit:
         edited = weights.clone()
         edited[:, self.head] = self.change(weights[:, self.head])
         return edited
+
+
+@dataclass(frozen=True)
+class EditsTogether:
+    """Edits, each of what the one before gave."""
+
+    edits: tuple[Edit, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...] | None:
+        """The names of the layers that are edited; None where an edit may be of any."""
+        names: dict[str, None] = {}
+        for edit in self.edits:
+            if (layers := getattr(edit, "layers", None)) is None:
+                return None
+            names.update(dict.fromkeys(layers))
+        return tuple(names)
+
+    def __call__(self, layer: AttentionLayer, weights: Tensor) -> Tensor:
+        for edit in self.edits:
+            weights = edit(layer, weights)
+        return weights

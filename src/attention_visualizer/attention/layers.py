@@ -128,7 +128,7 @@ class CapturedAttention:
     def __getitem__(self, key: str | int | slice) -> AttentionLayer | list[AttentionLayer]:
         if isinstance(key, int | slice):
             return self.layers[key]
-        matches = [layer for layer in self.layers if is_named(layer, key)]
+        matches = [layer for layer in self.layers if is_named(layer.name, key)]
         if len(matches) != 1:
             names = ", ".join(layer.name for layer in self.layers)
             raise KeyError(f"{key!r} names {len(matches)} attention layers; there are: {names}")
@@ -146,6 +146,6 @@ class CapturedAttention:
         return len(self.layers)
 
 
-def is_named(layer: AttentionLayer, name: str) -> bool:
+def is_named(layer: str, name: str) -> bool:
     """Whether `name` is the layer's own or that of a module around it: "blocks.3" is blocks.3.attn."""
-    return layer.name == name or layer.name.startswith(f"{name}.")
+    return layer == name or layer.startswith(f"{name}.")

@@ -30,6 +30,10 @@ class Capture:
     def check(self) -> None:
         """Raise CaptureError where the state of PyTorch does not allow this policy."""
 
+    def concerns(self, name: str) -> bool:
+        """Whether the layer of this name is to be recorded at all."""
+        return True
+
     def prepare(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights and values to hand out, for those of an attention call."""
         return weights.detach(), values.detach()
@@ -86,13 +90,21 @@ class Intervention(Capture):
 
     def __init__(self, edit: Edit) -> None:
         self.edit = edit
-        self.has_met_layer = False  # the layer that a ready-made edit names
+        #: The layers that a ready-made edit names; None for one that may be of any layer.
+        self.layers: tuple[str, ...] | None = getattr(edit, "layers", None)
+        self.met: set[str] = set()  # of these
+
+    def concerns(self, name: str) -> bool:
+        if self.layers is None:
+            return True
+        named = [each for each in self.layers if is_named(name, each)]
+        self.met.update(named)
+        return bool(named)
 
     def prepare(self, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return weights.clone(), values.detach()  # to be edited in place, perhaps
 
     def receive(self, layer: AttentionLayer) -> Tensor | None:
-        self.has_met_layer = self.has_met_layer or is_named(layer, getattr(self.edit, "layer", layer.name))
         given, version = layer.weights, version_of(layer.weights)
         with DisableTorchFunction():
             weights = self.edit(layer, given)
@@ -112,9 +124,9 @@ class Intervention(Capture):
         return edited
 
     def finish(self, names: Sequence[str]) -> None:
-        if not self.has_met_layer:
-            layer = getattr(self.edit, "layer", None)
-            raise CaptureError(f"there was no layer {layer!r} to edit, only {', '.join(names)}")
+        for layer in self.layers or ():
+            if layer not in self.met:
+                raise CaptureError(f"there was no layer {layer!r} to edit, only {', '.join(names)}")
 
 
 class PassIsOver(BaseException):

@@ -206,8 +206,6 @@ class Recorder(TorchFunctionMode):
         if recorded is None:
             return output
         layer, call, modules = recorded
-        self.num_calls += 1
-        self.projections.end()
         whole = self._joined(layer) if self.policy.joins and layer.part is not None else layer
         if whole is None:
             return output
@@ -243,6 +241,10 @@ class Recorder(TorchFunctionMode):
             self.parts.clear()
             self.geometries.begin_pass(stack)
             self.attention.unseen.update(dict.fromkeys(self.geometries.measured.streams.unseen))
+        self.num_calls += 1
+        self.projections.end()
+        if not self.policy.concerns(name):
+            return None
         keeps_graph = torch.is_grad_enabled() and self.policy.recomputes
         # No calls of the model: an enclosing capture skips them.
         with DisableTorchFunction(), torch.set_grad_enabled(keeps_graph):

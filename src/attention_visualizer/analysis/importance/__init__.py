@@ -6,6 +6,7 @@ Hands out the chapter.
     figure.py   the figures
     measure.py  which interventions there are, and what changes with each
     outcomes.py predictions with and without an intervention: errors, accuracy, score
+    reuse.py    what runs before an edited layer, run once for all
     tables.py   the tables
     trials.py   passes over images with edited attention
 """

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attention_visualizer.analysis.importance.outcomes import Answers
+from attention_visualizer.analysis.importance.reuse import EarlierModules, KeptOutputs
 from attention_visualizer.analysis.study.study import Study
+from attention_visualizer.analysis.study.target import BatchLimit
 from attention_visualizer.attention.capture import AttentionLayer, Edit, intervene
 from attention_visualizer.attention.edits import (
     attend_as_partner,
@@ -30,6 +31,8 @@ from attention_visualizer.support.parallel import on_all_cores
 Array = NDArray[Any]
 
 MAX_MEAN_BYTES = 2**30  # of the average maps of all layers, while they are summed
+IMAGES_AT_ONCE = 250  # of the default model's, twice as many take a tenth more time each
+MIN_BATCHES = 8  # of fewer, it does not pay to find out what can be left out of passes
 
 
 @dataclass(frozen=True)
@@ -54,29 +57,60 @@ class Passes:
         """The same over some of the images."""
         return Passes(self.study, self.rows[positions], self.classes[positions])
 
-    def answers(self, trial: Trial | None = None) -> Answers:
-        """Return what the model answers, edited by a trial. Raise ValueError for a model without scores."""
-        model, batches = self.study.target.model, []
-        with torch.no_grad(), ExitStack() as stack:
-            if trial is not None:
-                stack.enter_context(intervene(model, trial.edit))
-            for images, num_images in self._batches(trial is not None and trial.with_partners):
-                scores = class_scores(model, images, model(images))
-                if scores is None:
-                    raise ValueError("the model gives no class scores")
-                batches.append(scores.logits[:num_images].cpu().double().numpy())
-        logits = np.concatenate(batches)
-        score = (logits - logits.mean(axis=1, keepdims=True))[np.arange(len(logits)), self.classes]
-        return Answers(logits.argmax(axis=1) == self.classes, score)
+    def answers(self) -> Answers:
+        """Return what the model answers as it is. Raise ValueError for a model without scores."""
+        return self._compared([self._logits(images) for images, _ in self._batches()])
 
     def try_all(self, trials: Sequence[Trial]) -> list[Answers]:
-        """Return what the model answers in each trial."""
+        """Return what the model answers in each trial. Raise ValueError for a model without scores."""
+        batches: list[list[Array]] = []
+        earlier: EarlierModules | None = None
+        done = 0
+        for images, others in self._batches(any(trial.with_partners for trial in trials)):
+            self.study.progress(f"{len(trials)} interventions, image {done + 1:,} of {len(self.rows):,}")
+            batches.append(self._try_batch(trials, images, others, earlier))
+            done += len(images)
+            if len(batches) == 1 and len(self.rows) >= MIN_BATCHES * len(images):
+                earlier = EarlierModules(self.study.target.model, images)
+                again = self._try_batch(trials, images, others, earlier)
+                # A model may keep more between its modules than what they give each other.
+                if not all(np.array_equal(*each, equal_nan=True) for each in zip(batches[0], again, strict=True)):
+                    earlier = None
+        return [self._compared(logits) for logits in zip(*batches, strict=True)]
 
-        def answers(trial: Trial) -> Answers:
-            self.study.progress(trial.name)
-            return self.answers(trial)
+    def _try_batch(
+        self, trials: Sequence[Trial], images: Tensor, others: Tensor | None, earlier: EarlierModules | None
+    ) -> list[Array]:
+        """Return the logits of each trial, [image, class]; modules that run before what it edits run once for all."""
+        skipped = [[] if earlier is None or trial.with_partners else earlier.of(trial.edit) for trial in trials]
+        kept = KeptOutputs({module for modules in skipped for module in modules})
 
-        return on_all_cores(answers, trials, self.study.target.device)
+        def logits(position: int) -> Array:
+            trial = trials[position]
+            batch = torch.cat([images, others]) if trial.with_partners and others is not None else images
+            with kept.given(skipped[position]), intervene(self.study.target.model, trial.edit):
+                return self._logits(batch)[: len(images)]
+
+        with kept.installed():
+            if kept.modules:
+                with kept.kept():
+                    self._logits(images)
+            return on_all_cores(logits, range(len(trials)), self.study.target.device)
+
+    def _logits(self, images: Tensor) -> Array:
+        """Return the model's logits, [image, class]."""
+        model = self.study.target.model
+        with torch.no_grad():
+            scores = class_scores(model, images, model(images))
+        if scores is None:
+            raise ValueError("the model gives no class scores")
+        return scores.logits.cpu().double().numpy()
+
+    def _compared(self, logits: Sequence[Array]) -> Answers:
+        """logits: of each batch, [image, class]."""
+        each = np.concatenate(logits)
+        score = (each - each.mean(axis=1, keepdims=True))[np.arange(len(each)), self.classes]
+        return Answers(each.argmax(axis=1) == self.classes, score)
 
     def average_maps(self) -> AverageMaps:
         """Return the average map of each layer over these images."""
@@ -92,15 +126,16 @@ class Passes:
                 self.study.target.model(images)
         return AverageMaps(means.compute(), names)
 
-    def _batches(self, with_partners: bool = False) -> Iterator[tuple[Tensor, int]]:
-        """Yield model inputs and how many of them are the images themselves."""
-        target = self.study.target
+    def _batches(self, with_partners: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield model inputs, and another image for each of them where they are asked for."""
+        limit = BatchLimit(min(self.study.target.limit.images, IMAGES_AT_ONCE))
+        target = replace(self.study.target, limit=limit)
+        batches = (images for images, _ in target.batches(self.rows))
         if not with_partners:
-            yield from ((images, len(images)) for images, _ in target.batches(self.rows))
+            yield from ((images, None) for images in batches)
             return
-        both = zip(target.batches(self.rows), target.batches(self.rows[partners(len(self.rows))]), strict=True)
-        for (images, _), (others, _) in both:
-            yield torch.cat([images, others]), len(images)
+        others = (images for images, _ in target.batches(self.rows[partners(len(self.rows))]))
+        yield from zip(batches, others, strict=True)
 
 
 def partners(count: int) -> Array:
