@@ -402,6 +402,18 @@ def test_a_notebook_shows_figures_and_the_page_and_says_what_things_are(
     assert told[-2].endswith("attention_analysis_report.html") and told[-1].endswith("attention_analysis_report.md")
 
 
+def test_the_explorer_is_a_page_that_a_notebook_shows(tmp_path: Path) -> None:
+    visualizer = AttentionVisualizer(small_model(), output_dir=tmp_path / "out")
+    samples = visualizer.get_test_samples(num_samples=3)
+    page = visualizer.explore(samples)
+    assert page == tmp_path / "out" / "attention_explorer.html" and page.is_file()
+    assert page.read_text("utf-8").count('"png": ') == 3
+    shown = page._repr_html_()
+    assert shown.count("<iframe srcdoc=") == 1 and shown.isascii() and "Attention explorer" in shown
+    with pytest.raises(UserError, match="the model takes"):
+        visualizer.explore([(torch.zeros(1, 5, 5), None)])
+
+
 def test_a_model_in_training_mode_is_told_and_images_are_a_path(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

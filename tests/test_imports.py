@@ -46,7 +46,8 @@ def test_every_folder_is_a_room_and_tells_what_it_holds() -> None:
     for folder in [path.parent for path in SOURCE.rglob("__init__.py") if path.parent != SOURCE]:
         text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
         listed = {line.split()[0] for line in text.splitlines() if line.startswith("    ")}
-        there = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        kinds = (".py", ".js", ".css", ".html")
+        there = {path.name for path in folder.iterdir() if path.suffix in kinds} - {"__init__.py"}
         there |= {f"{path.name}/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
         assert listed == there, f"{folder}/__init__.py does not list {there ^ listed}"
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from attention_visualizer.analysis.chapters import CHAPTERS, is_analysis_file
+from attention_visualizer.analysis.explorer import chapter as explorer_chapter
 from attention_visualizer.analysis.heads import chapter as heads_chapter
 from attention_visualizer.analysis.layers import chapter as layers_chapter
 from attention_visualizer.analysis.patterns import chapter as patterns_chapter
@@ -38,6 +40,7 @@ from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.inputs import check_has_numbers
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.data.input_format import InputFormat
+from attention_visualizer.explorer.page import FILE_NAME
 from attention_visualizer.files import atomic
 from attention_visualizer.files.digests import model_digest
 from attention_visualizer.report.markdown import PAGE
@@ -50,14 +53,25 @@ log = logging.getLogger(__name__)
 OWNER = "model.json"  # inside an output folder: whose analysis it holds
 
 
-class ReportPath(type(Path())):  # type: ignore[misc]  # of this system: before Python 3.12 Path itself has no subclasses
-    """The path of a report in Markdown, which a notebook shows as the page beside it."""
+class ShownPath(type(Path())):  # type: ignore[misc]  # of this system: before Python 3.12 Path itself has no subclasses
+    """The path of a page, which a notebook shows."""
+
+    def _page(self) -> Path:
+        return Path(self)
 
     def _repr_html_(self) -> str:
-        page = (self.parent / PAGE).read_text(encoding="utf-8")
+        page = self._page().read_text(encoding="utf-8")
         # Or a link inside the page would lead to the notebook's address.
         page = html.escape(page.replace("<head>", '<head>\n<base href="about:srcdoc">', 1))
+        page = page.encode("ascii", "xmlcharrefreplace").decode()  # whatever the notebook's encoding
         return f'<iframe srcdoc="{page}" width="100%" height="900" style="border: 1px solid #ccc"></iframe>'
+
+
+class ReportPath(ShownPath):
+    """The path of a report in Markdown, which a notebook shows as the page beside it."""
+
+    def _page(self) -> Path:
+        return self.parent / PAGE
 
 
 class AttentionVisualizer:
@@ -210,6 +224,21 @@ class AttentionVisualizer:
         if self._warning:
             print_sanitised(self._warning)
         return ReportPath(written.report)
+
+    def explore(self, samples: Sequence[tuple[Any, int | None]] = ()) -> ShownPath:
+        """Write attention_explorer.html: every head's attention from every patch, to look at by hand, on `samples`, by
+        default the report's. Return its path, which a notebook shows as the page. Raise UserError for a model whose
+        layers do not hand on the same tokens."""
+        given = [as_sample(image, label, i) for i, (image, label) in enumerate(samples)]
+        for sample in given:
+            check_sample(sample, self.study.target.images)
+        study = replace(self.study, samples=given) if given else self.study
+        contents = explorer_chapter.contents_of(study)
+        if contents is None:
+            raise UserError(" ".join(explorer_chapter.UNSUITABLE.split()))
+        self._sign_output()
+        explorer_chapter.write_page(study, contents)
+        return ShownPath(study.output.folder / FILE_NAME)
 
     def _draw(self, chapter: Any, stem: str, image: Any, label: int | None, i: int) -> Figure:
         sample = as_sample(image, label, i)

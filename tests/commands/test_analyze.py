@@ -56,6 +56,7 @@ def test_every_promised_file_is_written_and_no_other(analysis: Analysis) -> None
     expected |= {
         "attention_analysis_report.md",
         "attention_analysis_report.html",
+        "attention_explorer.html",
         "attention_statistics.csv",
         "attention_statistics.json",
     }

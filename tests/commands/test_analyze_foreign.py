@@ -98,6 +98,7 @@ def test_every_figure_and_number_for_a_model_from_a_file(place: Path) -> None:
     texts = {
         "attention_analysis_report.md",
         "attention_analysis_report.html",
+        "attention_explorer.html",
         "attention_statistics.csv",
         "attention_statistics.json",
     }

@@ -25,7 +25,7 @@ from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs.checkpoint import CHECKPOINT_KEY, block_for
 from attention_visualizer.runs.folders import RunFolder
-from attention_visualizer.runs.history import AttentionHistory
+from attention_visualizer.runs.history import MAX_ROW_BYTES, AttentionHistory
 from tests.helpers.runs import ENVIRONMENT, Outcome, run_script
 
 LAYERS, HEADS = 3, 2
@@ -81,7 +81,7 @@ def history_of(model: VisionTransformer, digits: ImageDataModule) -> AttentionHi
         with torch.no_grad():
             for parameter in earlier.parameters():
                 parameter.mul_(0.5 + 0.1 * number)
-        seen = observe(earlier, normalise(images, digits.description))
+        seen = observe(earlier, normalise(images, digits.description), row_bytes=MAX_ROW_BYTES)
         entry = {
             "step": np.array(0 if number == 0 else 2**number),
             "epoch": np.array(number / 3),
@@ -94,7 +94,7 @@ def history_of(model: VisionTransformer, digits: ImageDataModule) -> AttentionHi
             "predicted": seen.predicted,
             "probability": seen.probability,
         }
-        history.frames.append(entry | probes)
+        history.add_frame(entry | probes, seen.rows)
         if number > 2:
             history.validations.append(entry | {"images": np.array(200)})
     history.probe = {

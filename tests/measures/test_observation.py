@@ -150,6 +150,16 @@ def test_images_are_seen_one_by_one() -> None:
         np.testing.assert_allclose(getattr(together, name)[1:], getattr(alone, name), atol=1e-5, err_msg=name)
 
 
+def test_rows_are_kept_where_they_were_asked_for_and_fit() -> None:
+    model, images = oblong_model(), oblong_images()
+    weights = captured_weights(model, images)
+    seen = observe(model, images, row_bytes=weights.size)
+    assert seen.rows is not None and seen.rows.codes.shape == weights.shape
+    assert (np.abs(seen.rows.weights() - weights) <= weights.max(axis=-1, keepdims=True) / 255 + 1e-6).all()
+    assert observe(model, images).rows is None and observe(model, images, row_bytes=weights.size - 1).rows is None
+    assert observe(swin(), torch.randn(IMAGES, 1, 12, 24), row_bytes=2**20).rows is None  # of windows and stages
+
+
 def test_everything_is_a_float32_array_without_a_graph() -> None:
     seen = observe(oblong_model(), oblong_images())
     for name in ("head_maps", "rollouts", "entropy", "self_attention", "distance", "probability"):

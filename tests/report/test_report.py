@@ -356,6 +356,23 @@ def test_samples_are_folded_away_behind_the_first(output: Path) -> None:
     assert "test image 0" in before and folded.split("</details>")[0].count("![test image") == 2
 
 
+def test_a_finding_leads_to_what_shows_it_in_the_explorer_where_there_is_one(tmp_path: Path) -> None:
+    page_file = FigureFile("attention_explorer.html", "A page.")
+    (tmp_path / page_file.name).write_text("<p>explorer</p>")
+    given = {
+        "roles": Chapter("Roles", "", finding=Finding("found", view="layer=3&head=1")),
+        "explorer": Chapter("Explorer", "", [page_file]),
+    }
+    markdown_report.write(tmp_path, summary(), given)
+    page = (tmp_path / markdown_report.PAGE).read_text("utf-8")
+    assert 'href="attention_explorer.html#layer=3&amp;head=1">explore</a>' in page
+    assert '<p class="explore"><a href="attention_explorer.html">' in page and "<p>explorer</p>" not in page
+    text = (tmp_path / markdown_report.REPORT).read_text("utf-8")
+    assert "[attention\\_explorer.html](attention_explorer.html)" in text and "![A page" not in text
+    markdown_report.write(tmp_path, summary(), {"roles": given["roles"]})
+    assert "explore" not in (tmp_path / markdown_report.PAGE).read_text("utf-8")
+
+
 def test_at_most_six_findings_the_most_interesting_first(output: Path) -> None:
     given = {f"chapter{i}": Chapter("T", "", finding=Finding(f"found {i}")) for i in range(8)}
     assert page_of(output, given=given).text("ol") == " ".join(f"found {i}" for i in range(6))

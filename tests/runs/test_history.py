@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from attention_visualizer.runs.history import AttentionHistory
+from attention_visualizer.measures.quantised_rows import QuantisedRows
+from attention_visualizer.runs.history import MAX_ROWS, AttentionHistory
 from attention_visualizer.support.errors import UserError
 
 PROBES, LAYERS, HEADS, GRID, CLASSES = 2, 7, 3, (5, 11), 13
@@ -100,6 +102,43 @@ def test_discard_after_keeps_the_step_itself(step: int, frames: list[int], valid
     assert [int(entry["step"]) for entry in history.frames] == frames
     assert [int(entry["step"]) for entry in history.validations] == validations
     assert history.probe.keys() == filled().probe.keys()
+
+
+def rows_of(number: int) -> QuantisedRows:
+    weights = torch.rand(PROBES, LAYERS, HEADS, 6, 6, generator=torch.Generator().manual_seed(number))
+    return QuantisedRows.of(weights / weights.sum(dim=-1, keepdim=True))
+
+
+def grown(history: AttentionHistory, until: int) -> AttentionHistory:
+    random = np.random.default_rng(0)
+    for number in range(len(history.frames), until):
+        history.add_frame(frame(10 * number, random), rows_of(number))
+    return history
+
+
+def test_whole_rows_are_kept_of_at_most_so_many_frames_and_saved(tmp_path: Path) -> None:
+    for number, expected in ((1, 1), (MAX_ROWS, 1), (MAX_ROWS + 1, 2), (4 * MAX_ROWS + 7, 8)):
+        history = grown(AttentionHistory(probe=filled().probe), number)
+        assert [int(entry["frame"]) for entry in history.rows] == list(range(0, number, expected))
+        assert len(history.rows) <= MAX_ROWS and len(history.frames) == number
+    history.save(tmp_path / "history.npz")
+    loaded = AttentionHistory.load(tmp_path / "history.npz")
+    assert loaded.rows[3]["step"] == 240
+    np.testing.assert_array_equal(loaded.rows_of(loaded.rows[3]).weights(), rows_of(24).weights())
+
+
+@pytest.mark.parametrize("killed", [3, MAX_ROWS, 2 * MAX_ROWS + 1])
+def test_a_resumed_history_ends_with_the_rows_of_one_that_was_not_interrupted(killed: int) -> None:
+    whole, resumed = grown(AttentionHistory(), 2 * MAX_ROWS + 2), grown(AttentionHistory(), killed)
+    resumed.discard_after(10 * (killed - 3))
+    grown(resumed, 2 * MAX_ROWS + 2)
+    assert [int(entry["frame"]) for entry in resumed.rows] == [int(entry["frame"]) for entry in whole.rows]
+
+
+def test_frames_without_rows_are_none_of_them() -> None:
+    history = AttentionHistory()
+    history.add_frame(frame(0, np.random.default_rng(0)))
+    assert len(history.frames) == 1 and not history.rows
 
 
 def test_a_column_is_stacked_over_time() -> None:

@@ -293,6 +293,10 @@ def test_numbers_and_history_with_a_csv_logger_alone(tmp_path: Path) -> None:
     assert kept.probe["labels"].tolist() == list(range(CLASSES))
     assert str(kept.probe["query"]) == "cls" and np.all(kept.probe["num_keys"] == 10)
     assert kept.frames[0]["maps"].shape == (CLASSES, 2, 3, 3)
+    assert [int(entry["step"]) for entry in kept.rows] == [0, 1, 2, 4, 5, 10]
+    rows = kept.rows_of(kept.rows[-1])
+    assert rows.codes.shape == (CLASSES, 2, 3, 10, 10)
+    np.testing.assert_allclose(rows.entropy[:, :, :, 0].mean(axis=0), kept.frames[-1]["entropy"], atol=2e-3)
 
 
 def test_the_sanity_check_is_quiet(tmp_path: Path) -> None:

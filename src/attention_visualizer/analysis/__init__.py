@@ -19,5 +19,6 @@ Hands out the chapters and the function that writes them all. May use training a
     trust/          is the map an explanation? deletion and insertion
     claims/         common claims about attention, one verdict each
     evolution/      attention over training
+    explorer/       one page to look at attention by hand
     runs/           several runs compared: seeds, or settings
 """

@@ -15,6 +15,7 @@ from rich.table import Column
 from attention_visualizer.analysis.atlas import chapter as atlas_chapter
 from attention_visualizer.analysis.claims import chapter as claims_chapter
 from attention_visualizer.analysis.evolution import chapter as evolution_chapter
+from attention_visualizer.analysis.explorer import chapter as explorer_chapter
 from attention_visualizer.analysis.heads import chapter as heads_chapter
 from attention_visualizer.analysis.importance import chapter as importance_chapter
 from attention_visualizer.analysis.layers import chapter as layers_chapter
@@ -27,6 +28,7 @@ from attention_visualizer.analysis.statistics import chapter as statistics_chapt
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.analysis.trust import chapter as trust_chapter
 from attention_visualizer.data.image_sets import VanishedPicture
+from attention_visualizer.explorer import page as explorer_page
 from attention_visualizer.report import markdown as markdown_report
 from attention_visualizer.report.chapter import Chapter
 from attention_visualizer.support.errors import UserError, ran_out_of_memory
@@ -48,12 +50,13 @@ CHAPTERS: dict[str, ChapterWriter] = {
     "claims": claims_chapter.CHAPTER,
     "evolution": evolution_chapter.CHAPTER,
     "runs": runs_chapter.CHAPTER,
+    "explorer": explorer_chapter.CHAPTER,
 }
 
 # File names that an analysis may create, and may therefore delete; the report's own names are apart.
 FIGURE_STEMS = [stem.replace("#", r"\d+") for chapter in CHAPTERS.values() for stem in chapter.figures]
 ANALYSIS_FILE_NAMES = re.compile(
-    rf"({'|'.join(FIGURE_STEMS)})\.(png|pdf|svg|webp)|{markdown_report.STATISTICS}\.(csv|json)"
+    rf"({'|'.join(FIGURE_STEMS)})\.(png|pdf|svg|webp)|{re.escape(explorer_page.FILE_NAME)}|{markdown_report.STATISTICS}\.(csv|json)"
 )
 
 

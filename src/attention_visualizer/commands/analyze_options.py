@@ -62,8 +62,9 @@ def check_sources(options: dict[str, Any]) -> None:
     if options["runs"] is not None and (options["model_from"] is not None or options["ckpt"] == "random"):
         other = "ckpt=random" if options["ckpt"] == "random" else "model_from="
         raise UserError(f"runs= compares trained runs of this project: leave out {other} or runs=")
-    if options["runs"] is not None and isinstance(options["chapters"], list) and "runs" not in options["chapters"]:
-        raise UserError("runs= is for the chapter runs: add it to chapters=[...], or leave out runs=")
+    chapters = options["chapters"]
+    if options["runs"] is not None and isinstance(chapters, list) and not {"runs", "explorer"} & set(chapters):
+        raise UserError("runs= is for the chapters runs and explorer: add one to chapters=[...], or leave out runs=")
     if options["model_from"] is None:
         return
     if options["images"] is None and options["image"] is None:

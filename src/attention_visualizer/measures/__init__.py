@@ -15,6 +15,7 @@ Hands out functions of arrays and tensors; no files, no figures. May use data, m
     paired_errors.py        McNemar's test of errors on the same images, and its power
     perturbation.py         deletion and insertion curves
     predicted_attention.py  attention as far as the amounts of ink predict it
+    quantised_rows.py       attention weights in 8 bits, each row on its own scale
     shapley.py              Shapley values and leave-one-out of patches
     streaming.py            statistics over any number of images in bounded memory
 """

@@ -43,6 +43,7 @@ class Finding:
     text: str  # one or two sentences in Markdown
     figure: str | None = None  # the name of the figure that shows it
     rank: int = 9  # the lower, the earlier it stands among those of all chapters
+    view: str = ""  # what shows it in the explorer, as in its address: "layer=3&head=1"
 
 
 @dataclass(frozen=True)

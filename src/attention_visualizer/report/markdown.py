@@ -193,6 +193,9 @@ def contents(summary: ReportHeader, parts: list[Part]) -> dict[str, Any]:
         "parts": [part for part in parts if part.chapter.applies],
         "left_out": [part for part in parts if not part.chapter.applies],
         "opening": opening_figures(parts),
+        "page": next(
+            (figure.name for part in parts for _, figure in part.figures if figure.name.endswith(".html")), None
+        ),
         "findings": findings_of(parts),
         "cautions": [part for part in parts if part.chapter.caution],
         "missing": [part for part in parts if part.chapter.missing],

@@ -21,7 +21,7 @@ from attention_visualizer.data.class_names import declared_class_names
 from attention_visualizer.figures import attention_figures as figures
 from attention_visualizer.measures.observation import Observation, observe
 from attention_visualizer.measures.streaming import AttentionStatistics
-from attention_visualizer.runs.history import AttentionHistory
+from attention_visualizer.runs.history import MAX_ROW_BYTES, AttentionHistory
 from attention_visualizer.support.errors import UserError
 from attention_visualizer.support.training_progress import progress_in_epochs
 from attention_visualizer.watching.attempts import Attempts
@@ -302,25 +302,24 @@ class AttentionLogger(Callback):
 
         An early frame has no head grids, which cost the most.
         """
-        if self._found is None or self._probes is None:
+        if (found := self._found) is None or self._probes is None:
             return
         if self.history.frames and self.history.frames[-1]["step"] == trainer.global_step:
             return  # a validation right after an early frame, or a batch of accumulated gradients
         with unnoticed(trainer, pl_module):
-            observation = observe(
-                self._found.runs, self._probes, geometry=self.geometry, gradients=self._found.needs_gradients
-            )
-        if not self._found.num_classes:
+            geometry, gradients = self.geometry, found.needs_gradients
+            observation = observe(found.runs, self._probes, None, geometry, None, gradients, row_bytes=MAX_ROW_BYTES)
+        if not found.num_classes:
             nothing = np.full_like(observation.predicted, -1), np.full_like(observation.probability, np.nan)
             observation = replace(observation, predicted=nothing[0], probability=nothing[1])
         probe = self.history.probe
         if "num_keys" not in probe:  # the first frame of this model
             probe |= {"num_keys": np.array(observation.num_keys), "query": np.array(str(observation.query))}
-            name, command = self._found.name or "the model", where_to_look(trainer)
+            name, command = found.name or "the model", where_to_look(trainer)
             rank_zero_info(f"AttentionLogger: {name}, {size_of_attention(observation)}{command}")
             self._loggers.log_chart_layout(observation.entropy.shape[1], self.per_head_scalars)
         frame = frame_of(observation, trainer.global_step, progress_in_epochs(trainer))
-        self.history.frames.append(frame)
+        self.history.add_frame(frame, observation.rows)
         scalars, descriptions = probe_scalars(frame["entropy"], len(self._probes))
         self._loggers.log_scalars(scalars, trainer.global_step, descriptions)
         if self._loggers.take_images:

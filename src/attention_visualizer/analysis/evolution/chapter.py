@@ -63,7 +63,9 @@ def write(study: Study) -> Chapter:
     }
     finding = None
     if begins_at_start and abs(change.last - change.first) >= SMALLEST_CHANGE:
-        finding = Finding(FINDING.format(**facts), figures[0].name, rank=2)
+        finding = Finding(
+            FINDING.format(**facts), figures[0].name, rank=2, view=f"images=1&layer={change.layer}&head=mean&moment=1"
+        )
     numbers = {"largest_change": vars(change)}
     return Chapter(CHAPTER.title, TEXT.format(**facts), figures, numbers=numbers, finding=finding)
 

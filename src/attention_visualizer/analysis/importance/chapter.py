@@ -44,7 +44,7 @@ def write(study: Study) -> Chapter:
         ],
         tables_of(measured),
         numbers_of(measured),
-        finding=Finding(headline(measured), whole_model, rank=1),
+        finding=Finding(headline(measured), whole_model, rank=1, view=costliest_view(measured)),
         caution="A head that is not needed may have a function that others share; edited attention is attention that "
         "the model was not trained with.",
     )
@@ -89,6 +89,11 @@ def costliest_sentence(measured: Importance) -> str:
         f"without head {measured.heads.labels[costliest]}, the costliest (picked afterwards), errors go from "
         f"{measured.zero.errors_before:,} to {measured.zero.errors[costliest]:,}"
     )
+
+
+def costliest_view(measured: Importance) -> str:
+    rise = measured.rise_of_heads
+    return measured.heads.view(int(rise.argmax())) if measured.is_learnt and rise.max() > 0 else ""
 
 
 def text_of(measured: Importance) -> str:

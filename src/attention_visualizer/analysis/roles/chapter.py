@@ -193,7 +193,8 @@ def finding_of(measured: MeasuredHeads, figure: str) -> Finding:
     check = measured.causal
     depends = "" if check is None else f" Predictions depend on {len(check.matters) or 'none'} of these roles."
     text = f"{with_role} of {len(heads)} heads have a role{beyond}: {listed} (n = {n:,}).{depends}"
-    return Finding(text, figure, rank=3)
+    first = next(position for position, names in enumerate(roles.names) if names[0] != NO_ROLE)
+    return Finding(text, figure, rank=3, view=heads.view(first))
 
 
 def controls_text(measured: MeasuredHeads) -> str:

@@ -32,6 +32,11 @@ class Heads:
         """The one-based "layer.head" of each."""
         return [f"{layer + 1}.{head + 1}" for layer, head in self]
 
+    def view(self, position: int) -> str:
+        """Return what shows one of them in the explorer."""
+        layer, head = list(self)[position]
+        return f"layer={layer + 1}&head={head + 1}"
+
     def __len__(self) -> int:
         return len(self.index[0])
 

@@ -82,9 +82,11 @@ class Target:
                 None if labels is None else labels[batch].to(self.device),
             )
 
-    def observe(self, images: Tensor) -> Observation:
-        """Capture the attention on uint8 images [image, channel, height, width]."""
-        return observe(self.model, self.model_input(images), self.query, self.geometry, self.rollout)
+    def observe(self, images: Tensor, row_bytes: int = 0) -> Observation:
+        """Capture the attention on uint8 images [image, channel, height, width]. row_bytes: the most that
+        `Observation.rows` may take."""
+        images = self.model_input(images)
+        return observe(self.model, images, self.query, self.geometry, self.rollout, row_bytes=row_bytes)
 
     @cached_property
     def first_observation(self) -> Observation:

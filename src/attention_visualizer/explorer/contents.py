@@ -1,0 +1,145 @@
+"""What an explorer's page shows: pictures, the moments that their attention is known at, all rows of it."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from attention_visualizer.attention.geometry import Geometry
+from attention_visualizer.figures.color_scales import DOUBLINGS, attention_scale, color_table, difference_scale
+from attention_visualizer.measures.quantised_rows import QuantisedRows
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of all layers lie, and how many layers and heads there are."""
+
+    geometry: Geometry  # in the usual order, without windows
+    num_layers: int
+    num_heads: int
+    image: tuple[int, int]  # pixels of the model's images: height, width
+
+    def as_json(self) -> dict[str, Any]:
+        geometry = self.geometry
+        return {
+            "layers": self.num_layers,
+            "heads": self.num_heads,
+            "tokens": geometry.num_tokens,
+            "prefix": geometry.num_prefix_tokens,
+            "class_token": geometry.class_token if geometry.num_prefix_tokens else "absent",
+            "grid": list(geometry.grid),
+            "patch": list(geometry.patch_size),
+            "offset": list(geometry.offset),
+            "image": list(self.image),
+        }
+
+
+@dataclass(frozen=True)
+class Picture:
+    pixels: Array  # uint8 [height, width, 1 or 3]
+    name: str  # "test image 7"
+    label: str | None  # its class, where it is known
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The pictures' attention by one state of the weights."""
+
+    title: str  # "step 429, epoch 1"
+    step: int | None
+    rows: QuantisedRows  # [picture, layer, head, query, key]
+    predicted: Sequence[str | None]  # class of each picture; None where nothing is classified
+    probability: Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures that are known at the same moments, such as those that training was watched on."""
+
+    title: str
+    pictures: Sequence[Picture]
+    moments: Sequence[Moment]  # in the order of time
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "pictures": [
+                {"name": each.name, "label": each.label, "png": png(each.pixels)} for each in self.pictures
+            ],
+            "moments": [
+                {
+                    "title": each.title,
+                    "step": each.step,
+                    "predicted": list(each.predicted),
+                    "probability": [None if value is None else round(float(value), 4) for value in each.probability],
+                }
+                for each in self.moments
+            ],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a page shows."""
+
+    title: str
+    facts: Sequence[tuple[str, str]]  # what it is of: label, text
+    warnings: Sequence[str]  # what a reader must know first
+    layout: Layout
+    groups: Sequence[Group]
+
+    def header(self) -> dict[str, Any]:
+        """Return all but the attention, as plain values for JSON."""
+        return {
+            "title": self.title,
+            "facts": [list(each) for each in self.facts],
+            "warnings": list(self.warnings),
+            "layout": self.layout.as_json(),
+            "groups": [group.as_json() for group in self.groups],
+            "doublings": DOUBLINGS,
+            "colors": {
+                "relative": encoded(attention_scale(1).table),
+                "share": encoded(color_table("viridis")),
+                "difference": encoded(difference_scale(DOUBLINGS, "").table),
+            },
+        }
+
+    def rows(self) -> Array:
+        """Return the attention as bytes.
+
+        For each group the codes [moment, picture, layer, head, query, key], then the rows' maxima and then their
+        entropies [..., query], as half-precision numbers of two bytes, the low one first.
+        """
+        parts: list[Array] = []
+        for group in self.groups:
+            parts += [moment.rows.codes.reshape(-1) for moment in group.moments]
+            for name in ("maximum", "entropy"):
+                parts += [getattr(each.rows, name).astype("<f2").reshape(-1).view(np.uint8) for each in group.moments]
+        return np.concatenate(parts)
+
+
+def encoded(values: Array) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
+
+
+def deflated(values: Array) -> str:
+    """Return bytes as raw deflate in base64, which a browser inflates by itself."""
+    compress = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return base64.b64encode(compress.compress(values.tobytes()) + compress.flush()).decode("ascii")
+
+
+def png(pixels: Array) -> str:
+    """Return a picture, uint8 [height, width, 1 or 3], as an address that holds it."""
+    picture = pixels if pixels.shape[2] == 1 else pixels[:, :, ::-1]  # OpenCV writes blue first
+    is_written, content = cv2.imencode(".png", picture)
+    assert is_written
+    return "data:image/png;base64," + base64.b64encode(content.tobytes()).decode("ascii")
