@@ -51,6 +51,7 @@ def cost(monkeypatch: pytest.MonkeyPatch) -> Any:
         "accuracy.py",
         "long_run.py",
         "findings.py",
+        "explorer.py",
     ],
 )
 def test_help_says_how_to_run_it_also_without_torch_and_timm(script: str) -> None:

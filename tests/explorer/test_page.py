@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 from torch import Tensor
 
 from attention_visualizer.explorer.page import render
@@ -214,6 +216,33 @@ def test_playing_goes_to_the_end_and_stops(page: Any) -> None:
     assert page.locator("#play").inner_text() == "Play"
 
 
+def test_a_hand_on_the_slider_or_another_group_ends_playing(page: Any) -> None:
+    for action in (lambda: page.locator("#moment").fill("2"), lambda: page.locator(".picture").nth(3).click()):
+        page.locator("#play").click()
+        action()
+        assert page.evaluate("!explorer.page.timer") and page.locator("#play").text_content() == "Play"
+    page.locator(".picture").first.click()
+    assert state(page)["moment"] in (2, 3)  # that the group was left at
+
+
+def test_keys_that_mean_something_else_are_left_alone(page: Any) -> None:
+    page.locator("#map").focus()
+    page.keyboard.press("ArrowDown")
+    for _ in range(GRID[1]):
+        page.keyboard.press("ArrowRight")
+    assert state(page)["query"] == PREFIX + GRID[1] - 1  # a row's end is no way into the next
+    before = state(page)
+    for keys in ("Alt+ArrowDown", "Control+ArrowDown", "Control+,"):
+        page.keyboard.press(keys)
+    page.locator("#speed").focus()
+    page.keyboard.press(",")
+    assert state(page) == before
+    page.locator("#opacity").focus()
+    page.keyboard.down("Shift")
+    assert state(page)["shown"] == "row"  # elsewhere, it means other things
+    page.keyboard.up("Shift")
+
+
 def test_pictures_of_one_moment_have_no_slider(page: Any, weights: list[Tensor]) -> None:
     page.locator(".picture").nth(4).click()
     page.locator(".thumbnail").first.click()
@@ -235,11 +264,18 @@ def test_a_kept_map_is_compared_with_another_head_and_moment(page: Any, weights:
     assert_decoded(shown(page), weights[1][0, 1, 1, token])
     words = [page.locator(f"#{each}-caption").inner_text() for each in ("kept", "now")]
     assert words == ["head 1.1 · step 40", "head 2.2 · step 1"]
-    assert f"{np.abs(before - now).sum() / 2:.1%}"[:3] in page.locator("#distance").inner_text()
-    pixels = page.evaluate(
-        "[...document.getElementById('difference').getContext('2d').getImageData(0, 0, 220, 165).data]"
+    distance = page.locator("#distance").inner_text()
+    assert f"{np.abs(before - now).sum() / 2:.1%}"[:3] in distance and f"class token {before[0]:.1%}"[:14] in distance
+    entropies = [float(attention_entropy(each)) for each in (weights[3][0, 0, 0, token], weights[1][0, 1, 1, token])]
+    assert f"Entropy {entropies[0]:.2f} → {entropies[1]:.2f} nats" in distance
+    numbers = page.locator("#numbers").inner_text()
+    assert f"{entropies[1]:.2f} nats of" in numbers
+    width, height, pixels = page.evaluate(
+        "(({width, height}, {data}) => [width, height, [...data]])(...((canvas) => [canvas, canvas.getContext('2d')"
+        ".getImageData(0, 0, canvas.width, canvas.height)])(document.getElementById('difference')))"
     )
-    drawn = np.array(pixels).reshape(165, 220, 4)[27::55, 27::55, :3].reshape(-1, 3)
+    rows, columns = ((np.arange(count) + 0.5) * side / count for count, side in zip(GRID, (height, width), strict=True))
+    drawn = np.array(pixels).reshape(height, width, 4)[rows.astype(int)][:, columns.astype(int), :3].reshape(-1, 3)
     table = np.array(page.evaluate("[...explorer.page.tables.difference]")).reshape(256, 3)
     doublings = np.log2(np.maximum(now * TOKENS, 1 / 8)) - np.log2(np.maximum(before * TOKENS, 1 / 8))
     expected = table[np.round(255 * np.clip((doublings[PREFIX:] / 3 + 1) / 2, 0, 1)).astype(int)]
@@ -255,7 +291,7 @@ def test_a_comparison_swaps_ends_and_is_in_the_address(page: Any) -> None:
     page.locator("#swap").click()
     assert (state(page)["group"], state(page)["picture"]) == (1, 1)
     assert state(page)["kept"] == {"group": 0, "picture": 1, "moment": 3, "layer": LAYERS - 1, "head": HEADS}
-    wait_until(page, "location.hash.includes('kept=1.2.4.3.mean')")
+    wait_until(page, "location.hash.includes('kept=training.2.step40.3.mean')")
     page.reload()
     wait_until(page, "window.explorer !== undefined")
     assert state(page)["kept"] is not None and page.locator("#comparison").is_visible()
@@ -271,7 +307,9 @@ def test_images_are_filtered(page: Any, kind: str, numbers: list[int]) -> None:
     page.locator("#filter").select_option(kind)
     state(page)
     pictures = page.locator(".picture")
-    assert [number for number in range(5) if pictures.nth(number).is_visible()] == numbers
+    # The one that is shown stays, and is told from the others.
+    assert [number for number in range(5) if pictures.nth(number).is_visible()] == sorted({0, *numbers})
+    assert pictures.nth(0).evaluate("(each) => each.classList.contains('other')") == (0 not in numbers)
 
 
 # --- the address, and what is taken along ---
@@ -285,47 +323,81 @@ def test_the_address_shows_the_same_again(page: Any, file: Path) -> None:
     page.locator("#colors").select_option("share")
     page.locator("#direction").select_option("column")
     expected = state(page)
-    wait_until(page, "location.hash.includes('query=2,3')")
+    wait_until(page, "location.hash.includes('query=3%2C4')")
     other = page.context.new_page()
     other.goto(page.url)
     wait_until(other, "window.explorer !== undefined")
     assert state(other) == expected
-    other.evaluate("location.hash = '#layer=1&head=mean&query=token0&direction=row'")
+    other.evaluate("location.hash = '#layer=1&head=mean&query=token1&direction=row'")
     wait_until(other, "explorer.page.state.query === 0")
-    changed = {"layer": 0, "head": HEADS, "query": 0, "direction": "row", "shown": "row"}
-    assert state(other) == expected | changed
+    # What an address does not say is as usual, whatever was shown before.
+    changed = {"layer": 0, "picture": 0, "moment": 3, "head": HEADS, "colors": "relative", "pinned": False}
+    assert state(other) == expected | changed | {"query": 0, "direction": "row", "shown": "row"}
 
 
 @pytest.mark.parametrize(
-    "address",
+    ("address", "unknown"),
     [
-        *("#layer=99&head=0&query=9,9&moment=-1", "#kept=1.9.1.1.1", "#query=token2&images=3&image=x&opacity=101"),
-        *("#__proto__=1&a", "#%%=&&", "#filter=%"),
+        ("#layer=99&head=0&query=9,9&moment=-1", ["layer=99", "head=0", "query=9,9", "moment=-1"]),
+        ("#kept=training.9.1.1.1", ["kept=training.9.1.1.1"]),
+        ("#images=gone&image=2&moment=1", ["images=gone"]),
+        ("#image=x&opacity=101&smooth=yes&filter=bogus", ["image=x", "opacity=101", "smooth=yes", "filter=bogus"]),
+        ("#moment=step3&head=rolling", ["moment=step3", "head=rolling"]),
+        ("#__proto__=1&a&%%=&&", []),
+        ("#filter=%", ["filter=%"]),
     ],
 )
-def test_an_address_of_nothing_changes_nothing(page: Any, address: str) -> None:
+def test_what_an_address_asks_for_and_is_not_here_is_named(page: Any, address: str, unknown: list[str]) -> None:
     before = state(page)
     page.evaluate("(address) => (location.hash = address)", address)
-    page.wait_for_timeout(300)
-    assert state(page) == before
+    page.wait_for_timeout(100)
+    after = state(page)
+    assert sorted(after.pop("unknown")) == sorted(unknown)
+    assert after == {name: value for name, value in before.items() if name != "unknown"}
+    assert all(each in page.locator("#notice").inner_text() for each in unknown)
+
+
+def test_a_finding_leads_to_a_moment_by_its_step(page: Any) -> None:
+    page.evaluate("location.hash = '#images=training&layer=2&head=mean&moment=step4'")
+    wait_until(page, "explorer.page.state.layer === 1")
+    assert state(page)["moment"] == 2 and state(page)["unknown"] == []
 
 
 def test_numbers_are_copied_as_csv(page: Any, weights: list[Tensor]) -> None:
     page.locator(".thumbnail").nth(1).click()
     page.locator("#copy").click()
     lines = page.evaluate("navigator.clipboard.readText()").splitlines()
-    assert lines[0].startswith("# Attention explorer; ") and lines[1] == "token,row,column,weight"
-    cells = [line.split(",") for line in lines[2:]]
-    assert len(cells) == TOKENS and cells[0][:3] == ["0", "", ""] and cells[-1][:3] == [str(TOKENS - 1), "3", "4"]
+    assert lines[0] == "# Attention explorer" and f"# Warning. {HOSTILE}" in lines and "# weights " in lines[2]
+    assert lines[4] == "token,row,column,weight"
+    cells = [line.split(",") for line in lines[5:]]
+    assert len(cells) == TOKENS and cells[0][:3] == ["1", "", ""] and cells[-1][:3] == [str(TOKENS), "3", "4"]
     assert_decoded(np.array([float(row[3]) for row in cells]), weights[3][0, 0, 1, 0])
 
 
-def test_the_picture_is_saved(page: Any, tmp_path: Path) -> None:
+def saved(page: Any, button: str, folder: Path) -> Path:
     with page.expect_download() as download:
-        page.locator("#save").click()
-    download.value.save_as(tmp_path / "saved.png")
-    assert download.value.suggested_filename == "attention.png"
-    assert (tmp_path / "saved.png").read_bytes().startswith(b"\x89PNG")
+        page.locator(button).click()
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+def test_the_view_is_saved_as_a_picture(page: Any, tmp_path: Path) -> None:
+    path = saved(page, "#png", tmp_path)
+    with Image.open(path) as picture:
+        assert path.name == "attention.png" and picture.size[0] == 760
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+
+
+def test_the_view_is_saved_as_a_drawing(page: Any, tmp_path: Path) -> None:
+    page.mouse.click(*at_patch(page, 1, 1))
+    state(page)
+    path = saved(page, "#svg", tmp_path)
+    drawing = ElementTree.parse(path).getroot()
+    kinds = [each.tag.rpartition("}")[2] for each in drawing.iter()]
+    assert path.name == "attention.svg" and kinds.count("rect") == 1 + GRID[0] * GRID[1] + 2 + 1
+    texts = [each.text or "" for each in drawing.iter() if each.tag.endswith("}text")]
+    assert "1×" in texts and "step 40" in texts and HOSTILE in " ".join(texts) and "b" not in kinds
 
 
 # --- others' names, small screens, much use ---

@@ -47,8 +47,13 @@ def random_contents(**changes: Any) -> tuple[Contents, list[Tensor]]:
     ]
     now = Moment("best.ckpt", None, QuantisedRows.of(weights[-1]), ["b", None], [0.9, None])
     groups = [
-        Group("Images that training was watched on", pictures([HOSTILE, "two", "three"], [HOSTILE, "b", "a"]), moments),
-        Group("Samples", pictures(["four", "five"], ["a", None]), [now]),
+        Group(
+            "training",
+            "Images that training was watched on",
+            pictures([HOSTILE, "two", "three"], [HOSTILE, "b", "a"]),
+            moments,
+        ),
+        Group("samples", "Samples", pictures(["four", "five"], ["a", None]), [now]),
     ]
     layout = Layout(Geometry(GRID, PREFIX, (20.0, 20.0)), LAYERS, HEADS, (60, 80))
     given: dict[str, Any] = {"title": "Attention explorer", "facts": [("weights", HOSTILE)], "warnings": [HOSTILE]}

@@ -22,10 +22,10 @@ function onRelativeScale(value, factor, doublings) {
   return Math.min(1, Math.max(0, position)); // of 0 the logarithm is -Infinity
 }
 
-/** Return the entropy of weights in nats, 0 ln 0 = 0. */
+/** Return the entropy of weights in nats, 0 ln 0 = 0; NaN where one is NaN. */
 function entropyOf(weights) {
   let sum = 0;
-  for (const weight of weights) if (weight > 0) sum -= weight * Math.log(weight);
+  for (const weight of weights) if (weight !== 0) sum -= weight * Math.log(weight);
   return sum;
 }
 
@@ -66,76 +66,138 @@ function tokenAt(across, down, layout) {
   return layout.prefix + row * layout.grid[1] + column;
 }
 
-/** Return the name of a token in an address: "token0" for those that are no patches, "row,column" for patches. */
+/** Return what to call a token. */
+function nameOfToken(token, layout) {
+  if (token >= layout.prefix) {
+    const patch = token - layout.prefix;
+    return `patch in row ${Math.floor(patch / layout.grid[1]) + 1}, column ${(patch % layout.grid[1]) + 1}`;
+  }
+  const isClass = token === 0 && layout.class_token !== "absent";
+  return isClass ? "class token" : `prefix token ${token + 1}`;
+}
+
+/** Return what to call a map: a head's, that of a layer or a rollout. */
+function nameOfMap(layer, head, layout) {
+  if (head < layout.heads) return `head ${layer + 1}.${head + 1}`;
+  return head === layout.heads ? `layer ${layer + 1}, mean over heads` : `rollout up to layer ${layer + 1}`;
+}
+
+/** Return the name of a token in an address: "token1" for those that are no patches, "row,column" for patches; from 1. */
 function addressOfToken(token, layout) {
-  if (token < layout.prefix) return `token${token}`;
+  if (token < layout.prefix) return `token${token + 1}`;
   const patch = token - layout.prefix;
-  return `${Math.floor(patch / layout.grid[1])},${patch % layout.grid[1]}`;
+  return `${Math.floor(patch / layout.grid[1]) + 1},${(patch % layout.grid[1]) + 1}`;
+}
+
+/** Return a number from 1 to `count`, in digits, as one from 0; null for anything else. */
+function numberOf(text, count) {
+  return /^\d+$/.test(text ?? "") && text >= 1 && text <= count ? text - 1 : null;
 }
 
 /** Return the token of such a name; null for names of none. */
 function tokenOfAddress(text, layout) {
   const other = /^token(\d+)$/.exec(text), patch = /^(\d+),(\d+)$/.exec(text);
-  if (other) return Number(other[1]) < layout.prefix ? Number(other[1]) : null;
-  if (!patch || patch[1] >= layout.grid[0] || patch[2] >= layout.grid[1]) return null;
-  return layout.prefix + Number(patch[1]) * layout.grid[1] + Number(patch[2]);
+  if (other) return numberOf(other[1], layout.prefix);
+  if (!patch) return null;
+  const row = numberOf(patch[1], layout.grid[0]), column = numberOf(patch[2], layout.grid[1]);
+  return row === null || column === null ? null : layout.prefix + row * layout.grid[1] + column;
 }
 
-/** Return the name of a head's column in an address: its number from 1, "mean" or "rollout". */
-function addressOfHead(head, layout) {
-  return head < layout.heads ? String(head + 1) : ["mean", "rollout"][head - layout.heads];
+/** Return the columns of the table, by their names in an address: each head's number from 1, "mean", and "rollout" where
+ * a browser computes it in less than a second. */
+function columnsOf(layout) {
+  const heads = Array.from({ length: layout.heads }, (_, head) => String(head + 1));
+  return [...heads, "mean", ...(layout.tokens <= 400 ? ["rollout"] : [])];
+}
+
+/** Return the name of a moment in an address: its step, where it has one. */
+function addressOfMoment(moments, moment) {
+  return moments[moment].step === null ? `${moment + 1}` : `step${moments[moment].step}`;
+}
+
+/** Return the moment of such a name; null for names of none. */
+function momentOfAddress(text, moments) {
+  const step = /^step(\d+)$/.exec(text ?? "");
+  const found = step ? moments.findIndex((moment) => moment.step === Number(step[1])) : -1;
+  return found >= 0 ? found : numberOf(text, moments.length);
+}
+
+/** Return all filters: "all", and by class, answer and confusion at any moment, as far as they are known. */
+function filtersOf(header) {
+  const found = new Set();
+  for (const { pictures, moments } of header.groups)
+    for (const { predicted } of moments)
+      pictures.forEach(({ label }, index) => {
+        if (label === null) return;
+        found.add(`class ${label}`);
+        if (predicted[index] === null) return;
+        found.add("right").add("wrong");
+        if (predicted[index] !== label) found.add(`confused ${label}, ${predicted[index]}`);
+      });
+  return ["all", ...["right", "wrong"].filter((name) => found.delete(name)), ...[...found].sort()];
+}
+
+/** Return a view, of a group, picture, moment, layer and column, as it stands in an address. */
+function partsOf(view, header) {
+  const { key, moments } = header.groups[view.group];
+  return [key, view.picture + 1, addressOfMoment(moments, view.moment), view.layer + 1, columnsOf(header.layout)[view.head]];
+}
+
+/** Return the view of such parts, each null where it is of none. */
+function viewOf([key, picture, moment, layer, head], header) {
+  const group = header.groups.findIndex((each) => each.key === key), of = header.groups[group];
+  const column = columnsOf(header.layout).indexOf(head);
+  return { group: group < 0 ? null : group, picture: numberOf(picture, of?.pictures.length ?? 0),
+    moment: momentOfAddress(moment, of?.moments ?? []), layer: numberOf(layer, header.layout.layers), head: column < 0 ? null : column };
 }
 
 /** Return a state's part of the address. */
 function addressOf(state, header) {
-  const layout = header.layout;
-  const fields = { images: state.group + 1, image: state.picture + 1, moment: state.moment + 1,
-    layer: state.layer + 1, head: addressOfHead(state.head, layout), query: addressOfToken(state.query, layout),
+  const [images, image, moment, layer, head] = partsOf(state, header);
+  const fields = { images, image, moment, layer, head, query: addressOfToken(state.query, header.layout),
     direction: state.direction, colors: state.colors, opacity: state.opacity, smooth: state.smooth ? 1 : 0 };
   if (state.pinned) fields.pinned = 1;
-  if (state.filter !== "all") fields.filter = encodeURIComponent(state.filter);
-  if (state.kept) fields.kept = [...["group", "picture", "moment", "layer"].map((name) => state.kept[name] + 1),
-    addressOfHead(state.kept.head, layout)].join(".");
-  return "#" + Object.entries(fields).map(([name, value]) => `${name}=${value}`).join("&");
+  if (state.filter !== "all") fields.filter = state.filter;
+  if (state.kept) fields.kept = partsOf(state.kept, header).join(".");
+  return "#" + Object.entries(fields).map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&");
 }
 
-/** Return `state` with what an address says of it; what is not there, or is not possible, stays as it is. */
+/** Return `state`, the usual one, with what an address says of it. What is not here stays as it is, and is named in
+ * `unknown`. */
 function stateOf(address, header, state) {
-  const fields = Object.fromEntries(address.replace(/^#/, "").split("&").map((field) => field.split("=")));
-  const layout = header.layout, result = { ...state };
-  const number = (name, count) => /^\d+$/.test(fields[name] ?? "") && fields[name] >= 1 && fields[name] <= count;
-  if (number("images", header.groups.length)) result.group = fields.images - 1;
+  const fields = new Map(address.replace(/^#/, "").split("&").filter(Boolean).map((field) => field.split("=").map(decoded)));
+  const result = { ...state }, unknown = [];
+  const take = (name, value) => {
+    if (!fields.has(name)) return;
+    if (value === null) unknown.push(`${name}=${fields.get(name)}`);
+    else result[{ images: "group", image: "picture" }[name] ?? name] = value;
+  };
+  const one = (name, choices) => (choices.includes(fields.get(name)) ? fields.get(name) : null);
+  const key = header.groups.some((group) => group.key === fields.get("images")) ? fields.get("images") : header.groups[state.group].key;
+  const view = viewOf([key, ...["image", "moment", "layer", "head"].map((name) => fields.get(name))], header);
+  take("images", one("images", header.groups.map((group) => group.key)) && view.group);
+  if (unknown.length) for (const name of ["image", "moment"]) fields.delete(name); // which are of those images
   const group = header.groups[result.group];
-  result.picture = number("image", group.pictures.length) ? fields.image - 1 : Math.min(result.picture, group.pictures.length - 1);
-  result.moment = number("moment", group.moments.length) ? fields.moment - 1 : Math.min(result.moment, group.moments.length - 1);
-  if (number("layer", layout.layers)) result.layer = fields.layer - 1;
-  for (let head = 0; head < layout.heads + 2; head++) if (addressOfHead(head, layout) === fields.head) result.head = head;
-  result.query = tokenOfAddress(fields.query ?? "", layout) ?? result.query;
-  if (["row", "column"].includes(fields.direction)) result.direction = fields.direction;
-  if (["relative", "share"].includes(fields.colors)) result.colors = fields.colors;
-  if (/^\d+$/.test(fields.opacity ?? "") && fields.opacity <= 100) result.opacity = Number(fields.opacity);
-  if (["0", "1"].includes(fields.smooth)) result.smooth = fields.smooth === "1";
-  if (["0", "1"].includes(fields.pinned)) result.pinned = fields.pinned === "1";
-  if (fields.filter !== undefined) result.filter = decoded(fields.filter);
-  if (fields.kept !== undefined) result.kept = keptOf(fields.kept.split("."), header);
-  return result;
+  if (result.group !== state.group) Object.assign(result, { picture: 0, moment: group.moments.length - 1 });
+  for (const name of ["image", "moment", "layer", "head"]) take(name, view[name === "image" ? "picture" : name]);
+  take("query", tokenOfAddress(fields.get("query") ?? "", header.layout));
+  take("direction", one("direction", ["row", "column"]));
+  take("colors", one("colors", ["relative", "share"]));
+  take("filter", one("filter", filtersOf(header)));
+  const opacity = fields.get("opacity");
+  take("opacity", /^\d+$/.test(opacity ?? "") && opacity <= 100 ? Number(opacity) : null);
+  for (const name of ["smooth", "pinned"]) take(name, one(name, ["0", "1"]) && fields.get(name) === "1");
+  const kept = viewOf((fields.get("kept") ?? "").split("."), header);
+  take("kept", Object.values(kept).includes(null) ? null : kept);
+  return { ...result, unknown };
 }
 
 function decoded(text) {
   try {
     return decodeURIComponent(text);
   } catch {
-    return "all";
+    return text;
   }
-}
-
-/** Return the view that an address keeps to compare with; null where it is of none. */
-function keptOf(parts, header) {
-  const layout = header.layout, [group, picture, moment, layer] = parts.slice(0, 4).map((part) => (/^\d+$/.test(part) ? part - 1 : -1));
-  const head = Array.from({ length: layout.heads + 2 }, (_, each) => addressOfHead(each, layout)).indexOf(parts[4]);
-  const of = header.groups[group], isOne = (number, all) => number >= 0 && number < all;
-  if (!of || !isOne(picture, of.pictures.length) || !isOne(moment, of.moments.length) || !isOne(layer, layout.layers) || head < 0) return null;
-  return { group, picture, moment, layer, head };
 }
 
 /** Return how many doublings lie between two weights, both at least the low end of the scale: -2 to 2 times it. */
@@ -174,7 +236,7 @@ class Attention {
     }
     if (start !== bytes.length) throw new Error(`the page holds ${bytes.length} bytes of attention, not ${start}: it is damaged`);
     this.bytes = bytes;
-    this.rollouts = { key: "", layers: [] };
+    this.rollouts = new Map(); // of the last views
   }
 
   /** Return the number of a row: of a moment, picture, layer, head and query. */
@@ -190,6 +252,12 @@ class Attention {
   /** Return the entropy of a head's row in nats, as it was before it was packed. */
   entropy(group, moment, picture, layer, head, query) {
     return this._half(this.parts[group].entropy, this.number(group, moment, picture, layer, head, query));
+  }
+
+  /** Return the entropy of what a query attends to in a view: a head's as it was before it was packed, that of the mean or
+   * of a rollout from its weights. */
+  entropyOfView({ group, moment, picture, layer, head }, query, weights) {
+    return head < this.layout.heads ? this.entropy(group, moment, picture, layer, head, query) : entropyOf(weights);
   }
 
   /** Return the weights of a head: what `query` attends to ("row"), or what attends to it ("column"). */
@@ -217,14 +285,16 @@ class Attention {
 
   /** Return the rollout up to and including a layer. */
   rollout(group, moment, picture, layer, query, direction) {
-    const { tokens } = this.layout, key = `${group},${moment},${picture}`;
-    if (this.rollouts.key !== key) this.rollouts = { key, layers: [] };
-    for (let next = this.rollouts.layers.length; next <= layer; next++) {
+    const { tokens } = this.layout, key = `${group},${moment},${picture}`, layers = this.rollouts.get(key) ?? [];
+    this.rollouts.delete(key); // now the last one
+    this.rollouts.set(key, layers);
+    if (this.rollouts.size > 2) this.rollouts.delete(this.rollouts.keys().next().value);
+    for (let next = layers.length; next <= layer; next++) {
       const attention = new Float32Array(tokens * tokens);
       for (let row = 0; row < tokens; row++) attention.set(this.mean(group, moment, picture, next, row, "row"), row * tokens);
-      this.rollouts.layers.push(rolloutStep(this.rollouts.layers[next - 1] ?? null, attention, tokens));
+      layers.push(rolloutStep(layers[next - 1] ?? null, attention, tokens));
     }
-    const matrix = this.rollouts.layers[layer], result = new Float32Array(tokens);
+    const matrix = layers[layer], result = new Float32Array(tokens);
     for (let other = 0; other < tokens; other++)
       result[other] = direction === "row" ? matrix[query * tokens + other] : matrix[other * tokens + query];
     return result;
@@ -239,5 +309,16 @@ class Attention {
   }
 }
 
-const pure = { half, bytesOf, onRelativeScale, entropyOf, rolloutStep, distanceOf, tokenAt, addressOfToken,
-  tokenOfAddress, addressOf, stateOf, doublingsBetween, totalVariation, passes, Attention };
+/** Return the bytes that were packed as raw deflate. */
+async function inflated(bytes) {
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+/** Return a share in words. */
+function percent(value) {
+  return value < 0.001 && value > 0 ? "< 0.1%" : `${(100 * value).toFixed(1)}%`;
+}
+
+const pure = { half, bytesOf, onRelativeScale, entropyOf, rolloutStep, distanceOf, tokenAt, addressOfToken, tokenOfAddress,
+  addressOf, stateOf, filtersOf, columnsOf, doublingsBetween, totalVariation, passes, Attention };

@@ -65,12 +65,14 @@ class Moment:
 class Group:
     """Pictures that are known at the same moments, such as those that training was watched on."""
 
+    key: str  # in addresses: "training", "samples", "run1"
     title: str
     pictures: Sequence[Picture]
     moments: Sequence[Moment]  # in the order of time
 
     def as_json(self) -> dict[str, Any]:
         return {
+            "key": self.key,
             "title": self.title,
             "pictures": [
                 {"name": each.name, "label": each.label, "png": png(each.pixels)} for each in self.pictures

@@ -1,5 +1,4 @@
-// The page: draws the attention and does what the hand asks for. Nothing is fetched, nothing is stored; what is shown is in
-// the address.
+// The page: does what the hand asks for. Nothing is fetched, nothing is stored; what is shown is in the address.
 
 const element = (id) => document.getElementById(id);
 const made = (tag, properties = {}, ...children) => {
@@ -7,7 +6,6 @@ const made = (tag, properties = {}, ...children) => {
   node.append(...children); // strings become text, whatever they hold
   return node;
 };
-const percent = (value) => (value < 0.001 && value > 0 ? "< 0.1%" : `${(100 * value).toFixed(1)}%`);
 
 class Page {
   constructor(header, attention, images) {
@@ -17,13 +15,16 @@ class Page {
     this.images = images; // by group and picture
     this.tables = { relative: bytesOf(header.colors.relative), share: bytesOf(header.colors.share),
       difference: bytesOf(header.colors.difference) };
-    this.hasRollout = this.layout.tokens <= 400; // of more, it takes a browser seconds
+    this.columns = columnsOf(this.layout);
+    this.filters = filtersOf(header);
+    this.moments = header.groups.map(({ moments }) => moments.length - 1); // that were last shown of each group
     const group = header.groups[0];
     const first = this.layout.class_token === "read" ? 0
       : this.layout.prefix + Math.floor(this.layout.grid[0] / 2) * this.layout.grid[1] + Math.floor(this.layout.grid[1] / 2);
-    this.state = stateOf(location.hash, header, { group: 0, picture: 0, moment: group.moments.length - 1,
+    this.usual = { group: 0, picture: 0, moment: group.moments.length - 1,
       layer: this.layout.layers - 1, head: this.layout.heads, query: first, direction: "row", colors: "relative",
-      opacity: 65, smooth: false, filter: "all", kept: null, pinned: false });
+      opacity: 65, smooth: false, filter: "all", kept: null, pinned: false, unknown: [] };
+    this.state = stateOf(location.hash, header, this.usual);
     this.shift = false;
     this.grid = Object.assign(document.createElement("canvas"), { width: this.layout.grid[1], height: this.layout.grid[0] });
     this.build();
@@ -34,8 +35,12 @@ class Page {
   /** Make another state the one that is shown. */
   show(changes) {
     const { group } = this.state;
-    Object.assign(this.state, changes);
-    if (this.state.group !== group && changes.moment === undefined) this.state.moment = this.header.groups[this.state.group].moments.length - 1;
+    Object.assign(this.state, { unknown: [] }, changes);
+    if (this.state.group !== group) {
+      this.stop();
+      if (changes.moment === undefined) this.state.moment = this.moments[this.state.group];
+    }
+    this.moments[this.state.group] = this.state.moment;
     if (this.waiting) return;
     this.waiting = true;
     requestAnimationFrame(() => {
@@ -59,8 +64,8 @@ class Page {
     header.groups.forEach((group, number) => {
       const strip = made("div", { className: "strip" });
       group.pictures.forEach((picture, index) => {
-        const button = made("button", { type: "button", className: "picture", title: picture.name },
-          made("img", { src: picture.png, alt: picture.name }), made("span", { className: "verdict" }));
+        const button = made("button", { type: "button", className: "picture" },
+          made("img", { src: picture.png, alt: "" }), made("span", { className: "verdict" }));
         button.onclick = () => this.show({ group: number, picture: index });
         this.pictures.push({ group: number, picture: index, button });
         strip.append(button);
@@ -68,13 +73,17 @@ class Page {
       element("pictures").append(made("div", {}, made("h2", {}, group.title), strip));
     });
     this.tokens = Array.from({ length: layout.prefix }, (_, token) => {
-      const button = made("button", { type: "button" }, made("i"), this.nameOfToken(token), made("span"));
+      const button = made("button", { type: "button" }, made("i"), nameOfToken(token, this.layout), made("span"));
       button.onpointerenter = (event) => event.pointerType === "mouse" && !this.state.pinned && this.show({ query: token });
       button.onclick = () => this.pin(token);
+      button.onkeydown = (event) => event.key === "Escape" && this.show({ pinned: false });
       return button;
     });
     element("tokens").replaceChildren(...this.tokens);
-    const columns = layout.heads + (this.hasRollout ? 2 : 1), heads = element("heads");
+    const columns = this.columns.length, heads = element("heads");
+    element("filter").replaceChildren(...this.filters.map((name) => made("option", { value: name },
+      name === "all" ? "all" : name.replace(/^confused (.*)$/s, "$1 (true, predicted)"))));
+    element("link").hidden = location.protocol === "about:"; // a notebook's cell has no address of its own
     heads.style.gridTemplateColumns = `max-content repeat(${columns}, minmax(28px, ${columns > 8 ? 64 : 80}px))`;
     heads.append(made("span"), ...Array.from({ length: columns }, (_, head) =>
       made("span", { className: "head" }, head < layout.heads ? `head ${head + 1}` : ["mean", "rollout"][head - layout.heads])));
@@ -83,8 +92,8 @@ class Page {
       heads.append(made("span", { className: "layer" }, `layer ${layer + 1}`));
       for (let head = 0; head < columns; head++) {
         const canvas = made("canvas", { width: layout.grid[1], height: layout.grid[0] });
-        const button = made("button", { type: "button", className: "thumbnail", title: this.nameOfMap(layer, head) }, canvas);
-        button.setAttribute("aria-label", this.nameOfMap(layer, head));
+        const button = made("button", { type: "button", className: "thumbnail", title: nameOfMap(layer, head, this.layout) }, canvas);
+        button.setAttribute("aria-label", nameOfMap(layer, head, this.layout));
         button.onclick = () => this.show({ layer, head });
         button.onkeydown = (event) => this.moveInTable(event, layer, head, columns);
         heads.append(button);
@@ -92,24 +101,10 @@ class Page {
         this.thumbnails.push({ layer, head, button, context, pixels: context.createImageData(canvas.width, canvas.height) });
       }
     }
-    this.columns = columns;
-  }
-
-  nameOfToken(token) {
-    if (token >= this.layout.prefix) {
-      const patch = token - this.layout.prefix;
-      return `patch in row ${Math.floor(patch / this.layout.grid[1]) + 1}, column ${(patch % this.layout.grid[1]) + 1}`;
-    }
-    const isClass = token === 0 && this.layout.class_token !== "absent";
-    return isClass ? "class token" : `prefix token ${token + 1}`;
-  }
-
-  nameOfMap(layer, head) {
-    if (head < this.layout.heads) return `head ${layer + 1}.${head + 1}`;
-    return head === this.layout.heads ? `layer ${layer + 1}, mean over heads` : `rollout up to layer ${layer + 1}`;
   }
 
   moveInTable(event, layer, head, columns) {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     if (!moves[event.key]) return;
     event.preventDefault();
@@ -117,6 +112,7 @@ class Page {
     const target = [Math.min(Math.max(layer + down, 0), this.layout.layers - 1), Math.min(Math.max(head + across, 0), columns - 1)];
     this.show({ layer: target[0], head: target[1] });
     this.thumbnails[target[0] * columns + target[1]].button.focus();
+    this.speak();
   }
 
   pin(token) {
@@ -135,34 +131,46 @@ class Page {
     };
     map.onclick = (event) => at(event) !== null && this.pin(at(event));
     map.onkeydown = (event) => {
-      const { prefix, grid, tokens } = this.layout;
-      const moves = { ArrowUp: -grid[1], ArrowDown: grid[1], ArrowLeft: -1, ArrowRight: 1 };
+      if (event.altKey || event.ctrlKey || event.metaKey) return;
+      const { prefix, grid } = this.layout, patch = this.state.query - prefix;
+      const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
       if (event.key in moves) {
-        const from = Math.max(this.state.query, prefix), target = this.state.query < prefix ? prefix : from + moves[event.key];
-        if (target >= prefix && target < tokens) this.show({ query: target });
+        const [row, column] = [Math.floor(patch / grid[1]) + moves[event.key][0], (patch % grid[1]) + moves[event.key][1]];
+        if (patch < 0) this.show({ query: prefix });
+        else if (row >= 0 && row < grid[0] && column >= 0 && column < grid[1]) this.show({ query: prefix + row * grid[1] + column });
       } else if (event.key === "Home" && prefix) this.show({ query: 0 });
       else if (event.key === "Enter" || event.key === " ") this.pin(this.state.query);
       else if (event.key === "Escape") this.show({ pinned: false });
       else return;
       event.preventDefault();
+      this.speak();
     };
-    const shift = (isHeld) => (event) => {
-      if (event.key !== "Shift" || this.shift === isHeld) return;
+    const shift = (isHeld) => {
+      if (this.shift === isHeld) return;
       this.shift = isHeld;
       this.show({});
     };
-    addEventListener("keydown", shift(true));
-    addEventListener("keyup", shift(false));
-    addEventListener("blur", () => this.shift && ((this.shift = false), this.show({})));
     addEventListener("keydown", (event) => {
-      if (event.key === "," || event.key === ".") this.step(event.key === "." ? 1 : -1);
+      const isTyping = event.target instanceof HTMLSelectElement || event.altKey || event.ctrlKey || event.metaKey;
+      if (event.key === "Shift" && element("stage").matches(":hover, :focus-within")) shift(true);
+      else if (event.key === "Tab") shift(false);
+      else if (!isTyping && (event.key === "," || event.key === ".")) {
+        this.stop();
+        this.step(event.key === "." ? 1 : -1);
+        this.speak();
+      }
     });
-    addEventListener("hashchange", () => location.hash !== this.address && this.show(stateOf(location.hash, this.header, this.state)));
+    addEventListener("keyup", (event) => event.key === "Shift" && shift(false));
+    addEventListener("blur", () => shift(false));
+    addEventListener("hashchange", () => location.hash !== this.address && this.show(stateOf(location.hash, this.header, this.usual)));
     addEventListener("resize", () => this.show({}));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.show({}));
-    element("moment").oninput = (event) => this.show({ moment: Number(event.target.value) });
-    element("play").onclick = () => this.play();
-    element("speed").onchange = () => this.timer && (this.play(), this.play());
+    element("moment").oninput = (event) => {
+      this.stop();
+      this.show({ moment: Number(event.target.value) });
+    };
+    element("play").onclick = () => (this.timer ? this.stop() : this.play());
+    element("speed").onchange = () => this.timer && this.play();
     for (const name of ["direction", "colors"]) element(name).onchange = (event) => this.show({ [name]: event.target.value });
     element("opacity").oninput = (event) => this.show({ opacity: Number(event.target.value) });
     element("smooth").onchange = (event) => this.show({ smooth: event.target.checked });
@@ -175,14 +183,20 @@ class Page {
       const { group, picture, moment, layer, head, kept } = this.state;
       this.show({ ...kept, kept: { group, picture, moment, layer, head } });
     };
-    element("end").onclick = () => this.show({ kept: null });
-    element("copy").onclick = () => this.copied(this.csv(), "numbers");
-    element("link").onclick = () => this.copied(location.href, "link");
-    element("save").onclick = () => this.save();
+    element("end").onclick = () => {
+      this.show({ kept: null });
+      element("keep").focus();
+    };
+    element("copy").onclick = () => this.copied(csvOf(this), "numbers");
+    element("link").onclick = () => this.copied(location.href.split("#")[0] + addressOf(this.state, this.header), "link");
+    element("png").onclick = () => savedPicture(this).toBlob((blob) => this.saved(blob, "attention.png"));
+    element("svg").onclick = () => this.saved(new Blob([savedDrawing(this)], { type: "image/svg+xml" }), "attention.svg");
     const chart = element("chart");
     const toMoment = (event) => {
-      if (event.type === "pointermove" && !event.buttons) return;
-      const box = chart.getBoundingClientRect(), { left, width } = this.frame(box.width);
+      if (event.button > 0 || (event.type === "pointermove" && !event.buttons)) return;
+      if (event.type === "pointerdown") chart.setPointerCapture(event.pointerId);
+      this.stop();
+      const box = chart.getBoundingClientRect(), { left, width } = chartFrame(box.width);
       const last = this.header.groups[this.state.group].moments.length - 1;
       this.show({ moment: Math.min(Math.max(Math.round(((event.clientX - box.left - left) / width) * last), 0), last) });
     };
@@ -195,15 +209,28 @@ class Page {
     this.show({ moment: Math.min(Math.max(this.state.moment + by, 0), last) });
   }
 
-  /** Begin to play, from the start where the end is shown, or stop. */
+  /** Play to the end, from the start where the end is shown. */
   play() {
-    clearInterval(this.timer);
-    const isPlaying = Boolean(this.timer), last = this.header.groups[this.state.group].moments.length - 1;
-    this.timer = null;
-    element("play").textContent = isPlaying ? "Play" : "Pause";
-    if (isPlaying) return;
+    this.stop();
+    const last = this.header.groups[this.state.group].moments.length - 1;
     if (this.state.moment === last) this.show({ moment: 0 });
-    this.timer = setInterval(() => (this.state.moment < last ? this.step(1) : this.play()), 1000 / Number(element("speed").value));
+    this.timer = setInterval(() => (this.state.moment < last ? this.step(1) : this.stop()), 1000 / Number(element("speed").value));
+    element("play").textContent = "Pause";
+  }
+
+  stop() {
+    clearInterval(this.timer);
+    this.timer = null;
+    element("play").textContent = "Play";
+  }
+
+  /** Have a screen reader say what a key has led to, once it rests. */
+  speak() {
+    clearTimeout(this.speaking);
+    this.speaking = setTimeout(() => {
+      const numbers = [...element("numbers").children].map((each) => `${each.firstChild.textContent} ${each.lastChild.textContent}`);
+      element("spoken").textContent = `${this.caption()}. ${numbers.join(", ")}`;
+    }, 400);
   }
 
   // --- drawn at each change ---
@@ -214,34 +241,39 @@ class Page {
     this.values = this.attention.of(shown, state.layer, state.head);
     for (const { layer, head, button, context, pixels } of this.thumbnails) {
       const values = this.attention.of(shown, layer, head);
-      this.largest = largestOf(this, values);
-      paint(this, values, pixels.data, this.tables[state.colors], (value) => this.place(value));
+      const largest = largestOf(this, values);
+      paint(this, values, pixels.data, this.tables[state.colors], (value) => this.place(value, largest));
       context.putImageData(pixels, 0, 0);
       const isShown = layer === state.layer && head === state.head;
       button.setAttribute("aria-pressed", isShown);
       button.tabIndex = isShown ? 0 : -1;
     }
-    const found = new Set(["all"]);
+    this.largest = largestOf(this, this.values);
+    let passing = 0;
     for (const { group: of, picture, button } of this.pictures) {
       const last = header.groups[of].moments.at(-1), at = of === state.group ? moment : last;
       const label = header.groups[of].pictures[picture].label, predicted = at.predicted[picture];
-      if (label !== null) found.add(`class ${label}`);
-      if (label !== null && predicted !== null) found.add(label === predicted ? "right" : "wrong");
-      if (label !== null && predicted !== null && label !== predicted) found.add(`confused ${label}, ${predicted}`);
-      button.hidden = !passes(state.filter, label, predicted);
+      const isShown = of === state.group && picture === state.picture, name = header.groups[of].pictures[picture].name;
+      button.hidden = !isShown && !passes(state.filter, label, predicted);
+      button.classList.toggle("other", isShown && !passes(state.filter, label, predicted));
+      passing += passes(state.filter, label, predicted);
       const isRight = label === null || predicted === null ? null : label === predicted;
       button.lastChild.textContent = predicted === null ? (label ?? "") : label === null || isRight ? predicted : `${label} → ${predicted}`;
       button.classList.toggle("wrong", isRight === false);
-      button.setAttribute("aria-pressed", of === state.group && picture === state.picture);
+      button.title = [name, button.lastChild.textContent, isRight === false ? "wrong" : ""].filter(Boolean).join(", ");
+      button.setAttribute("aria-label", button.title);
+      button.setAttribute("aria-pressed", isShown);
     }
-    this.drawFilter(found.add(state.filter));
+    const notes = state.unknown.map((each) => `The address asks for ${each}, which is not here.`);
+    if (state.filter !== "all" && !passing) notes.push("No image passes the filter at this moment.");
+    element("notice").textContent = notes.join(" ");
+    element("own-scales").hidden = state.colors === "relative";
     this.tokens.forEach((button, token) => {
       button.firstChild.style.background = this.color(this.values[token]);
       button.lastChild.textContent = percent(this.values[token]);
       button.setAttribute("aria-pressed", token === state.query);
       button.classList.toggle("pinned", this.state.pinned && token === state.query);
     });
-    this.largest = largestOf(this, this.values);
     drawComparison(this, shown);
     element("caption").textContent = this.caption();
     this.drawMap(element("map"));
@@ -249,23 +281,11 @@ class Page {
     this.drawNumbers();
     element("time").hidden = group.moments.length < 2;
     if (group.moments.length > 1) drawChart(this, group, moment);
-    for (const name of ["direction", "colors", "opacity"]) element(name).value = state[name];
+    for (const name of ["direction", "colors", "opacity", "filter"]) element(name).value = state[name];
     element("smooth").checked = state.smooth;
-    element("done").textContent = "";
     this.address = addressOf(state, header);
     clearTimeout(this.addressTimer); // browsers allow few changes of the address in a second
     this.addressTimer = setTimeout(() => location.protocol !== "about:" && history.replaceState(null, "", this.address), 150);
-    element("explorer").dataset.drawn = String(Number(element("explorer").dataset.drawn ?? 0) + 1);
-  }
-
-  drawFilter(found) {
-    const names = ["all", "right", "wrong", ...[...found].filter((name) => /^(class|confused) /.test(name)).sort()];
-    const text = (name) => (name === "all" ? "all images" : name.replace(/^confused (.*)$/s, "$1 (true, predicted)"));
-    if (names.join() !== this.filters) {
-      this.filters = names.join();
-      element("filter").replaceChildren(...names.map((name) => made("option", { value: name, disabled: !found.has(name) }, text(name))));
-    }
-    element("filter").value = this.state.filter;
   }
 
   caption() {
@@ -274,16 +294,16 @@ class Page {
     const probability = moment.probability[state.picture];
     const said = [picture.label === null ? null : `class ${picture.label}`,
       predicted === null ? null : `predicted ${predicted}` + (probability === null ? "" : ` (${percent(probability)})`)];
-    const query = this.direction === "row" ? `what the ${this.nameOfToken(state.query)} attends to`
-      : `what attends to the ${this.nameOfToken(state.query)}`;
-    return [[picture.name, ...said.filter((each) => each !== null)].join(", "), this.nameOfMap(state.layer, state.head),
+    const query = this.direction === "row" ? `what the ${nameOfToken(state.query, this.layout)} attends to`
+      : `what attends to the ${nameOfToken(state.query, this.layout)}`;
+    return [[picture.name, ...said.filter((each) => each !== null)].join(", "), nameOfMap(state.layer, state.head, this.layout),
       query + (this.state.pinned ? ", pinned" : ""), moment.title].join(" · ");
   }
 
-  /** Return the place of a value in the colour table, 0 to 255. */
-  place(value) {
+  /** Return the place of a value in the colour table, 0 to 255; of shares, `largest` is at its end. */
+  place(value, largest = this.largest) {
     const share = this.state.colors === "relative"
-      ? onRelativeScale(value, this.layout.tokens, this.header.doublings) : value / (this.largest || 1);
+      ? onRelativeScale(value, this.layout.tokens, this.header.doublings) : value / (largest || 1);
     return Math.round(255 * Math.min(1, share));
   }
 
@@ -299,45 +319,33 @@ class Page {
     if (canvas.width !== shown) {
       canvas.width = shown;
       canvas.height = Math.round((shown * height) / width);
-      canvas.style.width = `${shown / ratio}px`;
     }
-    drawOverlay(this, canvas.getContext("2d"), canvas.width, canvas.height);
+    canvas.style.width = `${shown / ratio}px`;
+    drawOverlay(this, canvas.getContext("2d"), canvas.width, canvas.height, this.values, state, this.largest);
     canvas.setAttribute("aria-label", `Map of ${layout.grid[0]} by ${layout.grid[1]} patches. ${this.caption()}`);
   }
 
   drawNumbers() {
     const { state, layout, values } = this, numbers = [];
     const largest = values.indexOf(values.reduce((one, other) => Math.max(one, other)));
-    if (this.direction === "row") {
-      const entropy = state.head < layout.heads
-        ? this.attention.entropy(state.group, state.moment, state.picture, state.layer, state.head, state.query) : entropyOf(values);
-      numbers.push(["entropy", `${entropy.toFixed(2)} nats of ${Math.log(layout.tokens).toFixed(2)}`]);
+    if (largest < 0) numbers.push(["no numbers", "the attention is not a number here"]);
+    else if (this.direction === "row") {
+      const entropy = this.attention.entropyOfView(state, state.query, values);
+      const of = ["", " of the mean map", " of the rollout"][Math.max(0, state.head - layout.heads + 1)];
+      numbers.push([`entropy${of}`, `${entropy.toFixed(2)} nats of ${Math.log(layout.tokens).toFixed(2)}`]);
       numbers.push(["effective tokens", `${Math.exp(entropy).toFixed(1)} of ${layout.tokens}`]);
-      numbers.push(["largest", `${percent(values[largest])}, ${this.nameOfToken(largest)}`]);
+      numbers.push(["largest", `${percent(values[largest])}, ${nameOfToken(largest, this.layout)}`]);
       numbers.push(["itself", percent(values[state.query])]);
       if (state.query >= layout.prefix) numbers.push(["mean distance", `${distanceOf(values, state.query, layout).toFixed(1)} pixels`]);
     } else {
       const mean = values.reduce((one, other) => one + other) / layout.tokens;
       numbers.push(["receives", `${percent(mean)} of all attention, ${(mean * layout.tokens).toFixed(2)}× uniform`]);
-      numbers.push(["most from", `${this.nameOfToken(largest)}, ${percent(values[largest])} of its attention`]);
+      numbers.push(["most from", `${nameOfToken(largest, this.layout)}, ${percent(values[largest])} of its attention`]);
     }
     element("numbers").replaceChildren(...numbers.map(([name, text]) => made("div", {}, made("dt", {}, name), made("dd", {}, text))));
   }
 
-  frame(width) {
-    return { left: 34, top: 8, width: width - 34 - 84, height: 108 };
-  }
-
   // --- taken along ---
-
-  csv() {
-    const { layout, values } = this, lines = [`# ${this.header.title}; ${this.caption()}`.replace(/[\r\n]+/g, " "), "token,row,column,weight"];
-    values.forEach((value, token) => {
-      const patch = token - layout.prefix, isPatch = patch >= 0;
-      lines.push([token, isPatch ? Math.floor(patch / layout.grid[1]) + 1 : "", isPatch ? (patch % layout.grid[1]) + 1 : "", value.toPrecision(4)].join(","));
-    });
-    return lines.join("\n") + "\n";
-  }
 
   async copied(text, what) {
     try {
@@ -346,25 +354,26 @@ class Page {
       const area = made("textarea", { value: text });
       document.body.append(area);
       area.select();
-      document.execCommand("copy");
+      const isCopied = document.execCommand("copy");
       area.remove();
+      if (!isCopied) return this.say(`the browser does not let ${what} be copied`);
     }
-    element("done").textContent = `${what} copied`;
+    this.say(`${what} copied`);
   }
 
-  save() {
-    savedPicture(this).toBlob((blob) => {
-      const link = made("a", { href: URL.createObjectURL(blob), download: "attention.png" });
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-      element("done").textContent = "attention.png saved";
-    });
+  /** Say for a while what was done. */
+  say(text) {
+    element("done").textContent = text;
+    clearTimeout(this.said);
+    this.said = setTimeout(() => (element("done").textContent = ""), 4000);
   }
-}
 
-async function inflated(bytes) {
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
+  saved(blob, name) {
+    const link = made("a", { href: URL.createObjectURL(blob), download: name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    this.say(`${name} saved`);
+  }
 }
 
 async function begin() {
@@ -379,7 +388,7 @@ async function begin() {
       return image;
     };
     const images = await Promise.all(header.groups.map((group) => Promise.all(group.pictures.map(load))));
-    element("explorer").hidden = false;
+    element("content").hidden = false;
     window.explorer = { page: new Page(header, attention, images), pure, milliseconds: performance.now() - began };
   } catch (error) {
     element("failure").textContent = `This page cannot be shown: ${error.message}. It needs a browser of 2023 or later.`;

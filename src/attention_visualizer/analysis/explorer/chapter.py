@@ -57,7 +57,7 @@ def contents_of(study: Study) -> Contents | None:
     warnings = [study.output.watermark] if study.output.watermark else []
     if len(samples) < len(study.samples):
         warnings.append(f"{len(samples)} of {len(study.samples)} samples are here: more would make the page too large")
-    groups = [samples_of(study, samples, SAMPLES, study.weights.split(";")[0], observation)]
+    groups = [samples_of(study, samples, ("samples", SAMPLES), study.weights.split(";")[0], observation)]
     for run in study.compared_runs:
         if run.is_analysed:
             continue
@@ -66,7 +66,8 @@ def contents_of(study: Study) -> Contents | None:
         if other is None or other.rows is None or other.rows.codes.shape != shape:
             warnings.append(f"{run.label} has other layers, heads or tokens: it is not here")
         else:
-            groups.append(samples_of(study, samples, f"Samples, by {run.label}", run.label, other))
+            names = f"run{len(groups)}", f"Samples, by {run.label}"
+            groups.append(samples_of(study, samples, names, run.label, other))
     history = study.history
     if history is not None and history.rows:
         if all(entry["codes"].shape[1:] == shape[1:] for entry in history.rows):
@@ -74,7 +75,7 @@ def contents_of(study: Study) -> Contents | None:
         else:
             warnings.append("the history is of other layers, heads or tokens: it is not here")
     layout = Layout(observation.geometries[0], shape[1], shape[2], study.target.images.shape[1:])
-    facts = [("weights", study.weights.split(";")[0]), ("data", study.target.images.title)]
+    facts = [("report of", study.weights.split(";")[0]), ("data", study.target.images.title)]
     return Contents("Attention explorer", facts, warnings, layout, groups)
 
 
@@ -89,15 +90,17 @@ def observed(target: Target, samples: Sequence[Sample]) -> Observation | None:
     return first if count == 1 else target.observe(images[:count], row_bytes=MAX_BYTES)
 
 
-def samples_of(study: Study, samples: Sequence[Sample], title: str, weights: str, observation: Observation) -> Group:
-    """The samples at one moment: by these weights."""
+def samples_of(
+    study: Study, samples: Sequence[Sample], names: tuple[str, str], weights: str, observation: Observation
+) -> Group:
+    """The samples at one moment: by these weights. names: the group's in addresses, and its title."""
     assert observation.rows is not None
-    names = study.target.images.class_names
-    labels = [None if sample.label is None else class_name(names, sample.label) for sample in samples]
+    classes = study.target.images.class_names
+    labels = [None if sample.label is None else class_name(classes, sample.label) for sample in samples]
     pictures = [
         Picture(thumbnail(sample.image), sample.source, label) for sample, label in zip(samples, labels, strict=True)
     ]
-    return Group(title, pictures, [Moment(weights, None, observation.rows, *answers(vars(observation), names))])
+    return Group(*names, pictures, [Moment(weights, None, observation.rows, *answers(vars(observation), classes))])
 
 
 def probes_of(history: AttentionHistory) -> Group:
@@ -113,7 +116,7 @@ def probes_of(history: AttentionHistory) -> Group:
         step = int(frame["step"])
         title = moment(float(frame["epoch"]), step)
         moments.append(Moment(title, step, history.rows_of(entry), *answers(frame, names)))
-    return Group(PROBES, pictures, moments)
+    return Group("training", PROBES, pictures, moments)
 
 
 def answers(observed: dict[str, NDArray[Any]], names: Sequence[str]) -> tuple[list[str | None], list[float | None]]:
