@@ -254,6 +254,22 @@ def test_a_layer_that_only_one_of_several_edits_names_must_be_there() -> None:
             model(inputs())
 
 
+def test_an_edit_of_ones_own_may_have_any_attributes() -> None:
+    class Own:
+        layer, layers = "blocks.0", ("blocks.7",)
+
+        def __call__(self, layer: AttentionLayer, weights: Tensor) -> Tensor:
+            return torch.zeros_like(weights)
+
+    model = Model()
+    with torch.no_grad(), intervene(model, Own()):
+        edited = model(inputs())
+    with torch.no_grad(), intervene(model, together([Own()])):
+        assert torch.equal(model(inputs()), edited)
+    with torch.no_grad(), intervene(model, in_all_layers(switch_off)):
+        assert torch.equal(model(inputs()), edited)
+
+
 def test_edits_together_are_one_after_the_other() -> None:
     model = Model()
     edit = together([switch_off("blocks.0", 0), make_uniform("blocks.1", 2), switch_off("blocks.0", 2)])

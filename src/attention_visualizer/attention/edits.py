@@ -132,7 +132,7 @@ class EditsTogether:
         """The names of the layers that are edited; None where an edit may be of any."""
         names: dict[str, None] = {}
         for edit in self.edits:
-            if (layers := getattr(edit, "layers", None)) is None:
+            if (layers := named_layers(edit)) is None:
                 return None
             names.update(dict.fromkeys(layers))
         return tuple(names)
@@ -141,3 +141,8 @@ class EditsTogether:
         for edit in self.edits:
             weights = edit(layer, weights)
         return weights
+
+
+def named_layers(edit: Edit) -> tuple[str, ...] | None:
+    """Return the names of the layers that an edit of this module is of; None for one that may be of any layer."""
+    return edit.layers if isinstance(edit, NamedEdit | EditsTogether) else None

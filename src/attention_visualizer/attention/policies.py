@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_visualizer.attention.calls import AttentionCall
+from attention_visualizer.attention.edits import named_layers
 from attention_visualizer.attention.layers import AttentionLayer, CaptureError, Edit, is_named
 from attention_visualizer.attention.proof import largest
 from attention_visualizer.attention.torch_internals import DisableTorchFunction, TensorDictionary, version_of
@@ -91,7 +92,7 @@ class Intervention(Capture):
     def __init__(self, edit: Edit) -> None:
         self.edit = edit
         #: The layers that a ready-made edit names; None for one that may be of any layer.
-        self.layers: tuple[str, ...] | None = getattr(edit, "layers", None)
+        self.layers: tuple[str, ...] | None = named_layers(edit)
         self.met: set[str] = set()  # of these
 
     def concerns(self, name: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_visualizer.attention.capture import AttentionLayer, Edit, intervene
+from attention_visualizer.attention.edits import named_layers
 from attention_visualizer.attention.layers import is_named
 
 
@@ -52,7 +53,7 @@ class EarlierModules:
     def of(self, edit: Edit) -> list[nn.Module]:
         """Return the modules that need not run again under an edit: the outermost of those that end before its first
         layer begins. None where the edit names no layers."""
-        names = getattr(edit, "layers", None) or ()
+        names = named_layers(edit) or ()
         moments = [moment for layer, moment in self.began.items() if any(is_named(layer, name) for name in names)]
         return list(self._outermost(self.model, min(moments))) if moments else []
 
