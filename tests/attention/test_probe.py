@@ -15,10 +15,10 @@ from attention_visualizer.attention import places
 from attention_visualizer.attention.capture import capture
 from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.placement import Lines, PlacedKeys
-from attention_visualizer.attention.places import confirmed, is_confirmed
+from attention_visualizer.attention.places import confirmed, edges_of, is_confirmed, is_same_in_all
 from attention_visualizer.attention.policies import OneCallOff, SwitchedOff
 from attention_visualizer.attention.probe import Probe, UnmeasurableError
-from attention_visualizer.attention.receptive_fields import ReceptiveFields, other_pixels
+from attention_visualizer.attention.receptive_fields import ReceptiveFields, changed, other_pixels
 
 SIDE, PATCH, GRID = 16, 4, 4
 Values = Callable[[Tensor, SwitchedOff], dict[str, Tensor]]
@@ -54,10 +54,10 @@ def fields_of_patches() -> ReceptiveFields:
 
 def one_pixel_each() -> NDArray[Any]:
     """A picture for each patch, in which one pixel of it is another: bool [picture, row, column]."""
-    changed = np.zeros((GRID * GRID, SIDE, SIDE), bool)
+    pixels = np.zeros((GRID * GRID, SIDE, SIDE), bool)
     for number in range(GRID * GRID):
-        changed[number, number // GRID * PATCH + 1, number % GRID * PATCH + 2] = True
-    return changed
+        pixels[number, number // GRID * PATCH + 1, number % GRID * PATCH + 2] = True
+    return pixels
 
 
 # --- the second look ---
@@ -96,8 +96,7 @@ def confirming_pictures() -> tuple[Tensor, Tensor]:
 def test_the_second_look_has_other_pixels_than_the_first() -> None:
     """What was found with one picture may hold of it alone."""
     image, pictures = confirming_pictures()
-    changed = (pictures != image).any(dim=0)
-    assert changed.float().mean() > 0.9
+    assert (pictures != image).any(dim=0).float().mean() > 0.9
     assert not torch.equal(torch.where(pictures != image, other_pixels(image), image), pictures)
 
 
@@ -111,6 +110,37 @@ def test_the_second_look_tells_any_two_rows_and_columns_of_patches_apart() -> No
             for other in range(GRID):
                 if one != other:
                     assert (lines[:, one] & left[:, other]).any() or (lines[:, other] & left[:, one]).any()
+
+
+def test_edges_lie_within_the_image_also_of_patches_that_do_not() -> None:
+    assert edges_of(Lines(3, -2.0, 4.0), 8) == [0, 2, 6, 8]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_few_passes_suffice_where_all_calls_have_the_same_patches_in_whatever_order(shuffled: bool) -> None:
+    order = torch.arange(GRID * GRID)
+    if shuffled:
+        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(0))
+
+    def values(pictures: Tensor, policy: SwitchedOff) -> dict[str, Tensor]:
+        keys = patches_of(pictures)[:, :, order]
+        return {"first": keys, "second": 2 * keys}
+
+    probe, lines = probe_of(values), Lines(GRID, 0.0, float(PATCH))
+    moves = probe.moves(changed(probe.image, np.ones((1, SIDE), bool), 0))
+    assert is_same_in_all(probe, moves, PlacedKeys(lines, lines, order.argsort().numpy()))
+    others = np.roll(order.argsort().numpy(), 1)
+    assert not is_same_in_all(probe, moves, PlacedKeys(lines, lines, others))
+
+
+def test_calls_with_other_numbers_of_keys_or_windows_are_not_the_same() -> None:
+    def values(pictures: Tensor, policy: SwitchedOff) -> dict[str, Tensor]:
+        keys = patches_of(pictures)
+        return {"first": keys, "second": keys[:, :, ::2]}
+
+    probe = probe_of(values)
+    moves = probe.moves(changed(probe.image, np.ones((1, SIDE), bool), 0))
+    assert not is_same_in_all(probe, moves, placed())
 
 
 # --- a probe's passes ---

@@ -110,7 +110,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(one_run: Workplace, no_gpu: No
 
 
 def test_runs_without_their_chapter_are_refused(one_run: Workplace) -> None:
-    assert_refused(one_run.path, "runs=runs/*", "chapters=[patterns]", said="runs= is for the chapters runs and explorer")
+    assert_refused(
+        one_run.path, "runs=runs/*", "chapters=[patterns]", said="runs= is for the chapters runs and explorer"
+    )
 
 
 def test_a_gpu_that_is_not_there(one_run: Workplace, no_gpu: None) -> None:
