@@ -104,11 +104,6 @@ class NamedEdit:
     head: int | None
     change: Callable[[Tensor], Tensor]  # of [batch, query, key] for one head, [batch, head, query, key] for all
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The names of the layers that are edited."""
-        return (self.layer,)
-
     def __call__(self, layer: AttentionLayer, weights: Tensor) -> Tensor:
         if not is_named(layer.name, self.layer):
             return weights
@@ -127,16 +122,6 @@ class EditsTogether:
 
     edits: tuple[Edit, ...]
 
-    @property
-    def layers(self) -> tuple[str, ...] | None:
-        """The names of the layers that are edited; None where an edit may be of any."""
-        names: dict[str, None] = {}
-        for edit in self.edits:
-            if (layers := named_layers(edit)) is None:
-                return None
-            names.update(dict.fromkeys(layers))
-        return tuple(names)
-
     def __call__(self, layer: AttentionLayer, weights: Tensor) -> Tensor:
         for edit in self.edits:
             weights = edit(layer, weights)
@@ -145,4 +130,13 @@ class EditsTogether:
 
 def named_layers(edit: Edit) -> tuple[str, ...] | None:
     """Return the names of the layers that an edit of this module is of; None for one that may be of any layer."""
-    return edit.layers if isinstance(edit, NamedEdit | EditsTogether) else None
+    if isinstance(edit, NamedEdit):
+        return (edit.layer,)
+    if not isinstance(edit, EditsTogether):
+        return None
+    names: dict[str, None] = {}
+    for each in edit.edits:
+        if (layers := named_layers(each)) is None:
+            return None
+        names.update(dict.fromkeys(layers))
+    return tuple(names)

@@ -107,7 +107,7 @@ def probes_of(history: AttentionHistory) -> Group:
     """The probe images, at the moments that the history keeps whole rows of."""
     names = [str(name) for name in history.probe["class_names"]]
     pictures = [
-        Picture(image, f"validation image {number}", class_name(names, int(label)) if label >= 0 else None)
+        Picture(image, f"probe image {number}", class_name(names, int(label)) if label >= 0 else None)
         for number, (image, label) in enumerate(zip(history.probe["images"], history.probe["labels"], strict=True), 1)
     ]
     moments = []
