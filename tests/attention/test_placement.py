@@ -11,6 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from attention_visualizer.attention.placement import Lines, PlacedKeys, Unplaced, place
+from attention_visualizer.attention.places import without_selections
+from attention_visualizer.attention.probe import CallPlaces
 from attention_visualizer.attention.receptive_fields import ReceptiveFields, local_part
 
 Extent = tuple[int, int]  # the first pixel that a key answers to, and the one behind the last
@@ -153,3 +155,29 @@ def test_what_a_key_gives_to_every_group_is_left_out_where_groups_are_many() -> 
     assert np.allclose(local_part(many), [[0.8], [0.0], [0.0], [0.0]])
     assert np.array_equal(local_part(few), few)  # a patch may answer to three groups, and there are no more
     assert np.array_equal(local_part(many + 1), many + 1)  # nor is there anything but background
+
+
+# --- tokens that were selected -----------------------------------------------------------------------------------
+
+
+def of_columns(number: int, start: float, step: float) -> CallPlaces:
+    rows, columns = Lines(4, 0.0, 8.0), Lines(number, start, step)
+    return CallPlaces(PlacedKeys(rows, columns, np.arange(4 * number)), 1, 4 * number, (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("later", "words"),
+    [
+        pytest.param(of_columns(4, 0, 8), "", id="all of them"),
+        pytest.param(of_columns(2, 0, 16), "", id="pooled by twos"),
+        pytest.param(of_columns(4, 1, 8), "", id="moved by less than a quarter of a patch"),
+        pytest.param(of_columns(3, 8, 8), "a part only", id="the first is left out"),
+        pytest.param(of_columns(3, 0, 8), "a part only", id="the last is left out"),
+        pytest.param(of_columns(3, 0, 32 / 3), "no whole numbers", id="no whole numbers of patches"),
+    ],
+)
+def test_keys_that_leave_out_patches_of_an_earlier_layer_were_selected(later: CallPlaces, words: str) -> None:
+    checked = without_selections({"first": of_columns(4, 0, 8), "later": later})
+    assert isinstance(checked["first"], CallPlaces)
+    result = checked["later"]
+    assert (words in result.reason) if isinstance(result, Unplaced) else not words

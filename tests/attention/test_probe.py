@@ -17,7 +17,7 @@ from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.placement import Lines, PlacedKeys
 from attention_visualizer.attention.places import confirmed, edges_of, is_confirmed, is_same_in_all
 from attention_visualizer.attention.policies import OneCallOff, SwitchedOff
-from attention_visualizer.attention.probe import Probe, UnmeasurableError
+from attention_visualizer.attention.probe import Probe, UnmeasurableError, moves_of_queries
 from attention_visualizer.attention.receptive_fields import ReceptiveFields, changed, other_pixels
 
 SIDE, PATCH, GRID = 16, 4, 4
@@ -200,6 +200,35 @@ def test_a_call_depends_on_another_if_switching_that_off_changes_more_than_nothi
         return {"first": first, "second": first * (1 + scale * off) + last}
 
     assert bool(probe_of(values).dependence()[1, 0]) == expected
+
+
+# --- moves of queries, read from weights ---
+
+
+def weights_of(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=-1)[:, None]
+
+
+def test_queries_move_by_what_their_weights_for_keys_that_stay_do() -> None:
+    """Not by what a key moves, nor by the sum of their softmax, which depends on that."""
+    logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1)
+    logits[1, :, 0] += 2.0  # key 0 moves in the second picture, no query does
+    logits[2, 1, 1] += 1.0  # query 1 moves in the third
+    keys = np.zeros((2, 5))
+    keys[0, 0] = 1.0
+    moves = moves_of_queries(weights_of(logits), keys)
+    assert moves.shape == (2, 3) and moves[1, 1] > 0.1
+    moves[1, 1] = 0.0
+    np.testing.assert_allclose(moves, 0, atol=1e-6)
+
+
+def test_what_a_query_moves_by_is_not_known_of_one_key_that_stays() -> None:
+    """Its weight there tells the sum of the softmax alone."""
+    logits = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
+    keys = np.array([[1.0, 1.0, 0.0]])
+    assert np.isnan(moves_of_queries(weights_of(logits), keys)).all()
+    keys[0, 1] = 0.0
+    assert not np.isnan(moves_of_queries(weights_of(logits), keys)).any()
 
 
 # --- what a model draws ---

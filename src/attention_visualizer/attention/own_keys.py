@@ -34,12 +34,20 @@ def own_keys(probe: Probe, bands: Sequence[Bands]) -> dict[str, Tensor]:
             moves = probe.moves(changes)
         finally:
             probe.stop = None
-        queries, keys = (in_typical_moves(moves[each]) for each in (QUERIES, name))
-        differ = (queries > CLEAR_ANSWER).T @ (keys < NO_ANSWER) | (queries < NO_ANSWER).T @ (keys > CLEAR_ANSWER)
-        same = ~differ  # [query, key]
-        if (same.sum(axis=1) == 1).all() and same.sum(axis=0).max() == 1:
-            found[name] = torch.from_numpy(same.argmax(axis=1))
+        own = key_of_each_query(moves[QUERIES], moves[name])
+        if own is not None:
+            found[name] = torch.from_numpy(own)
     return found
+
+
+def key_of_each_query(queries: Array, keys: Array) -> Array | None:
+    """Return the number of the key that moves in the same pictures as each query, [query]; None unless each query has
+    just one, and no two the same: [picture, query], [picture, key], NaN for what is not known."""
+    queries, keys = in_typical_moves(queries), in_typical_moves(keys)
+    differ = (queries > CLEAR_ANSWER).T @ (keys < NO_ANSWER) | (queries < NO_ANSWER).T @ (keys > CLEAR_ANSWER)
+    same = ~differ  # [query, key]
+    is_known = (same.sum(axis=1) == 1).all() and same.sum(axis=0).max() == 1
+    return same.argmax(axis=1) if is_known else None
 
 
 def in_typical_moves(moves: Array) -> Array:

@@ -138,7 +138,7 @@ class Probe:
 
 def moves_of_queries(weights: Tensor, moves_of_keys: Array) -> Array:
     """Return how far each query moves from that of the first picture, seen in its weights for keys that do not, the sum
-    of their softmax aside: [picture, head, query, key], [picture, key] -> [picture, query]; NaN where it has no two."""
+    of their softmax aside: [1 + picture, head, query, key], [picture, key] -> [picture, query]; NaN without two."""
     moving = torch.from_numpy(moves_of_keys > STILL * moves_of_keys.max()).to(weights.device)
     logarithms = weights.where(weights > torch.finfo(weights.dtype).tiny, torch.nan).log()
     change = (logarithms[1:] - logarithms[:1]).where(~moving[:, None, None, :], torch.nan)
