@@ -98,13 +98,6 @@ def measure_places(probe: Probe) -> dict[str, CallPlaces | Unplaced]:
             elif result.reason != NOWHERE or name not in found:  # or the reason before says more
                 found[name] = result
     probe.policy = SwitchedOff
-    first = found.get(names[moving[0]]) if moving else None
-    if (
-        isinstance(placed, PlacedKeys)
-        and isinstance(first, CallPlaces)
-        and np.array_equal(first.keys.order, placed.order)
-    ):
-        found[names[moving[0]]] = replace(first, keys=placed)  # to the pixel
     return without_selections(found)
 
 

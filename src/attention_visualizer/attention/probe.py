@@ -131,7 +131,7 @@ class Probe:
             pictures = self.image.expand(number + 2, *self.image.shape[1:])
             values = self.values(pictures, OneCallOff(first, number))
             for later, name in enumerate(names):
-                moves = np.nan_to_num(self._moves(name, values.get(name), number + 1), nan=np.inf).max(axis=1)
+                moves = self._moves(name, values.get(name), number + 1).max(axis=1)
                 depends[later, first : first + number] = moves[:-1] > moves[-1]
         return depends
 
