@@ -225,14 +225,14 @@ class AttentionVisualizer:
             print_sanitised(self._warning)
         return ReportPath(written.report)
 
-    def explore(self, samples: Sequence[tuple[Any, int | None]] = ()) -> ShownPath:
+    def explore(self, samples: Sequence[tuple[Any, int | None]] = (), explorer_mb: float = 25) -> ShownPath:
         """Write attention_explorer.html: every head's attention from every patch, to look at by hand, on `samples`, by
-        default the report's. Return its path, which a notebook shows as the page. Raise UserError for a model whose
-        layers do not hand on the same tokens."""
+        default the report's. Return its path, which a notebook shows as the page. explorer_mb: the most that it may
+        take, in millions of bytes; raise UserError where nothing fits into that."""
         given = [as_sample(image, label, i) for i, (image, label) in enumerate(samples)]
         for sample in given:
             check_sample(sample, self.study.target.images)
-        study = replace(self.study, samples=given) if given else self.study
+        study = replace(self.study, samples=given or self.study.samples, explorer_bytes=int(explorer_mb * 1e6))
         contents = explorer_chapter.contents_of(study)
         if contents is None:
             raise UserError(" ".join(explorer_chapter.UNSUITABLE.split()))

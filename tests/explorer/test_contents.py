@@ -45,13 +45,16 @@ def test_a_page_holds_all_rows() -> None:
     packed = re.search(r'id="rows">([^<]*)<', page)
     assert packed is not None
     content = np.frombuffer(zlib.decompress(base64.b64decode(packed.group(1)), -zlib.MAX_WBITS), np.uint8)
-    sizes = [3 * LAYERS * HEADS * TOKENS * 4, 2 * LAYERS * HEADS * TOKENS]  # rows
+    sizes = [4 * 3 * LAYERS * HEADS * TOKENS, 2 * LAYERS * HEADS * TOKENS]  # rows
     assert len(content) == sum(sizes) * (TOKENS + 4)
-    codes = content[: sizes[0] * TOKENS].reshape(4, 3, LAYERS, HEADS, TOKENS, TOKENS)
-    maxima = content[sizes[0] * TOKENS :][: 2 * sizes[0]].view("<f2").reshape(codes.shape[:-1])
-    for moment, expected in enumerate(weights[:4]):
-        found = codes[moment] / 255 * maxima[moment][..., None].astype(np.float64)
-        assert (np.abs(found - expected.numpy()) <= expected.amax(-1, keepdim=True).numpy() / 255).all()
+    rows, start = 4 * 3 * HEADS * TOKENS, 0  # of a layer of the first group
+    for layer in range(LAYERS):
+        codes = content[start:][: rows * TOKENS].reshape(4, 3, HEADS, TOKENS, TOKENS)
+        maxima = content[start + rows * TOKENS :][: 2 * rows].view("<f2").reshape(codes.shape[:-1])
+        for moment, each in enumerate(weights[:4]):
+            found, expected = codes[moment] / 255 * maxima[moment][..., None].astype(np.float64), each[:, layer]
+            assert (np.abs(found - expected.numpy()) <= expected.amax(-1, keepdim=True).numpy() / 255).all()
+        start += rows * (TOKENS + 4)
 
 
 def test_the_policy_lets_only_the_pages_own_script_run() -> None:

@@ -69,7 +69,7 @@ def state(page: Any) -> dict[str, Any]:
 
 def shown(page: Any) -> np.ndarray:
     state(page)
-    return np.array(page.evaluate("[...explorer.page.values]"))
+    return np.array(page.evaluate("[...explorer.page.map.weights]"))
 
 
 def at_patch(page: Any, row: int, column: int) -> tuple[float, float]:
@@ -165,8 +165,8 @@ def test_each_thumbnail_is_the_map_of_its_head(page: Any, weights: list[Tensor])
     for layer in range(LAYERS):
         for head in range(HEADS):
             pixels = page.evaluate(
-                "(number) => { const {context, pixels} = explorer.page.thumbnails[number];"
-                "return [...context.getImageData(0, 0, pixels.width, pixels.height).data]; }",
+                "(number) => { const {context} = explorer.page.thumbnails[number];"
+                "return [...context.getImageData(0, 0, context.canvas.width, context.canvas.height).data]; }",
                 layer * (HEADS + 2) + head,
             )
             row = weights[3][0, layer, head, 0].numpy()
@@ -449,11 +449,11 @@ def test_pure_functions(page: Any) -> None:
     assert page.evaluate("explorer.pure.onRelativeScale(0, 10, 3)") == 0
     assert page.evaluate("explorer.pure.onRelativeScale(0.1, 10, 3)") == 0.5
     assert page.evaluate("explorer.pure.onRelativeScale(1, 10, 3)") == 1
-    layout = {"grid": [2, 3], "patch": [10, 10], "offset": [-5, 0], "image": [15, 40], "prefix": 1, "tokens": 7}
+    layout = {"grid": [2, 3], "patch": [10, 10], "offset": [-5, 0], "prefix": 1}
     cases = {(0.0, 0.0): 1, (0.3, 0.0): 2, (0.0, 0.9): 4, (0.9, 0.5): None}
     for (across, down), token in cases.items():
         assert page.evaluate(
-            "([across, down, layout]) => explorer.pure.tokenAt(across, down, layout)", [across, down, layout]
+            "([across, down, layout]) => explorer.pure.tokenAt(across, down, layout, [15, 40])", [across, down, layout]
         ) == token, (across, down)  # fmt: skip
     weights = [0.5, 0.5, 0, 0, 0, 0, 0]
     assert page.evaluate("(w) => explorer.pure.entropyOf(w)", weights) == pytest.approx(np.log(2))

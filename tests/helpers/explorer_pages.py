@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from attention_visualizer.attention.geometry import Geometry
-from attention_visualizer.explorer.contents import Contents, Group, Layout, Moment, Picture
+from attention_visualizer.explorer.contents import Contents, Group, Layer, Moment, Picture
+from attention_visualizer.measures.attention_rows import RowLayout
 from attention_visualizer.measures.quantised_rows import QuantisedRows
 
 LAYERS, HEADS, GRID, PREFIX = 3, 2, (3, 4), 2  # a class token and a register
@@ -41,11 +42,14 @@ def random_contents(**changes: Any) -> tuple[Contents, list[Tensor]]:
         sizes = random.integers(0, 256, (len(names), 60, 80, 3), dtype=np.uint8)
         return [Picture(*each) for each in zip(sizes, names, labels, strict=True)]
 
+    def rows(weights: Tensor) -> list[QuantisedRows]:
+        return [QuantisedRows.of(each) for each in weights.unbind(dim=1)]
+
     moments = [
-        Moment(f"step {step}", step, QuantisedRows.of(each), [HOSTILE, "b", "a" if step else "b"], [0.5, 0.25, None])
+        Moment(f"step {step}", step, rows(each), [HOSTILE, "b", "a" if step else "b"], [0.5, 0.25, None])
         for step, each in zip(STEPS, weights, strict=False)
     ]
-    now = Moment("best.ckpt", None, QuantisedRows.of(weights[-1]), ["b", None], [0.9, None])
+    now = Moment("best.ckpt", None, rows(weights[-1]), ["b", None], [0.9, None])
     groups = [
         Group(
             "training",
@@ -55,9 +59,11 @@ def random_contents(**changes: Any) -> tuple[Contents, list[Tensor]]:
         ),
         Group("samples", "Samples", pictures(["four", "five"], ["a", None]), [now]),
     ]
-    layout = Layout(Geometry(GRID, PREFIX, (20.0, 20.0)), LAYERS, HEADS, (60, 80))
+    layout = RowLayout(1, TOKENS, TOKENS, Geometry(GRID, PREFIX, (20.0, 20.0)), None)
+    layers = [Layer(f"blocks.{number}.attn", layout, HEADS) for number in range(LAYERS)]
     given: dict[str, Any] = {"title": "Attention explorer", "facts": [("weights", HOSTILE)], "warnings": [HOSTILE]}
-    return Contents(**given | {"layout": layout, "groups": groups} | changes), weights
+    given |= {"layers": layers, "image": (60, 80), "are_in_sequence": True, "groups": groups}
+    return Contents(**given | changes), weights
 
 
 def wait_until(page: Any, expression: str, seconds: float = 20.0) -> None:

@@ -18,7 +18,7 @@ from attention_visualizer.analysis.study.budget import QUICK, Budget
 from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.output import FileFormat, Output
 from attention_visualizer.analysis.study.samples import SampleChoice, find_samples
-from attention_visualizer.analysis.study.study import HeadLayers, Study
+from attention_visualizer.analysis.study.study import HeadLayers, Study, left_out_note
 from attention_visualizer.analysis.study.target import Target, affordable_images, batch_size
 from attention_visualizer.attention.capture import CaptureError
 from attention_visualizer.attention.geometry import Geometry
@@ -49,6 +49,7 @@ def make_study(
     head_layers: HeadLayers = "all",
     budget: Budget | None = None,
     compared_runs: Sequence[ComparedRun] = (),
+    explorer_mb: float = 25,
 ) -> Study:
     """Return a study with its samples chosen, whose figures go to `folder`. Raise UserError for whatever does not fit
     together."""
@@ -63,9 +64,7 @@ def make_study(
     samples = find_samples(target, choice or SampleChoice())
     notes = [RANDOM_NOTE] if weights.random else []
     notes += [images.watermark] if images.watermark else []
-    if observation.left_out:
-        shown, num_layers = len(observation.layer_names), len(observation.layer_names) + len(observation.left_out)
-        notes.append(f"only the {shown} of {num_layers} layers whose keys have a known position on the image")
+    notes += [left_out_note(observation)] if observation.left_out else []
     if any(each.evidence.startswith("given, not confirmed") for each in observation.geometries):
         notes.append("positions as given, not confirmed")
     return Study(
@@ -78,6 +77,7 @@ def make_study(
         compared_runs,
         head_layers,
         weights_digest=weights.digest,
+        explorer_bytes=int(explorer_mb * 1e6),
         controls_folder=folder / "controls",
     )
 

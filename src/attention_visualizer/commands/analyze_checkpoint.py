@@ -76,6 +76,7 @@ def analyze(options: dict[str, Any]) -> None:
         device=options["device"],
         file_format=options["format"],
         head_layers=options["head_layers"],
+        explorer_mb=options["explorer_mb"],
         budget=budget,
         compared_runs=compared_runs,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from attention_visualizer.support.errors import UserError
-from attention_visualizer.support.field_types import SHARE, at_least, fits, remedy
+from attention_visualizer.support.field_types import SHARE, at_least, between, fits, remedy
 
 # The words of a field are those of the type that it is passed on as, in modules that load torch; a test compares them.
 FIELDS: dict[str, Any] = {
@@ -33,6 +33,7 @@ FIELDS: dict[str, Any] = {
         Literal["all"] | Annotated[int, at_least(2)] | None, "give a whole number of at least 2, or all"
     ],
     "format": Annotated[Literal["png", "pdf", "svg"], "choose one of png, pdf, svg"],
+    "explorer_mb": Annotated[float, between("megabytes", 1, 1000)],
     "output_dir": str | None,
     "data_dir": str | None,
     "device": str,

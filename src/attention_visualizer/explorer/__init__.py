@@ -5,9 +5,12 @@ below.
 
     contents.py    what a page shows, and how it is packed
     page.py        the page: template, scripts and style in one file
-    attention.js   its attention: decoded, measured, a view as an address
-    drawing.js     maps over images, the comparison, the chart, the saved picture
+    address.js     a view as an address, and back
+    attention.js   its attention: decoded, which tokens it is of, measured
+    drawing.js     maps over images, the comparison, the chart over training
     explorer.css   how it looks
     explorer.html  its frame
     explorer.js    what it does: follows the hand, and has all drawn
+    saved.js       what is taken along: pictures and numbers
+    words.js       what it says of tokens, maps and the view
 """

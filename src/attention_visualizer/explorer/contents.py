@@ -1,4 +1,4 @@
-"""What an explorer's page shows: pictures, the moments that their attention is known at, all rows of it."""
+"""What an explorer's page shows: pictures, the moments that their attention is known at, the rows of it."""
 
 from __future__ import annotations
 
@@ -12,35 +12,20 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.figures.color_scales import DOUBLINGS, attention_scale, color_table, difference_scale
+from attention_visualizer.measures.attention_rows import RowLayout
 from attention_visualizer.measures.quantised_rows import QuantisedRows
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the tokens of all layers lie, and how many layers and heads there are."""
+class Layer:
+    """A layer of attention: its name in the model, which tokens its rows are of, and how many heads it has."""
 
-    geometry: Geometry  # in the usual order, without windows
-    num_layers: int
+    name: str
+    layout: RowLayout
     num_heads: int
-    image: tuple[int, int]  # pixels of the model's images: height, width
-
-    def as_json(self) -> dict[str, Any]:
-        geometry = self.geometry
-        return {
-            "layers": self.num_layers,
-            "heads": self.num_heads,
-            "tokens": geometry.num_tokens,
-            "prefix": geometry.num_prefix_tokens,
-            "class_token": geometry.class_token if geometry.num_prefix_tokens else "absent",
-            "grid": list(geometry.grid),
-            "patch": list(geometry.patch_size),
-            "offset": list(geometry.offset),
-            "image": list(self.image),
-        }
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,7 @@ class Moment:
 
     title: str  # "step 429, epoch 1"
     step: int | None
-    rows: QuantisedRows  # [picture, layer, head, query, key]
+    rows: Sequence[QuantisedRows]  # of each layer: [picture, head, row, key]
     predicted: Sequence[str | None]  # class of each picture; None where nothing is classified
     probability: Sequence[float | None]
 
@@ -96,16 +81,25 @@ class Contents:
     title: str
     facts: Sequence[tuple[str, str]]  # what it is of: label, text
     warnings: Sequence[str]  # what a reader must know first
-    layout: Layout
+    layers: Sequence[Layer]
+    image: tuple[int, int]  # pixels of the model's images: height, width
+    are_in_sequence: bool  # layers, of the same tokens: rollout goes through them
     groups: Sequence[Group]
 
     def header(self) -> dict[str, Any]:
         """Return all but the attention, as plain values for JSON."""
+        layouts = list(dict.fromkeys(layer.layout for layer in self.layers))
         return {
             "title": self.title,
             "facts": [list(each) for each in self.facts],
             "warnings": list(self.warnings),
-            "layout": self.layout.as_json(),
+            "layouts": [layout_as_json(layout) for layout in layouts],
+            "layers": [
+                {"name": layer.name, "layout": layouts.index(layer.layout), "heads": layer.num_heads}
+                for layer in self.layers
+            ],
+            "image": list(self.image),
+            "rollout": self.are_in_sequence,
             "groups": [group.as_json() for group in self.groups],
             "doublings": DOUBLINGS,
             "colors": {
@@ -118,15 +112,45 @@ class Contents:
     def rows(self) -> Array:
         """Return the attention as bytes.
 
-        For each group the codes [moment, picture, layer, head, query, key], then the rows' maxima and then their
-        entropies [..., query], as half-precision numbers of two bytes, the low one first.
+        For each group and layer the codes [moment, picture, head, row, key], then the rows' maxima and then their
+        entropies [moment, picture, head, row], as half-precision numbers of two bytes, the low one first.
         """
         parts: list[Array] = []
         for group in self.groups:
-            parts += [moment.rows.codes.reshape(-1) for moment in group.moments]
-            for name in ("maximum", "entropy"):
-                parts += [getattr(each.rows, name).astype("<f2").reshape(-1).view(np.uint8) for each in group.moments]
+            for layer in range(len(self.layers)):
+                rows = [moment.rows[layer] for moment in group.moments]
+                parts += [each.codes.reshape(-1) for each in rows]
+                for name in ("maximum", "entropy"):
+                    parts += [getattr(each, name).astype("<f2").reshape(-1).view(np.uint8) for each in rows]
         return np.concatenate(parts)
+
+
+def layout_as_json(layout: RowLayout) -> dict[str, Any]:
+    """Return which tokens rows are of, as plain values; lists that tell nothing are null."""
+    geometry = layout.kept_geometry
+    values: dict[str, Any] = {
+        "windows": layout.num_windows,
+        "rows": len(layout.kept_queries),  # of a window
+        "keys": layout.num_kept_keys,
+        "queries": layout.num_queries,  # of the model
+        "all_keys": layout.num_keys,
+        "stride": layout.stride,
+        "has_cells": layout.has_cells,
+        "are_queries_patches": layout.are_queries_patches,
+        "unplaced": layout.unplaced,
+    }
+    for name in ("keys_in_each", "row_of_key", "key_of_patch"):
+        array = getattr(layout, name)
+        values[name] = None if array is None else array.tolist()
+    if geometry is not None:
+        values |= {
+            "prefix": geometry.num_prefix_tokens,
+            "class_token": geometry.class_token if geometry.num_prefix_tokens else "absent",
+            "grid": list(geometry.grid),
+            "patch": list(geometry.patch_size),
+            "offset": list(geometry.offset),
+        }
+    return values
 
 
 def encoded(values: Array) -> str:

@@ -1,51 +1,60 @@
-// What is drawn: maps over images, the comparison, the chart over training, the picture that is saved.
-
-const SAVED_SIDE = 720, FONT = "system-ui, sans-serif"; // pixels; of saved pictures
+// What is drawn: maps over images, the comparison, the chart over training.
 
 /** Draw the kept view, the one that is shown, and what lies between them; the query is the same. */
 function drawComparison(page, shown) {
-  const { state, layout, header } = page, { kept } = state;
+  const { state, header } = page, { kept } = state, { map } = page;
   element("comparison").hidden = kept === null;
   if (kept === null) return;
-  const before = page.attention.of({ ...shown, ...kept }, kept.layer, kept.head), isRelative = state.colors === "relative";
-  const largest = Math.max(largestOf(page, before), largestOf(page, page.values)); // one scale for both
-  for (const [id, values, view] of [["kept", before, kept], ["now", page.values, state]]) {
-    drawInto(page, element(id), (context, width, height) => drawOverlay(page, context, width, height, values, view, largest));
-    element(`${id}-caption`).textContent = differing(page, view, id === "kept" ? state : kept);
+  const view = { ...shown, ...kept }, before = page.mapOf(view, kept.layer, kept.head), isRelative = state.colors === "relative";
+  const largest = Math.max(largestOf(before), largestOf(map)); // one scale for both
+  for (const [id, each, of] of [["kept", before, view], ["now", map, shown]]) {
+    drawInto(page, element(id), (context, width, height) => drawOverlay(page, context, width, height, each, of, largest));
+    element(`${id}-caption`).textContent = differing(page, of, id === "kept" ? shown : view);
   }
-  const changes = page.values.map((value, token) => isRelative
-    ? doublingsBetween(before[token], value, layout.tokens, header.doublings) : value - before[token]);
-  const limit = isRelative ? header.doublings : changes.slice(layout.prefix).reduce((one, other) => Math.max(one, Math.abs(other)), 1e-6);
+  const isSame = before.layout === map.layout && before.values !== null && map.values !== null, texts = [];
+  element("difference").hidden = !isSame;
+  if (isSame) texts.push(...drawDifference(page, shown, view, before, map));
+  else element("difference-caption").textContent = "none: the two layers attend to other tokens, or have no such query";
+  element("distance").textContent = texts.join(" ");
+}
+
+/** Draw the difference of two maps of the same tokens; return what it comes to, in sentences. */
+function drawDifference(page, shown, view, before, map) {
+  const { header } = page, isRelative = page.state.colors === "relative", { doublings } = header;
+  const changes = map.values.map((value, cell) => isRelative
+    ? doublingsBetween(before.values[cell], value, map.times(cell), doublings) : value - before.values[cell]);
+  const limit = isRelative ? doublings : changes.reduce((most, each) => Math.max(most, Math.abs(each) || 0), 1e-6);
   const place = (value) => Math.round(255 * Math.min(1, Math.max(0, (value / limit + 1) / 2)));
   drawInto(page, element("difference"), (context, width, height) => {
     context.clearRect(0, 0, width, height);
-    drawPatches(page, context, width, height, changes, page.tables.difference, place);
+    drawCells(page, context, width, height, { ...map, values: changes }, page.tables.difference, place);
   });
-  const most = 2 ** header.doublings;
+  const most = 2 ** doublings;
   element("difference-caption").textContent = isRelative
     ? `now / kept: purple ≤ 1/${most}×, white 1×, orange ≥ ${most}×; less than 1/${most} of uniform counts as that`
     : `now − kept: purple −${(100 * limit).toFixed(1)} points, white 0, orange +${(100 * limit).toFixed(1)}; both maps on one scale`;
-  const texts = [];
+  const texts = [], { prefix = 0 } = map.layout;
   if (page.direction === "row") {
-    const entropies = [[kept, before], [state, page.values]].map(([view, values]) => page.attention.entropyOfView(view, state.query, values));
-    texts.push(`Entropy ${entropies.map((each) => each.toFixed(2)).join(" → ")} nats; ${percent(totalVariation(before, page.values))} of the attention lies elsewhere (total variation).`);
+    const entropies = [[view, before], [shown, map]].map(([of, { weights }]) => page.attention.entropyOfView(of, weights));
+    if (!entropies.some(Number.isNaN)) texts.push(`Entropy ${entropies.map((each) => each.toFixed(2)).join(" → ")} nats;`);
+    texts.push(`${percent(totalVariation(before.weights, map.weights))} of the attention lies elsewhere (total variation).`);
   }
-  for (let token = 0; token < layout.prefix; token++)
-    texts.push(`${nameOfToken(token, page.layout)} ${percent(before[token])} → ${percent(page.values[token])}.`);
-  element("distance").textContent = texts.join(" ");
+  for (let token = 0; token < prefix; token++)
+    texts.push(`${nameOfToken(token, map.layout)} ${percent(before.weights[token])} → ${percent(map.weights[token])}.`);
+  return texts;
 }
 
 /** Say in which ways a view differs from another; all of it where they are the same. */
 function differing(page, view, other) {
   const of = namesOf(page.header, view), differs = (...names) => names.some((name) => view[name] !== other[name]);
-  const parts = [[differs("group", "picture"), of.picture], [differs("layer", "head"), nameOfMap(view.layer, view.head, page.layout)],
+  const parts = [[differs("group", "picture"), of.picture], [differs("layer", "head"), nameOfMap(view.layer, view.head, page.header)],
     [differs("group", "moment"), of.moment]];
   const those = parts.filter(([isOther]) => isOther);
   return (those.length ? those : parts).map(([, text]) => text).join(" · ");
 }
 
 function drawInto(page, canvas, draw) {
-  const [height, width] = page.layout.image, ratio = devicePixelRatio || 1;
+  const [height, width] = page.header.image, ratio = devicePixelRatio || 1;
   const side = Math.round(Math.min(canvas.parentElement.clientWidth, 220) * ratio);
   canvas.width = side;
   canvas.height = Math.round((side * height) / width);
@@ -59,7 +68,7 @@ function chartFrame(width) {
 }
 
 function drawChart(page, group, moment) {
-  const { state, layout } = page, slider = element("moment"), last = group.moments.length - 1;
+  const { state, header } = page, heads = headsOf(header), view = { ...state }, slider = element("moment"), last = group.moments.length - 1;
   slider.max = last;
   slider.value = state.moment;
   slider.setAttribute("aria-valuetext", moment.title);
@@ -70,7 +79,7 @@ function drawChart(page, group, moment) {
   const context = chart.getContext("2d"), frame = chartFrame(width), style = getComputedStyle(document.body);
   context.scale(ratio, ratio);
   context.font = `12px ${style.fontFamily}`;
-  const x = (index) => frame.left + (frame.width * index) / last, highest = Math.log(layout.tokens);
+  const x = (index) => frame.left + (frame.width * index) / last, highest = Math.log(Math.max(...header.layouts.map((layout) => layout.all_keys)));
   const y = (entropy) => frame.top + frame.height * (1 - entropy / highest);
   const line = (values, color, thick, dash = []) => {
     context.strokeStyle = color;
@@ -92,20 +101,20 @@ function drawChart(page, group, moment) {
   line(Array(last + 1).fill(highest), faint, 1, [4, 4]);
   context.textAlign = "left";
   context.fillText("uniform", frame.left + frame.width + 6, y(highest));
-  const at = (index, layer, head) => page.attention.entropy(state.group, index, state.picture, layer, head, state.query);
+  const at = (index, layer, head) => page.attention.entropy({ ...view, moment: index }, layer, head);
   const every = Array.from({ length: last + 1 }, (_, index) => index);
-  for (let layer = 0; layer < layout.layers; layer++) {
-    const heads = layer === state.layer ? Array.from({ length: layout.heads }, (_, head) => head) : [];
-    for (const head of heads) if (head !== state.head) line(every.map((index) => at(index, layer, head)), faint, 1);
+  header.layers.forEach(({ heads: count }, layer) => {
+    const others = layer === state.layer ? Array.from({ length: count }, (_, head) => head) : [];
+    for (const head of others) if (head !== state.head) line(every.map((index) => at(index, layer, head)), faint, 1);
     const mean = every.map((index) => {
       let sum = 0;
-      for (let head = 0; head < layout.heads; head++) sum += at(index, layer, head) / layout.heads;
+      for (let head = 0; head < count; head++) sum += at(index, layer, head) / count;
       return sum;
     });
     if (layer !== state.layer) line(mean, faint, 1, [1, 3]);
-    else if (state.head >= layout.heads) line(mean, accent, 2.5);
-  }
-  if (state.head < layout.heads) line(every.map((index) => at(index, state.layer, state.head)), accent, 2.5);
+    else if (state.head >= heads) line(mean, accent, 2.5);
+  });
+  if (state.head < heads) line(every.map((index) => at(index, state.layer, state.head)), accent, 2.5);
   context.fillStyle = accent;
   context.fillRect(x(state.moment) - 1, frame.top, 2, frame.height);
   context.fillStyle = text;
@@ -116,86 +125,10 @@ function drawChart(page, group, moment) {
     context.textAlign = index === last ? "right" : index ? "center" : "left";
     context.fillText(each.step.toLocaleString("en"), x(index), frame.top + frame.height + 6);
   });
-  const of = state.head < layout.heads ? `thick: head ${state.layer + 1}.${state.head + 1}, thin: other heads of layer ${state.layer + 1}`
+  const of = state.head < heads ? `thick: head ${state.layer + 1}.${state.head + 1}, thin: other heads of layer ${state.layer + 1}`
     : `thin: the heads of layer ${state.layer + 1}, thick: the mean of their entropies, which is less than the entropy of their mean map`;
-  element("legend").textContent = `Entropy in nats of the ${nameOfToken(state.query, page.layout)}'s attention on this image, by step (moments evenly spaced); ${of}; dotted: other layers.`;
+  element("legend").textContent = `Entropy in nats of the attention from ${nameOfQuery(page)} on this image, by step (moments evenly spaced); ${of}; dotted: other layers.`;
   chart.setAttribute("aria-label", element("legend").textContent);
-}
-
-/** Return what stands below a saved map, in lines that `fits` says to be short enough. */
-function captionLines(page, fits) {
-  const facts = page.header.facts.map(([label, text]) => `${label} ${text}`).join(" · ");
-  const texts = [...page.caption().split(" · "), facts, ...page.header.warnings.map((text) => `Warning. ${text}`)];
-  return texts.flatMap((text) => wrapped(text, fits));
-}
-
-/** Draw the map with its scale and caption into a picture. */
-function savedPicture(page) {
-  const [height, width] = page.layout.image, side = SAVED_SIDE, canvas = document.createElement("canvas");
-  const context = canvas.getContext("2d"), font = (size) => `${size}px ${FONT}`;
-  const map = Math.round((side * height) / width);
-  context.font = font(18);
-  const lines = captionLines(page, (part) => context.measureText(part).width <= side);
-  Object.assign(canvas, { width: side + 40, height: map + 90 + 26 * lines.length });
-  context.fillStyle = "#fff";
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  context.translate(20, 20);
-  drawOverlay(page, context, side, map, page.values, page.state, page.largest);
-  context.imageSmoothingEnabled = true;
-  context.drawImage(element("bar"), 0, map + 12, side, 12);
-  context.fillStyle = "#000";
-  context.font = font(14);
-  const ticks = [...element("ticks").children];
-  ticks.forEach((tick, index) => {
-    context.textAlign = index === 0 ? "left" : index === ticks.length - 1 ? "right" : "center";
-    context.fillText(tick.textContent, (side * index) / (ticks.length - 1), map + 40);
-  });
-  context.textAlign = "left";
-  context.font = font(18);
-  lines.forEach((text, index) => context.fillText(text, 0, map + 70 + 26 * index));
-  return canvas;
-}
-
-/** Return the same as SVG: patches are rectangles, and text is text. */
-function savedDrawing(page) {
-  drawOverlay(page, document.createElement("canvas").getContext("2d"), 1, 1, page.values, page.state, page.largest); // for page.grid
-  const { state, layout, header } = page, side = SAVED_SIDE, map = Math.round((side * layout.image[0]) / layout.image[1]);
-  const lines = captionLines(page, (part) => part.length <= 76), table = page.tables[state.colors];
-  const [left, top, width, height] = patches(page, side, map);
-  const box = (patch, rest) => `<rect x="${left + (patch % layout.grid[1]) * width}" y="${top + Math.floor(patch / layout.grid[1]) * height}" width="${width}" height="${height}" ${rest}/>`;
-  const picture = header.groups[state.group].pictures[state.picture].png;
-  const parts = [`<image href="${picture}" width="${side}" height="${map}" preserveAspectRatio="none"${page.images[state.group][state.picture].naturalWidth > 100 ? "" : ' style="image-rendering:pixelated"'}/>`];
-  for (let patch = 0; patch < layout.tokens - layout.prefix; patch++)
-    if (!state.smooth) parts.push(box(patch, `fill="${page.color(page.values[layout.prefix + patch])}" fill-opacity="${state.opacity / 100}"`));
-  if (state.smooth) parts.push(`<image href="${page.grid.toDataURL()}" x="${left}" y="${top}" width="${width * layout.grid[1]}" height="${height * layout.grid[0]}" opacity="${state.opacity / 100}" preserveAspectRatio="none"/>`);
-  const marks = state.query < layout.prefix ? [] : [["#000", 8], [state.pinned ? "#ffd60a" : "#fff", 4]];
-  for (const [color, thick] of marks) parts.push(box(state.query - layout.prefix, `fill="none" stroke="${color}" stroke-width="${thick}"`));
-  const stops = Array.from({ length: 17 }, (_, index) => {
-    const at = 3 * Math.min(255, 16 * index);
-    return `<stop offset="${index / 16}" stop-color="rgb(${table[at]} ${table[at + 1]} ${table[at + 2]})"/>`;
-  });
-  parts.push(`<linearGradient id="scale">${stops.join("")}</linearGradient><rect y="${map + 12}" width="${side}" height="12" fill="url(#scale)"/>`);
-  const ticks = [...element("ticks").children];
-  ticks.forEach((tick, index) => parts.push(`<text x="${(side * index) / (ticks.length - 1)}" y="${map + 42}" font-size="14" text-anchor="${index === 0 ? "start" : index === ticks.length - 1 ? "end" : "middle"}">${escaped(tick.textContent)}</text>`));
-  lines.forEach((text, index) => parts.push(`<text y="${map + 72 + 26 * index}" font-size="18">${escaped(text)}</text>`));
-  return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="-20 -20 ${side + 40} ${map + 100 + 26 * lines.length}" font-family="${FONT}"><rect x="-20" y="-20" width="100%" height="100%" fill="#fff"/>${parts.join("\n")}</svg>\n`;
-}
-
-/** Return text as it stands in XML: no markup of its own. */
-function escaped(text) {
-  return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`).replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f]/g, "");
-}
-
-/** Return the numbers of the map, with what it is of. */
-function csvOf(page) {
-  const { layout, values, header } = page, about = [header.title, page.caption(), ...header.facts.map((each) => each.join(" ")),
-    ...header.warnings.map((text) => `Warning. ${text}`)];
-  const lines = [...about.map((text) => `# ${text.replace(/[\r\n]+/g, " ")}`), "token,row,column,weight"];
-  values.forEach((value, token) => {
-    const patch = token - layout.prefix, isPatch = patch >= 0;
-    lines.push([token + 1, isPatch ? Math.floor(patch / layout.grid[1]) + 1 : "", isPatch ? (patch % layout.grid[1]) + 1 : "", value.toPrecision(4)].join(","));
-  });
-  return lines.join("\n") + "\n";
 }
 
 /** Return the names of a view's picture and moment. */
@@ -203,75 +136,80 @@ function namesOf({ groups }, { group, picture, moment }) {
   return { picture: groups[group].pictures[picture].name, moment: groups[group].moments[moment].title };
 }
 
-/** Cut a text into lines, at spaces, that `fits` says to be short enough. */
-function wrapped(text, fits) {
-  const lines = [""];
-  for (const word of text.split(" ")) {
-    const longer = lines.at(-1) ? `${lines.at(-1)} ${word}` : word;
-    if (fits(longer) || !lines.at(-1)) lines[lines.length - 1] = longer;
-    else lines.push(word);
-  }
-  return lines;
-}
-
-/** Draw values over a view's image, and the query. largest: the value at the end of a scale of shares. */
-function drawOverlay(page, context, width, height, values, view, largest) {
-  const { state, layout } = page, image = page.images[view.group][view.picture];
+/** Draw a map over a view's image, and the query; of a layer without places, its matrix. largest: the weight at the end of
+ * a scale of shares. */
+function drawOverlay(page, context, width, height, map, view, largest) {
+  const { state } = page, image = page.images[view.group][view.picture], { layout } = map;
   context.globalAlpha = 1;
   context.imageSmoothingEnabled = image.naturalWidth > 100;
-  context.drawImage(image, 0, 0, width, height);
-  context.globalAlpha = state.opacity / 100;
-  context.imageSmoothingEnabled = state.smooth;
-  drawPatches(page, context, width, height, values, page.tables[state.colors], (value) => page.place(value, largest));
+  if (layout.grid) context.drawImage(image, 0, 0, width, height);
+  if (map.values === null) return;
+  context.globalAlpha = layout.grid ? state.opacity / 100 : 1;
+  drawCells(page, context, width, height, map, page.tables[state.colors], (value, cell) => page.place(value, map.times(cell), largest));
   context.globalAlpha = 1;
-  if (state.query < layout.prefix) return;
-  const number = state.query - layout.prefix, line = Math.max(2, width / 160);
-  const [left, top, patchWidth, patchHeight] = patches(page, width, height);
-  const x = left + (number % layout.grid[1]) * patchWidth, y = top + Math.floor(number / layout.grid[1]) * patchHeight;
+  const box = boxOfQuery(page, map, width, height), line = Math.max(2, width / 160);
+  if (box === null) return;
   for (const [color, thick] of [["#000", 2 * line], [page.state.pinned ? "#ffd60a" : "#fff", line]]) {
+    const by = Math.min(line, box[2] / 2, box[3] / 2); // inside, where there is room
     context.strokeStyle = color;
     context.lineWidth = thick;
-    context.strokeRect(x + line, y + line, patchWidth - 2 * line, patchHeight - 2 * line);
+    context.strokeRect(box[0] + by, box[1] + by, box[2] - 2 * by, box[3] - 2 * by);
   }
 }
 
-/** Return where patches lie on a drawn image: left, top, width and height of the first. */
-function patches(page, width, height) {
-  const { layout } = page, across = width / layout.image[1], down = height / layout.image[0];
+/** Return where the query lies on a drawn map: left, top, width, height; null where it is no cell of it. */
+function boxOfQuery(page, { layout, grid }, width, height) {
+  const [left, top, across, down] = cellsOn(page, layout, grid, width, height), { query, item } = page.state;
+  if (!layout.grid) return [left, top + Math.min(item, grid[0] - 1) * down, width, down];
+  const token = layout.are_queries_patches ? tokenIn(layout, query, page.layout) : null;
+  if (token === null || token < layout.prefix) return null;
+  const cell = token - layout.prefix;
+  return [left + (cell % grid[1]) * across, top + Math.floor(cell / grid[1]) * down, across, down];
+}
+
+/** Return where cells lie on a drawn image: left, top, width and height of the first. A matrix takes all of it. */
+function cellsOn(page, layout, grid, width, height) {
+  if (!layout.grid) return [0, 0, width / grid[1], height / grid[0]];
+  const across = width / page.header.image[1], down = height / page.header.image[0];
   return [layout.offset[1] * across, layout.offset[0] * down, layout.patch[1] * across, layout.patch[0] * down];
 }
 
-/** Draw each patch in the colour at `place` of its value, 0 to 255, in a table. */
-function drawPatches(page, context, width, height, values, table, place) {
-  const { layout } = page, grid = page.grid.getContext("2d"), pixels = grid.createImageData(layout.grid[1], layout.grid[0]);
-  paint(page, values, pixels.data, table, place);
-  grid.putImageData(pixels, 0, 0);
-  const [left, top, patchWidth, patchHeight] = patches(page, width, height);
-  const isSmoothed = context.imageSmoothingEnabled && page.state.smooth;
-  context.imageSmoothingEnabled = isSmoothed;
-  context.drawImage(page.grid, left, top, patchWidth * layout.grid[1], patchHeight * layout.grid[0]);
+/** Draw each cell in the colour at `place` of its value, 0 to 255, in a table. */
+function drawCells(page, context, width, height, map, table, place) {
+  const { grid, layout, values } = map, canvas = gridCanvas(page, grid);
+  const pixels = canvas.getContext("2d").createImageData(grid[1], grid[0]);
+  paint(values, pixels.data, table, place);
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  const [left, top, across, down] = cellsOn(page, layout, grid, width, height);
+  context.imageSmoothingEnabled = page.state.smooth && layout.grid !== undefined;
+  context.drawImage(canvas, left, top, across * grid[1], down * grid[0]);
 }
 
-function largestOf(page, values) {
+/** Return a canvas with a pixel for each cell, which is used again. */
+function gridCanvas(page, grid) {
+  return Object.assign(page.grid, { width: grid[1], height: grid[0] });
+}
+
+/** Return the largest weight that a map shows. */
+function largestOf({ values }) {
   let largest = 0;
-  for (let token = page.layout.prefix; token < page.layout.tokens; token++) largest = Math.max(largest, values[token]);
+  for (const value of values ?? []) if (value > largest) largest = value;
   return largest;
 }
 
-/** Write the colours of patches into RGBA pixels. */
-function paint(page, values, pixels, table, place) {
-  const { prefix, tokens } = page.layout;
-  for (let token = prefix; token < tokens; token++) {
-    const at = 4 * (token - prefix), from = 3 * place(values[token]);
+/** Write the colours of cells into RGBA pixels; what is not a number, outside of a window, is left bare. */
+function paint(values, pixels, table, place) {
+  for (let cell = 0; cell < values.length; cell++) {
+    const at = 4 * cell, isBare = Number.isNaN(values[cell]), from = isBare ? 0 : 3 * place(values[cell], cell);
     pixels[at] = table[from];
     pixels[at + 1] = table[from + 1];
     pixels[at + 2] = table[from + 2];
-    pixels[at + 3] = 255;
+    pixels[at + 3] = isBare ? 0 : 255;
   }
 }
 
 function drawScale(page) {
-  const { state, layout, header } = page, table = page.tables[state.colors], context = element("bar").getContext("2d");
+  const { state, header } = page, table = page.tables[state.colors], context = element("bar").getContext("2d");
   const pixels = context.createImageData(256, 1);
   for (let place = 0; place < 256; place++) pixels.data.set([table[3 * place], table[3 * place + 1], table[3 * place + 2], 255], 4 * place);
   context.putImageData(pixels, 0, 0);
@@ -282,5 +220,5 @@ function drawScale(page) {
     })
     : [0, 0.25, 0.5, 0.75, 1].map((share) => percent(share * page.largest));
   element("ticks").replaceChildren(...labels.map((text) => made("span", {}, text)));
-  element("ticks").title = state.colors === "relative" ? `times uniform attention, 1/${layout.tokens}` : "share of the attention";
+  element("ticks").title = state.colors === "relative" ? `times uniform attention, 1/${page.map.layout.all_keys}` : "share of the attention";
 }

@@ -10,23 +10,24 @@ const made = (tag, properties = {}, ...children) => {
 class Page {
   constructor(header, attention, images) {
     this.header = header;
-    this.layout = header.layout;
+    this.layout = referenceOf(header); // that queries are chosen in
+    this.numHeads = headsOf(header);
     this.attention = attention;
     this.images = images; // by group and picture
     this.tables = { relative: bytesOf(header.colors.relative), share: bytesOf(header.colors.share),
       difference: bytesOf(header.colors.difference) };
-    this.columns = columnsOf(this.layout);
+    this.columns = columnsOf(header);
     this.filters = filtersOf(header);
     this.moments = header.groups.map(({ moments }) => moments.length - 1); // that were last shown of each group
     const group = header.groups[0];
     const first = this.layout.class_token === "read" ? 0
       : this.layout.prefix + Math.floor(this.layout.grid[0] / 2) * this.layout.grid[1] + Math.floor(this.layout.grid[1] / 2);
     this.usual = { group: 0, picture: 0, moment: group.moments.length - 1,
-      layer: this.layout.layers - 1, head: this.layout.heads, query: first, direction: "row", colors: "relative",
+      layer: header.layers.length - 1, head: this.numHeads, query: first, item: 0, direction: "row", colors: "relative",
       opacity: 65, smooth: false, filter: "all", kept: null, pinned: false, unknown: [] };
     this.state = stateOf(location.hash, header, this.usual);
     this.shift = false;
-    this.grid = Object.assign(document.createElement("canvas"), { width: this.layout.grid[1], height: this.layout.grid[0] });
+    this.grid = document.createElement("canvas"); // a pixel for each cell
     this.build();
     this.listen();
     this.draw();
@@ -80,61 +81,74 @@ class Page {
       return button;
     });
     element("tokens").replaceChildren(...this.tokens);
-    const columns = this.columns.length, heads = element("heads");
+    const columns = this.columns.length, heads = element("heads"), { numHeads } = this;
     element("filter").replaceChildren(...this.filters.map((name) => made("option", { value: name },
       name === "all" ? "all" : name.replace(/^confused (.*)$/s, "$1 (true, predicted)"))));
     element("link").hidden = location.protocol === "about:"; // a notebook's cell has no address of its own
     heads.style.gridTemplateColumns = `max-content repeat(${columns}, minmax(28px, ${columns > 8 ? 64 : 80}px))`;
     heads.append(made("span"), ...Array.from({ length: columns }, (_, head) =>
-      made("span", { className: "head" }, head < layout.heads ? `head ${head + 1}` : ["mean", "rollout"][head - layout.heads])));
+      made("span", { className: "head" }, head < numHeads ? `head ${head + 1}` : ["mean", "rollout"][head - numHeads])));
     this.thumbnails = [];
-    for (let layer = 0; layer < layout.layers; layer++) {
-      heads.append(made("span", { className: "layer" }, `layer ${layer + 1}`));
+    header.layers.forEach(({ name }, layer) => {
+      heads.append(made("span", { className: "layer", title: name }, `layer ${layer + 1}`));
       for (let head = 0; head < columns; head++) {
-        const canvas = made("canvas", { width: layout.grid[1], height: layout.grid[0] });
-        const button = made("button", { type: "button", className: "thumbnail", title: nameOfMap(layer, head, this.layout) }, canvas);
-        button.setAttribute("aria-label", nameOfMap(layer, head, this.layout));
+        if (!hasColumn(header, layer, head)) {
+          heads.append(made("span"));
+          continue;
+        }
+        const canvas = made("canvas"), text = nameOfMap(layer, head, header);
+        const button = made("button", { type: "button", className: "thumbnail", title: `${text}, ${name}` }, canvas);
+        button.setAttribute("aria-label", text);
         button.onclick = () => this.show({ layer, head });
-        button.onkeydown = (event) => this.moveInTable(event, layer, head, columns);
+        button.onkeydown = (event) => this.moveInTable(event, layer, head);
         heads.append(button);
-        const context = canvas.getContext("2d");
-        this.thumbnails.push({ layer, head, button, context, pixels: context.createImageData(canvas.width, canvas.height) });
+        this.thumbnails.push({ layer, head, button, context: canvas.getContext("2d") });
       }
-    }
+    });
+    element("item").max = queriesInList(header);
+    element("about-layer").hidden = header.layouts.length === 1 && header.layouts[0].are_queries_patches && !header.layouts[0].key_of_patch;
   }
 
-  moveInTable(event, layer, head, columns) {
+  moveInTable(event, layer, head) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     if (!moves[event.key]) return;
     event.preventDefault();
-    const [down, across] = moves[event.key];
-    const target = [Math.min(Math.max(layer + down, 0), this.layout.layers - 1), Math.min(Math.max(head + across, 0), columns - 1)];
-    this.show({ layer: target[0], head: target[1] });
-    this.thumbnails[target[0] * columns + target[1]].button.focus();
+    let [down, across] = [layer + moves[event.key][0], head + moves[event.key][1]];
+    down = Math.min(Math.max(down, 0), this.header.layers.length - 1);
+    while (across > 0 && across < this.columns.length && !hasColumn(this.header, down, across)) across += moves[event.key][1] || -1;
+    across = Math.min(Math.max(across, 0), this.columns.length - 1);
+    this.show({ layer: down, head: across });
+    this.thumbnails.find((each) => each.layer === down && each.head === across).button.focus();
     this.speak();
   }
 
-  pin(token) {
-    this.show({ query: token, pinned: !(this.state.pinned && this.state.query === token) });
+  pin(query, item = this.state.item) {
+    this.show({ query, item, pinned: !(this.state.pinned && this.state.query === query && this.state.item === item) });
   }
 
   listen() {
     const map = element("map");
     const at = (event) => {
-      const box = map.getBoundingClientRect();
-      return tokenAt((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height, this.layout);
+      const box = map.getBoundingClientRect(), down = (event.clientY - box.top) / box.height, { layout, grid } = this.map;
+      if (!layout.grid) return { item: Math.min(Math.max(Math.floor(down * grid[0]), 0), grid[0] - 1) };
+      return { query: tokenAt((event.clientX - box.left) / box.width, down, this.layout, this.header.image) };
     };
     map.onpointermove = (event) => {
-      const token = at(event);
-      if (token !== null && token !== this.state.query && !this.state.pinned && event.pointerType === "mouse") this.show({ query: token });
+      const [[name, value]] = Object.entries(at(event));
+      if (value !== null && value !== this.state[name] && !this.state.pinned && event.pointerType === "mouse") this.show({ [name]: value });
     };
-    map.onclick = (event) => at(event) !== null && this.pin(at(event));
+    map.onclick = (event) => {
+      const { item, query } = at(event);
+      if (query !== null) this.pin(query ?? this.state.query, item);
+    };
     map.onkeydown = (event) => {
       if (event.altKey || event.ctrlKey || event.metaKey) return;
       const { prefix, grid } = this.layout, patch = this.state.query - prefix;
       const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-      if (event.key in moves) {
+      if (event.key in moves && !this.map.layout.grid) {
+        this.show({ item: Math.min(Math.max(this.state.item + moves[event.key][0], 0), this.map.grid[0] - 1) });
+      } else if (event.key in moves) {
         const [row, column] = [Math.floor(patch / grid[1]) + moves[event.key][0], (patch % grid[1]) + moves[event.key][1]];
         if (patch < 0) this.show({ query: prefix });
         else if (row >= 0 && row < grid[0] && column >= 0 && column < grid[1]) this.show({ query: prefix + row * grid[1] + column });
@@ -165,6 +179,7 @@ class Page {
     addEventListener("hashchange", () => location.hash !== this.address && this.show(stateOf(location.hash, this.header, this.usual)));
     addEventListener("resize", () => this.show({}));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.show({}));
+    element("item").oninput = (event) => this.show({ item: Number(event.target.value) - 1 });
     element("moment").oninput = (event) => {
       this.stop();
       this.show({ moment: Number(event.target.value) });
@@ -187,10 +202,10 @@ class Page {
       this.show({ kept: null });
       element("keep").focus();
     };
-    element("copy").onclick = () => this.copied(csvOf(this), "numbers");
-    element("link").onclick = () => this.copied(location.href.split("#")[0] + addressOf(this.state, this.header), "link");
-    element("png").onclick = () => savedPicture(this).toBlob((blob) => this.saved(blob, "attention.png"));
-    element("svg").onclick = () => this.saved(new Blob([savedDrawing(this)], { type: "image/svg+xml" }), "attention.svg");
+    element("copy").onclick = () => copied(csvOf(this), "numbers");
+    element("link").onclick = () => copied(location.href.split("#")[0] + addressOf(this.state, this.header), "link");
+    element("png").onclick = () => savedPicture(this).toBlob((blob) => saved(blob, "attention.png"));
+    element("svg").onclick = () => saved(new Blob([savedDrawing(this)], { type: "image/svg+xml" }), "attention.svg");
     const chart = element("chart");
     const toMoment = (event) => {
       if (event.button > 0 || (event.type === "pointermove" && !event.buttons)) return;
@@ -229,26 +244,18 @@ class Page {
     clearTimeout(this.speaking);
     this.speaking = setTimeout(() => {
       const numbers = [...element("numbers").children].map((each) => `${each.firstChild.textContent} ${each.lastChild.textContent}`);
-      element("spoken").textContent = `${this.caption()}. ${numbers.join(", ")}`;
+      element("spoken").textContent = `${captionOf(this)}. ${numbers.join(", ")}`;
     }, 400);
   }
 
   // --- drawn at each change ---
 
   draw() {
-    const { state, header, layout } = this, group = header.groups[state.group], moment = group.moments[state.moment];
+    const { state, header } = this, group = header.groups[state.group], moment = group.moments[state.moment];
     const shown = { ...state, direction: this.direction };
-    this.values = this.attention.of(shown, state.layer, state.head);
-    for (const { layer, head, button, context, pixels } of this.thumbnails) {
-      const values = this.attention.of(shown, layer, head);
-      const largest = largestOf(this, values);
-      paint(this, values, pixels.data, this.tables[state.colors], (value) => this.place(value, largest));
-      context.putImageData(pixels, 0, 0);
-      const isShown = layer === state.layer && head === state.head;
-      button.setAttribute("aria-pressed", isShown);
-      button.tabIndex = isShown ? 0 : -1;
-    }
-    this.largest = largestOf(this, this.values);
+    for (const thumbnail of this.thumbnails) this.drawThumbnail(thumbnail, shown);
+    this.map = this.mapOf(shown, state.layer, state.head);
+    this.largest = largestOf(this.map);
     let passing = 0;
     for (const { group: of, picture, button } of this.pictures) {
       const last = header.groups[of].moments.at(-1), at = of === state.group ? moment : last;
@@ -269,16 +276,18 @@ class Page {
     element("notice").textContent = notes.join(" ");
     element("own-scales").hidden = state.colors === "relative";
     this.tokens.forEach((button, token) => {
-      button.firstChild.style.background = this.color(this.values[token]);
-      button.lastChild.textContent = percent(this.values[token]);
+      const { layout, weights } = this.map, value = token < (layout.prefix ?? 0) && weights ? weights[token] : null;
+      button.firstChild.style.background = value === null ? "" : this.color(value, layout.all_keys);
+      button.lastChild.textContent = value === null ? "–" : percent(value);
       button.setAttribute("aria-pressed", token === state.query);
       button.classList.toggle("pinned", this.state.pinned && token === state.query);
     });
     drawComparison(this, shown);
-    element("caption").textContent = this.caption();
+    element("caption").textContent = captionOf(this);
+    this.drawList();
     this.drawMap(element("map"));
     drawScale(this);
-    this.drawNumbers();
+    element("numbers").replaceChildren(...numbersOf(this).map(([name, text]) => made("div", {}, made("dt", {}, name), made("dd", {}, text))));
     element("time").hidden = group.moments.length < 2;
     if (group.moments.length > 1) drawChart(this, group, moment);
     for (const name of ["direction", "colors", "opacity", "filter"]) element(name).value = state[name];
@@ -288,32 +297,53 @@ class Page {
     this.addressTimer = setTimeout(() => location.protocol !== "about:" && history.replaceState(null, "", this.address), 150);
   }
 
-  caption() {
-    const { state } = this, group = this.header.groups[state.group], moment = group.moments[state.moment];
-    const picture = group.pictures[state.picture], predicted = moment.predicted[state.picture];
-    const probability = moment.probability[state.picture];
-    const said = [picture.label === null ? null : `class ${picture.label}`,
-      predicted === null ? null : `predicted ${predicted}` + (probability === null ? "" : ` (${percent(probability)})`)];
-    const query = this.direction === "row" ? `what the ${nameOfToken(state.query, this.layout)} attends to`
-      : `what attends to the ${nameOfToken(state.query, this.layout)}`;
-    return [[picture.name, ...said.filter((each) => each !== null)].join(", "), nameOfMap(state.layer, state.head, this.layout),
-      query + (this.state.pinned ? ", pinned" : ""), moment.title].join(" · ");
+  /** Return a column of a layer as it is drawn: its weights by token (null: it has no such query), and the cells of its map,
+   * or of the whole matrix where its places are not known. */
+  mapOf(view, layer, head) {
+    const layout = this.attention.layouts[layer], weights = this.attention.of(view, layer, head);
+    if (!layout.grid) return { layout, weights, grid: [layout.windows * layout.rows, layout.keys], times: () => layout.all_keys,
+      values: this.attention.matrix(view, layer, head) };
+    const times = timesUniform(layout, tokenIn(layout, view.query, this.layout), view.direction === "row");
+    return { layout, weights, grid: layout.grid, values: weights && weights.subarray(layout.prefix), times: (cell) => times(cell + layout.prefix) };
   }
 
-  /** Return the place of a value in the colour table, 0 to 255; of shares, `largest` is at its end. */
-  place(value, largest = this.largest) {
-    const share = this.state.colors === "relative"
-      ? onRelativeScale(value, this.layout.tokens, this.header.doublings) : value / (largest || 1);
+  drawThumbnail({ layer, head, button, context }, shown) {
+    const map = this.mapOf(shown, layer, head), [height, width] = map.grid, { canvas } = context, largest = largestOf(map);
+    if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+    const pixels = context.createImageData(width, height);
+    if (map.values) paint(map.values, pixels.data, this.tables[shown.colors], (value, cell) => this.place(value, map.times(cell), largest));
+    context.putImageData(pixels, 0, 0);
+    const isShown = layer === shown.layer && head === shown.head;
+    button.setAttribute("aria-pressed", isShown);
+    button.tabIndex = isShown ? 0 : -1;
+  }
+
+  /** Say what is peculiar of the layer that is shown, and list its queries where they are no patches. */
+  drawList() {
+    const { layout } = this.map, isList = !layout.are_queries_patches;
+    element("about-layer").textContent = aboutLayer(this);
+    element("items").hidden = !isList;
+    if (!isList) return;
+    element("item").max = layout.windows * layout.rows;
+    element("item").value = this.state.item + 1;
+    element("item").setAttribute("aria-valuetext", nameOfQuery(this));
+    element("item-name").textContent = nameOfQuery(this);
+  }
+
+  /** Return the place of a weight in the colour table, 0 to 255: of `times` it, relative to uniform, or as a share of the
+   * largest. */
+  place(value, times, largest = this.largest) {
+    const share = this.state.colors === "relative" ? onRelativeScale(value, times, this.header.doublings) : value / (largest || 1);
     return Math.round(255 * Math.min(1, share));
   }
 
-  color(value) {
-    const table = this.tables[this.state.colors], at = 3 * this.place(value);
+  color(value, times) {
+    const table = this.tables[this.state.colors], at = 3 * this.place(value, times);
     return `rgb(${table[at]} ${table[at + 1]} ${table[at + 2]})`;
   }
 
   drawMap(canvas) {
-    const { state, layout } = this, [height, width] = layout.image;
+    const { state, map } = this, [height, width] = this.header.image;
     const side = canvas.parentElement.clientWidth, ratio = devicePixelRatio || 1;
     const shown = Math.round(Math.min(side, 460) * ratio);
     if (canvas.width !== shown) {
@@ -321,58 +351,10 @@ class Page {
       canvas.height = Math.round((shown * height) / width);
     }
     canvas.style.width = `${shown / ratio}px`;
-    drawOverlay(this, canvas.getContext("2d"), canvas.width, canvas.height, this.values, state, this.largest);
-    canvas.setAttribute("aria-label", `Map of ${layout.grid[0]} by ${layout.grid[1]} patches. ${this.caption()}`);
-  }
-
-  drawNumbers() {
-    const { state, layout, values } = this, numbers = [];
-    const largest = values.indexOf(values.reduce((one, other) => Math.max(one, other)));
-    if (largest < 0) numbers.push(["no numbers", "the attention is not a number here"]);
-    else if (this.direction === "row") {
-      const entropy = this.attention.entropyOfView(state, state.query, values);
-      const of = ["", " of the mean map", " of the rollout"][Math.max(0, state.head - layout.heads + 1)];
-      numbers.push([`entropy${of}`, `${entropy.toFixed(2)} nats of ${Math.log(layout.tokens).toFixed(2)}`]);
-      numbers.push(["effective tokens", `${Math.exp(entropy).toFixed(1)} of ${layout.tokens}`]);
-      numbers.push(["largest", `${percent(values[largest])}, ${nameOfToken(largest, this.layout)}`]);
-      numbers.push(["itself", percent(values[state.query])]);
-      if (state.query >= layout.prefix) numbers.push(["mean distance", `${distanceOf(values, state.query, layout).toFixed(1)} pixels`]);
-    } else {
-      const mean = values.reduce((one, other) => one + other) / layout.tokens;
-      numbers.push(["receives", `${percent(mean)} of all attention, ${(mean * layout.tokens).toFixed(2)}× uniform`]);
-      numbers.push(["most from", `${nameOfToken(largest, this.layout)}, ${percent(values[largest])} of its attention`]);
-    }
-    element("numbers").replaceChildren(...numbers.map(([name, text]) => made("div", {}, made("dt", {}, name), made("dd", {}, text))));
-  }
-
-  // --- taken along ---
-
-  async copied(text, what) {
-    try {
-      await navigator.clipboard.writeText(text);
-    } catch {
-      const area = made("textarea", { value: text });
-      document.body.append(area);
-      area.select();
-      const isCopied = document.execCommand("copy");
-      area.remove();
-      if (!isCopied) return this.say(`the browser does not let ${what} be copied`);
-    }
-    this.say(`${what} copied`);
-  }
-
-  /** Say for a while what was done. */
-  say(text) {
-    element("done").textContent = text;
-    clearTimeout(this.said);
-    this.said = setTimeout(() => (element("done").textContent = ""), 4000);
-  }
-
-  saved(blob, name) {
-    const link = made("a", { href: URL.createObjectURL(blob), download: name });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-    this.say(`${name} saved`);
+    canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
+    drawOverlay(this, canvas.getContext("2d"), canvas.width, canvas.height, map, state, this.largest);
+    const what = map.layout.grid ? `Map of ${map.grid[0]} by ${map.grid[1]} patches` : `Matrix of ${map.grid[0]} queries by ${map.grid[1]} keys`;
+    canvas.setAttribute("aria-label", `${what}. ${captionOf(this)}`);
   }
 }
 

@@ -13,7 +13,10 @@ from markupsafe import Markup
 from attention_visualizer.explorer.contents import Contents, deflated
 
 FILE_NAME = "attention_explorer.html"
-ROOM, SCRIPTS = "attention_visualizer.explorer", ("attention.js", "drawing.js", "explorer.js")
+ROOM, SCRIPTS = (
+    "attention_visualizer.explorer",
+    ("attention.js", "words.js", "address.js", "drawing.js", "saved.js", "explorer.js"),
+)
 
 
 def render(contents: Contents) -> str:

@@ -16,8 +16,8 @@ from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry, Size
 from attention_visualizer.attention.gradients import gradients_only
 from attention_visualizer.attention.outputs import predict
 from attention_visualizer.measures import map_measures
+from attention_visualizer.measures.attention_rows import LayerRows, RowCollector, of_all_images
 from attention_visualizer.measures.map_measures import Query
-from attention_visualizer.measures.quantised_rows import QuantisedRows, concatenated, stacked
 from attention_visualizer.support.errors import UserError, ran_out_of_memory
 
 
@@ -27,6 +27,14 @@ class RolloutOptions:
 
     fusion: map_measures.Fusion = "mean"  # how it joins the heads of a layer
     discard: float = 0.0  # the share of each row's keys, those of least weight, that it drops
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Which rows of the attention to keep."""
+
+    max_bytes: int  # of all images together; none are kept of more
+    stride: int = 1  # as in RowLayout
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,8 @@ class Observation:
     probability: NDArray[Any]  # of the predicted class, [image], NaN where it is not known
     reconstruction_error: float  # the largest of all layers
     num_classes: int = 0  # that the model gives scores of
-    #: All attention, [image, layer, head, query, key]; None where it was not asked for or would take too much, or
-    #: where layers do not hand on the same tokens.
-    rows: QuantisedRows | None = None
+    #: All attention, also of layers without a place; None where it was not asked for or would take too much.
+    rows: tuple[LayerRows, ...] | None = None
 
     @property
     def num_keys(self) -> tuple[int, ...]:
@@ -75,7 +82,8 @@ class ObservationCollector:
         image_size: Size | None = None,
         query: Query | None = None,
         rollout: RolloutOptions | None = None,
-        row_bytes: int = 0,
+        rows: RowOptions | None = None,
+        num_images: int = 1,
     ) -> None:
         self.image_size = image_size  # pixels, for maps that are drawn over images; None: maps are of patches
         self.query = query
@@ -86,8 +94,8 @@ class ObservationCollector:
         self.queries: list[Query] = []
         self.is_sequence = True  # whether each layer so far depends on what the one before gave
         self.rollout: Tensor | None = None
-        self.rows: list[QuantisedRows] | None = [] if row_bytes else None
-        self.row_bytes = row_bytes  # the most that they may take
+        self.rows = None if rows is None else RowCollector(rows.max_bytes, rows.stride)
+        self.num_images = num_images
         self.most_weights = 0  # of one layer
         self.columns: dict[str, list[Tensor]] = {
             name: [] for name in ("maps", "rollouts", "entropy", "self", "distance")
@@ -96,6 +104,8 @@ class ObservationCollector:
     def __call__(self, layer: AttentionLayer) -> None:
         self.most_weights = max(self.most_weights, layer.weights.numel())
         layer = layer.in_usual_order()
+        if self.rows is not None:
+            self.rows.add(layer, self.num_images)
         geometry, weights = layer.geometry, layer.weights
         if geometry is None:
             self.left_out.append(layer.name)
@@ -115,18 +125,6 @@ class ObservationCollector:
         if self.is_sequence and self.is_single_token_stream(weights):
             self.rollout = map_measures.rollout_step(self.rollout, weights, self.options.fusion, self.options.discard)
             self.columns["rollouts"].append(query_maps(self.rollout[:, None], geometry, query)[:, 0])
-            self._keep_rows(weights)
-        else:
-            self.rows = None
-
-    def _keep_rows(self, weights: Tensor) -> None:
-        if self.rows is None:
-            return
-        taken = sum(each.nbytes for each in self.rows)
-        if taken + weights.numel() > self.row_bytes or (self.rows and self.rows[0].codes.shape != weights.shape):
-            self.rows = None
-        else:
-            self.rows.append(QuantisedRows.of(weights))
 
     def is_single_token_stream(self, weights: Tensor) -> bool:
         """Return whether all layers so far attend over the same tokens, unwindowed, as rollout requires."""
@@ -174,7 +172,7 @@ class ObservationCollector:
             predicted=predicted,
             probability=probability,
             reconstruction_error=reconstruction_error,
-            rows=stacked(self.rows, axis=1) if self.rows and len(self.rows) == len(names) + len(left_out) else None,
+            rows=tuple(self.rows.layers) if self.rows is not None and self.rows.layers is not None else None,
         )
 
 
@@ -191,21 +189,21 @@ def observe(
     geometry: Geometry | None = None,
     rollout: RolloutOptions | None = None,
     gradients: bool = False,
-    row_bytes: int = 0,
+    rows: RowOptions | None = None,
 ) -> Observation:
     """Run `model` on images [image, channel, height, width]; `query` None is the one that the model reads out.
 
     The model should be in eval mode; `geometry` is for models that do not declare theirs; `gradients` for those whose
-    forward asks for them; `row_bytes` is the most that `Observation.rows` may take. Large images go one by one and
-    small ones together, so that memory is about one's; where even that ends, fewer go together. Raise CaptureError when
+    forward asks for them; `rows` for `Observation.rows`. Large images go one by one and small ones together, so that
+    memory is about one's; where even that ends, fewer go together. Raise CaptureError when
     attention cannot be captured, and UserError when no layer's place on the image is known.
     """
     size = (images.shape[-2], images.shape[-1])
     parts: list[Observation] = []
     start, number = 0, 1
     while start < len(images):
-        collector = ObservationCollector(size, query, rollout, row_bytes)
         part = images[start : start + number]
+        collector = ObservationCollector(size, query, rollout, rows, len(part))
         try:
             parts.append(_observe_part(model, part, collector, geometry, gradients))
         except Exception as error:
@@ -214,12 +212,12 @@ def observe(
                 continue
             if start or len(images) == 1 or ran_out_of_memory(error):
                 raise
-            collector = ObservationCollector(size, query, rollout, row_bytes)
+            collector = ObservationCollector(size, query, rollout, rows, len(images))
             parts.append(_observe_part(model, images, collector, geometry, gradients))
             break  # with one image alone, some models drop the batch axis
         start += len(part)
         number = min(number, len(part)) if start > 1 else max(1, MAX_WEIGHTS // max(collector.most_weights, 1))
-    return joined(parts, row_bytes)
+    return joined(parts, rows.max_bytes if rows else 0)
 
 
 def _observe_part(
@@ -236,7 +234,7 @@ def _observe_part(
     return observation if scores is None else replace(observation, num_classes=scores.logits.shape[1])
 
 
-def joined(parts: list[Observation], row_bytes: int) -> Observation:
+def joined(parts: list[Observation], max_bytes: int) -> Observation:
     """Return the observation of all images from those of some each."""
     first = parts[0]
     if len(parts) == 1:
@@ -244,11 +242,11 @@ def joined(parts: list[Observation], row_bytes: int) -> Observation:
     arrays = {name: [getattr(part, name) for part in parts] for name in OF_IMAGES if getattr(first, name) is not None}
     whole: dict[str, Any] = {name: np.concatenate(each) for name, each in arrays.items()}
     rows = [part.rows for part in parts if part.rows is not None]
-    is_small = len(rows) == len(parts) and sum(each.codes.nbytes for each in rows) <= row_bytes
+    is_small = len(rows) == len(parts) and sum(each.rows.nbytes for layers in rows for each in layers) <= max_bytes
     return replace(
         first,
         **whole,
-        rows=concatenated(rows) if is_small else None,
+        rows=of_all_images(rows) if is_small else None,
         reconstruction_error=max(part.reconstruction_error for part in parts),
     )
 

@@ -26,17 +26,23 @@ class QuantisedRows:
     entropy: Array  # float16 [..., query], nats, of the weights themselves
 
     @classmethod
-    def of(cls, weights: Tensor) -> QuantisedRows:
-        """weights: [..., query, key], each row a distribution over the keys."""
+    def of(cls, weights: Tensor, entropy: Tensor | None = None) -> QuantisedRows:
+        """weights: [..., query, key], each row a distribution over the keys; entropy: where that is of more keys than
+        these."""
         weights = weights.detach().float().cpu()
         maximum = weights.amax(dim=-1).half()
         scale = maximum.float().clamp_min(torch.finfo(torch.float16).smallest_normal)
         codes = (weights / scale[..., None] * STEPS).round().clamp_max(STEPS).to(torch.uint8)
-        return cls(codes.numpy(), maximum.numpy(), attention_entropy(weights).half().numpy())
+        entropy = attention_entropy(weights) if entropy is None else entropy.detach().cpu()
+        return cls(codes.numpy(), maximum.numpy(), entropy.half().numpy())
 
     def weights(self) -> Array:
         """Return the weights as they can be told from the codes: float32 [..., query, key]."""
         return self.codes.astype(np.float32) / STEPS * self.maximum.astype(np.float32)[..., None]
+
+    def at(self, number: int) -> QuantisedRows:
+        """Return the rows of one entry of the second axis."""
+        return QuantisedRows(*(getattr(self, name)[:, number] for name in FIELDS))
 
     @property
     def nbytes(self) -> int:

@@ -19,7 +19,8 @@ from attention_visualizer.attention.inputs import as_input
 from attention_visualizer.attention.model_search import FoundModel, find_model
 from attention_visualizer.data.class_names import declared_class_names
 from attention_visualizer.figures import attention_figures as figures
-from attention_visualizer.measures.observation import Observation, observe
+from attention_visualizer.measures.attention_rows import of_one_layout
+from attention_visualizer.measures.observation import Observation, RowOptions, observe
 from attention_visualizer.measures.streaming import AttentionStatistics
 from attention_visualizer.runs.history import MAX_ROW_BYTES, AttentionHistory
 from attention_visualizer.support.errors import UserError
@@ -308,7 +309,7 @@ class AttentionLogger(Callback):
             return  # a validation right after an early frame, or a batch of accumulated gradients
         with unnoticed(trainer, pl_module):
             geometry, gradients = self.geometry, found.needs_gradients
-            observation = observe(found.runs, self._probes, None, geometry, None, gradients, row_bytes=MAX_ROW_BYTES)
+            observation = observe(found.runs, self._probes, None, geometry, None, gradients, RowOptions(MAX_ROW_BYTES))
         if not found.num_classes:
             nothing = np.full_like(observation.predicted, -1), np.full_like(observation.probability, np.nan)
             observation = replace(observation, predicted=nothing[0], probability=nothing[1])
@@ -319,7 +320,7 @@ class AttentionLogger(Callback):
             rank_zero_info(f"AttentionLogger: {name}, {size_of_attention(observation)}{command}")
             self._loggers.log_chart_layout(observation.entropy.shape[1], self.per_head_scalars)
         frame = frame_of(observation, trainer.global_step, progress_in_epochs(trainer))
-        self.history.add_frame(frame, observation.rows)
+        self.history.add_frame(frame, of_one_layout(observation.rows))
         scalars, descriptions = probe_scalars(frame["entropy"], len(self._probes))
         self._loggers.log_scalars(scalars, trainer.global_step, descriptions)
         if self._loggers.take_images:

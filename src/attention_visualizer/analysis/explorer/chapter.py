@@ -13,17 +13,20 @@ from numpy.typing import NDArray
 from attention_visualizer.analysis.needs import ChapterWriter
 from attention_visualizer.analysis.runs.surveyed_runs import images_as_trained
 from attention_visualizer.analysis.study.samples import Sample
-from attention_visualizer.analysis.study.study import Study, thumbnail
+from attention_visualizer.analysis.study.study import Study, left_out_note, thumbnail
 from attention_visualizer.analysis.study.target import Target
-from attention_visualizer.explorer.contents import Contents, Group, Layout, Moment, Picture
+from attention_visualizer.explorer.contents import Contents, Group, Layer, Moment, Picture, png
 from attention_visualizer.explorer.page import FILE_NAME, render
 from attention_visualizer.figures.attention_figures import class_name, moment
 from attention_visualizer.files.atomic import write_text
-from attention_visualizer.measures.observation import Observation
+from attention_visualizer.measures.attention_rows import LayerRows, RowLayout, of_one_layout
+from attention_visualizer.measures.observation import Observation, RowOptions
 from attention_visualizer.report.chapter import Chapter, FigureFile
 from attention_visualizer.runs.history import AttentionHistory
 
-MAX_BYTES = 12 * 2**20  # of the samples' rows: with base64, and little gained by deflating, some 16 MB of a page
+FRAME_BYTES = 200_000  # of a page without attention and pictures, at most
+STRIDES = (1, 2, 3, 4, 6, 8, 12, 16)  # that are tried one after the other until MIN_SAMPLES fit
+MIN_SAMPLES = 2
 PROBES, SAMPLES = "Images that training was watched on", "Samples, by the weights of this report"
 
 
@@ -47,47 +50,100 @@ def write_page(study: Study, contents: Contents) -> int:
 
 
 def contents_of(study: Study) -> Contents | None:
-    """Return what the page shows: training, the samples, and the samples by the runs that are compared. None for a
-    model that it cannot show."""
-    observation = observed(study.target, study.samples)
+    """Return what the page shows: training, the samples, and the samples by the runs that are compared. None where not
+    even a few rows of one sample fit.
+
+    Of the bytes that `explorer_mb=` leaves, training takes half at the most, and the others share the rest.
+    """
+    others = [run for run in study.compared_runs if not run.is_analysed]
+    pictures = [picture_of(sample, study.target.images.class_names) for sample in study.samples]
+    images = [*pictures * (1 + len(others)), *probe_pictures(study.history)]
+    # As if nothing were gained by deflating; base64 makes 4 bytes of 3.
+    limit = (study.explorer_bytes - FRAME_BYTES - sum(len(png(each.pixels)) for each in images)) * 3 // 4
+    moments = moments_that_fit(study.history, limit // 2)
+    for_each = (limit - sum(each["codes"].nbytes for each in moments)) // (1 + len(others))
+    observation = observed(study.target, study.samples, for_each)
     if observation is None or observation.rows is None:
         return None
-    shape = observation.rows.codes.shape  # [image, layer, head, query, key]
+    rows = observation.rows
     samples = study.samples[: len(observation.predicted)]
-    warnings = [study.output.watermark] if study.output.watermark else []
-    if len(samples) < len(study.samples):
-        warnings.append(f"{len(samples)} of {len(study.samples)} samples are here: more would make the page too large")
+    warnings = notes_on(study, observation)
     groups = [samples_of(study, samples, ("samples", SAMPLES), study.weights.split(";")[0], observation)]
-    for run in study.compared_runs:
-        if run.is_analysed:
-            continue
+    for run in others:
         target = replace(study.target, model=run.loaded.build_model().to(study.target.device))
-        other = observed(target.with_images(images_as_trained(run, study)), samples)
-        if other is None or other.rows is None or other.rows.codes.shape != shape:
+        options = RowOptions(for_each, rows[0].layout.stride)
+        other = observe_samples(target.with_images(images_as_trained(run, study)), samples, options)
+        if other.rows is None or [shape_of(each) for each in other.rows] != [shape_of(each) for each in rows]:
             warnings.append(f"{run.label} has other layers, heads or tokens: it is not here")
         else:
             names = f"run{len(groups)}", f"Samples, by {run.label}"
             groups.append(samples_of(study, samples, names, run.label, other))
-    history = study.history
-    if history is not None and history.rows:
-        if all(entry["codes"].shape[1:] == shape[1:] for entry in history.rows):
-            groups.insert(0, probes_of(history))
+    whole = of_one_layout(rows)
+    if study.history is not None and moments:
+        if whole is not None and all(each["codes"].shape[1:] == whole.codes.shape[1:] for each in moments):
+            groups.insert(0, probes_of(study.history, moments))
+            if len(moments) < len(study.history.rows):
+                warnings.append(f"{len(moments)} of {len(study.history.rows)} moments are here: {TOO_LARGE}")
         else:
             warnings.append("the history is of other layers, heads or tokens: it is not here")
-    layout = Layout(observation.geometries[0], shape[1], shape[2], study.target.images.shape[1:])
+    layers = [Layer(each.name, each.layout, each.rows.codes.shape[1]) for each in rows]
     facts = [("report of", study.weights.split(";")[0]), ("data", study.target.images.title)]
-    return Contents("Attention explorer", facts, warnings, layout, groups)
+    in_sequence = observation.rollouts is not None and whole is not None
+    return Contents("Attention explorer", facts, warnings, layers, study.target.images.shape[1:], in_sequence, groups)
 
 
-def observed(target: Target, samples: Sequence[Sample]) -> Observation | None:
-    """Observe as many of the samples as fit MAX_BYTES, with all rows; None where not even one does, or where layers do
-    not hand on the same tokens."""
-    images = torch.stack([sample.image for sample in samples])
-    first = target.observe(images[:1], row_bytes=MAX_BYTES)
-    if first.rows is None:
-        return None
-    count = min(len(images), MAX_BYTES // first.rows.codes.nbytes)
-    return first if count == 1 else target.observe(images[:count], row_bytes=MAX_BYTES)
+def shape_of(layer: LayerRows) -> tuple[RowLayout, int]:
+    return layer.layout, layer.rows.codes.shape[1]
+
+
+def moments_that_fit(history: AttentionHistory | None, max_bytes: int) -> list[dict[str, NDArray[Any]]]:
+    """Return the history's entries of rows, as many as fit, evenly spaced, the first and the last among them."""
+    entries = [] if history is None else history.rows
+    count = max(1, min(len(entries), max_bytes // entries[0]["codes"].nbytes)) if entries else 0
+    chosen = np.linspace(len(entries) - 1, 0, count).round().astype(int)[::-1]
+    return [entries[number] for number in chosen]
+
+
+def notes_on(study: Study, observation: Observation) -> list[str]:
+    """Return what a reader must know first."""
+    assert observation.rows is not None
+    # Layers that other figures leave out are here, as matrices.
+    warnings = [note for note in study.output.watermark.split("; ") if note and note != left_out_note(observation)]
+    unseen = sorted(set(observation.left_out) - {each.name for each in observation.rows})
+    if unseen:
+        warnings.append(f"the attention of {', '.join(unseen[:3])}{' and others' * (len(unseen) > 3)} is not seen")
+    number, stride = len(observation.predicted), observation.rows[0].layout.stride
+    if number < len(study.samples):
+        warnings.append(f"{number} of {len(study.samples)} samples are here: {TOO_LARGE}")
+    if stride > 1:
+        warnings.append(
+            f"patches are shown in cells of {stride} x {stride}: a query is a cell's middle patch, a key all of its "
+            f"patches together; in windows, or where queries are no patches, some queries stand for all. {TOO_LARGE}"
+        )
+    return warnings
+
+
+def observed(target: Target, samples: Sequence[Sample], max_bytes: int) -> Observation | None:
+    """Observe as many of the samples as fit, in the smallest cells in which a few do; None where not even one does."""
+    few = samples[:MIN_SAMPLES]
+    for stride in STRIDES:
+        options = RowOptions(max_bytes, stride)
+        first = observe_samples(target, few, options)
+        if first.rows is None:
+            continue
+        of_image = sum(each.layout.nbytes(each.rows.codes.shape[1]) for each in first.rows)
+        count = min(len(samples), max_bytes // of_image)
+        return first if count == len(few) else observe_samples(target, samples[:count], options)
+    return None
+
+
+def observe_samples(target: Target, samples: Sequence[Sample], options: RowOptions) -> Observation:
+    return target.observe(torch.stack([sample.image for sample in samples]), options)
+
+
+def picture_of(sample: Sample, class_names: Sequence[str]) -> Picture:
+    label = None if sample.label is None else class_name(class_names, sample.label)
+    return Picture(thumbnail(sample.image), sample.source, label)
 
 
 def samples_of(
@@ -96,27 +152,32 @@ def samples_of(
     """The samples at one moment: by these weights. names: the group's in addresses, and its title."""
     assert observation.rows is not None
     classes = study.target.images.class_names
-    labels = [None if sample.label is None else class_name(classes, sample.label) for sample in samples]
-    pictures = [
-        Picture(thumbnail(sample.image), sample.source, label) for sample, label in zip(samples, labels, strict=True)
-    ]
-    return Group(*names, pictures, [Moment(weights, None, observation.rows, *answers(vars(observation), classes))])
+    moment = Moment(weights, None, [each.rows for each in observation.rows], *answers(vars(observation), classes))
+    return Group(*names, [picture_of(sample, classes) for sample in samples], [moment])
 
 
-def probes_of(history: AttentionHistory) -> Group:
-    """The probe images, at the moments that the history keeps whole rows of."""
+def probe_pictures(history: AttentionHistory | None) -> list[Picture]:
+    if history is None or not history.rows:
+        return []
     names = [str(name) for name in history.probe["class_names"]]
-    pictures = [
+    return [
         Picture(image, f"probe image {number}", class_name(names, int(label)) if label >= 0 else None)
         for number, (image, label) in enumerate(zip(history.probe["images"], history.probe["labels"], strict=True), 1)
     ]
+
+
+def probes_of(history: AttentionHistory, entries: Sequence[dict[str, NDArray[Any]]]) -> Group:
+    """The probe images, at these moments that the history keeps whole rows of."""
+    names = [str(name) for name in history.probe["class_names"]]
     moments = []
-    for entry in history.rows:
-        frame = history.frames[int(entry["frame"])]
+    for entry in entries:
+        frame, rows = history.frames[int(entry["frame"])], history.rows_of(entry)
         step = int(frame["step"])
         title = moment(float(frame["epoch"]), step)
-        moments.append(Moment(title, step, history.rows_of(entry), *answers(frame, names)))
-    return Group("training", PROBES, pictures, moments)
+        moments.append(
+            Moment(title, step, [rows.at(number) for number in range(rows.codes.shape[1])], *answers(frame, names))
+        )
+    return Group("training", PROBES, probe_pictures(history), moments)
 
 
 def answers(observed: dict[str, NDArray[Any]], names: Sequence[str]) -> tuple[list[str | None], list[float | None]]:
@@ -131,5 +192,7 @@ CHAPTER = ChapterWriter("Explorer", write, ("attention_explorer",))
 TEXT = """An interactive page shows each head's attention from any patch, or to it, on {what}. It opens
 without a server and fetches nothing. Weights are in 255ths of their row's maximum."""
 
-UNSUITABLE = """The explorer needs layers that hand on the same tokens, without windows or pooling, and few enough of
-them; this model's are not."""
+TOO_LARGE = "more would make the page larger than explorer_mb= says"
+
+UNSUITABLE = """Not even a few rows of the attention on one sample fit into a page of this size: explorer_mb= makes it
+larger."""

@@ -46,6 +46,14 @@ LUCK_IMAGES = 200  # that it classifies, to see how many it gets right by luck
 FIRST_CONTROL = 1000  # the seed of the first control: no run is likely to have it
 
 
+def left_out_note(observation: Observation) -> str:
+    """Return what figures say of layers that they do not show; "" where they show all."""
+    if not observation.left_out:
+        return ""
+    shown, number = len(observation.layer_names), len(observation.layer_names) + len(observation.left_out)
+    return f"only the {shown} of {number} layers whose keys have a known position on the image"
+
+
 class ProgressMessages:
     """What a chapter is doing at the moment, for whoever shows it."""
 
@@ -77,6 +85,7 @@ class Study:
     head_layers: HeadLayers = "all"
     progress: ProgressMessages = field(default_factory=ProgressMessages)
     weights_digest: str | None = None  # the first 16 hex digits of the weights' SHA-256, where it is known
+    explorer_bytes: int = 25_000_000  # of the explorer's page, at most
     controls_folder: Path | None = None  # where control models that were trained are kept for the next analysis
     errors: list[float] = field(default_factory=list)  # reconstruction errors that the captures of this study measured
 

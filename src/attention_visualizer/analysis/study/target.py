@@ -19,7 +19,7 @@ from attention_visualizer.attention.inputs import input_type
 from attention_visualizer.attention.outputs import class_scores, predict
 from attention_visualizer.data.image_sets import ImageSet
 from attention_visualizer.measures.map_measures import Query
-from attention_visualizer.measures.observation import Observation, RolloutOptions, observe
+from attention_visualizer.measures.observation import Observation, RolloutOptions, RowOptions, observe
 
 MAX_IMAGES = 500  # at once
 MAX_LAYER_BYTES = 2**28  # of the attention weights of one layer, of all images at once
@@ -82,11 +82,10 @@ class Target:
                 None if labels is None else labels[batch].to(self.device),
             )
 
-    def observe(self, images: Tensor, row_bytes: int = 0) -> Observation:
-        """Capture the attention on uint8 images [image, channel, height, width]. row_bytes: the most that
-        `Observation.rows` may take."""
+    def observe(self, images: Tensor, rows: RowOptions | None = None) -> Observation:
+        """Capture the attention on uint8 images [image, channel, height, width]."""
         images = self.model_input(images)
-        return observe(self.model, images, self.query, self.geometry, self.rollout, row_bytes=row_bytes)
+        return observe(self.model, images, self.query, self.geometry, self.rollout, rows=rows)
 
     @cached_property
     def first_observation(self) -> Observation:

@@ -1,0 +1,76 @@
+// What the page says of tokens, maps and the view that is shown.
+
+/** Return what to call a token, or a key of a layer without patches. */
+function nameOfToken(token, layout) {
+  if (!layout.grid) return `key ${token + 1}`;
+  if (token >= layout.prefix) {
+    const patch = token - layout.prefix, kind = layout.has_cells ? "cell" : "patch";
+    return `${kind} in row ${Math.floor(patch / layout.grid[1]) + 1}, column ${(patch % layout.grid[1]) + 1}`;
+  }
+  const isClass = token === 0 && layout.class_token !== "absent";
+  return isClass ? "class token" : `prefix token ${token + 1}`;
+}
+
+/** Return what to call a map: a head's, that of a layer or a rollout. */
+function nameOfMap(layer, head, header) {
+  const most = headsOf(header);
+  if (head < most) return `head ${layer + 1}.${head + 1}`;
+  return head === most ? `layer ${layer + 1}, mean over heads` : `rollout up to layer ${layer + 1}`;
+}
+
+/** Return what to call the query of the layer that is shown. */
+function nameOfQuery(page) {
+  const { layout } = page.map, { query, item } = page.state;
+  if (!layout.are_queries_patches) {
+    const row = Math.min(item, layout.windows * layout.rows - 1), step = layout.stride ** 2;
+    const window = layout.windows > 1 ? ` of window ${Math.floor(row / layout.rows) + 1}` : "";
+    return `query ${(row % layout.rows) * step + 1} of ${layout.queries}${window}`;
+  }
+  const token = tokenIn(layout, query, page.layout);
+  const middle = token < layout.prefix ? "" : layout.has_cells ? "middle of the " : layout.row_of_key ? "patch kept for the " : "";
+  return token === null ? `the ${nameOfToken(query, page.layout)}` : `the ${middle}${nameOfToken(token, layout)}`;
+}
+
+/** Return what the map that is shown is of. */
+function captionOf(page) {
+  const { state } = page, group = page.header.groups[state.group], moment = group.moments[state.moment];
+  const picture = group.pictures[state.picture], predicted = moment.predicted[state.picture];
+  const probability = moment.probability[state.picture];
+  const said = [picture.label === null ? null : `class ${picture.label}`,
+    predicted === null ? null : `predicted ${predicted}` + (probability === null ? "" : ` (${percent(probability)})`)];
+  const query = page.direction === "row" ? `what ${nameOfQuery(page)} attends to` : `what attends to ${nameOfQuery(page)}`;
+  return [[picture.name, ...said.filter((each) => each !== null)].join(", "), nameOfMap(state.layer, state.head, page.header),
+    query + (page.state.pinned ? ", pinned" : ""), moment.title].join(" · ");
+}
+
+/** Return what is peculiar of the layer that is shown. */
+function aboutLayer(page) {
+  const { layout, weights } = page.map, texts = [], isList = !layout.are_queries_patches;
+  if (!layout.grid) texts.push(`Where this layer's keys lie on the image is not known: ${layout.unplaced}. It is drawn as a matrix, rows are queries and columns keys.`);
+  else if (isList) texts.push(`Its queries are not its ${layout.all_keys} keys, and where they lie is not measured: choose one by its number.`);
+  else if (layout.key_of_patch) texts.push(`It attends inside ${layout.windows} windows: outside of the query's, the image is bare.`);
+  if (weights === null) texts.push(isList ? "What attends to a key is not shown of such layers." : "It has no such query.");
+  return texts.join(" ");
+}
+
+/** Return the numbers that stand beside the map: name, text. */
+function numbersOf(page) {
+  const { state } = page, { layout, weights } = page.map, numbers = [], largest = weights === null ? -1 : largestIn(weights);
+  const all = layout.all_keys, token = layout.are_queries_patches ? tokenIn(layout, state.query, page.layout) : null;
+  if (largest < 0) numbers.push(["no numbers", weights === null ? "there is no such map" : "the attention is not a number here"]);
+  else if (page.direction === "row") {
+    const entropy = page.attention.entropyOfView(state, weights);
+    const of = ["", " of the mean map", " of the rollout"][Math.max(0, state.head - page.numHeads + 1)];
+    if (!Number.isNaN(entropy)) numbers.push([`entropy${of}`, `${entropy.toFixed(2)} nats of ${Math.log(all).toFixed(2)}`],
+      ["effective tokens", `${Math.exp(entropy).toFixed(1)} of ${all}`]);
+    numbers.push(["largest", `${percent(weights[largest])}, ${nameOfToken(largest, layout)}`]);
+    if (token !== null && !layout.row_of_key) numbers.push([layout.has_cells && token >= layout.prefix ? "its own cell" : "itself", percent(weights[token])]);
+    if (token !== null && token >= layout.prefix) numbers.push(["mean distance", `${distanceOf(weights, token, layout).toFixed(1)} pixels`]);
+  } else {
+    const given = weights.filter((weight) => !Number.isNaN(weight)), mean = given.reduce((one, other) => one + other) / given.length;
+    const times = page.map.times(token - layout.prefix);
+    numbers.push(["receives", `${percent(mean)} of all attention, ${(mean * times).toFixed(2)}× uniform`]);
+    numbers.push(["most from", `${nameOfToken(largest, layout)}, ${percent(weights[largest])} of its attention`]);
+  }
+  return numbers;
+}
