@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from attention_visualizer.analysis.explorer import chapter as explorer_chapter
@@ -16,7 +15,7 @@ from attention_visualizer.analysis.study.compared_runs import ComparedRun
 from attention_visualizer.analysis.study.samples import SampleChoice, find_samples
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.attention.capture import capture
-from attention_visualizer.explorer.contents import Group
+from attention_visualizer.explorer.contents import Contents, Group, png
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.runs.checkpoint import load_checkpoint
 from tests.helpers.analyses import FRAMES, Workplace, history_of, random_model, read_report, succeed
@@ -37,11 +36,13 @@ def test_the_samples_rows_are_the_models(tmp_path: Path) -> None:
     with torch.no_grad(), capture(study.target.model) as attention:
         logits = study.target.model(images)
     for number, layer in enumerate(attention):
-        error = np.abs(moment.rows.weights()[:, number] - layer.weights.numpy())
+        error = np.abs(moment.rows[number].weights() - layer.weights.numpy())
         assert (error <= layer.weights.amax(dim=-1, keepdim=True).numpy() / 255 + 1e-6).all()
     assert list(moment.predicted) == [str(label) for label in logits.argmax(dim=1).tolist()]
     assert [picture.label for picture in contents.groups[0].pictures] == [str(each.label) for each in study.samples]
-    assert contents.layout.as_json()["grid"] == list(study.target.model.grid_size)  # type: ignore[union-attr]
+    (layout,) = contents.header()["layouts"]
+    assert layout["grid"] == list(study.target.model.grid_size)  # type: ignore[union-attr]
+    assert [layer.name for layer in contents.layers] == [layer.name for layer in attention]
 
 
 def test_training_comes_first_where_the_history_has_whole_rows(tmp_path: Path, work: Workplace) -> None:
@@ -52,7 +53,8 @@ def test_training_comes_first_where_the_history_has_whole_rows(tmp_path: Path, w
     training = contents.groups[0]
     assert (training.title, len(training.pictures), len(training.moments)) == (explorer_chapter.PROBES, 3, FRAMES)
     assert [moment.step for moment in training.moments] == [int(frame["step"]) for frame in history.frames]
-    assert np.array_equal(training.moments[2].rows.codes, history.rows[2]["codes"])
+    for number, rows in enumerate(training.moments[2].rows):
+        assert np.array_equal(rows.codes, history.rows[2]["codes"][:, number])
     history.rows.clear()
     without = contents_of(explored(tmp_path, model, history=history))
     assert without is not None and len(without.groups) == 1 and not without.warnings
@@ -81,21 +83,56 @@ def test_compared_runs_show_the_same_samples(tmp_path: Path, work: Workplace) ->
         return [picture.name for picture in group.pictures]
 
     assert names(first) == names(second)
-    assert not np.array_equal(first.moments[0].rows.codes, second.moments[0].rows.codes)
+    assert not np.array_equal(first.moments[0].rows[0].codes, second.moments[0].rows[0].codes)
     assert contents.warnings[-1] == "smaller has other layers, heads or tokens: it is not here"
 
 
-def test_fewer_samples_where_all_would_be_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    contents = contents_of(explored(tmp_path))
+def limited(study: Study, rows: int, num_pictures: int = 3) -> Study:
+    """The study, whose page has room for so many bytes of rows."""
+    picture = len(png(study.target.images.read([0])[0].permute(1, 2, 0).numpy()))
+    sizes = -(-4 * rows // 3) + explorer_chapter.FRAME_BYTES + num_pictures * (picture + 100)
+    return replace(study, explorer_bytes=sizes)
+
+
+def of_image(contents: Contents) -> int:
+    return sum(layer.layout.nbytes(layer.num_heads) for layer in contents.layers)
+
+
+def test_fewer_samples_where_all_would_be_too_much(tmp_path: Path) -> None:
+    study = explored(tmp_path)
+    contents = contents_of(study)
     assert contents is not None
-    of_image = contents.groups[0].moments[0].rows.codes[0].nbytes
-    monkeypatch.setattr(explorer_chapter, "MAX_BYTES", 2 * of_image + 1)
-    fewer = contents_of(explored(tmp_path))
+    room = 2 * of_image(contents)
+    fewer = contents_of(limited(study, room + 1000))
     assert fewer is not None and len(fewer.groups[0].pictures) == 2
-    assert fewer.warnings[-1] == "2 of 3 samples are here: more would make the page too large"
-    monkeypatch.setattr(explorer_chapter, "MAX_BYTES", of_image - 1)
-    chapter = explorer_chapter.CHAPTER(explored(tmp_path))
-    assert not chapter.applies and "few enough" in chapter.text and not (tmp_path / "attention_explorer.html").exists()
+    assert fewer.warnings[-1] == f"2 of 3 samples are here: {explorer_chapter.TOO_LARGE}"
+    assert explorer_chapter.write_page(study, fewer) <= limited(study, room + 1000).explorer_bytes
+
+
+def test_cells_of_patches_where_not_even_two_samples_fit(tmp_path: Path) -> None:
+    study = explored(tmp_path)
+    contents = contents_of(study)
+    assert contents is not None
+    cells = contents_of(limited(study, of_image(contents)))
+    assert cells is not None
+    layout = cells.layers[0].layout
+    assert layout.stride > 1 and len(cells.groups[0].pictures) >= 2 and not cells.are_in_sequence
+    assert any(f"cells of {layout.stride} x {layout.stride}" in warning for warning in cells.warnings)
+    chapter = explorer_chapter.CHAPTER(limited(study, 100, num_pictures=0))
+    assert not chapter.applies and "explorer_mb=" in chapter.text
+    assert not (tmp_path / "attention_explorer.html").exists()
+
+
+def test_training_takes_half_of_the_room(tmp_path: Path, work: Workplace) -> None:
+    model = random_model()
+    history = history_of(model, work.digits)
+    study = explored(tmp_path, model, history=history)
+    of_moment = history.rows[0]["codes"].nbytes
+    contents = contents_of(limited(study, 2 * 2 * of_moment + 4000, num_pictures=6))
+    assert contents is not None and contents.groups[0].key == "training"
+    steps = [int(frame["step"]) for frame in history.frames]
+    assert [moment.step for moment in contents.groups[0].moments] == [steps[0], steps[-1]]
+    assert f"2 of {FRAMES} moments are here: {explorer_chapter.TOO_LARGE}" in contents.warnings
 
 
 def test_the_report_leads_to_the_page(work: Workplace) -> None:

@@ -20,7 +20,8 @@ from attention_visualizer.data.datamodule import ImageDataModule
 from attention_visualizer.data.images import normalise
 from attention_visualizer.data.mnist import MnistUnavailable
 from attention_visualizer.files.atomic import write_json
-from attention_visualizer.measures.observation import observe
+from attention_visualizer.measures.attention_rows import of_one_layout
+from attention_visualizer.measures.observation import RowOptions, observe
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.models.vit_config import ViTConfig
 from attention_visualizer.runs.checkpoint import CHECKPOINT_KEY, block_for
@@ -81,7 +82,7 @@ def history_of(model: VisionTransformer, digits: ImageDataModule) -> AttentionHi
         with torch.no_grad():
             for parameter in earlier.parameters():
                 parameter.mul_(0.5 + 0.1 * number)
-        seen = observe(earlier, normalise(images, digits.description), row_bytes=MAX_ROW_BYTES)
+        seen = observe(earlier, normalise(images, digits.description), rows=RowOptions(MAX_ROW_BYTES))
         entry = {
             "step": np.array(0 if number == 0 else 2**number),
             "epoch": np.array(number / 3),
@@ -94,7 +95,7 @@ def history_of(model: VisionTransformer, digits: ImageDataModule) -> AttentionHi
             "predicted": seen.predicted,
             "probability": seen.probability,
         }
-        history.add_frame(entry | probes, seen.rows)
+        history.add_frame(entry | probes, of_one_layout(seen.rows))
         if number > 2:
             history.validations.append(entry | {"images": np.array(200)})
     history.probe = {

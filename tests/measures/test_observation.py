@@ -19,8 +19,9 @@ from attention_visualizer.attention import layer_geometry, places
 from attention_visualizer.attention.capture import CaptureError, capture
 from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.measures import map_measures, observation
+from attention_visualizer.measures.attention_rows import of_one_layout
 from attention_visualizer.measures.map_measures import Query
-from attention_visualizer.measures.observation import RolloutOptions, observe
+from attention_visualizer.measures.observation import RolloutOptions, RowOptions, observe
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.support.errors import UserError
 
@@ -153,11 +154,28 @@ def test_images_are_seen_one_by_one() -> None:
 def test_rows_are_kept_where_they_were_asked_for_and_fit() -> None:
     model, images = oblong_model(), oblong_images()
     weights = captured_weights(model, images)
-    seen = observe(model, images, row_bytes=weights.size)
-    assert seen.rows is not None and seen.rows.codes.shape == weights.shape
-    assert (np.abs(seen.rows.weights() - weights) <= weights.max(axis=-1, keepdims=True) / 255 + 1e-6).all()
-    assert observe(model, images).rows is None and observe(model, images, row_bytes=weights.size - 1).rows is None
-    assert observe(swin(), torch.randn(IMAGES, 1, 12, 24), row_bytes=2**20).rows is None  # of windows and stages
+    size = weights.size + 4 * weights[..., 0].size
+    seen = observe(model, images, rows=RowOptions(size))
+    rows = of_one_layout(seen.rows)
+    assert rows is not None and rows.codes.shape == weights.shape
+    assert (np.abs(rows.weights() - weights) <= weights.max(axis=-1, keepdims=True) / 255 + 1e-6).all()
+    less = observe(model, images, rows=RowOptions(size - 1))
+    assert observe(model, images).rows is None and less.rows is None
+    assert [layout for layout, _ in less.row_layouts] == [each.layout for each in seen.rows or ()]
+
+
+def test_rows_of_windows_and_stages_are_the_models() -> None:
+    model, images = swin(), torch.randn(IMAGES, 1, 12, 24)
+    seen = observe(model, images, rows=RowOptions(2**20))
+    with torch.no_grad(), capture(model) as attention:
+        model(images)
+    assert seen.rows is not None and [each.name for each in seen.rows] == [layer.name for layer in attention]
+    for kept, layer in zip(seen.rows, attention, strict=True):
+        heads, queries, keys = layer.weights.shape[1:]
+        found = kept.rows.weights().reshape(IMAGES, heads, -1, queries, keys).swapaxes(1, 2)
+        expected = layer.weights.unflatten(0, (IMAGES, -1))
+        np.testing.assert_allclose(found, expected, atol=float(expected.max()) / 255)
+        assert kept.layout.num_windows == layer.weights.shape[0] // IMAGES and kept.layout.geometry == layer.geometry
 
 
 def test_everything_is_a_float32_array_without_a_graph() -> None:

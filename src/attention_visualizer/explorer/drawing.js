@@ -190,6 +190,21 @@ function gridCanvas(page, grid) {
   return Object.assign(page.grid, { width: grid[1], height: grid[0] });
 }
 
+/** Return the part of a map that lies in the query's window, as far as it goes; a map without windows as it is. */
+function withinWindow(map) {
+  const { grid: [height, width], values } = map;
+  if (!map.layout.key_of_patch || values === null) return map;
+  let [top, left, bottom, right] = [height, width, 0, 0];
+  values.forEach((value, cell) => {
+    if (Number.isNaN(value)) return;
+    [top, bottom] = [Math.min(top, Math.floor(cell / width)), Math.max(bottom, Math.floor(cell / width) + 1)];
+    [left, right] = [Math.min(left, cell % width), Math.max(right, (cell % width) + 1)];
+  });
+  if (bottom === 0) return map;
+  const rows = Array.from({ length: bottom - top }, (_, row) => [...values.subarray((top + row) * width + left, (top + row) * width + right)]);
+  return { ...map, grid: [bottom - top, right - left], values: Float32Array.from(rows.flat()) };
+}
+
 /** Return the largest weight that a map shows. */
 function largestOf({ values }) {
   let largest = 0;

@@ -20,8 +20,9 @@ class Page {
     this.filters = filtersOf(header);
     this.moments = header.groups.map(({ moments }) => moments.length - 1); // that were last shown of each group
     const group = header.groups[0];
-    const first = this.layout.class_token === "read" ? 0
-      : this.layout.prefix + Math.floor(this.layout.grid[0] / 2) * this.layout.grid[1] + Math.floor(this.layout.grid[1] / 2);
+    const { prefix, grid, class_token } = this.layout, having = attention.layouts.filter((layout) => layout.prefix > 0).length;
+    const isClass = class_token === "read" && 2 * having >= attention.layouts.length; // which most layers have
+    const first = isClass ? 0 : prefix + Math.floor(grid[0] / 2) * grid[1] + Math.floor(grid[1] / 2);
     this.usual = { group: 0, picture: 0, moment: group.moments.length - 1,
       layer: header.layers.length - 1, head: this.numHeads, query: first, item: 0, direction: "row", colors: "relative",
       opacity: 65, smooth: false, filter: "all", kept: null, pinned: false, unknown: [] };
@@ -86,12 +87,15 @@ class Page {
       name === "all" ? "all" : name.replace(/^confused (.*)$/s, "$1 (true, predicted)"))));
     element("link").hidden = location.protocol === "about:"; // a notebook's cell has no address of its own
     heads.style.gridTemplateColumns = `max-content repeat(${columns}, minmax(28px, ${columns > 8 ? 64 : 80}px))`;
-    heads.append(made("span"), ...Array.from({ length: columns }, (_, head) =>
-      made("span", { className: "head" }, head < numHeads ? `head ${head + 1}` : ["mean", "rollout"][head - numHeads])));
+    // With many heads, or not as many in each layer, what all layers have comes first.
+    const all = Array.from({ length: columns }, (_, column) => column), isShort = numHeads > 12;
+    this.order = isShort || header.layers.some((layer) => layer.heads < numHeads) ? [...all.slice(numHeads), ...all.slice(0, numHeads)] : all;
+    heads.append(made("span"), ...this.order.map((head) =>
+      made("span", { className: "head" }, head < numHeads ? `${isShort ? "" : "head "}${head + 1}` : ["mean", "rollout"][head - numHeads])));
     this.thumbnails = [];
     header.layers.forEach(({ name }, layer) => {
       heads.append(made("span", { className: "layer", title: name }, `layer ${layer + 1}`));
-      for (let head = 0; head < columns; head++) {
+      for (const head of this.order) {
         if (!hasColumn(header, layer, head)) {
           heads.append(made("span"));
           continue;
@@ -99,6 +103,7 @@ class Page {
         const canvas = made("canvas"), text = nameOfMap(layer, head, header);
         const button = made("button", { type: "button", className: "thumbnail", title: `${text}, ${name}` }, canvas);
         button.setAttribute("aria-label", text);
+        Object.assign(canvas.style, { aspectRatio: header.image[1] / header.image[0], objectFit: header.layouts[header.layers[layer].layout].grid ? "contain" : "fill" });
         button.onclick = () => this.show({ layer, head });
         button.onkeydown = (event) => this.moveInTable(event, layer, head);
         heads.append(button);
@@ -114,10 +119,10 @@ class Page {
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     if (!moves[event.key]) return;
     event.preventDefault();
-    let [down, across] = [layer + moves[event.key][0], head + moves[event.key][1]];
-    down = Math.min(Math.max(down, 0), this.header.layers.length - 1);
-    while (across > 0 && across < this.columns.length && !hasColumn(this.header, down, across)) across += moves[event.key][1] || -1;
-    across = Math.min(Math.max(across, 0), this.columns.length - 1);
+    const down = Math.min(Math.max(layer + moves[event.key][0], 0), this.header.layers.length - 1);
+    const there = this.order.filter((each) => hasColumn(this.header, down, each)), before = this.order.indexOf(head);
+    const at = moves[event.key][1] ? there.indexOf(head) + moves[event.key][1] : there.findLastIndex((each) => this.order.indexOf(each) <= before);
+    const across = there[Math.min(Math.max(at, 0), there.length - 1)];
     this.show({ layer: down, head: across });
     this.thumbnails.find((each) => each.layer === down && each.head === across).button.focus();
     this.speak();
@@ -308,7 +313,7 @@ class Page {
   }
 
   drawThumbnail({ layer, head, button, context }, shown) {
-    const map = this.mapOf(shown, layer, head), [height, width] = map.grid, { canvas } = context, largest = largestOf(map);
+    const map = withinWindow(this.mapOf(shown, layer, head)), [height, width] = map.grid, { canvas } = context, largest = largestOf(map);
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
     const pixels = context.createImageData(width, height);
     if (map.values) paint(map.values, pixels.data, this.tables[shown.colors], (value, cell) => this.place(value, map.times(cell), largest));

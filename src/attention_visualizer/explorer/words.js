@@ -47,6 +47,7 @@ function captionOf(page) {
 function aboutLayer(page) {
   const { layout, weights } = page.map, texts = [], isList = !layout.are_queries_patches;
   if (!layout.grid) texts.push(`Where this layer's keys lie on the image is not known: ${layout.unplaced}. It is drawn as a matrix, rows are queries and columns keys.`);
+  else if (isList && layout.queries === 1) texts.push("It has one query only.");
   else if (isList) texts.push(`Its queries are not its ${layout.all_keys} keys, and where they lie is not measured: choose one by its number.`);
   else if (layout.key_of_patch) texts.push(`It attends inside ${layout.windows} windows: outside of the query's, the image is bare.`);
   if (weights === null) texts.push(isList ? "What attends to a key is not shown of such layers." : "It has no such query.");

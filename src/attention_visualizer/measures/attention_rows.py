@@ -155,22 +155,22 @@ class LayerRows:
 
 
 class RowCollector:
-    """Keep the rows of layers, until they take more than `max_bytes`: then there are none."""
+    """Keep the rows of layers, until they take more than `max_bytes`: then there are none, only what they are of."""
 
     def __init__(self, max_bytes: int, stride: int = 1) -> None:
         self.max_bytes, self.stride = max_bytes, stride
         self.layers: list[LayerRows] | None = []
+        self.layouts: list[tuple[RowLayout, int]] = []  # of all layers, with their numbers of heads
         self.taken = 0
 
     def add(self, layer: AttentionLayer, num_images: int) -> None:
         """The layer must be in the usual order, prefix tokens first."""
-        if self.layers is None:
-            return
-        layout = RowLayout.of(layer, num_images, self.stride)
-        self.taken += num_images * layout.nbytes(layer.weights.shape[1])
+        layout, num_heads = RowLayout.of(layer, num_images, self.stride), layer.weights.shape[1]
+        self.layouts.append((layout, num_heads))
+        self.taken += num_images * layout.nbytes(num_heads)
         if self.taken > self.max_bytes or len(layer.weights) != num_images * layout.num_windows:
             self.layers = None
-        else:
+        if self.layers is not None:
             self.layers.append(LayerRows(layer.name, layout, layout.kept(layer.weights)))
 
 

@@ -16,7 +16,7 @@ from attention_visualizer.attention.geometry import NO_GEOMETRY, Geometry, Size
 from attention_visualizer.attention.gradients import gradients_only
 from attention_visualizer.attention.outputs import predict
 from attention_visualizer.measures import map_measures
-from attention_visualizer.measures.attention_rows import LayerRows, RowCollector, of_all_images
+from attention_visualizer.measures.attention_rows import LayerRows, RowCollector, RowLayout, of_all_images
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.support.errors import UserError, ran_out_of_memory
 
@@ -63,6 +63,9 @@ class Observation:
     num_classes: int = 0  # that the model gives scores of
     #: All attention, also of layers without a place; None where it was not asked for or would take too much.
     rows: tuple[LayerRows, ...] | None = None
+    row_layouts: tuple[
+        tuple[RowLayout, int], ...
+    ] = ()  # of all layers, with their numbers of heads, where rows were asked
 
     @property
     def num_keys(self) -> tuple[int, ...]:
@@ -173,6 +176,7 @@ class ObservationCollector:
             probability=probability,
             reconstruction_error=reconstruction_error,
             rows=tuple(self.rows.layers) if self.rows is not None and self.rows.layers is not None else None,
+            row_layouts=tuple(self.rows.layouts) if self.rows is not None else (),
         )
 
 

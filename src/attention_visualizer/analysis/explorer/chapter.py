@@ -25,7 +25,7 @@ from attention_visualizer.report.chapter import Chapter, FigureFile
 from attention_visualizer.runs.history import AttentionHistory
 
 FRAME_BYTES = 200_000  # of a page without attention and pictures, at most
-STRIDES = (1, 2, 3, 4, 6, 8, 12, 16)  # that are tried one after the other until MIN_SAMPLES fit
+STRIDES = (1, 2, 3, 4, 6, 8, 12, 16)  # the first with which MIN_SAMPLES fit is taken
 MIN_SAMPLES = 2
 PROBES, SAMPLES = "Images that training was watched on", "Samples, by the weights of this report"
 
@@ -116,25 +116,30 @@ def notes_on(study: Study, observation: Observation) -> list[str]:
     if number < len(study.samples):
         warnings.append(f"{number} of {len(study.samples)} samples are here: {TOO_LARGE}")
     if stride > 1:
-        warnings.append(
-            f"patches are shown in cells of {stride} x {stride}: a query is a cell's middle patch, a key all of its "
-            f"patches together; in windows, or where queries are no patches, some queries stand for all. {TOO_LARGE}"
+        layouts = [each.layout for each in observation.rows]
+        cells = (
+            f"patches are shown in cells of {stride} x {stride}, as a query by its middle patch, as a key all together"
         )
+        some = f"one query of {stride} x {stride} is here, in windows and where queries are no patches"
+        said = [cells] * any(each.has_cells for each in layouts) + [some] * any(not each.has_cells for each in layouts)
+        warnings.append("; ".join([*said, TOO_LARGE]))
     return warnings
 
 
 def observed(target: Target, samples: Sequence[Sample], max_bytes: int) -> Observation | None:
     """Observe as many of the samples as fit, in the smallest cells in which a few do; None where not even one does."""
     few = samples[:MIN_SAMPLES]
+    first = observe_samples(target, few, RowOptions(max_bytes))
     for stride in STRIDES:
-        options = RowOptions(max_bytes, stride)
-        first = observe_samples(target, few, options)
-        if first.rows is None:
-            continue
-        of_image = sum(each.layout.nbytes(each.rows.codes.shape[1]) for each in first.rows)
-        count = min(len(samples), max_bytes // of_image)
-        return first if count == len(few) else observe_samples(target, samples[:count], options)
-    return None
+        of_image = sum(replace(layout, stride=stride).nbytes(num_heads) for layout, num_heads in first.row_layouts)
+        if of_image * len(few) <= max_bytes:
+            break
+    else:
+        return None
+    count = min(len(samples), max_bytes // of_image)
+    if stride == 1 and count == len(few):
+        return first
+    return observe_samples(target, samples[:count], RowOptions(max_bytes, stride))
 
 
 def observe_samples(target: Target, samples: Sequence[Sample], options: RowOptions) -> Observation:
