@@ -46,6 +46,7 @@ from attention_visualizer.files.digests import model_digest
 from attention_visualizer.report.markdown import PAGE
 from attention_visualizer.runs.folders import ANALYSIS
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.extras import missing_package
 from attention_visualizer.support.text import print_sanitised
 
 log = logging.getLogger(__name__)
@@ -239,6 +240,18 @@ class AttentionVisualizer:
         self._sign_output()
         explorer_chapter.write_page(study, contents)
         return ShownPath(study.output.folder / FILE_NAME)
+
+    def explore_live(self, image: int = 0, explorer_mb: float = 25) -> Any:
+        """Return a widget for a notebook: the explorer of one of the images, by its number from 0, where others can be
+        asked for, heads be switched off and, of large models, every patch of a layer be shown.
+
+        Needs anywidget. Raise UserError where that is missing, and where there is no such image.
+        """
+        try:
+            from attention_visualizer.analysis.explorer.live import LiveExplorer
+        except ModuleNotFoundError as error:
+            raise missing_package("explore_live()", error, "live") from None
+        return LiveExplorer(replace(self.study, explorer_bytes=int(explorer_mb * 1e6)), image)
 
     def _draw(self, chapter: Any, stem: str, image: Any, label: int | None, i: int) -> Figure:
         sample = as_sample(image, label, i)

@@ -95,7 +95,7 @@ def test_what_is_too_much_is_not_kept_but_known() -> None:
         for name in ("first", "second"):
             collector.add(layer_of(weights, GRID, name), 2)
         assert (None if collector.layers is None else len(collector.layers)) == number
-        assert [layout.num_keys for layout, _ in collector.layouts] == [37, 37]
+        assert [layout.num_keys for _, layout, _ in collector.layouts] == [37, 37]
 
 
 def test_layers_of_the_same_tokens_are_put_together() -> None:

@@ -161,7 +161,7 @@ def test_rows_are_kept_where_they_were_asked_for_and_fit() -> None:
     assert (np.abs(rows.weights() - weights) <= weights.max(axis=-1, keepdims=True) / 255 + 1e-6).all()
     less = observe(model, images, rows=RowOptions(size - 1))
     assert observe(model, images).rows is None and less.rows is None
-    assert [layout for layout, _ in less.row_layouts] == [each.layout for each in seen.rows or ()]
+    assert [layout for _, layout, _ in less.row_layouts] == [each.layout for each in seen.rows or ()]
 
 
 def test_rows_of_windows_and_stages_are_the_models() -> None:

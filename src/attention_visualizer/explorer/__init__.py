@@ -11,6 +11,7 @@ below.
     explorer.css   how it looks
     explorer.html  its frame
     explorer.js    what it does: follows the hand, and has all drawn
+    live.js        the toolbar above the page in a notebook with a kernel
     saved.js       what is taken along: pictures and numbers
     words.js       what it says of tokens, maps and the view
 """

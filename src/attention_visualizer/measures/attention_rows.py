@@ -157,16 +157,18 @@ class LayerRows:
 class RowCollector:
     """Keep the rows of layers, until they take more than `max_bytes`: then there are none, only what they are of."""
 
-    def __init__(self, max_bytes: int, stride: int = 1) -> None:
+    def __init__(self, max_bytes: int, stride: int = 1, whole: str | None = None) -> None:
         self.max_bytes, self.stride = max_bytes, stride
+        self.whole = whole  # the name of a layer that every row is kept of
         self.layers: list[LayerRows] | None = []
-        self.layouts: list[tuple[RowLayout, int]] = []  # of all layers, with their numbers of heads
+        self.layouts: list[tuple[str, RowLayout, int]] = []  # of all layers: name, layout, number of heads
         self.taken = 0
 
     def add(self, layer: AttentionLayer, num_images: int) -> None:
         """The layer must be in the usual order, prefix tokens first."""
-        layout, num_heads = RowLayout.of(layer, num_images, self.stride), layer.weights.shape[1]
-        self.layouts.append((layout, num_heads))
+        layout = RowLayout.of(layer, num_images, 1 if layer.name == self.whole else self.stride)
+        num_heads = layer.weights.shape[1]
+        self.layouts.append((layer.name, layout, num_heads))
         self.taken += num_images * layout.nbytes(num_heads)
         if self.taken > self.max_bytes or len(layer.weights) != num_images * layout.num_windows:
             self.layers = None

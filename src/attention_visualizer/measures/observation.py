@@ -35,6 +35,7 @@ class RowOptions:
 
     max_bytes: int  # of all images together; none are kept of more
     stride: int = 1  # as in RowLayout
+    whole: str | None = None  # the name of a layer that every row is kept of
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class ObservationCollector:
         self.queries: list[Query] = []
         self.is_sequence = True  # whether each layer so far depends on what the one before gave
         self.rollout: Tensor | None = None
-        self.rows = None if rows is None else RowCollector(rows.max_bytes, rows.stride)
+        self.rows = None if rows is None else RowCollector(rows.max_bytes, rows.stride, rows.whole)
         self.num_images = num_images
         self.most_weights = 0  # of one layer
         self.columns: dict[str, list[Tensor]] = {

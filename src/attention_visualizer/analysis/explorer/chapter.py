@@ -49,9 +49,9 @@ def write_page(study: Study, contents: Contents) -> int:
     return len(page.encode("utf-8"))
 
 
-def contents_of(study: Study) -> Contents | None:
+def contents_of(study: Study, whole: str | None = None) -> Contents | None:
     """Return what the page shows: training, the samples, and the samples by the runs that are compared. None where not
-    even a few rows of one sample fit.
+    even a few rows of one sample fit. whole: the name of a layer that every row is shown of.
 
     Of the bytes that `explorer_mb=` leaves, training takes half at the most, and the others share the rest.
     """
@@ -62,7 +62,7 @@ def contents_of(study: Study) -> Contents | None:
     limit = (study.explorer_bytes - FRAME_BYTES - sum(len(png(each.pixels)) for each in images)) * 3 // 4
     moments = moments_that_fit(study.history, limit // 2)
     for_each = (limit - sum(each["codes"].nbytes for each in moments)) // (1 + len(others))
-    observation = observed(study.target, study.samples, for_each)
+    observation = observed(study.target, study.samples, for_each, whole)
     if observation is None or observation.rows is None:
         return None
     rows = observation.rows
@@ -71,16 +71,16 @@ def contents_of(study: Study) -> Contents | None:
     groups = [samples_of(study, samples, ("samples", SAMPLES), study.weights.split(";")[0], observation)]
     for run in others:
         target = replace(study.target, model=run.loaded.build_model().to(study.target.device))
-        options = RowOptions(for_each, rows[0].layout.stride)
+        options = RowOptions(for_each, stride_of(rows), whole)
         other = observe_samples(target.with_images(images_as_trained(run, study)), samples, options)
         if other.rows is None or [shape_of(each) for each in other.rows] != [shape_of(each) for each in rows]:
             warnings.append(f"{run.label} has other layers, heads or tokens: it is not here")
         else:
             names = f"run{len(groups)}", f"Samples, by {run.label}"
             groups.append(samples_of(study, samples, names, run.label, other))
-    whole = of_one_layout(rows)
+    of_all = of_one_layout(rows)
     if study.history is not None and moments:
-        if whole is not None and all(each["codes"].shape[1:] == whole.codes.shape[1:] for each in moments):
+        if of_all is not None and all(each["codes"].shape[1:] == of_all.codes.shape[1:] for each in moments):
             groups.insert(0, probes_of(study.history, moments))
             if len(moments) < len(study.history.rows):
                 warnings.append(f"{len(moments)} of {len(study.history.rows)} moments are here: {TOO_LARGE}")
@@ -88,8 +88,13 @@ def contents_of(study: Study) -> Contents | None:
             warnings.append("the history is of other layers, heads or tokens: it is not here")
     layers = [Layer(each.name, each.layout, each.rows.codes.shape[1]) for each in rows]
     facts = [("report of", study.weights.split(";")[0]), ("data", study.target.images.title)]
-    in_sequence = observation.rollouts is not None and whole is not None
+    in_sequence = observation.rollouts is not None and of_all is not None
     return Contents("Attention explorer", facts, warnings, layers, study.target.images.shape[1:], in_sequence, groups)
+
+
+def stride_of(layers: Sequence[LayerRows] | Sequence[Layer]) -> int:
+    """Return the side of the cells, in patches, that layers are shown in; one of them may be shown whole."""
+    return max(each.layout.stride for each in layers)
 
 
 def shape_of(layer: LayerRows) -> tuple[RowLayout, int]:
@@ -112,7 +117,7 @@ def notes_on(study: Study, observation: Observation) -> list[str]:
     unseen = sorted(set(observation.left_out) - {each.name for each in observation.rows})
     if unseen:
         warnings.append(f"the attention of {', '.join(unseen[:3])}{' and others' * (len(unseen) > 3)} is not seen")
-    number, stride = len(observation.predicted), observation.rows[0].layout.stride
+    number, stride = len(observation.predicted), stride_of(observation.rows)
     if number < len(study.samples):
         warnings.append(f"{number} of {len(study.samples)} samples are here: {TOO_LARGE}")
     if stride > 1:
@@ -126,12 +131,12 @@ def notes_on(study: Study, observation: Observation) -> list[str]:
     return warnings
 
 
-def observed(target: Target, samples: Sequence[Sample], max_bytes: int) -> Observation | None:
+def observed(target: Target, samples: Sequence[Sample], max_bytes: int, whole: str | None) -> Observation | None:
     """Observe as many of the samples as fit, in the smallest cells in which a few do; None where not even one does."""
     few = samples[:MIN_SAMPLES]
-    first = observe_samples(target, few, RowOptions(max_bytes))
+    first = observe_samples(target, few, RowOptions(max_bytes, whole=whole))
     for stride in STRIDES:
-        of_image = sum(replace(layout, stride=stride).nbytes(num_heads) for layout, num_heads in first.row_layouts)
+        of_image = bytes_of_image(first, stride, whole)
         if of_image * len(few) <= max_bytes:
             break
     else:
@@ -139,7 +144,15 @@ def observed(target: Target, samples: Sequence[Sample], max_bytes: int) -> Obser
     count = min(len(samples), max_bytes // of_image)
     if stride == 1 and count == len(few):
         return first
-    return observe_samples(target, samples[:count], RowOptions(max_bytes, stride))
+    return observe_samples(target, samples[:count], RowOptions(max_bytes, stride, whole))
+
+
+def bytes_of_image(observation: Observation, stride: int, whole: str | None) -> int:
+    """Return how many bytes the rows of one image take with this stride."""
+    return sum(
+        replace(layout, stride=1 if name == whole else stride).nbytes(num_heads)
+        for name, layout, num_heads in observation.row_layouts
+    )
 
 
 def observe_samples(target: Target, samples: Sequence[Sample], options: RowOptions) -> Observation:
