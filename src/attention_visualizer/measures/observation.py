@@ -64,9 +64,8 @@ class Observation:
     num_classes: int = 0  # that the model gives scores of
     #: All attention, also of layers without a place; None where it was not asked for or would take too much.
     rows: tuple[LayerRows, ...] | None = None
-    row_layouts: tuple[
-        tuple[RowLayout, int], ...
-    ] = ()  # of all layers, with their numbers of heads, where rows were asked
+    #: Of all layers, where rows were asked for: name, layout, number of heads.
+    row_layouts: tuple[tuple[str, RowLayout, int], ...] = ()
 
     @property
     def num_keys(self) -> tuple[int, ...]:
