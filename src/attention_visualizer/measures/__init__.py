@@ -2,6 +2,7 @@
 
 Hands out functions of arrays and tensors; no files, no figures. May use data, models, attention and below.
 
+    attention_rows.py       all rows of a layer's attention, as pages and files keep them
     class_variance.py       how much of maps lies between classes, beyond ink
     explanations.py         maps by attention, rollout, values, gradients and relevance
     head_matching.py        pair the heads of two models that do the same
