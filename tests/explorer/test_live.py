@@ -136,4 +136,4 @@ def test_the_toolbar_asks_and_keeps_the_view(live: Any, tmp_path: Path) -> None:
         assert live.status in page.locator("output").inner_text()
         page.locator("input").fill("6")
         page.locator("input").blur()
-        assert page.evaluate("window.asked.image") == 5
+        assert page.evaluate("window.asked.image") == 6

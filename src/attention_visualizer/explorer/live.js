@@ -4,7 +4,7 @@ const made = (tag, properties = {}) => Object.assign(document.createElement(tag)
 
 function render({ model, el }) {
   const bar = made("div"), status = made("output"), frame = made("iframe", { title: "Attention explorer" });
-  const number = made("input", { type: "number", min: 1, max: model.get("num_images"), value: model.get("image") + 1 });
+  const number = made("input", { type: "number", min: 0, max: model.get("num_images") - 1, value: model.get("image") });
   const shown = () => frame.contentWindow?.explorer; // undefined until the page is drawn
   const wanted = { view: null }; // the address that the next page is to show
   Object.assign(bar.style, { display: "flex", flexWrap: "wrap", gap: "8px", alignItems: "center", padding: "4px 0" });
@@ -24,8 +24,8 @@ function render({ model, el }) {
     node.onclick = () => ask(request);
     return node;
   };
-  number.onchange = () => ask({ action: "image", image: Number(number.value) - 1 });
-  const label = made("label", { textContent: `image (1 to ${model.get("num_images")}) ` });
+  number.onchange = () => ask({ action: "image", image: Number(number.value) });
+  const label = made("label", { textContent: `image (0 to ${model.get("num_images") - 1}) ` });
   label.append(number);
   const whole = button("Show every patch of this layer", { action: "whole" });
   bar.append(label, button("Switch this head off", { action: "off" }), button("Switch all heads on", { action: "on" }), whole, status);
