@@ -16,6 +16,7 @@ from attention_visualizer.analysis.study.samples import SampleChoice, find_sampl
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.attention.capture import capture
 from attention_visualizer.explorer.contents import Contents, Group, png
+from attention_visualizer.measures.explanations import GRADIENT, METHODS, RELEVANCE, VALUE_WEIGHTED, explain
 from attention_visualizer.models.vision_transformer import VisionTransformer
 from attention_visualizer.runs.checkpoint import load_checkpoint
 from tests.helpers.analyses import FRAMES, Workplace, history_of, random_model, read_report, succeed
@@ -36,13 +37,28 @@ def test_the_samples_rows_are_the_models(tmp_path: Path) -> None:
     with torch.no_grad(), capture(study.target.model) as attention:
         logits = study.target.model(images)
     for number, layer in enumerate(attention):
-        error = np.abs(moment.rows[number].weights() - layer.weights.numpy())
+        error = np.abs(moment.rows[number].weights()[:, : layer.weights.shape[1]] - layer.weights.numpy())
         assert (error <= layer.weights.amax(dim=-1, keepdim=True).numpy() / 255 + 1e-6).all()
     assert list(moment.predicted) == [str(label) for label in logits.argmax(dim=1).tolist()]
     assert [picture.label for picture in contents.groups[0].pictures] == [str(each.label) for each in study.samples]
     (layout,) = contents.header()["layouts"]
     assert layout["grid"] == list(study.target.model.grid_size)  # type: ignore[union-attr]
     assert [layer.name for layer in contents.layers] == [layer.name for layer in attention]
+
+
+def test_other_methods_are_those_of_their_figure(tmp_path: Path) -> None:
+    """Of the class token, in the last layer, on the patches: as the figure of methods shows them."""
+    study = explored(tmp_path, samples=1)
+    contents = contents_of(study)
+    assert contents is not None and contents.groups[0].methods == METHODS
+    images = study.target.model_input(study.samples[0].image[None])
+    expected = explain(study.target.model, images, query="cls").maps
+    heads = contents.layers[-1].num_heads
+    rows = contents.groups[0].moments[0].rows[-1].weights()[0, heads:, 0, 1:]
+    for method, row in zip(METHODS, rows, strict=True):
+        share = expected[method].ravel() / expected[method].sum()
+        np.testing.assert_allclose(row / row.sum(), share, atol=0.01, err_msg=method)
+    assert (VALUE_WEIGHTED, GRADIENT, RELEVANCE) == METHODS
 
 
 def test_training_comes_first_where_the_history_has_whole_rows(tmp_path: Path, work: Workplace) -> None:
@@ -95,7 +111,7 @@ def limited(study: Study, rows: int, num_pictures: int = 3) -> Study:
 
 
 def of_image(contents: Contents) -> int:
-    return sum(layer.layout.nbytes(layer.num_heads) for layer in contents.layers)
+    return sum(layer.layout.nbytes(layer.num_heads + len(METHODS)) for layer in contents.layers)
 
 
 def test_fewer_samples_where_all_would_be_too_much(tmp_path: Path) -> None:

@@ -252,3 +252,28 @@ def test_in_windows_some_queries_stand_for_all(cells: tuple[Any, Weights]) -> No
     expected[keys // 16 == 3] = weights["windows"][3, 0, 1 * 4 + 3][keys[keys // 16 == 3] % 16]
     assert_close(found, expected)
     assert "patch kept for the patch in row 5, column 7" in page.locator("#caption").inner_text()
+
+
+def test_methods_beside_the_attention_are_columns_where_they_are_known(browser: Any, tmp_path: Path) -> None:
+    layout = RowLayout(1, 7, 7, STAGE, None)
+    weights = (3 * torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))).softmax(dim=-1)
+    picture = Picture(np.zeros((*IMAGE, 3), np.uint8), "image", None)
+    seen, others = layout.kept(weights[:1]), layout.kept(weights[1:, :2])
+    groups = [
+        Group("samples", "With", [picture], [Moment("", None, [seen], [None], [None])], ("value-weighted",)),
+        Group("run1", "Without", [picture], [Moment("", None, [others], [None], [None])]),
+    ]
+    contents = Contents("Explorer", [], [], [Layer("attn", layout, 2)], IMAGE, True, groups)
+    (tmp_path / "page.html").write_text(render(contents), encoding="utf-8")
+    with opened(browser, tmp_path / "page.html") as page:
+        heads = page.locator("#heads .head").all_inner_texts()
+        assert heads == ["head 1", "head 2", "mean", "rollout", "value-weighted"]
+        assert_close(choose(page, 0, 2, query=5), weights[0, :2, 5].mean(dim=0))
+        assert_close(choose(page, 0, 4, query=5), weights[0, 2, 5])
+        assert "layer 1, value-weighted" in page.locator("#caption").inner_text()
+        assert "entropy of value-weighted" in page.locator("#numbers").inner_text()
+        page.locator(".picture").nth(1).click()
+        assert choose(page, 0, 4) is None and "of the samples only" in page.locator("#about-layer").inner_text()
+        assert_close(choose(page, 0, 1, query=3), weights[1, 1, 3])
+        assert page.locator(".thumbnail").last.is_hidden()
+        assert page.errors == []

@@ -124,10 +124,15 @@ function queriesInList({ layouts }) {
 }
 
 /** Return the columns of the table, by their names in an address: each head's number from 1, "mean", and "rollout" where
- * layers hand on the same tokens and a browser computes it in less than a second. */
+ * layers hand on the same tokens and a browser computes it in less than a second, and other methods. */
 function columnsOf(header) {
   const heads = Array.from({ length: headsOf(header) }, (_, head) => String(head + 1));
-  return [...heads, "mean", ...(header.rollout && header.layouts[0].keys <= 400 ? ["rollout"] : [])];
+  return [...heads, "mean", ...(header.rollout && header.layouts[0].keys <= 400 ? ["rollout"] : []), ...methodsOf(header)];
+}
+
+/** Return the methods that are known of some pictures, beside the attention. */
+function methodsOf({ groups }) {
+  return [...new Set(groups.flatMap((group) => group.methods))];
 }
 
 /** Whether a layer has such a column: not all have as many heads. */
@@ -158,7 +163,8 @@ class Attention {
     this.layouts = header.layers.map((layer) => header.layouts[layer.layout]);
     let start = 0;
     this.parts = header.groups.map((group) => header.layers.map(({ heads }, layer) => {
-      const { windows, rows, keys } = this.layouts[layer], all = group.moments.length * group.pictures.length * heads * windows * rows;
+      const { windows, rows, keys } = this.layouts[layer], maps = group.moments.length * group.pictures.length * (heads + group.methods.length);
+      const all = maps * windows * rows;
       const part = { codes: start, maximum: start + all * keys, entropy: start + all * (keys + 2) };
       start += all * (keys + 4);
       return part;
@@ -171,8 +177,8 @@ class Attention {
 
   /** Return the number of a head's first row, among those of its layer and group. */
   first({ group, moment, picture }, layer, head) {
-    const { windows, rows } = this.layouts[layer], { pictures } = this.header.groups[group];
-    return ((moment * pictures.length + picture) * this.header.layers[layer].heads + head) * windows * rows;
+    const { windows, rows } = this.layouts[layer], { pictures, methods } = this.header.groups[group];
+    return ((moment * pictures.length + picture) * (this.header.layers[layer].heads + methods.length) + head) * windows * rows;
   }
 
   _half(start, number) {
@@ -196,6 +202,7 @@ class Attention {
   /** Return the entropy of what a query attends to in a view: a head's as it was before it was packed, that of the mean or
    * of a rollout from its weights; NaN where these are of cells. */
   entropyOfView(view, weights) {
+    if (weights === null) return NaN;
     if (view.head < headsOf(this.header)) return this.entropy(view, view.layer, view.head);
     return this.layouts[view.layer].has_cells ? NaN : entropyOf(weights.filter((weight) => !Number.isNaN(weight)));
   }
@@ -254,9 +261,11 @@ class Attention {
 
   /** Return the weights of a column of the table: a head's, their mean or the rollout. */
   of(view, layer, head) {
-    const heads = headsOf(this.header);
+    const heads = headsOf(this.header), name = columnsOf(this.header)[head];
     if (head < heads) return this.ofHead(view, layer, head);
-    return head === heads ? this.mean(view, layer) : this.rollout(view, layer);
+    if (name === "mean" || name === "rollout") return name === "mean" ? this.mean(view, layer) : this.rollout(view, layer);
+    const method = this.header.groups[view.group].methods.indexOf(name); // behind the heads
+    return method < 0 ? null : this.ofHead(view, layer, this.header.layers[layer].heads + method);
   }
 
   /** Return all rows of a head, or of the mean, of a layer without places, one after the other: its matrix. */

@@ -41,7 +41,8 @@ class Moment:
 
     title: str  # "step 429, epoch 1"
     step: int | None
-    rows: Sequence[QuantisedRows]  # of each layer: [picture, head, row, key]
+    #: Of each layer: [picture, head, row, key]; behind the heads, what the group's methods say.
+    rows: Sequence[QuantisedRows]
     predicted: Sequence[str | None]  # class of each picture; None where nothing is classified
     probability: Sequence[float | None]
 
@@ -54,11 +55,13 @@ class Group:
     title: str
     pictures: Sequence[Picture]
     moments: Sequence[Moment]  # in the order of time
+    methods: Sequence[str] = ()  # that are known of these pictures beside the attention
 
     def as_json(self) -> dict[str, Any]:
         return {
             "key": self.key,
             "title": self.title,
+            "methods": list(self.methods),
             "pictures": [
                 {"name": each.name, "label": each.label, "png": png(each.pixels)} for each in self.pictures
             ],

@@ -91,7 +91,7 @@ class Page {
     const all = Array.from({ length: columns }, (_, column) => column), isShort = numHeads > 12;
     this.order = isShort || header.layers.some((layer) => layer.heads < numHeads) ? [...all.slice(numHeads), ...all.slice(0, numHeads)] : all;
     heads.append(made("span"), ...this.order.map((head) =>
-      made("span", { className: "head" }, head < numHeads ? `${isShort ? "" : "head "}${head + 1}` : ["mean", "rollout"][head - numHeads])));
+      made("span", { className: "head" }, head < numHeads ? `${isShort ? "" : "head "}${head + 1}` : this.columns[head])));
     this.thumbnails = [];
     header.layers.forEach(({ name }, layer) => {
       heads.append(made("span", { className: "layer", title: name }, `layer ${layer + 1}`));
@@ -111,7 +111,8 @@ class Page {
       }
     });
     element("item").max = queriesInList(header);
-    element("about-layer").hidden = header.layouts.length === 1 && header.layouts[0].are_queries_patches && !header.layouts[0].key_of_patch;
+    const isPlain = header.layouts.length === 1 && header.layouts[0].are_queries_patches && !header.layouts[0].key_of_patch;
+    element("about-layer").classList.toggle("plain", isPlain); // seldom anything is said there
   }
 
   moveInTable(event, layer, head) {
@@ -321,6 +322,7 @@ class Page {
     const isShown = layer === shown.layer && head === shown.head;
     button.setAttribute("aria-pressed", isShown);
     button.tabIndex = isShown ? 0 : -1;
+    button.classList.toggle("unknown", map.values === null && !isShown && methodsOf(this.header).includes(this.columns[head]));
   }
 
   /** Say what is peculiar of the layer that is shown, and list its queries where they are no patches. */

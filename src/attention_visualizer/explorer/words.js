@@ -13,9 +13,10 @@ function nameOfToken(token, layout) {
 
 /** Return what to call a map: a head's, that of a layer or a rollout. */
 function nameOfMap(layer, head, header) {
-  const most = headsOf(header);
+  const most = headsOf(header), name = columnsOf(header)[head];
   if (head < most) return `head ${layer + 1}.${head + 1}`;
-  return head === most ? `layer ${layer + 1}, mean over heads` : `rollout up to layer ${layer + 1}`;
+  if (name === "mean") return `layer ${layer + 1}, mean over heads`;
+  return name === "rollout" || name === "relevance" ? `${name} up to layer ${layer + 1}` : `layer ${layer + 1}, ${name}`;
 }
 
 /** Return what to call the query of the layer that is shown. */
@@ -50,7 +51,9 @@ function aboutLayer(page) {
   else if (isList && layout.queries === 1) texts.push("It has one query only.");
   else if (isList) texts.push(`Its queries are not its ${layout.all_keys} keys, and where they lie is not measured: choose one by its number.`);
   else if (layout.key_of_patch) texts.push(`It attends inside ${layout.windows} windows: outside of the query's, the image is bare.`);
-  if (weights === null) texts.push(isList ? "What attends to a key is not shown of such layers." : "It has no such query.");
+  const isMethod = page.header.groups[page.state.group].methods.includes(page.columns[page.state.head]);
+  if (weights === null && methodsOf(page.header).includes(page.columns[page.state.head]) && !isMethod) texts.push("This method is known of the samples only.");
+  else if (weights === null) texts.push(isList ? "What attends to a key is not shown of such layers." : "It has no such query.");
   return texts.join(" ");
 }
 
@@ -61,7 +64,7 @@ function numbersOf(page) {
   if (largest < 0) numbers.push(["no numbers", weights === null ? "there is no such map" : "the attention is not a number here"]);
   else if (page.direction === "row") {
     const entropy = page.attention.entropyOfView(state, weights);
-    const of = ["", " of the mean map", " of the rollout"][Math.max(0, state.head - page.numHeads + 1)];
+    const name = page.columns[state.head], of = state.head < page.numHeads ? "" : name === "mean" ? " of the mean map" : ` of ${name}`;
     if (!Number.isNaN(entropy)) numbers.push([`entropy${of}`, `${entropy.toFixed(2)} nats of ${Math.log(all).toFixed(2)}`],
       ["effective tokens", `${Math.exp(entropy).toFixed(1)} of ${all}`]);
     numbers.push(["largest", `${percent(weights[largest])}, ${nameOfToken(largest, layout)}`]);

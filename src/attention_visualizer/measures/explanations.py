@@ -20,6 +20,7 @@ from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import RolloutOptions
 from attention_visualizer.support.errors import UserError
 
+VALUE_WEIGHTED, GRADIENT, RELEVANCE = METHODS = "value-weighted", "gradient x attention", "relevance"
 MAX_BYTES = 16 * 2**20  # of weights and values at once; their gradients and the graph take some times that
 
 
@@ -66,15 +67,20 @@ def explain(
     )
 
 
-def _explain_batch(
-    model: nn.Module,
-    images: Tensor,
-    target: Tensor | None,
-    query: Query | None,
-    geometry: Geometry | None,
-    options: RolloutOptions,
-) -> tuple[dict[str, Tensor], Tensor, int]:
-    """Return maps by method, the target classes [image], and the bytes that weights and values take."""
+@dataclass(frozen=True)
+class Differentiated:
+    """A pass whose attention was captured with the gradients of a class's score."""
+
+    layers: list[AttentionLayer]  # those with a place, in the usual order of tokens
+    gradients: list[Tensor] | None  # of their weights; None where the model classifies nothing
+    classes: Tensor  # that the gradients are of, [image]; -1 where there are none
+    is_single_stream: bool  # whether they are the whole model, each on the same tokens as the one before
+    num_bytes: int  # of weights and values
+
+
+def differentiated(
+    model: nn.Module, images: Tensor, target: Tensor | None, geometry: Geometry | None
+) -> Differentiated:
     with torch.enable_grad():
         with capture(model, geometry=geometry, gradients=True) as attention, watched_head(model) as head:
             output = model(images)
@@ -100,14 +106,61 @@ def _explain_batch(
         of_gradients = [replace(layer, weights=each) for layer, each in zip(layers, gradients, strict=True)]
         gradients = [layer.in_usual_order().weights for layer in whole_layers(of_gradients)]
     is_whole_model = len(layers) == len(attention) and not attention.unseen
-    layers = [layer.in_usual_order() for layer in whole_layers(layers)]
     num_bytes = sum(layer.weights.nbytes + layer.values.nbytes for layer in attention)
+    layers = [layer.in_usual_order() for layer in whole_layers(layers)]
+    geometry = layers[-1].geometry
+    assert geometry is not None
+    is_single_stream = (
+        is_whole_model
+        and geometry.window is None
+        and all(layer.in_sequence for layer in layers)
+        and all(layer.geometry == geometry and layer.weights.shape[-2] == layer.weights.shape[-1] for layer in layers)
+    )
+    return Differentiated(layers, gradients, classes, is_single_stream, num_bytes)
+
+
+def _explain_batch(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | None,
+    query: Query | None,
+    geometry: Geometry | None,
+    options: RolloutOptions,
+) -> tuple[dict[str, Tensor], Tensor, int]:
+    """Return maps by method, the target classes [image], and the bytes that weights and values take."""
+    seen = differentiated(model, images, target, geometry)
     with torch.no_grad():
-        maps = _maps_by_method(layers, gradients, query, options, is_whole_model)
-        geometry, size = layers[-1].geometry, (images.shape[-2], images.shape[-1])
+        maps = _maps_by_method(seen, query, options)
+        geometry, size = seen.layers[-1].geometry, (images.shape[-2], images.shape[-1])
         assert geometry is not None
         maps = {method: geometry.drawn(each, size) for method, each in maps.items()}
-    return maps, classes, num_bytes
+    return maps, seen.classes, seen.num_bytes
+
+
+def rows_by_method(model: nn.Module, image: Tensor, geometry: Geometry | None = None) -> dict[str, Tensor]:
+    """Return what each key contributes to each query in each layer, by method: [layer, query, key], as shares of the
+    row, 0 where nothing does. Nothing for models whose layers do not hand on the same tokens.
+
+    image: [1, channel, height, width]. Gradients are of the predicted class. Relevance is up to and including the
+    layer, without what a query starts with of itself.
+    """
+    seen = differentiated(model, image, None, geometry)
+    if not seen.is_single_stream:
+        return {}
+    with torch.no_grad():
+        rows: dict[str, list[Tensor]] = {VALUE_WEIGHTED: [], GRADIENT: [], RELEVANCE: []}
+        relevance: Tensor | None = None
+        for number, layer in enumerate(seen.layers):
+            weighted = map_measures.value_weighted_attention(layer.weights, layer.values, layer.projection)
+            rows[VALUE_WEIGHTED].append(weighted.mean(dim=1)[0])
+            if seen.gradients is not None:
+                gradient = seen.gradients[number]
+                relevance = map_measures.relevance_step(relevance, layer.weights, gradient)
+                own = torch.eye(relevance.shape[-1], dtype=relevance.dtype, device=relevance.device)
+                rows[GRADIENT].append(map_measures.positive_gradient_attention(layer.weights, gradient)[0])
+                rows[RELEVANCE].append((relevance[0] - own).clamp_min(0.0))
+        found = {method: torch.stack(each) for method, each in rows.items() if each}
+        return {method: each / each.sum(dim=-1, keepdim=True).clamp_min(1e-30) for method, each in found.items()}
 
 
 def whole_layers(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
@@ -125,16 +178,10 @@ def whole_layers(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
     return whole
 
 
-def _maps_by_method(
-    layers: list[AttentionLayer],
-    gradients: list[Tensor] | None,
-    query: Query | None,
-    options: RolloutOptions,
-    is_whole_model: bool,
-) -> dict[str, Tensor]:
+def _maps_by_method(seen: Differentiated, query: Query | None, options: RolloutOptions) -> dict[str, Tensor]:
     """Map each method -> [image, grid height, grid width]. Rollout and relevance run through all layers: they need the
     whole model, on one stream of tokens."""
-    last = layers[-1]
+    layers, gradients, last = seen.layers, seen.gradients, seen.layers[-1]
     assert last.geometry is not None
     geometry = last.geometry
     has_query = query != "cls" or (geometry.num_prefix_tokens and geometry.class_token != "absent")
@@ -147,25 +194,17 @@ def _maps_by_method(
 
     weighted = map_measures.value_weighted_attention(last.weights, last.values, last.projection)
     # The lengths are averaged over heads, so this is one number for each pair of tokens.
-    name = "value-weighted" if last.projection is not None else "value-weighted, before projection"
+    name = VALUE_WEIGHTED if last.projection is not None else f"{VALUE_WEIGHTED}, before projection"
     maps = {"attention, last layer": to_map(last.weights), name: to_map(weighted)}
-    is_single_stream = (
-        is_whole_model
-        and geometry.window is None
-        and all(layer.in_sequence for layer in layers)
-        and all(layer.geometry == geometry and layer.weights.shape[-2] == layer.weights.shape[-1] for layer in layers)
-    )
-    if is_single_stream:
+    if seen.is_single_stream:
         rolled = map_measures.attention_rollout((layer.weights for layer in layers), options.fusion, options.discard)
         maps["rollout"] = to_map(rolled[:, None])
     if gradients is not None:
-        maps["gradient x attention"] = to_map(
-            map_measures.positive_gradient_attention(last.weights, gradients[-1])[:, None]
-        )
-        if is_single_stream:
+        maps[GRADIENT] = to_map(map_measures.positive_gradient_attention(last.weights, gradients[-1])[:, None])
+        if seen.is_single_stream:
             relevance = None
             for layer, gradient in zip(layers, gradients, strict=True):
                 relevance = map_measures.relevance_step(relevance, layer.weights, gradient)
             assert relevance is not None
-            maps["relevance"] = to_map(relevance[:, None])
+            maps[RELEVANCE] = to_map(relevance[:, None])
     return maps

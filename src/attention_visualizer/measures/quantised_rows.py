@@ -54,9 +54,9 @@ def stacked(rows: list[QuantisedRows], axis: int) -> QuantisedRows:
     return QuantisedRows(*(np.stack([getattr(each, name) for each in rows], axis) for name in FIELDS))
 
 
-def concatenated(rows: list[QuantisedRows]) -> QuantisedRows:
-    """Concatenate rows along their first axis."""
-    return QuantisedRows(*(np.concatenate([getattr(each, name) for each in rows]) for name in FIELDS))
+def concatenated(rows: list[QuantisedRows], axis: int = 0) -> QuantisedRows:
+    """Concatenate rows along an axis."""
+    return QuantisedRows(*(np.concatenate([getattr(each, name) for each in rows], axis) for name in FIELDS))
 
 
 FIELDS = ("codes", "maximum", "entropy")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,9 @@ from attention_visualizer.explorer.page import FILE_NAME, render
 from attention_visualizer.figures.attention_figures import class_name, moment
 from attention_visualizer.files.atomic import write_text
 from attention_visualizer.measures.attention_rows import LayerRows, RowLayout, of_one_layout
+from attention_visualizer.measures.explanations import METHODS, rows_by_method
 from attention_visualizer.measures.observation import Observation, RowOptions
+from attention_visualizer.measures.quantised_rows import QuantisedRows, concatenated
 from attention_visualizer.report.chapter import Chapter, FigureFile
 from attention_visualizer.runs.history import AttentionHistory
 
@@ -68,7 +70,11 @@ def contents_of(study: Study, whole: str | None = None) -> Contents | None:
     rows = observation.rows
     samples = study.samples[: len(observation.predicted)]
     warnings = notes_on(study, observation)
-    groups = [samples_of(study, samples, ("samples", SAMPLES), study.weights.split(";")[0], observation)]
+    of_all = of_one_layout(rows)
+    in_sequence = observation.rollouts is not None and of_all is not None
+    methods = methods_of(study.target, samples) if in_sequence else {}
+    names = "samples", SAMPLES
+    groups = [samples_of(study, samples, names, study.weights.split(";")[0], observation, methods)]
     for run in others:
         target = replace(study.target, model=run.loaded.build_model().to(study.target.device))
         options = RowOptions(for_each, stride_of(rows), whole)
@@ -78,7 +84,6 @@ def contents_of(study: Study, whole: str | None = None) -> Contents | None:
         else:
             names = f"run{len(groups)}", f"Samples, by {run.label}"
             groups.append(samples_of(study, samples, names, run.label, other))
-    of_all = of_one_layout(rows)
     if study.history is not None and moments:
         if of_all is not None and all(each["codes"].shape[1:] == of_all.codes.shape[1:] for each in moments):
             groups.insert(0, probes_of(study.history, moments))
@@ -88,7 +93,6 @@ def contents_of(study: Study, whole: str | None = None) -> Contents | None:
             warnings.append("the history is of other layers, heads or tokens: it is not here")
     layers = [Layer(each.name, each.layout, each.rows.codes.shape[1]) for each in rows]
     facts = [("report of", study.weights.split(";")[0]), ("data", study.target.images.title)]
-    in_sequence = observation.rollouts is not None and of_all is not None
     return Contents("Attention explorer", facts, warnings, layers, study.target.images.shape[1:], in_sequence, groups)
 
 
@@ -150,7 +154,7 @@ def observed(target: Target, samples: Sequence[Sample], max_bytes: int, whole: s
 def bytes_of_image(observation: Observation, stride: int, whole: str | None) -> int:
     """Return how many bytes the rows of one image take with this stride."""
     return sum(
-        replace(layout, stride=1 if name == whole else stride).nbytes(num_heads)
+        replace(layout, stride=1 if name == whole else stride).nbytes(num_heads + len(METHODS) * (stride == 1))
         for name, layout, num_heads in observation.row_layouts
     )
 
@@ -165,13 +169,37 @@ def picture_of(sample: Sample, class_names: Sequence[str]) -> Picture:
 
 
 def samples_of(
-    study: Study, samples: Sequence[Sample], names: tuple[str, str], weights: str, observation: Observation
+    study: Study,
+    samples: Sequence[Sample],
+    names: tuple[str, str],
+    weights: str,
+    observation: Observation,
+    methods: Mapping[str, Sequence[QuantisedRows]] | None = None,
 ) -> Group:
-    """The samples at one moment: by these weights. names: the group's in addresses, and its title."""
+    """The samples at one moment: by these weights. names: the group's in addresses, and its title; methods: by name, of
+    each layer, [picture, 1, query, key]."""
     assert observation.rows is not None
-    classes = study.target.images.class_names
-    moment = Moment(weights, None, [each.rows for each in observation.rows], *answers(vars(observation), classes))
-    return Group(*names, [picture_of(sample, classes) for sample in samples], [moment])
+    classes, methods = study.target.images.class_names, methods or {}
+    rows = [
+        concatenated([layer.rows, *(each[number] for each in methods.values())], axis=1)
+        for number, layer in enumerate(observation.rows)
+    ]
+    moment = Moment(weights, None, rows, *answers(vars(observation), classes))
+    return Group(*names, [picture_of(sample, classes) for sample in samples], [moment], tuple(methods))
+
+
+def methods_of(target: Target, samples: Sequence[Sample]) -> dict[str, list[QuantisedRows]]:
+    """Return what other methods say of these samples, by the name of the method: of each layer, [picture, 1, query,
+    key]."""
+    images = [target.model_input(sample.image[None]) for sample in samples]
+    found = [rows_by_method(target.model, image, target.geometry) for image in images]
+    return {
+        method: [
+            QuantisedRows.of(torch.stack([each[method][layer] for each in found])[:, None])
+            for layer in range(len(rows))
+        ]
+        for method, rows in found[0].items()
+    }
 
 
 def probe_pictures(history: AttentionHistory | None) -> list[Picture]:
