@@ -81,6 +81,11 @@ def place_line(
     figure.texts.append(PlacedText(x, y, shortened(text, size, room), size, anchor, color, bold))
 
 
+def fitting(words: Sequence[str], shorter: Sequence[str], size: int, room: int) -> Sequence[str]:
+    """Return the words, or the shorter ones where one of them would be wider than `room`."""
+    return words if all(text_width(word, size) <= room for word in words) else shorter
+
+
 def place_chart(figure: PanelFigure, chart: Rgb) -> None:
     """Place a chart at the bottom, over the whole width."""
     figure.images.append(PlacedImage(0, HEIGHT - len(chart), chart.shape[1], len(chart), chart))
@@ -97,7 +102,7 @@ class MarkedChart:
 
     @classmethod
     def of(cls, figure: Figure, ax: Axes, at: Array, values: Array, dots: Sequence[tuple[Any, int]]) -> MarkedChart:
-        """Draw a figure. at: [moment] on its horizontal axis; values: [moment, line]; dots: with matplotlib's colours."""
+        """Draw a figure. at: [moment], across; values: [moment, line]; dots: in matplotlib's colours."""
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         rgb = np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -18,7 +18,7 @@ from attention_visualizer.figures.attention_figures import (
 from attention_visualizer.figures.color_scales import attention_scale
 from attention_visualizer.figures.film import CHART_HEIGHT, FILM, HEIGHT, WIDTH
 from attention_visualizer.figures.fonts import text_width
-from attention_visualizer.figures.panels import GREY, RED, PanelFigure, PlacedImage, as_rgb
+from attention_visualizer.figures.panels import GREY, RED, PanelFigure, PlacedImage, as_rgb, fitting_size
 from attention_visualizer.figures.tile_grid import bar_width, place_bar
 from attention_visualizer.measures.map_measures import uniform_entropy
 from attention_visualizer.runs.history import AttentionHistory
@@ -28,6 +28,7 @@ MAX_FRAMES = 24
 MAX_LAYERS = 12  # side by side
 MIN_ROWS, MAX_ROWS = 3, 5  # probe images
 MAX_TITLE_WIDTH = 200  # pixels, beside a row
+SMALL_TITLE = 16  # pixels, above a column
 
 
 def draw_frames(history: AttentionHistory, note: str = "") -> list[PanelFigure]:
@@ -37,8 +38,8 @@ def draw_frames(history: AttentionHistory, note: str = "") -> list[PanelFigure]:
     first, scale = shown[0], attention_scale(probe_unit(history.probe, history.frames[0]))
     num_layers, num_images = first["maps"].shape[1], len(probe["images"])
     layers = np.unique(np.linspace(0, num_layers - 1, min(num_layers, MAX_LAYERS)).round().astype(int)).tolist()
-    titles = ["input", *(f"layer {layer + 1}" for layer in layers)] + (["rollout"] if "rollout" in first else [])
     pictures_of = [*layers, num_layers] if "rollout" in first else layers
+    num_columns = 1 + len(pictures_of)
 
     # Places, the same in all frames.
     names = [str(name) for name in probe["class_names"]]
@@ -48,12 +49,16 @@ def draw_frames(history: AttentionHistory, note: str = "") -> list[PanelFigure]:
     top = film.slide("-", "-", note).header + FILM.label + FILM.gap + film.SWATCH + FILM.gap
     room = HEIGHT - CHART_HEIGHT - top
     aspect = probe["images"].shape[1] / probe["images"].shape[2]
-    across = (WIDTH - FILM.margin - bar_width(scale, FILM) - left) // len(titles) - FILM.gap
+    across = (WIDTH - FILM.margin - bar_width(scale, FILM) - left) // num_columns - FILM.gap
     width = max(1, min(across, round((room // min(MIN_ROWS, num_images) - FILM.gap) / aspect)))
     height = max(1, round(width * aspect))
     rows = max(1, min(num_images, MAX_ROWS, room // (height + FILM.gap)))
     bottom = top + rows * (height + FILM.gap)
-    places = [left + column * (width + FILM.gap) for column in range(len(titles))]
+    places = [left + column * (width + FILM.gap) for column in range(num_columns)]
+
+    in_words, in_short = ([f"{word}{layer + 1}" for layer in layers] for word in ("layer ", "L"))
+    titles = ["input", *film.fitting(in_words, in_short, SMALL_TITLE, width), "rollout"][:num_columns]
+    size = fitting_size(titles, FILM.label, width + FILM.gap - 2, SMALL_TITLE)
 
     steps = history.column("frames", "step").astype(float)
     entropy = np.nanmean(history.column("frames", "entropy"), axis=2)
@@ -77,7 +82,7 @@ def draw_frames(history: AttentionHistory, note: str = "") -> list[PanelFigure]:
         )
         y = top - film.SWATCH - FILM.gap
         for x, title in zip(places, titles, strict=True):
-            film.place_line(figure, title, x + width // 2, y - FILM.gap, FILM.label, width + FILM.gap - 4, anchor="ms")
+            film.place_line(figure, title, x + width // 2, y - FILM.gap, size, width + FILM.gap - 2, anchor="ms")
         for x, layer in zip(places[1:], layers, strict=False):
             figure.images.append(PlacedImage(x, y, width, film.SWATCH, swatches[layer]))
         y = top

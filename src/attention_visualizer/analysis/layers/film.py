@@ -5,13 +5,15 @@ from __future__ import annotations
 from attention_visualizer.figures import film
 from attention_visualizer.figures.attention_figures import ExplainedImage, query_name
 from attention_visualizer.figures.film import CHART_HEIGHT, FILM, HEIGHT, WIDTH
-from attention_visualizer.figures.panels import PanelFigure, PlacedImage, as_rgb
+from attention_visualizer.figures.panels import PanelFigure, PlacedImage, PlacedText, as_rgb
 from attention_visualizer.figures.tile_grid import bar_width, place_bar
 from attention_visualizer.measures.map_measures import uniform_entropy
 
 MILLISECONDS = 1000  # a frame
 MIN_LAYERS = 3
 MAX_SIDE = 330  # pixels, of the image and of the map
+LABEL = 18  # pixels, above a head
+BELOW = FILM.gap + LABEL + 6  # from a head to the one below it
 
 
 def draw_frames(image: ExplainedImage, described: str, note: str = "") -> list[PanelFigure]:
@@ -29,11 +31,11 @@ def draw_frames(image: ExplainedImage, described: str, note: str = "") -> list[P
     large = [FILM.margin, FILM.margin + width + 2 * FILM.gap]
     left = large[1] + width + 4 * FILM.gap
     right = WIDTH - FILM.margin - bar_width(scale, FILM)
-    small, columns = best_columns(num_heads, right - left, room + FILM.caption + 6, aspect)
+    small, columns = best_columns(num_heads, right - left, room + LABEL + 6, aspect)
     small_height = max(1, round(small * aspect))
-    label_size = min(FILM.caption, max(10, round(small * 0.2)))
-    step = label_size + 6 + small_height + FILM.gap
-    first = top - label_size - 6
+    numbers = [str(head + 1) for head in range(num_heads)]
+    labels = film.fitting([f"head {number}" for number in numbers], numbers, LABEL, small)
+    (mean,) = film.fitting(["mean over heads"], ["mean"], FILM.label, width + FILM.gap)
     right = min(right, left + columns * (small + FILM.gap))
 
     chart = film.entropy_over_depth(
@@ -46,18 +48,15 @@ def draw_frames(image: ExplainedImage, described: str, note: str = "") -> list[P
     frames = []
     for layer in range(num_layers):
         figure = film.slide(f"Layer {layer + 1} of {num_layers}: {query_name(image.query)}", described, note)
-        for x, title, picture in zip(
-            large, ("input", f"mean of {num_heads} heads"), (image.input_tile().rgb, over[layer]), strict=True
-        ):
-            film.place_line(figure, title, x + width // 2, top - FILM.gap, FILM.label, width, anchor="ms")
+        for x, title, picture in zip(large, ("input", mean), (image.input_tile().rgb, over[layer]), strict=True):
+            film.place_line(figure, title, x + width // 2, top - FILM.gap, FILM.label, width + FILM.gap, anchor="ms")
             figure.images.append(PlacedImage(x, top, width, height, as_rgb(picture)))
         for head, each in enumerate(image.heads_over(layer)):
-            x, y = left + head % columns * (small + FILM.gap), first + head // columns * step
             if each is not None:
-                title = f"head {head + 1}"
-                film.place_line(figure, title, x + small // 2, y + label_size, label_size, small, anchor="ms")
-                figure.images.append(PlacedImage(x, y + label_size + 6, small, small_height, each))
-        place_bar(figure, scale, right, top, height)
+                x, y = left + head % columns * (small + FILM.gap), top + head // columns * (small_height + BELOW)
+                figure.texts.append(PlacedText(x + small // 2, y - 6, labels[head], LABEL, "ms"))
+                figure.images.append(PlacedImage(x, y, small, small_height, each))
+        place_bar(figure, scale, right, top, max(room, height))
         film.place_chart(figure, chart.at(layer))
         frames.append(figure)
     return frames
@@ -69,9 +68,8 @@ def best_columns(count: int, width: int, height: int, aspect: float) -> tuple[in
     def panel(columns: int) -> int:
         rows = -(-count // columns)
         across = width // columns - FILM.gap
-        down = (height + FILM.gap) // rows - FILM.gap - 6
-        # The label's height is a fifth of the panel's width, at most FILM.caption.
-        return max(1, min(across, max(int(down / (aspect + 0.2)), int((down - FILM.caption) / aspect))))
+        down = (height + FILM.gap) // rows - BELOW
+        return max(1, min(across, int(down / aspect)))
 
     columns = max(range(1, count + 1), key=panel)
     return panel(columns), columns
