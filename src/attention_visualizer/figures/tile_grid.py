@@ -152,13 +152,13 @@ def place_headline(figure: PanelFigure, headline: str, subtitle: str) -> int:
     return figure.header + 4
 
 
-BAR_GAP = 18
+BAR_WIDTH, BAR_GAP = 14, 18
 
 
 def bar_width(scale: ColorScale, style: Style = PAGE) -> int:
     """The width that a colour bar takes beside the grid."""
     labels = max(text_width(label, style.caption) for _, label in scale.ticks)
-    return BAR_GAP + style.caption + 8 + (style.caption + 3) + 6 + labels
+    return BAR_GAP + style.caption + 8 + BAR_WIDTH + 6 + labels
 
 
 def place_bar(figure: PanelFigure, scale: ColorScale, x: int, y: int, height: int) -> None:
@@ -168,11 +168,10 @@ def place_bar(figure: PanelFigure, scale: ColorScale, x: int, y: int, height: in
     title = upright(scale.title, fitting_size([scale.title], size, height, least=7))
     figure.images.append(PlacedImage(x, y + (height - title.shape[0]) // 2, title.shape[1], title.shape[0], title))
     x += size + 8
-    width = size + 3
-    figure.images.append(PlacedImage(x, y, width, height, np.ascontiguousarray(scale.table[::-1, None])))
+    figure.images.append(PlacedImage(x, y, BAR_WIDTH, height, np.ascontiguousarray(scale.table[::-1, None])))
     for value, label in scale.ticks:
         share = (value - scale.low) / (scale.high - scale.low)
-        figure.texts.append(PlacedText(x + width + 5, round(y + (1 - share) * (height - 1)), label, size, "lm"))
+        figure.texts.append(PlacedText(x + BAR_WIDTH + 5, round(y + (1 - share) * (height - 1)), label, size, "lm"))
 
 
 def place_bar_below(figure: PanelFigure, scale: ColorScale, x: int, y: int) -> int:
