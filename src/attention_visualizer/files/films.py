@@ -15,6 +15,8 @@ from attention_visualizer.files.atomic import atomic_path
 FilmFormat = Literal["webp", "mp4", "gif"]
 FRAMES_A_SECOND = 10  # of MP4, where a picture stays for a whole number of frames
 COLORS = 256  # of GIF
+# One quality for all frames, and no smoothing between blocks: either would let a picture waver that stays.
+H264 = {"qp": "18", "bf": "0", "x264-params": "no-deblock=1"}
 
 
 def write_film(
@@ -43,7 +45,7 @@ def with_common_colors(frames: Sequence[Image.Image]) -> list[Image.Image]:
     every = Image.new("RGB", (width, height * len(frames)))
     for number, frame in enumerate(frames):
         every.paste(frame, (0, number * height))
-    palette = every.quantize(COLORS, Image.Quantize.MEDIANCUT)
+    palette = every.quantize(COLORS, Image.Quantize.FASTOCTREE)
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
@@ -53,7 +55,7 @@ def write_mp4(path: Path, pictures: Iterable[NDArray[np.uint8]], milliseconds: S
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=FRAMES_A_SECOND, options={"crf": "16"})
+        stream = container.add_stream("libx264", rate=FRAMES_A_SECOND, options=H264)
         context = stream.codec_context
         context.pix_fmt = "yuv420p"
         # Said, not left to the player to guess: colours are what these films are about.

@@ -29,6 +29,7 @@ MAX_LAYERS = 12  # side by side
 MIN_ROWS, MAX_ROWS = 3, 5  # probe images
 MAX_TITLE_WIDTH = 200  # pixels, beside a row
 SMALL_TITLE = 16  # pixels, above a column
+MIN_ROW, MIN_BAR = 52, 180  # pixels: for two lines beside a row, and for the colour bar's labels
 
 
 def draw_frames(history: AttentionHistory, note: str = "") -> list[PanelFigure]:
@@ -52,8 +53,9 @@ def draw_frames(history: AttentionHistory, note: str = "") -> list[PanelFigure]:
     across = (WIDTH - FILM.margin - bar_width(scale, FILM) - left) // num_columns - FILM.gap
     width = max(1, min(across, round((room // min(MIN_ROWS, num_images) - FILM.gap) / aspect)))
     height = max(1, round(width * aspect))
-    rows = max(1, min(num_images, MAX_ROWS, room // (height + FILM.gap)))
-    bottom = top + rows * (height + FILM.gap)
+    pitch = max(height, MIN_ROW) + FILM.gap
+    rows = max(1, min(num_images, MAX_ROWS, room // pitch))
+    bottom = top + max(rows * pitch, MIN_BAR)
     places = [left + column * (width + FILM.gap) for column in range(num_columns)]
 
     in_words, in_short = ([f"{word}{layer + 1}" for layer in layers] for word in ("layer ", "L"))
@@ -90,17 +92,17 @@ def draw_frames(history: AttentionHistory, note: str = "") -> list[PanelFigure]:
             label, predicted = int(probe["labels"][row]), int(frame["predicted"][row])
             middle, end = y + height // 2, left - 14
             about = f"true {title}" if label >= 0 else title
-            film.place_line(figure, about, end, middle - 4, FILM.label, beside, anchor="rs")
+            film.place_line(figure, about, end, middle - 5, FILM.label, beside, anchor="rs")
             if predicted >= 0:
                 color = RED if 0 <= label != predicted else GREY
                 answer = f"→ {class_name(names, predicted)}"
-                film.place_line(figure, answer, end, middle + 22, FILM.label, beside, color, anchor="rs")
+                film.place_line(figure, answer, end, middle + 19, FILM.label, beside, color, anchor="rs")
             overlays = probe_overlays(probe, frame, row)
             pictures = [as_rgb(probe["images"][row]), *(overlays[index] for index in pictures_of)]
             figure.images += [
                 PlacedImage(x, y, width, height, picture) for x, picture in zip(places, pictures, strict=True)
             ]
-            y += height + FILM.gap
+            y += pitch
         place_bar(figure, scale, places[-1] + width, top, bottom - FILM.gap - top)
         film.place_chart(figure, chart.at(number))
         frames.append(figure)
