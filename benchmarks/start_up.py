@@ -150,7 +150,7 @@ def commands_table(starts: Sequence[Start], repeats: int, markdown: bool) -> str
 def packages_table(markdown: bool) -> str:
     """Count what each extra needs, and its megabytes."""
     rows = []
-    for extra in ("", "train", "report", "all"):
+    for extra in ("", "train", "report", "film", "all"):
         names = needed("attention-visualizer", frozenset([extra]))
         size = sum(megabytes(name) for name in names)
         rows.append((f"attention-visualizer{f'[{extra}]' if extra else ''}", str(len(names)), f"{size:,.0f}"))
