@@ -157,7 +157,7 @@ def test_an_installation_without_extras_is_the_smallest() -> None:
     rows = re.findall(r"\| attention-visualizer(?:\[(\w+)\])? \| (\d+) \| ([\d,]+) \|", result.stdout)
     packages = {extra: int(count) for extra, count, _ in rows}
     size = {extra: int(megabytes.replace(",", "")) for extra, _, megabytes in rows}
-    assert packages.keys() == {"", "train", "report", "all"}
+    assert packages.keys() == {"", "train", "report", "film", "all"}
     assert 10 < packages[""] < min(packages["train"], packages["report"]) < packages["all"]
     assert 200 < size[""] <= size["report"] <= size["all"]  # PyTorch's own among them
 
