@@ -167,6 +167,11 @@ def test_the_mark_stands_at_the_value_of_its_moment() -> None:
         assert not changed[bottom + 10 :].any()  # nor is the axis touched
 
 
+def test_small_changes_look_small() -> None:
+    chart = film.entropy_over_depth(np.array([[5.281], [5.275], [5.278]]), "title", 5.283, 256)
+    assert np.ptp(chart.points[:, 0, 1]) < 1  # pixel
+
+
 def test_uniform_attention_is_in_the_chart() -> None:
     entropy = np.full((4, 2), 0.5)
     with_line = film.entropy_over_depth(entropy, "title", np.log(17), 256)

@@ -147,7 +147,7 @@ def entropy_over_training(
     for layer, color in enumerate(colors):
         ax.plot(steps + 1, entropy[:, layer], color=color, linewidth=3)
     charts.step_axis(ax, int(steps[-1]))
-    finish(ax, title, "training step (logarithmic)", uniform)
+    finish(ax, title, "training step (logarithmic)", uniform, float(np.nanmax(entropy)))
     at = np.array(moments)
     return MarkedChart.of(figure, ax, steps[at] + 1, entropy[at], [(color, 7) for color in colors])
 
@@ -161,7 +161,7 @@ def entropy_over_depth(entropy: Array, title: str, uniform: float | None, height
     ax.plot(layers, mean, color="black", linewidth=3)
     ax.set_xlim(0.8, len(entropy) + 0.2)
     ax.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
-    finish(ax, title, "layer", uniform)
+    finish(ax, title, "layer", uniform, float(np.nanmax(entropy)))
     dots = [(charts.REFERENCE, 4)] * entropy.shape[1] + [(charts.MEDIAN, 7)]
     return MarkedChart.of(figure, ax, layers, np.column_stack([entropy, mean]), dots)
 
@@ -175,8 +175,10 @@ def new_chart(height: int) -> tuple[Figure, Axes]:
         return figure, figure.subplots()
 
 
-def finish(ax: Axes, title: str, label: str, uniform: float | None) -> None:
-    """Add words, and a dashed line for uniform attention."""
+def finish(ax: Axes, title: str, label: str, uniform: float | None, highest: float) -> None:
+    """Add words, and a dashed line for uniform attention; the axis begins at 0, or small changes would look large."""
+    top = max(highest, uniform or 0.0, 0.1)
+    ax.set_ylim(-0.05 * top, 1.05 * top)
     size = FILM.caption * 72 / 100
     ax.set_title(title, loc="left", fontsize=size)
     ax.set_xlabel(label, fontsize=size, labelpad=0)
