@@ -53,6 +53,7 @@ def test_every_promised_file_is_written_and_no_other(analysis: Analysis) -> None
     expected = {f"{stem}_sample_{number}.png" for stem in SAMPLE_FIGURES for number in range(8)}
     expected |= {f"{stem}.png" for stem in STATISTICS_FIGURES + FINDINGS_FIGURES}
     expected |= {"attention_evolution_strip.png", "attention_evolution.png", "attention_evolution.webp"}
+    expected |= {"attention_depth.webp"}
     expected |= {
         "attention_analysis_report.md",
         "attention_analysis_report.html",
@@ -93,7 +94,7 @@ def test_the_animation_has_one_frame_for_each_look(analysis: Analysis) -> None:
             frames.append(np.asarray(animation.convert("RGB")))
             durations.append(animation.info["duration"])
     assert all(not np.array_equal(one, other) for one, other in zip(frames, frames[1:], strict=False))
-    assert min(durations) >= 200 and durations[-1] > durations[0]
+    assert min(durations) >= 200 and durations[-1] > durations[0] > durations[1]
 
 
 def test_the_report_embeds_every_figure_and_no_other(analysis: Analysis) -> None:

@@ -300,7 +300,7 @@ def test_only_the_chapters_that_were_asked_for(work: Workplace, model: VisionTra
     succeed(f"chapters=[{','.join(chapters)}]", "num_samples=2", "output_dir=deep/out", folder=work.path)
     files = {
         "heads": {f"attention_heads_sample_{number}.png" for number in range(2)},
-        "layers": {f"layer_comparison_sample_{number}.png" for number in range(2)},
+        "layers": {*(f"layer_comparison_sample_{number}.png" for number in range(2)), "attention_depth.webp"},
         "methods": {f"attention_methods_sample_{number}.png" for number in range(2)},
         "statistics": {*(f"{stem}.png" for stem in STATISTICS_FIGURES), "attention_statistics.csv"},
         "atlas": {f"{stem}.png" for stem in FINDINGS_FIGURES[:3]},

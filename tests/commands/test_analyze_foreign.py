@@ -92,7 +92,7 @@ def test_every_figure_and_number_for_a_model_from_a_file(place: Path) -> None:
     assert "photos/broken.jpg cannot be read and is left out" in outcome.out + outcome.err
     stems = ("attention_pattern", "attention_heads", "layer_comparison", "attention_methods")
     expected = {f"{stem}_sample_{number}.png" for stem in (*stems, "attention_last_layer") for number in range(3)}
-    expected |= {"attention_statistics.png", "attention_statistics_by_head.png"}
+    expected |= {"attention_statistics.png", "attention_statistics_by_head.png", "attention_depth.webp"}
     report = read_report(place / "out")
     assert set(embedded_figures(report)) == expected
     texts = {

@@ -78,6 +78,7 @@ def test_a_failing_chapter_is_named_and_the_others_go_on(
     assert embedded_figures(read_report(work.path / "out")) == [
         "attention_pattern_sample_0.png",
         "layer_comparison_sample_0.png",
+        "attention_depth.webp",
     ]
 
 
@@ -99,7 +100,7 @@ def test_whatever_a_chapter_does_wrong_the_others_are_reported(
     monkeypatch.setitem(analysis_chapters.CHAPTERS, "heads", fault)
     outcome = analyze("chapters=[heads,layers]", "num_samples=1", "output_dir=out", folder=work.path)
     assert outcome.exit_code == 1 and re.fullmatch(r"chapter heads is missing: \w+: [^\n]+\n", outcome.err)
-    assert embedded_figures(read_report(work.path / "out")) == ["layer_comparison_sample_0.png"]
+    assert embedded_figures(read_report(work.path / "out")) == ["layer_comparison_sample_0.png", "attention_depth.webp"]
 
 
 def test_an_incomplete_result_does_not_replace_a_report_of_the_same_weights(

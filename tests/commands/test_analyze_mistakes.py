@@ -81,6 +81,8 @@ def test_without_any_checkpoint_it_says_how_to_train(tmp_path: Path, arguments: 
         ("chapters=patterns", "chapters=patterns"),
         ("chapters=[1]", "chapters="),
         ("format=gif", "png, pdf, svg"),
+        ("format_film=avi", "format_film=avi: choose one of webp, mp4, gif"),
+        ("format_film=[gif,mp4]", "choose one of webp, mp4, gif"),
         ("head_layers=first", "all, last"),
         ("query=nope", "query=nope"),
         ("query=[4,0]", "outside the 4 x 4 patch grid"),

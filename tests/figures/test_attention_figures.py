@@ -185,9 +185,9 @@ def probe(names: list[str], label: int = 1, layers: int = LAYERS) -> tuple[dict[
     return fixed, frame
 
 
-def test_the_probe_sheet_has_a_row_for_each_probe_image() -> None:
+def test_the_probe_card_has_a_row_for_each_probe_image() -> None:
     fixed, frame = probe(["zero", "one"])
-    picture = figures.probe_sheet(fixed, frame, "epoch 0.5, step 7").with_watermark(NOTE)
+    picture = figures.probe_card(fixed, frame, "epoch 0.5, step 7").with_watermark(NOTE)
     drawn = tiles(picture)
     assert len(drawn) == 2 * (1 + LAYERS + 1)
     for number in range(2):
@@ -196,29 +196,29 @@ def test_the_probe_sheet_has_a_row_for_each_probe_image() -> None:
         for layer, tile in enumerate(layers):
             assert_tile(tile, overlay(fixed["images"][number], frame["maps"][number, layer], NUM_KEYS))
         assert_tile(rollout, overlay(fixed["images"][number], frame["rollout"][number], NUM_KEYS - 1))
-    assert {"true zero", "→ one", "true one", "→ zero", NOTE} <= set(texts(picture))
+    assert {"zero", "→ one", "one", "→ zero", NOTE} <= set(texts(picture))
     assert any("epoch 0.5, step 7" in text for text in texts(picture))
     assert any("averaged over patch queries" in text for text in texts(picture))
 
 
 def test_a_probe_image_of_unknown_class_says_so() -> None:
     fixed, frame = probe(["zero", "one"], label=-1)
-    assert "image 2" in texts(figures.probe_sheet(fixed, frame, "step 0"))
+    assert "image 2" in texts(figures.probe_card(fixed, frame, "step 0"))
 
 
-def test_frames_of_one_animation_have_one_size() -> None:
+def test_pictures_of_one_slider_have_one_size() -> None:
     """A prediction with a longer name does not move anything between frames."""
     fixed, first = probe(["1", "a much longer name"], layers=1)
     last = first | {"predicted": np.array([0, 0])}
     first = first | {"predicted": np.array([1, 1])}
-    pictures = [figures.probe_sheet(fixed, frame, "epoch 1.000, step 12") for frame in (first, last)]
+    pictures = [figures.probe_card(fixed, frame, "epoch 1.000, step 12") for frame in (first, last)]
     assert len({(picture.width, picture.height, tiles(picture)[0].x) for picture in pictures}) == 1
 
 
-def test_frames_of_a_shallow_model_have_one_size_over_time() -> None:
+def test_cards_of_a_shallow_model_have_one_size_over_time() -> None:
     fixed, frame = probe(["0", "1"], layers=1)
     moments = ("epoch  0.000, step      0", "epoch  9.111, step  1,111", "epoch 10.000, step  2,140")
-    assert len({figures.probe_sheet(fixed, frame, moment).width for moment in moments}) == 1
+    assert len({figures.probe_card(fixed, frame, moment).width for moment in moments}) == 1
 
 
 # --- what each says ---
@@ -308,9 +308,8 @@ def test_nothing_overlaps_or_leaves_a_figure(of: ExplainedImage) -> None:
 
 
 @pytest.mark.parametrize("names", [["0", "1"], LONG_NAMES], ids=["digits", "long"])
-def test_nothing_overlaps_or_leaves_a_probe_sheet(names: list[str]) -> None:
-    for draw in (figures.probe_sheet, figures.probe_card):
-        assert_tidy(draw(*probe(names), "epoch 10.000, step  2,140").with_watermark(NOTE))
+def test_nothing_overlaps_or_leaves_a_probe_card(names: list[str]) -> None:
+    assert_tidy(figures.probe_card(*probe(names), "epoch 10.000, step  2,140").with_watermark(NOTE))
 
 
 def test_cards_are_as_wide_as_tensorboards() -> None:

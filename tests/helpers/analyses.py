@@ -156,7 +156,7 @@ def embedded_figures(report: str) -> list[str]:
     tokens = MarkdownIt("commonmark").parse(report)
     children = [child for token in tokens for child in token.children or []]
     addresses = [str(child.attrs.get("src", child.attrs.get("href", ""))) for child in children]
-    return [each for each in addresses if each.endswith((".png", ".webp", ".svg", ".pdf"))]
+    return [each for each in addresses if each.endswith((".png", ".webp", ".gif", ".mp4", ".svg", ".pdf"))]
 
 
 def read_report(output: Path) -> str:

@@ -56,7 +56,7 @@ CHAPTERS: dict[str, ChapterWriter] = {
 # File names that an analysis may create, and may therefore delete; the report's own names are apart.
 FIGURE_STEMS = [stem.replace("#", r"\d+") for chapter in CHAPTERS.values() for stem in chapter.figures]
 ANALYSIS_FILE_NAMES = re.compile(
-    rf"({'|'.join(FIGURE_STEMS)})\.(png|pdf|svg|webp)|{re.escape(explorer_page.FILE_NAME)}|{markdown_report.STATISTICS}\.(csv|json)"
+    rf"({'|'.join(FIGURE_STEMS)})\.(png|pdf|svg|webp|mp4|gif)|{re.escape(explorer_page.FILE_NAME)}|{markdown_report.STATISTICS}\.(csv|json)"
 )
 
 

@@ -25,6 +25,7 @@ from attention_visualizer.attention.geometry import Geometry
 from attention_visualizer.attention.gradients import asks_for_gradients
 from attention_visualizer.data.class_names import declared_class_names
 from attention_visualizer.data.image_sets import ImageFolder, ImageSet
+from attention_visualizer.files.films import FilmFormat
 from attention_visualizer.measures.map_measures import Query
 from attention_visualizer.measures.observation import Observation, RolloutOptions
 from attention_visualizer.runs.folders import RunFolder
@@ -46,6 +47,7 @@ def make_study(
     rollout: RolloutOptions | None = None,
     device: str = "auto",
     file_format: FileFormat = "png",
+    film_format: FilmFormat = "webp",
     head_layers: HeadLayers = "all",
     budget: Budget | None = None,
     compared_runs: Sequence[ComparedRun] = (),
@@ -69,7 +71,7 @@ def make_study(
         notes.append("positions as given, not confirmed")
     return Study(
         target,
-        Output(folder, file_format, "; ".join(notes)),
+        Output(folder, file_format, "; ".join(notes), film_format),
         weights.text,
         budget or QUICK,
         samples,

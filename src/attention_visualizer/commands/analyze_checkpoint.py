@@ -75,6 +75,7 @@ def analyze(options: dict[str, Any]) -> None:
         rollout=RolloutOptions(options["rollout_fusion"], options["rollout_discard"]),
         device=options["device"],
         file_format=options["format"],
+        film_format=options["format_film"],
         head_layers=options["head_layers"],
         explorer_mb=options["explorer_mb"],
         budget=budget,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from attention_visualizer.support.errors import UserError
+from attention_visualizer.support.extras import missing_package
 from attention_visualizer.support.field_types import SHARE, at_least, between, fits, remedy
 
 # The words of a field are those of the type that it is passed on as, in modules that load torch; a test compares them.
@@ -34,6 +35,7 @@ FIELDS: dict[str, Any] = {
     ],
     "format": Annotated[Literal["png", "pdf", "svg"], "choose one of png, pdf, svg"],
     "explorer_mb": Annotated[float, between("megabytes", 1, 1000)],
+    "format_film": Annotated[Literal["webp", "mp4", "gif"], "choose one of webp, mp4, gif"],
     "output_dir": str | None,
     "data_dir": str | None,
     "device": str,
@@ -50,6 +52,16 @@ def check_options(options: dict[str, Any]) -> None:
         if not fits(options[name], hint):
             raise UserError(f"{name}={options[name]}: {remedy(hint, options[name])}")
     check_sources(options)
+    check_encoder(options["format_film"])
+
+
+def check_encoder(film_format: str) -> None:
+    """Raise UserError where what writes such films is not installed."""
+    if film_format == "mp4":
+        try:
+            import av  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise missing_package("format_film=mp4", error, "film") from error
 
 
 def check_sources(options: dict[str, Any]) -> None:

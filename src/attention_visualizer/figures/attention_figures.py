@@ -318,47 +318,52 @@ def query_of(probe: dict[str, Array]) -> Query:
 
 
 def probe_card(probe: dict[str, Array], frame: dict[str, Array], moment: str) -> PanelFigure:
-    """Draw `probe_sheet` for TensorBoard."""
-    return probe_sheet(probe, frame, moment, style=CARD)
-
-
-def probe_sheet(probe: dict[str, Array], frame: dict[str, Array], moment: str, style: Style = PAGE) -> PanelFigure:
-    """Draw one frame of a training run's history: a row for each probe image, with the input, each layer, the rollout.
+    """Draw one frame of a training run's history, for TensorBoard: a row for each probe image, with the input, each
+    layer, the rollout.
 
     probe, frame: as in AttentionHistory.
     """
     names = [str(name) for name in probe["class_names"]]
-    num_layers = frame["maps"].shape[1]
-    num_keys = np.broadcast_to(probe["num_keys"], num_layers)  # one number where all layers have as many
-    unit = common_unit(num_keys.tolist())
-    query = query_of(probe)
-    columns = ["input", *(f"{'L' if style.is_card else 'layer '}{layer + 1}" for layer in range(num_layers))]
+    columns = ["input", *(f"L{layer + 1}" for layer in range(frame["maps"].shape[1]))]
     if "rollout" in frame:
         columns.append("rollout")
-    labels = [int(label) for label in probe["labels"]]
-    titles = [f"true {names[label]}" if label >= 0 else f"image {number + 1}" for number, label in enumerate(labels)]
-    if style.is_card:
-        titles = [shortened(title.removeprefix("true "), style.label, MAX_TITLE_WIDTH) for title in titles]
-    size = card_tile_size(len(columns), titles) if style.is_card else SMALL_TILE
+    titles = [shortened(title, CARD.label, MAX_TITLE_WIDTH) for title in probe_titles(probe)]
+    size = card_tile_size(len(columns), titles)
     tiles: list[list[Tile | None]] = []
     for number, image in enumerate(probe["images"]):
         predicted = int(frame["predicted"][number])
-        scaled = frame["maps"][number] * (num_keys / unit)[:, None, None]
-        row: list[Tile | None] = [
-            Tile(image, caption=short_class_name(names, predicted, size, style) if predicted >= 0 else ""),
-            *(Tile(picture) for picture in overlay(image, scaled, unit)),
-        ]
-        if "rollout" in frame:
-            rollout = patch_share(frame["rollout"][number])
-            row.append(Tile(overlay(image, rollout, rollout.size)))
-        tiles.append(row)
+        caption = short_class_name(names, predicted, size, CARD) if predicted >= 0 else ""
+        tiles.append([Tile(image, caption=caption), *(Tile(each) for each in probe_overlays(probe, frame, number))])
     return tile_grid(
         tiles,
-        f"By layer: {query_name(query)}, mean over heads",
+        f"By layer: {query_name(query_of(probe))}, mean over heads",
         moment,
         column_titles=columns,
         row_titles=titles,
         tile_size=size,
-        scale=attention_scale(unit),
-        style=style,
+        scale=attention_scale(probe_unit(probe, frame)),
+        style=CARD,
     )
+
+
+def probe_titles(probe: dict[str, Array]) -> list[str]:
+    """The class of each probe image, or its number where that is not known."""
+    names = [str(name) for name in probe["class_names"]]
+    labels = map(int, probe["labels"])
+    return [class_name(names, label) if label >= 0 else f"image {number}" for number, label in enumerate(labels, 1)]
+
+
+def probe_unit(probe: dict[str, Array], frame: dict[str, Array]) -> int:
+    """The number of keys that the colours of a history's maps are relative to."""
+    return common_unit(np.broadcast_to(probe["num_keys"], frame["maps"].shape[1]).tolist())
+
+
+def probe_overlays(probe: dict[str, Array], frame: dict[str, Array], number: int) -> list[Array]:
+    """Draw each layer's map over a probe image, by its number, then the rollout where there is one."""
+    image, unit, maps = probe["images"][number], probe_unit(probe, frame), frame["maps"][number]
+    num_keys = np.broadcast_to(probe["num_keys"], len(maps))  # one number where all layers have as many
+    pictures = list(overlay(image, maps * (num_keys / unit)[:, None, None], unit))
+    if "rollout" in frame:
+        rollout = patch_share(frame["rollout"][number])
+        pictures.append(overlay(image, rollout, rollout.size))
+    return pictures

@@ -210,17 +210,21 @@ def lines_over_training(
     if reference is not None:
         ax.axhline(reference, color=REFERENCE, linestyle="--", linewidth=1)
         handles.append(Line2D([], [], color=REFERENCE, linestyle="--", linewidth=1, label=f"uniform ({reference:.2f})"))
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_minor_locator(NullLocator())
-    last = int(max(steps[-1], early_steps[-1] if early_steps is not None else 0))
-    powers = (2**power for power in range(0, 30, 1 if last < 64 else 2))
-    ticks = sorted({0, *(power for power in powers if power < 0.7 * last), last})
-    ax.set_xticks([tick + 1 for tick in ticks])
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: f"{round(position) - 1:,}"))
+    step_axis(ax, int(max(steps[-1], early_steps[-1] if early_steps is not None else 0)))
     ax.set_xlabel("training step (logarithmic)")
     ax.set_ylabel(label)
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     return clean(ax)
+
+
+def step_axis(ax: Axes, last: int) -> None:
+    """Give training steps a logarithmic axis, on which step s stands at s + 1, up to the last one."""
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_minor_locator(NullLocator())
+    powers = (2**power for power in range(0, 30, 1 if last < 64 else 2))
+    ticks = sorted({0, *(power for power in powers if power < 0.7 * last), last})
+    ax.set_xticks([tick + 1 for tick in ticks])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: f"{round(position) - 1:,}"))
 
 
 def confusion_matrix(counts: Array, class_names: list[str], ax: Axes | None = None) -> Axes:

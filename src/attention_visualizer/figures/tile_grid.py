@@ -155,24 +155,23 @@ def place_headline(figure: PanelFigure, headline: str, subtitle: str) -> int:
 BAR_WIDTH, BAR_GAP = 14, 18
 
 
-def bar_width(scale: ColorScale) -> int:
+def bar_width(scale: ColorScale, style: Style = PAGE) -> int:
     """The width that a colour bar takes beside the grid."""
-    labels = max(text_width(label, PAGE.caption) for _, label in scale.ticks)
-    return BAR_GAP + PAGE.caption + 8 + BAR_WIDTH + 6 + labels
+    labels = max(text_width(label, style.caption) for _, label in scale.ticks)
+    return BAR_GAP + style.caption + 8 + BAR_WIDTH + 6 + labels
 
 
 def place_bar(figure: PanelFigure, scale: ColorScale, x: int, y: int, height: int) -> None:
     """Place a vertical colour bar with its ticks; its title stands upright beside it."""
     x += BAR_GAP
-    title = upright(scale.title, fitting_size([scale.title], PAGE.caption, height, least=7))
+    size = figure.style.caption
+    title = upright(scale.title, fitting_size([scale.title], size, height, least=7))
     figure.images.append(PlacedImage(x, y + (height - title.shape[0]) // 2, title.shape[1], title.shape[0], title))
-    x += PAGE.caption + 8
+    x += size + 8
     figure.images.append(PlacedImage(x, y, BAR_WIDTH, height, np.ascontiguousarray(scale.table[::-1, None])))
     for value, label in scale.ticks:
         share = (value - scale.low) / (scale.high - scale.low)
-        figure.texts.append(
-            PlacedText(x + BAR_WIDTH + 5, round(y + (1 - share) * (height - 1)), label, PAGE.caption, "lm")
-        )
+        figure.texts.append(PlacedText(x + BAR_WIDTH + 5, round(y + (1 - share) * (height - 1)), label, size, "lm"))
 
 
 def place_bar_below(figure: PanelFigure, scale: ColorScale, x: int, y: int) -> int:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from attention_visualizer.report.chapter import Table
 
-KINDS = {".png": "image/png", ".webp": "image/webp"}  # others are linked
+KINDS = {".png": "image/png", ".webp": "image/webp", ".gif": "image/gif"}  # others are linked
 THUMBNAIL = (480, 300)  # pixels, twice those on the page
 NUMBER = re.compile(r"[-+−<>~]?\s?\d[\d,.]*(\s?%)?(\s\(.*\))?|–|")
 

@@ -27,7 +27,7 @@ MAX_FINDINGS = 6
 # The pictures that a page begins with.
 OPENING_FIGURES = ("attention_last_layer_sample_0", "attention_pattern_sample_0", "attention_evolution_strip")
 PLACEHOLDER = re.compile(r"(?<!\\)\{(\w+)(?::([^{}]*))?\}")
-SHOWN = (".png", ".webp")  # kinds of figures that stand in the page; others are linked
+SHOWN = (".png", ".webp", ".gif")  # kinds of figures that stand in the page; others are linked
 THUMBNAIL_WIDTH = 240  # pixels, in Markdown
 
 

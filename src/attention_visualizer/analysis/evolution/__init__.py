@@ -3,5 +3,6 @@
 Hands out the chapter.
 
     chapter.py  figures and text
-    figure.py   curves and the animation
+    figure.py   curves and the strip
+    film.py     the film
 """

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attention_visualizer.analysis.evolution.figure import animate, draw, draw_strip
+from attention_visualizer.analysis.evolution import film
+from attention_visualizer.analysis.evolution.figure import draw, draw_strip
 from attention_visualizer.analysis.needs import ChapterWriter, Need
 from attention_visualizer.analysis.study.study import Study
 from attention_visualizer.report.chapter import Chapter, FigureFile, Finding
@@ -48,7 +49,8 @@ def write(study: Study) -> Chapter:
             "Entropy and mean attention distance by layer and head over training.",
         ),
         FigureFile(
-            animate(history, output, "attention_evolution"), "The probe images' attention over training (animated)."
+            output.save_film(film.draw_frames(history, output.watermark), "attention_evolution", film.MILLISECONDS),
+            "Probe images' attention over training, above the entropy of each layer (film).",
         ),
     ]
     change = largest_change(history)
@@ -84,5 +86,5 @@ TEXT = """Attention on the same probe images at {frames} steps, most of them wit
 change occurs; step 0 is before training. Of all layers, the entropy of layer {layer} changed most, from {first} to
 {last} nats on the probe images (mean over heads); half of the change was there at step {half} of {end}. Solid lines
 are means over the whole validation set (thin ones single heads), dotted lines the probe images only; in the
-animation, each row is a probe image and each column a layer. Where a class token is read out, the last layer's
-distance is omitted: its patch queries cannot affect the logits."""
+film, each row is a probe image and each column a layer, under the colour of its line. Where a class token is read out,
+the last layer's distance is omitted: its patch queries cannot affect the logits."""

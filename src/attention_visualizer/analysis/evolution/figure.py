@@ -1,32 +1,23 @@
-"""Figures of attention over training: curves, and an animation of the probe images."""
+"""Figures of attention over training: curves, and a strip of probe images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
-from attention_visualizer.analysis.study.output import Output
 from attention_visualizer.figures import charts
 from attention_visualizer.figures.attention_figures import (
     class_name,
     common_unit,
-    moment,
-    probe_sheet,
     query_name,
     query_of,
 )
 from attention_visualizer.figures.color_scales import attention_scale
 from attention_visualizer.figures.panels import Array, PanelFigure, overlay
 from attention_visualizer.figures.tile_grid import Tile, tile_grid
-from attention_visualizer.files.atomic import atomic_path
 from attention_visualizer.measures.map_measures import uniform_entropy
 from attention_visualizer.runs.history import AttentionHistory
 
-FRAME_MILLISECONDS = 600
-MAX_FRAMES = 24  # of the animation
 STRIP_MOMENTS, STRIP_IMAGES = 6, 4
 
 
@@ -50,12 +41,6 @@ def draw(history: AttentionHistory) -> Figure:
             values[:, -1], probe_values[:, -1] = np.nan, np.nan
         charts.lines_over_training(steps, values, label, axis, reference, probe_steps, probe_values)
     return charts.with_headline(figure, "Attention during training")
-
-
-def draw_frames(history: AttentionHistory) -> Iterator[PanelFigure]:
-    """One figure for each captured frame of the probe images, at most MAX_FRAMES."""
-    for frame in chosen_frames(history, MAX_FRAMES):
-        yield probe_sheet(history.probe, frame, moment(float(frame["epoch"]), int(frame["step"])))
 
 
 def chosen_frames(history: AttentionHistory, count: int) -> list[dict[str, Array]]:
@@ -88,14 +73,3 @@ def draw_strip(history: AttentionHistory) -> PanelFigure:
         tile_size=72,
         scale=attention_scale(unit),
     )
-
-
-def animate(history: AttentionHistory, output: Output, stem: str) -> str:
-    """Write an animated WebP; return its file name."""
-    sheets = (sheet.with_watermark(output.watermark) for sheet in draw_frames(history))
-    first, *others = (Image.fromarray(sheet.to_rgb()) for sheet in sheets)
-    path = output.folder / f"{stem}.webp"
-    durations = [FRAME_MILLISECONDS] * len(others) + [4 * FRAME_MILLISECONDS]  # rest on the result
-    with atomic_path(path) as temporary:
-        first.save(temporary, save_all=True, append_images=others, duration=durations, loop=0, lossless=True)
-    return path.name

@@ -3,4 +3,5 @@
 Hands out the chapter.
 
     chapter.py  figures, tables and text
+    film.py     one image through the layers
 """
