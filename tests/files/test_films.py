@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from attention_visualizer.files.films import FilmFormat, write_film
 
+av = pytest.importorskip("av")
 HEIGHT, WIDTH = 38, 74  # even, and no multiple of what an encoder likes
 COLORS = ((200, 30, 40), (40, 80, 200), (250, 250, 250))
 MILLISECONDS = (1800, 600, 3000)
