@@ -45,9 +45,10 @@ class AttentionCall:
     source: Source
     #: Of weights @ values against the same product as the model computed it, dropout left out in both or in neither.
     proof: Proof
-    replay: Callable[
-        [Tensor], Tensor
-    ]  # other weights of that shape -> the output passed on to the model, dropout included
+    #: Other weights of that shape -> the output passed on to the model, dropout included.
+    replay: Callable[[Tensor], Tensor]
+    #: The same for weights that are times so much in each head, [batch, head, 1, 1]; None where only `replay` tells.
+    scale: Callable[[Tensor], Tensor] | None = None
 
 
 class HeadLayout:
@@ -177,6 +178,25 @@ def fused_call(heads: DeclaredHeads, output: Tensor, call: FunctionCall, before:
             return multiply(F.dropout(layout.restore(other), dropout)).to(output.dtype)
 
     return AttentionCall(layout.apply(weights).to(dtype), layout.apply(values).to(dtype), "rebuilt", proof, replay)
+
+
+def unweighted_call(heads: DeclaredHeads, output: Tensor, call: FunctionCall) -> AttentionCall:
+    """Describe a call of `scaled_dot_product_attention` without dropout of which only `scale` is wanted: its weights
+    are not rebuilt, only their shape and the values are known."""
+    query, key, value = (call.argument(*each) for each in QUERY_KEY_VALUE)
+    value = value.to(torch.promote_types(query.dtype, torch.float32))
+    if value.shape[-3:-2] != output.shape[-3:-2] and call.kwargs.get("enable_gqa"):
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
+    layout = HeadLayout(output.shape[:-2], *heads)
+    weights = value.new_zeros(()).expand(*output.shape[:-1], key.shape[-2])
+    return AttentionCall(
+        layout.apply(weights),
+        layout.apply(value.expand(*output.shape[:-2], *value.shape[-2:])),
+        "rebuilt",
+        Proof(0.0, 0.0, output.dtype),
+        replay=lambda other: output,
+        scale=lambda factors: output * layout.restore(factors).to(output.dtype),
+    )
 
 
 def attention_weights(

@@ -138,6 +138,7 @@ class SwitchedOff(Capture):
     """Switch attention off and note each call's values: what tokens are without having looked at each other."""
 
     recomputes, joins = True, False
+    needs_weights = False  # or only that heads are scaled
 
     def __init__(self, stop: int | None = None) -> None:
         self.stop = stop  # number of the call after which the pass may end
@@ -152,15 +153,22 @@ class SwitchedOff(Capture):
         return self.edited(layer)
 
     def edited(self, layer: AttentionLayer) -> Tensor:
-        return torch.zeros_like(layer.weights)
+        """Return what the weights are times, [batch, head, 1, 1], or the weights themselves if it `needs_weights`."""
+        return layer.weights.new_zeros(*layer.weights.shape[:2], 1, 1)
 
     def replay(self, layer: AttentionLayer, weights: Tensor, call: AttentionCall, output: Tensor) -> Tensor:
-        return call.replay(weights)
+        if self.needs_weights:
+            return call.replay(weights)
+        if call.scale is not None:
+            return call.scale(weights)
+        return call.replay(layer.weights.masked_fill(weights == 0, 0.0))
 
 
 class OnlyItself(SwitchedOff):
     """Let each query attend to its own key alone: the one of its number where there are as many queries as keys, that
     of `own_keys` [query] where it is known, and to none elsewhere."""
+
+    needs_weights = True
 
     def __init__(self, own_keys: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
@@ -173,7 +181,7 @@ class OnlyItself(SwitchedOff):
         return super().receive(layer)
 
     def edited(self, layer: AttentionLayer) -> Tensor:
-        weights = super().edited(layer)
+        weights = torch.zeros_like(layer.weights)
         own = self.own_keys.get(layer.name)
         if own is not None:
             weights.scatter_(-1, own.to(weights.device)[:, None].expand(*weights.shape[:-1], 1), 1.0)
@@ -191,8 +199,8 @@ class OneCallOff(SwitchedOff):
         self.first, self.number = first, number
 
     def edited(self, layer: AttentionLayer) -> Tensor:
-        weights, num_pictures = layer.weights.clone(), self.number + 2
-        picture = layer.index - self.first + 1
-        if 0 < picture <= self.number and len(weights) % num_pictures == 0:
-            weights.unflatten(0, (num_pictures, -1))[picture].zero_()
-        return weights
+        num_pictures, picture = self.number + 2, layer.index - self.first + 1
+        factors = layer.weights.new_ones(*layer.weights.shape[:2], 1, 1)
+        if 0 < picture <= self.number and len(factors) % num_pictures == 0:
+            factors.unflatten(0, (num_pictures, -1))[picture].zero_()
+        return factors

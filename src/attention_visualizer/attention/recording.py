@@ -32,6 +32,7 @@ from attention_visualizer.attention.calls import (
     fused_call,
     fused_dropout,
     random_state,
+    unweighted_call,
 )
 from attention_visualizer.attention.function_call import FunctionCall
 from attention_visualizer.attention.geometry import Geometry
@@ -165,6 +166,8 @@ class Recorder(TorchFunctionMode):
                 repeats = self.policy.recomputes and fused_dropout(call) > 0
                 before = random_state(next(call.tensors()).device) if repeats else None
             output = call()
+            if isinstance(self.policy, SwitchedOff) and not self.policy.needs_weights and not fused_dropout(call):
+                return self._record(output, lambda heads: unweighted_call(heads, output, call), sys._getframe(2))
             return self._record(output, lambda heads: fused_call(heads, output, call, before), sys._getframe(2))
         if function is F.multi_head_attention_forward:
             return self._multi_head(call, sys._getframe(2))
