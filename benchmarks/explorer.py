@@ -19,15 +19,16 @@ from typing import Any
 
 from tables import machine, table, versions
 
-MODELS = {  # layers, heads, side of the grid, pixels, images, moments
-    "default model, 28 pixels": (6, 4, 4, 28, 10, 30),
-    "ViT-Ti/16, 224 pixels": (12, 3, 14, 224, 4, 1),
-    "ViT-B/16, 224 pixels": (12, 12, 14, 224, 2, 1),
+MODELS = {  # layers, heads, side of the grid, pixels, images, moments, patches to a side of a cell
+    "default model, 28 pixels": (6, 4, 4, 28, 10, 30, 1),
+    "ViT-Ti/16, 224 pixels": (12, 3, 14, 224, 4, 1, 1),
+    "ViT-B/16, 224 pixels": (12, 12, 14, 224, 2, 1, 1),
+    "DINOv2-S/14, 518 pixels, cells of 3 x 3": (12, 6, 37, 518, 8, 1, 3),
 }
 HOVERS = """(count) => {
-  const page = explorer.page, { prefix, tokens } = page.layout, times = [];
+  const page = explorer.page, { prefix, grid } = page.layout, times = [];
   for (let number = 0; number < count; number++) {
-    page.state.query = prefix + number % (tokens - prefix);
+    page.state.query = prefix + number % (grid[0] * grid[1]);
     const began = performance.now();
     page.draw();
     times.push(performance.now() - began);
@@ -36,15 +37,14 @@ HOVERS = """(count) => {
 }"""
 
 
-def page_of(layers: int, heads: int, side: int, pixels: int, images: int, moments: int) -> str:
+def page_of(layers: int, heads: int, side: int, pixels: int, images: int, moments: int, stride: int) -> str:
     """A page of random weights, made as an analysis makes it."""
     import numpy as np
     import torch
 
-    from attention_visualizer.attention.geometry import Geometry
-    from attention_visualizer.explorer.contents import Contents, Group, Layout, Moment, Picture
+    from attention_visualizer.explorer.contents import Contents, Group, Layer, Moment, Picture
     from attention_visualizer.explorer.page import render
-    from attention_visualizer.measures.observation import observe
+    from attention_visualizer.measures.observation import RowOptions, observe
     from attention_visualizer.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
@@ -57,13 +57,13 @@ def page_of(layers: int, heads: int, side: int, pixels: int, images: int, moment
         with torch.no_grad():
             for block in model.blocks:
                 block.attn.qkv.weight.mul_(2.0)  # type: ignore[operator, union-attr]
-            observation = observe(model, torch.randn(images, 1, pixels, pixels), row_bytes=2**30)
+            observation = observe(model, torch.randn(images, 1, pixels, pixels), rows=RowOptions(2**30, stride))
         assert observation.rows is not None
         unknown = [None] * images
-        seen.append(Moment(f"step {number}", number, observation.rows, unknown, unknown))
-    geometry = Geometry((side, side), 1, (pixels / side, pixels / side))
+        seen.append(Moment(f"step {number}", number, [each.rows for each in observation.rows], unknown, unknown))
     group = Group("images", "images", pictures, seen)
-    return render(Contents("Explorer", [], [], Layout(geometry, layers, heads, (pixels, pixels)), [group]))
+    shown = [Layer(each.name, each.layout, heads) for each in observation.rows]
+    return render(Contents("Explorer", [], [], shown, (pixels, pixels), stride == 1, [group]))
 
 
 def main() -> None:

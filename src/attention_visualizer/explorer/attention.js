@@ -13,7 +13,10 @@ function half(bits) {
 
 /** Return bytes of base64. */
 function bytesOf(text) {
-  return Uint8Array.from(atob(text.trim()), (character) => character.charCodeAt(0));
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+  const characters = atob(text), bytes = new Uint8Array(characters.length);
+  for (let index = 0; index < bytes.length; index++) bytes[index] = characters.charCodeAt(index);
+  return bytes;
 }
 
 /** Return where a value lies on a scale of `factor` times it, in doublings around 1: 0 to 1. */
