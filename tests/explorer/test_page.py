@@ -208,6 +208,17 @@ def test_one_slider_moves_everything_and_the_chart_is_one(page: Any, weights: li
     assert state(page)["moment"] == 0 and page.locator(".picture .verdict").nth(2).inner_text() == "a → b"
 
 
+def test_arrows_go_through_the_images_that_pass_the_filter(page: Any) -> None:
+    page.locator("#filter").select_option("right")
+    page.locator(".picture").first.focus()
+    seen = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+        seen.append((state(page)["group"], state(page)["picture"]))
+    assert seen == [(0, 1), (0, 2), (0, 2), (0, 1)]  # the others are wrong, or not known
+    assert page.evaluate("document.querySelectorAll('.picture[tabindex=\"0\"]').length") == 1
+
+
 def test_playing_goes_to_the_end_and_stops(page: Any) -> None:
     page.locator("#speed").select_option("12")
     page.locator("#play").click()
@@ -447,7 +458,12 @@ def test_pure_functions(page: Any) -> None:
     found = page.evaluate("(bits) => bits.map(explorer.pure.half)", half.view(np.uint16).tolist())
     np.testing.assert_array_equal(found, half.astype(float))
     for way in ("", "Uint8Array.fromBase64 = undefined;"):  # of older browsers
-        assert page.evaluate(f"(() => {{ {way} return [...explorer.pure.bytesOf('AP+AAQ==')]; }})()") == [0, 255, 128, 1]
+        assert page.evaluate(f"(() => {{ {way} return [...explorer.pure.bytesOf('AP+AAQ==')]; }})()") == [
+            0,
+            255,
+            128,
+            1,
+        ]
     assert page.evaluate("explorer.pure.onRelativeScale(0, 10, 3)") == 0
     assert page.evaluate("explorer.pure.onRelativeScale(0.1, 10, 3)") == 0.5
     assert page.evaluate("explorer.pure.onRelativeScale(1, 10, 3)") == 1

@@ -13,5 +13,6 @@ below.
     explorer.js    what it does: follows the hand, and has all drawn
     live.js        the toolbar above the page in a notebook with a kernel
     saved.js       what is taken along: pictures and numbers
+    start.js       unpacks the data, and shows the page
     words.js       what it says of tokens, maps and the view
 """

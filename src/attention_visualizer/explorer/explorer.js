@@ -69,6 +69,7 @@ class Page {
         const button = made("button", { type: "button", className: "picture" },
           made("img", { src: picture.png, alt: "" }), made("span", { className: "verdict" }));
         button.onclick = () => this.show({ group: number, picture: index });
+        button.onkeydown = (event) => this.moveInPictures(event, button);
         this.pictures.push({ group: number, picture: index, button });
         strip.append(button);
       });
@@ -113,6 +114,18 @@ class Page {
     element("item").max = queriesInList(header);
     const isPlain = header.layouts.length === 1 && header.layouts[0].are_queries_patches && !header.layouts[0].key_of_patch;
     element("about-layer").classList.toggle("plain", isPlain); // seldom anything is said there
+  }
+
+  /** Go to the next picture, or the one before, that passes the filter. */
+  moveInPictures(event, button) {
+    const by = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
+    if (!by || event.altKey || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    const there = this.pictures.filter((each) => !each.button.hidden), next = there[there.findIndex((each) => each.button === button) + by];
+    if (!next) return;
+    this.show({ group: next.group, picture: next.picture });
+    next.button.focus();
+    this.speak();
   }
 
   moveInTable(event, layer, head) {
@@ -276,6 +289,7 @@ class Page {
       button.title = [name, button.lastChild.textContent, isRight === false ? "wrong" : ""].filter(Boolean).join(", ");
       button.setAttribute("aria-label", button.title);
       button.setAttribute("aria-pressed", isShown);
+      button.tabIndex = isShown ? 0 : -1;
     }
     const notes = state.unknown.map((each) => `The address asks for ${each}, which is not here.`);
     if (state.filter !== "all" && !passing) notes.push("No image passes the filter at this moment.");
@@ -364,26 +378,3 @@ class Page {
     canvas.setAttribute("aria-label", `${what}. ${captionOf(this)}`);
   }
 }
-
-async function begin() {
-  const began = performance.now();
-  try {
-    const header = JSON.parse(element("header").textContent);
-    const attention = new Attention(header, await inflated(bytesOf(element("rows").textContent)));
-    element("rows").remove();
-    const load = async (picture) => {
-      const image = made("img", { src: picture.png });
-      await image.decode();
-      return image;
-    };
-    const images = await Promise.all(header.groups.map((group) => Promise.all(group.pictures.map(load))));
-    element("content").hidden = false;
-    window.explorer = { page: new Page(header, attention, images), pure, milliseconds: performance.now() - began };
-  } catch (error) {
-    element("failure").textContent = `This page cannot be shown: ${error.message}. It needs a browser of 2023 or later.`;
-    element("failure").hidden = false;
-    throw error;
-  }
-}
-
-begin();

@@ -15,7 +15,7 @@ from attention_visualizer.explorer.contents import Contents, deflated
 FILE_NAME = "attention_explorer.html"
 ROOM, SCRIPTS = (
     "attention_visualizer.explorer",
-    ("attention.js", "words.js", "address.js", "drawing.js", "saved.js", "explorer.js"),
+    ("attention.js", "words.js", "address.js", "drawing.js", "saved.js", "explorer.js", "start.js"),
 )
 
 
