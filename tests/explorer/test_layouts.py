@@ -270,7 +270,8 @@ def test_methods_beside_the_attention_are_columns_where_they_are_known(browser: 
         assert heads == ["head 1", "head 2", "mean", "rollout", "value-weighted"]
         assert_close(choose(page, 0, 2, query=5), weights[0, :2, 5].mean(dim=0))
         assert_close(choose(page, 0, 4, query=5), weights[0, 2, 5])
-        assert "layer 1, value-weighted" in page.locator("#caption").inner_text()
+        caption = "layer 1, value-weighted · what contributes to the patch in row 2, column 2"
+        assert caption in page.locator("#caption").inner_text()
         assert "entropy of value-weighted" in page.locator("#numbers").inner_text()
         page.locator(".picture").nth(1).click()
         assert choose(page, 0, 4) is None and "of the samples only" in page.locator("#about-layer").inner_text()

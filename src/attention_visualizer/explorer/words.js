@@ -39,7 +39,9 @@ function captionOf(page) {
   const probability = moment.probability[state.picture];
   const said = [picture.label === null ? null : `class ${picture.label}`,
     predicted === null ? null : `predicted ${predicted}` + (probability === null ? "" : ` (${percent(probability)})`)];
-  const query = page.direction === "row" ? `what ${nameOfQuery(page)} attends to` : `what attends to ${nameOfQuery(page)}`;
+  const isMethod = methodsOf(page.header).includes(page.columns[state.head]), name = nameOfQuery(page);
+  const query = page.direction === "row" ? (isMethod ? `what contributes to ${name}` : `what ${name} attends to`)
+    : isMethod ? `what ${name} contributes to` : `what attends to ${name}`;
   return [[picture.name, ...said.filter((each) => each !== null)].join(", "), nameOfMap(state.layer, state.head, page.header),
     query + (page.state.pinned ? ", pinned" : ""), moment.title].join(" · ");
 }
