@@ -62,7 +62,7 @@ def page_of(layers: int, heads: int, side: int, pixels: int, images: int, moment
         unknown = [None] * images
         seen.append(Moment(f"step {number}", number, [each.rows for each in observation.rows], unknown, unknown))
     group = Group("images", "images", pictures, seen)
-    shown = [Layer(each.name, each.layout, heads) for each in observation.rows]
+    shown = [Layer(each.name, each.layout, heads, number) for number, each in enumerate(observation.rows, 1)]
     return render(Contents("Explorer", [], [], shown, (pixels, pixels), stride == 1, [group]))
 
 

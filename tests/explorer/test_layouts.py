@@ -50,7 +50,7 @@ def contents_of(layers: dict[str, tuple[RowLayout, int]]) -> tuple[Contents, Wei
         weights[name] = both[layout.num_windows :]
     pictures = [Picture(np.full((*IMAGE, 3), 40 * number, np.uint8), f"image {number}", None) for number in range(2)]
     group = Group("samples", "Samples", pictures, [Moment("weights", None, rows, ["a", "b"], [None, 0.5])])
-    of_page = [Layer(name, *each) for name, each in layers.items()]
+    of_page = [Layer(name, *each, number) for number, (name, each) in enumerate(layers.items(), 1)]
     return Contents("Explorer", [], [], of_page, IMAGE, False, [group]), weights
 
 
@@ -150,8 +150,19 @@ def test_queries_that_are_no_keys_are_a_list(stages: tuple[Any, Weights]) -> Non
     assert_close(choose(page, 1, 0), weights["pooled keys"][0, 0, 17])
     assert page.locator("#item-name").inner_text() == "query 18 of 24"
     assert "query 18 of 24" in page.locator("#caption").inner_text()
-    assert choose(page, 1, 0, direction="column") is None
+    # What attends to a key of theirs is not shown, and not claimed to be.
+    assert_close(choose(page, 1, 0, direction="column"), weights["pooled keys"][0, 0, 17])
+    assert "what query 18 of 24 attends to" in page.locator("#caption").inner_text()
     choose(page, 1, 0, direction="row")
+    page.locator("#map").focus()
+    page.keyboard.press("ArrowUp")
+    assert_close(choose(page, 1, 0), weights["pooled keys"][0, 0, 16])
+    page.keyboard.press("ArrowDown")
+    choose(page, 1, 0)
+    before = page.evaluate("explorer.page.state.query")
+    hover(page, 0.2, 0.2)
+    choose(page, 1, 0)
+    assert page.evaluate("explorer.page.state.query") == before
     assert_close(choose(page, 4, 1), weights["latents"][0, 1, 2])  # of three, the last
     assert page.locator("#item-name").inner_text() == "query 3 of 3"
     wait_until(page, "location.hash.includes('item=18')")
@@ -177,6 +188,15 @@ def test_a_layer_without_places_is_a_matrix_and_says_why(stages: tuple[Any, Weig
     assert "largest" in page.locator("#numbers").inner_text() and "key " in page.locator("#numbers").inner_text()
     mean = choose(page, 3, 3)
     assert_close(mean, weights["a matrix"][0].mean(dim=0)[2])
+
+
+def test_arrows_go_from_patch_to_patch_of_the_layer_that_is_shown(stages: tuple[Any, Weights]) -> None:
+    page, weights = stages
+    choose(page, 2, 0, query=1)  # the first patch
+    page.locator("#map").focus()
+    for key, token in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowRight", 2), ("ArrowDown", 5), ("ArrowLeft", 4)):
+        page.keyboard.press(key)
+        assert_close(choose(page, 2, 0), weights["a stage"][0, 0, 1 + token])
 
 
 def test_layers_have_as_many_columns_as_heads(stages: tuple[Any, Weights]) -> None:
@@ -251,7 +271,15 @@ def test_in_windows_some_queries_stand_for_all(cells: tuple[Any, Weights]) -> No
     expected = np.full(64, np.nan)
     expected[keys // 16 == 3] = weights["windows"][3, 0, 1 * 4 + 3][keys[keys // 16 == 3] % 16]
     assert_close(found, expected)
-    assert "patch kept for the patch in row 5, column 7" in page.locator("#caption").inner_text()
+    # The page says of which patch the row is: not of the one under the pointer.
+    assert "what the patch in row 6, column 8 attends to" in page.locator("#caption").inner_text()
+    assert page.evaluate("boxOfQuery(explorer.page, explorer.page.map, 8, 8)") == [7, 5, 1, 1]
+    column = choose(page, 1, 0, direction="column")  # of the patch itself, from those whose rows are here
+    assert (
+        column is not None and "what attends to the patch in row 5, column 7" in page.locator("#caption").inner_text()
+    )
+    own = keys.reshape(8, 8)[4, 6] % 16
+    assert column[5 * 8 + 7] == pytest.approx(float(weights["windows"][3, 0, 1 * 4 + 3, own]), abs=0.01)
 
 
 def test_methods_beside_the_attention_are_columns_where_they_are_known(browser: Any, tmp_path: Path) -> None:
@@ -263,7 +291,7 @@ def test_methods_beside_the_attention_are_columns_where_they_are_known(browser: 
         Group("samples", "With", [picture], [Moment("", None, [seen], [None], [None])], ("value-weighted",)),
         Group("run1", "Without", [picture], [Moment("", None, [others], [None], [None])]),
     ]
-    contents = Contents("Explorer", [], [], [Layer("attn", layout, 2)], IMAGE, True, groups)
+    contents = Contents("Explorer", [], [], [Layer("attn", layout, 2, 1)], IMAGE, True, groups)
     (tmp_path / "page.html").write_text(render(contents), encoding="utf-8")
     with opened(browser, tmp_path / "page.html") as page:
         heads = page.locator("#heads .head").all_inner_texts()
@@ -276,5 +304,31 @@ def test_methods_beside_the_attention_are_columns_where_they_are_known(browser: 
         page.locator(".picture").nth(1).click()
         assert choose(page, 0, 4) is None and "of the samples only" in page.locator("#about-layer").inner_text()
         assert_close(choose(page, 0, 1, query=3), weights[1, 1, 3])
-        assert page.locator(".thumbnail").last.is_hidden()
+        assert page.locator(".thumbnail").last.is_hidden() and page.locator("#heads .head").last.is_hidden()
+        page.locator('.thumbnail[aria-label="rollout up to layer 1"]').focus()
+        page.keyboard.press("ArrowRight")  # to nothing that is not seen
+        assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "rollout up to layer 1"
         assert page.errors == []
+
+
+def test_rows_of_nothing_and_long_names(browser: Any, tmp_path: Path) -> None:
+    layout = RowLayout(1, 7, 7, STAGE, None)
+    picture = Picture(np.zeros((*IMAGE, 3), np.uint8), "n" * 200, None)
+    group = Group(
+        "samples",
+        "Samples",
+        [picture],
+        [Moment("w" * 150, None, [layout.kept(torch.zeros(1, 2, 7, 7))], [None], [None])],
+    )
+    contents = Contents(
+        "Explorer", [("data", "d" * 200)], ["w" * 300], [Layer("attn", layout, 2, 4)], IMAGE, True, [group]
+    )
+    (tmp_path / "page.html").write_text(render(contents), encoding="utf-8")
+    with opened(browser, tmp_path / "page.html", viewport={"width": 390, "height": 844}) as page:
+        choose(page, 0, 0, query=3)
+        assert "every weight is 0 here" in page.locator("#numbers").inner_text()
+        assert "effective" not in page.locator("#numbers").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert "head 4.1" in page.locator("#caption").inner_text()  # as figures count layers
+        wait_until(page, "location.hash.includes('layer=4')")
+        assert "n" * 200 not in page.evaluate("savedDrawing(explorer.page)")  # cut into lines

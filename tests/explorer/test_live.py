@@ -62,6 +62,9 @@ def test_it_shows_one_image_and_then_another(live: Any) -> None:
         assert live.image == image
         assert header_of(live)["groups"][0]["pictures"][0]["name"] == study.target.images.name(image)
     page = live.page
+    for wrong in (None, 1.5):
+        ask(live, "image", image=wrong)
+        assert live.status == "Error: give the number of an image, from 0 to 19" and live.page == page
     ask(live, "image", image=20)
     assert live.status.startswith("Error: samples=[20]") and live.page == page and live.image == 19
 
@@ -129,12 +132,12 @@ def test_the_toolbar_asks_and_keeps_the_view(live: Any, tmp_path: Path) -> None:
         asked = page.evaluate("window.asked")
         assert (asked["action"], asked["layer"], asked["head"]) == ("off", 1, 1)
         live.request = asked
-        page.evaluate("(values) => model.receive(values)", {"page": live.page, "status": live.status})
+        page.evaluate("(values) => model.receive(values)", {"page": live.page, "status": live.status, "answered": 1})
         wait_until(page, f"{explorer}?.page.state.kept !== null && {explorer}?.page.header.groups.length === 2")
         state = page.evaluate(f"{explorer}.page.state")
         assert (state["group"], state["layer"], state["head"], state["query"], state["opacity"]) == (1, 1, 1, 3, 40)
         assert state["kept"] == {"group": 0, "picture": 0, "moment": 0, "layer": 1, "head": 1}
-        assert live.status in page.locator("output").inner_text()
+        assert live.status in page.locator("output").inner_text() and live.answered == 1
         page.locator("input").fill("6")
         page.locator("input").blur()
         assert page.evaluate("window.asked.image") == 6

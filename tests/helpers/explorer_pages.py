@@ -60,7 +60,7 @@ def random_contents(**changes: Any) -> tuple[Contents, list[Tensor]]:
         Group("samples", "Samples", pictures(["four", "five"], ["a", None]), [now]),
     ]
     layout = RowLayout(1, TOKENS, TOKENS, Geometry(GRID, PREFIX, (20.0, 20.0)), None)
-    layers = [Layer(f"blocks.{number}.attn", layout, HEADS) for number in range(LAYERS)]
+    layers = [Layer(f"blocks.{number}.attn", layout, HEADS, number + 1) for number in range(LAYERS)]
     given: dict[str, Any] = {"title": "Attention explorer", "facts": [("weights", HOSTILE)], "warnings": [HOSTILE]}
     given |= {"layers": layers, "image": (60, 80), "are_in_sequence": True, "groups": groups}
     return Contents(**given | changes), weights

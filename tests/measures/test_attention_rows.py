@@ -98,6 +98,15 @@ def test_what_is_too_much_is_not_kept_but_known() -> None:
         assert [layout.num_keys for _, layout, _ in collector.layouts] == [37, 37]
 
 
+def test_weights_that_are_no_shares_are_passed_over() -> None:
+    """Those of heads that are mixed (CaiT) can be below 0, and 8 bits of a row's maximum tell nothing of them."""
+    collector = RowCollector(2**20)
+    collector.add(layer_of(random_weights(2, 2, 37, 37) - 0.01, GRID, "mixed"), 2)
+    collector.add(layer_of(random_weights(3, 2, 37, 37), GRID, "not each image's own"), 2)
+    collector.add(layer_of(random_weights(2, 2, 37, 37), GRID, "usual"), 2)
+    assert collector.layers is not None and [each.name for each in collector.layers] == ["usual"]
+
+
 def test_layers_of_the_same_tokens_are_put_together() -> None:
     weights = random_weights(2, 2, 37, 37)
     collector = RowCollector(2**20)

@@ -48,10 +48,16 @@ function filtersOf(header) {
   return ["all", ...["right", "wrong"].filter((name) => found.delete(name)), ...[...found].sort()];
 }
 
+/** Return the layer of such a number, as reports count them; null for anything else. */
+function layerOfAddress(text, { layers }) {
+  const found = layers.findIndex(({ number }) => String(number) === text);
+  return found < 0 ? null : found;
+}
+
 /** Return a view, of a group, picture, moment, layer and column, as it stands in an address. */
 function partsOf(view, header) {
   const { key, moments } = header.groups[view.group];
-  return [key, view.picture + 1, addressOfMoment(moments, view.moment), view.layer + 1, columnsOf(header)[view.head]];
+  return [key, view.picture + 1, addressOfMoment(moments, view.moment), header.layers[view.layer].number, columnsOf(header)[view.head]];
 }
 
 /** Return the view of such parts, each null where it is of none. */
@@ -59,7 +65,7 @@ function viewOf([key, picture, moment, layer, head], header) {
   const group = header.groups.findIndex((each) => each.key === key), of = header.groups[group];
   const column = columnsOf(header).indexOf(head);
   return { group: group < 0 ? null : group, picture: numberOf(picture, of?.pictures.length ?? 0),
-    moment: momentOfAddress(moment, of?.moments ?? []), layer: numberOf(layer, header.layers.length), head: column < 0 ? null : column };
+    moment: momentOfAddress(moment, of?.moments ?? []), layer: layerOfAddress(layer, header), head: column < 0 ? null : column };
 }
 
 /** Return a state's part of the address. */

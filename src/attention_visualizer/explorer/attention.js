@@ -25,11 +25,12 @@ function onRelativeScale(value, factor, doublings) {
   return Math.min(1, Math.max(0, position)); // of 0 the logarithm is -Infinity
 }
 
-/** Return the entropy of weights in nats, 0 ln 0 = 0; NaN where one is NaN. Only of layers without windows. */
+/** Return the entropy of weights in nats, as shares of their sum, 0 ln 0 = 0; NaN where one is NaN. */
 function entropyOf(weights) {
-  let sum = 0;
-  for (const weight of weights) if (weight !== 0) sum -= weight * Math.log(weight);
-  return sum;
+  const sum = weights.reduce((one, other) => one + other, 0);
+  let entropy = 0;
+  for (const weight of weights) if (weight !== 0) entropy -= (weight / sum) * Math.log(weight / sum);
+  return entropy;
 }
 
 /** Return one layer's rollout: (attention + identity), rows brought to sum 1, times that of the layer before (null for
@@ -91,6 +92,15 @@ function tokenIn(layout, token, reference) {
   const patch = token - reference.prefix, middle = [Math.floor(patch / reference.grid[1]), patch % reference.grid[1]]
     .map((line, axis) => (reference.offset[axis] + (line + 0.5) * reference.patch[axis]) / reference.image[axis]);
   return tokenAt(middle[1], middle[0], layout, reference.image);
+}
+
+/** Return the patch whose row is shown for a token: itself, or in windows of which only some rows are here the one that
+ * stands for it, which may lie across the edge where windows are shifted; null where that is beyond the image. */
+function standIn(layout, token) {
+  if (!layout.row_of_key || token === null) return token;
+  const row = rowOf(layout, token), key = Math.floor(row / layout.rows) * layout.keys + layout.key_of_row[row % layout.rows];
+  const patch = layout.key_of_patch.indexOf(key);
+  return patch < 0 ? null : layout.prefix + patch;
 }
 
 /** Return the number that a weight is times to be relative to uniform attention, as a function of its token. */
@@ -214,7 +224,8 @@ class Attention {
    * it ("column"). NaN outside of the query's window; null where the layer has no such query. */
   ofHead(view, layer, head) {
     const layout = this.layouts[layer], part = this.parts[view.group][layer], first = this.first(view, layer, head);
-    const { keys, rows } = layout, tokens = numTokens(layout), isRow = view.direction === "row";
+    const { keys, rows } = layout, tokens = numTokens(layout);
+    const isRow = view.direction === "row" || !layout.are_queries_patches; // what attends to a key is not shown of lists
     const query = layout.are_queries_patches ? tokenIn(layout, view.query, this.reference) : null;
     const row = this.row(view, layer);
     if (row === null || (!isRow && query === null)) return null;

@@ -26,6 +26,7 @@ class Layer:
     name: str
     layout: RowLayout
     num_heads: int
+    number: int  # from 1, as figures and findings count layers
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,12 @@ class Contents:
             "warnings": list(self.warnings),
             "layouts": [layout_as_json(layout) for layout in layouts],
             "layers": [
-                {"name": layer.name, "layout": layouts.index(layer.layout), "heads": layer.num_heads}
+                {
+                    "name": layer.name,
+                    "number": layer.number,
+                    "layout": layouts.index(layer.layout),
+                    "heads": layer.num_heads,
+                }
                 for layer in self.layers
             ],
             "image": list(self.image),
@@ -142,7 +148,7 @@ def layout_as_json(layout: RowLayout) -> dict[str, Any]:
         "are_queries_patches": layout.are_queries_patches,
         "unplaced": layout.unplaced,
     }
-    for name in ("keys_in_each", "row_of_key", "key_of_patch"):
+    for name in ("keys_in_each", "row_of_key", "key_of_row", "key_of_patch"):
         array = getattr(layout, name)
         values[name] = None if array is None else array.tolist()
     if geometry is not None:

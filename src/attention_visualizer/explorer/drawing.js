@@ -2,10 +2,10 @@
 
 /** Draw the kept view, the one that is shown, and what lies between them; the query is the same. */
 function drawComparison(page, shown) {
-  const { state, header } = page, { kept } = state, { map } = page;
+  const { state, map } = page, { kept } = state;
   element("comparison").hidden = kept === null;
   if (kept === null) return;
-  const view = { ...shown, ...kept }, before = page.mapOf(view, kept.layer, kept.head), isRelative = state.colors === "relative";
+  const view = { ...shown, ...kept }, before = page.mapOf(view, kept.layer, kept.head);
   const largest = Math.max(largestOf(before), largestOf(map)); // one scale for both
   for (const [id, each, of] of [["kept", before, view], ["now", map, shown]]) {
     drawInto(page, element(id), (context, width, height) => drawOverlay(page, context, width, height, each, of, largest));
@@ -125,8 +125,9 @@ function drawChart(page, group, moment) {
     context.textAlign = index === last ? "right" : index ? "center" : "left";
     context.fillText(each.step.toLocaleString("en"), x(index), frame.top + frame.height + 6);
   });
-  const of = state.head < heads ? `thick: head ${state.layer + 1}.${state.head + 1}, thin: other heads of layer ${state.layer + 1}`
-    : `thin: the heads of layer ${state.layer + 1}, thick: the mean of their entropies, which is less than the entropy of their mean map`;
+  const { number } = header.layers[state.layer];
+  const of = state.head < heads ? `thick: head ${number}.${state.head + 1}, thin: other heads of layer ${number}`
+    : `thin: the heads of layer ${number}, thick: the mean of their entropies, which is less than the entropy of their mean map`;
   element("legend").textContent = `Entropy in nats of the attention from ${nameOfQuery(page)} on this image, by step (moments evenly spaced); ${of}; dotted: other layers.`;
   chart.setAttribute("aria-label", element("legend").textContent);
 }
@@ -161,7 +162,8 @@ function drawOverlay(page, context, width, height, map, view, largest) {
 function boxOfQuery(page, { layout, grid }, width, height) {
   const [left, top, across, down] = cellsOn(page, layout, grid, width, height), { query, item } = page.state;
   if (!layout.grid) return [left, top + Math.min(item, grid[0] - 1) * down, width, down];
-  const token = layout.are_queries_patches ? tokenIn(layout, query, page.layout) : null;
+  const own = layout.are_queries_patches ? tokenIn(layout, query, page.layout) : null;
+  const token = page.direction === "row" ? standIn(layout, own) : own;
   if (token === null || token < layout.prefix) return null;
   const cell = token - layout.prefix;
   return [left + (cell % grid[1]) * across, top + Math.floor(cell / grid[1]) * down, across, down];
@@ -203,6 +205,22 @@ function withinWindow(map) {
   if (bottom === 0) return map;
   const rows = Array.from({ length: bottom - top }, (_, row) => [...values.subarray((top + row) * width + left, (top + row) * width + right)]);
   return { ...map, grid: [bottom - top, right - left], values: Float32Array.from(rows.flat()) };
+}
+
+/** Draw a layer's column as it is in the table, and say of its button whether it is the one that is shown. */
+function drawThumbnail(page, thumbnail, shown) {
+  const { layer, head, button, context } = thumbnail, isShown = layer === shown.layer && head === shown.head;
+  button.setAttribute("aria-pressed", isShown);
+  button.tabIndex = isShown ? 0 : -1;
+  button.classList.toggle("unknown", !isShown && !page.isKnown(head));
+  const { group, moment, picture, colors } = shown, drawn = [group, moment, picture, colors].join();
+  if (!page.attention.layouts[layer].grid && thumbnail.drawn === drawn) return; // a matrix is the same for each query
+  thumbnail.drawn = drawn;
+  const map = withinWindow(page.mapOf(shown, layer, head)), [height, width] = map.grid, { canvas } = context, largest = largestOf(map);
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  const pixels = context.createImageData(width, height);
+  if (map.values) paint(map.values, pixels.data, page.tables[shown.colors], (value, cell) => page.place(value, map.times(cell), largest));
+  context.putImageData(pixels, 0, 0);
 }
 
 /** Return the largest weight that a map shows. */

@@ -51,9 +51,15 @@ class Page {
     });
   }
 
-  get direction() {
+  /** The direction that is asked for: Shift, held, is the other one. */
+  get shiftedDirection() {
     const other = { row: "column", column: "row" };
     return this.shift ? other[this.state.direction] : this.state.direction;
+  }
+
+  /** The direction of the map that is shown: of a list of queries, always what they attend to. */
+  get direction() {
+    return this.attention.layouts[this.state.layer].are_queries_patches ? this.shiftedDirection : "row";
   }
 
   // --- built once ---
@@ -87,15 +93,16 @@ class Page {
     element("filter").replaceChildren(...this.filters.map((name) => made("option", { value: name },
       name === "all" ? "all" : name.replace(/^confused (.*)$/s, "$1 (true, predicted)"))));
     element("link").hidden = location.protocol === "about:"; // a notebook's cell has no address of its own
-    heads.style.gridTemplateColumns = `max-content repeat(${columns}, minmax(28px, ${columns > 8 ? 64 : 80}px))`;
+    heads.style.gridTemplateColumns = `max-content repeat(${columns}, minmax(32px, ${columns > 8 ? 64 : 80}px))`;
     // With many heads, or not as many in each layer, what all layers have comes first.
     const all = Array.from({ length: columns }, (_, column) => column), isShort = numHeads > 12;
     this.order = isShort || header.layers.some((layer) => layer.heads < numHeads) ? [...all.slice(numHeads), ...all.slice(0, numHeads)] : all;
-    heads.append(made("span"), ...this.order.map((head) =>
-      made("span", { className: "head" }, head < numHeads ? `${isShort ? "" : "head "}${head + 1}` : this.columns[head])));
+    this.headings = this.order.map((head) =>
+      made("span", { className: "head" }, head < numHeads ? `${isShort ? "" : "head "}${head + 1}` : this.columns[head]));
+    heads.append(made("span"), ...this.headings);
     this.thumbnails = [];
-    header.layers.forEach(({ name }, layer) => {
-      heads.append(made("span", { className: "layer", title: name }, `layer ${layer + 1}`));
+    header.layers.forEach(({ name, number }, layer) => {
+      heads.append(made("span", { className: "layer", title: name }, `layer ${number}`));
       for (const head of this.order) {
         if (!hasColumn(header, layer, head)) {
           heads.append(made("span"));
@@ -116,6 +123,12 @@ class Page {
     element("about-layer").classList.toggle("plain", isPlain); // seldom anything is said there
   }
 
+  /** Whether a column is known of the group that is shown: methods are known of some. */
+  isKnown(column) {
+    const name = this.columns[column];
+    return !methodsOf(this.header).includes(name) || this.header.groups[this.state.group].methods.includes(name);
+  }
+
   /** Go to the next picture, or the one before, that passes the filter. */
   moveInPictures(event, button) {
     const by = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
@@ -134,7 +147,7 @@ class Page {
     if (!moves[event.key]) return;
     event.preventDefault();
     const down = Math.min(Math.max(layer + moves[event.key][0], 0), this.header.layers.length - 1);
-    const there = this.order.filter((each) => hasColumn(this.header, down, each)), before = this.order.indexOf(head);
+    const there = this.order.filter((each) => hasColumn(this.header, down, each) && this.isKnown(each)), before = this.order.indexOf(head);
     const at = moves[event.key][1] ? there.indexOf(head) + moves[event.key][1] : there.findLastIndex((each) => this.order.indexOf(each) <= before);
     const across = there[Math.min(Math.max(at, 0), there.length - 1)];
     this.show({ layer: down, head: across });
@@ -151,6 +164,7 @@ class Page {
     const at = (event) => {
       const box = map.getBoundingClientRect(), down = (event.clientY - box.top) / box.height, { layout, grid } = this.map;
       if (!layout.grid) return { item: Math.min(Math.max(Math.floor(down * grid[0]), 0), grid[0] - 1) };
+      if (!layout.are_queries_patches) return { query: null }; // they are chosen in the list
       return { query: tokenAt((event.clientX - box.left) / box.width, down, this.layout, this.header.image) };
     };
     map.onpointermove = (event) => {
@@ -163,15 +177,10 @@ class Page {
     };
     map.onkeydown = (event) => {
       if (event.altKey || event.ctrlKey || event.metaKey) return;
-      const { prefix, grid } = this.layout, patch = this.state.query - prefix;
+      const { prefix } = this.layout;
       const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-      if (event.key in moves && !this.map.layout.grid) {
-        this.show({ item: Math.min(Math.max(this.state.item + moves[event.key][0], 0), this.map.grid[0] - 1) });
-      } else if (event.key in moves) {
-        const [row, column] = [Math.floor(patch / grid[1]) + moves[event.key][0], (patch % grid[1]) + moves[event.key][1]];
-        if (patch < 0) this.show({ query: prefix });
-        else if (row >= 0 && row < grid[0] && column >= 0 && column < grid[1]) this.show({ query: prefix + row * grid[1] + column });
-      } else if (event.key === "Home" && prefix) this.show({ query: 0 });
+      if (event.key in moves) this.move(...moves[event.key]);
+      else if (event.key === "Home" && prefix) this.show({ query: 0 });
       else if (event.key === "Enter" || event.key === " ") this.pin(this.state.query);
       else if (event.key === "Escape") this.show({ pinned: false });
       else return;
@@ -238,6 +247,20 @@ class Page {
     chart.onpointermove = toMoment;
   }
 
+  /** Make the next patch of the layer that is shown the query, or of a list the next query. */
+  move(down, across) {
+    const { layout } = this.map, { query, item } = this.state, { prefix } = this.layout, { image } = this.header;
+    const token = layout.are_queries_patches ? tokenIn(layout, query, this.layout) : null;
+    if (!layout.are_queries_patches) this.show({ item: Math.min(Math.max(item + (down || across), 0), layout.windows * layout.rows - 1) });
+    else if (token === null || token < layout.prefix) this.show({ query: prefix });
+    else {
+      const columns = layout.grid[1], row = Math.floor((token - layout.prefix) / columns) + down, column = ((token - layout.prefix) % columns) + across;
+      if (row < 0 || row >= layout.grid[0] || column < 0 || column >= columns) return;
+      const [y, x] = [row, column].map((line, axis) => (layout.offset[axis] + (line + 0.5) * layout.patch[axis]) / image[axis]);
+      this.show({ query: tokenAt(Math.min(x, 1 - 1e-6), Math.min(y, 1 - 1e-6), this.layout, image) ?? query });
+    }
+  }
+
   step(by) {
     const last = this.header.groups[this.state.group].moments.length - 1;
     this.show({ moment: Math.min(Math.max(this.state.moment + by, 0), last) });
@@ -271,8 +294,9 @@ class Page {
 
   draw() {
     const { state, header } = this, group = header.groups[state.group], moment = group.moments[state.moment];
-    const shown = { ...state, direction: this.direction };
-    for (const thumbnail of this.thumbnails) this.drawThumbnail(thumbnail, shown);
+    const shown = { ...state, direction: this.shiftedDirection };
+    for (const thumbnail of this.thumbnails) drawThumbnail(this, thumbnail, shown);
+    this.headings.forEach((heading, at) => heading.classList.toggle("unknown", !this.isKnown(this.order[at]) && this.order[at] !== state.head));
     this.map = this.mapOf(shown, state.layer, state.head);
     this.largest = largestOf(this.map);
     let passing = 0;
@@ -297,7 +321,7 @@ class Page {
     element("own-scales").hidden = state.colors === "relative";
     this.tokens.forEach((button, token) => {
       const { layout, weights } = this.map, value = token < (layout.prefix ?? 0) && weights ? weights[token] : null;
-      button.firstChild.style.background = value === null ? "" : this.color(value, layout.all_keys);
+      button.firstChild.style.background = value === null ? "" : this.color(value, this.map.times(token - layout.prefix));
       button.lastChild.textContent = value === null ? "–" : percent(value);
       button.setAttribute("aria-pressed", token === state.query);
       button.classList.toggle("pinned", this.state.pinned && token === state.query);
@@ -325,18 +349,6 @@ class Page {
       values: this.attention.matrix(view, layer, head) };
     const times = timesUniform(layout, tokenIn(layout, view.query, this.layout), view.direction === "row");
     return { layout, weights, grid: layout.grid, values: weights && weights.subarray(layout.prefix), times: (cell) => times(cell + layout.prefix) };
-  }
-
-  drawThumbnail({ layer, head, button, context }, shown) {
-    const map = withinWindow(this.mapOf(shown, layer, head)), [height, width] = map.grid, { canvas } = context, largest = largestOf(map);
-    if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
-    const pixels = context.createImageData(width, height);
-    if (map.values) paint(map.values, pixels.data, this.tables[shown.colors], (value, cell) => this.place(value, map.times(cell), largest));
-    context.putImageData(pixels, 0, 0);
-    const isShown = layer === shown.layer && head === shown.head;
-    button.setAttribute("aria-pressed", isShown);
-    button.tabIndex = isShown ? 0 : -1;
-    button.classList.toggle("unknown", map.values === null && !isShown && methodsOf(this.header).includes(this.columns[head]));
   }
 
   /** Say what is peculiar of the layer that is shown, and list its queries where they are no patches. */
@@ -374,7 +386,7 @@ class Page {
     canvas.style.width = `${shown / ratio}px`;
     canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height);
     drawOverlay(this, canvas.getContext("2d"), canvas.width, canvas.height, map, state, this.largest);
-    const what = map.layout.grid ? `Map of ${map.grid[0]} by ${map.grid[1]} patches` : `Matrix of ${map.grid[0]} queries by ${map.grid[1]} keys`;
+    const what = map.layout.grid ? `Map of ${map.grid[0]} by ${map.grid[1]} ${map.layout.has_cells ? "cells" : "patches"}` : `Matrix of ${map.grid[0]} queries by ${map.grid[1]} keys`;
     canvas.setAttribute("aria-label", `${what}. ${captionOf(this)}`);
   }
 }

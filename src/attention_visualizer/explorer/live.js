@@ -24,7 +24,7 @@ function render({ model, el }) {
     node.onclick = () => ask(request);
     return node;
   };
-  number.onchange = () => ask({ action: "image", image: Number(number.value) });
+  number.onchange = () => ask({ action: "image", image: number.value === "" ? null : Number(number.value) });
   const label = made("label", { textContent: `image (0 to ${model.get("num_images") - 1}) ` });
   label.append(number);
   const whole = button("Show every patch of this layer", { action: "whole" });
@@ -37,8 +37,10 @@ function render({ model, el }) {
   const restore = () => {
     const { page, pure } = shown() ?? {};
     if (!page) return setTimeout(restore, 50); // it is still unpacked
-    status.textContent = model.get("status");
-    if (!wanted.view) return;
+    if (!wanted.view) {
+      status.textContent = model.get("status");
+      return;
+    }
     const edited = page.header.groups.findIndex((group) => group.key === "edited");
     const state = pure.stateOf(wanted.view.replace("images=edited", "images=samples"), page.header, page.usual);
     // Beside the same map of the model as it is.
@@ -49,7 +51,7 @@ function render({ model, el }) {
   };
   frame.onload = restore;
   model.on("change:page", load);
-  model.on("change:status", () => (status.textContent = model.get("status")));
+  model.on("change:answered", () => (status.textContent = model.get("status"))); // also where nothing else has changed
   el.append(bar, frame);
   load();
 }

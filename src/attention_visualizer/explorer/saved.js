@@ -49,7 +49,7 @@ function savedDrawing(page) {
     top + Math.floor(cell / grid[1]) * height, width, height, `fill="${page.color(value, map.times(cell))}" fill-opacity="${opacity}"`)));
   else if (map.values) {
     drawCells(page, document.createElement("canvas").getContext("2d"), 1, 1, map, table, (value, cell) => page.place(value, map.times(cell))); // for page.grid
-    parts.push(`<image href="${page.grid.toDataURL()}" x="${left}" y="${top}" width="${width * grid[1]}" height="${height * grid[0]}" opacity="${opacity}" preserveAspectRatio="none"${state.smooth ? "" : ' style="image-rendering:pixelated"'}/>`);
+    parts.push(`<image href="${page.grid.toDataURL()}" x="${left}" y="${top}" width="${width * grid[1]}" height="${height * grid[0]}" opacity="${opacity}" preserveAspectRatio="none"${state.smooth && layout.grid ? "" : ' style="image-rendering:pixelated"'}/>`);
   }
   const box = map.values && boxOfQuery(page, map, side, tall), marks = box ? [["#000", 8], [state.pinned ? "#ffd60a" : "#fff", 4]] : [];
   for (const [color, thick] of marks) parts.push(rectangle(...box, `fill="none" stroke="${color}" stroke-width="${thick}"`));
@@ -81,13 +81,18 @@ function csvOf(page) {
   return lines.join("\n") + "\n";
 }
 
-/** Cut a text into lines, at spaces, that `fits` says to be short enough. */
+/** Cut a text into lines, at spaces and within words that are too long, that `fits` says to be short enough. */
 function wrapped(text, fits) {
   const lines = [""];
-  for (const word of text.split(" ")) {
-    const longer = lines.at(-1) ? `${lines.at(-1)} ${word}` : word;
-    if (fits(longer) || !lines.at(-1)) lines[lines.length - 1] = longer;
-    else lines.push(word);
+  for (let word of text.split(" ")) {
+    if (lines.at(-1) && !fits(`${lines.at(-1)} ${word}`)) lines.push("");
+    for (; !lines.at(-1) && word.length > 1 && !fits(word); lines.push("")) {
+      let length = word.length - 1;
+      while (length > 1 && !fits(word.slice(0, length))) length--;
+      lines[lines.length - 1] = word.slice(0, length);
+      word = word.slice(length);
+    }
+    lines[lines.length - 1] = lines.at(-1) ? `${lines.at(-1)} ${word}` : word;
   }
   return lines;
 }

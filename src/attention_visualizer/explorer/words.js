@@ -14,9 +14,10 @@ function nameOfToken(token, layout) {
 /** Return what to call a map: a head's, that of a layer or a rollout. */
 function nameOfMap(layer, head, header) {
   const most = headsOf(header), name = columnsOf(header)[head];
-  if (head < most) return `head ${layer + 1}.${head + 1}`;
-  if (name === "mean") return `layer ${layer + 1}, mean over heads`;
-  return name === "rollout" || name === "relevance" ? `${name} up to layer ${layer + 1}` : `layer ${layer + 1}, ${name}`;
+  const { number } = header.layers[layer];
+  if (head < most) return `head ${number}.${head + 1}`;
+  if (name === "mean") return `layer ${number}, mean over heads`;
+  return name === "rollout" || name === "relevance" ? `${name} up to layer ${number}` : `layer ${number}, ${name}`;
 }
 
 /** Return what to call the query of the layer that is shown. */
@@ -27,8 +28,8 @@ function nameOfQuery(page) {
     const window = layout.windows > 1 ? ` of window ${Math.floor(row / layout.rows) + 1}` : "";
     return `query ${(row % layout.rows) * step + 1} of ${layout.queries}${window}`;
   }
-  const token = tokenIn(layout, query, page.layout);
-  const middle = token < layout.prefix ? "" : layout.has_cells ? "middle of the " : layout.row_of_key ? "patch kept for the " : "";
+  const own = tokenIn(layout, query, page.layout), token = page.direction === "row" ? standIn(layout, own) ?? own : own;
+  const middle = token >= layout.prefix && layout.has_cells ? "middle of the " : "";
   return token === null ? `the ${nameOfToken(query, page.layout)}` : `the ${middle}${nameOfToken(token, layout)}`;
 }
 
@@ -51,31 +52,34 @@ function aboutLayer(page) {
   const { layout, weights } = page.map, texts = [], isList = !layout.are_queries_patches;
   if (!layout.grid) texts.push(`Where this layer's keys lie on the image is not known: ${layout.unplaced}. It is drawn as a matrix, rows are queries and columns keys.`);
   else if (isList && layout.queries === 1) texts.push("It has one query only.");
-  else if (isList) texts.push(`Its queries are not its ${layout.all_keys} keys, and where they lie is not measured: choose one by its number.`);
+  else if (isList) texts.push(`Its queries are not its ${layout.all_keys} keys, and where they lie is not measured: choose one by its number. What attends to a key is not shown.`);
   else if (layout.key_of_patch) texts.push(`It attends inside ${layout.windows} windows: outside of the query's, the image is bare.`);
+  if (layout.row_of_key) texts.push("Rows of some patches only are here: the marked one stands for those around it.");
   const isMethod = page.header.groups[page.state.group].methods.includes(page.columns[page.state.head]);
   if (weights === null && methodsOf(page.header).includes(page.columns[page.state.head]) && !isMethod) texts.push("This method is known of the samples only.");
-  else if (weights === null) texts.push(isList ? "What attends to a key is not shown of such layers." : "It has no such query.");
+  else if (weights === null) texts.push("It has no such query.");
   return texts.join(" ");
 }
 
 /** Return the numbers that stand beside the map: name, text. */
 function numbersOf(page) {
   const { state } = page, { layout, weights } = page.map, numbers = [], largest = weights === null ? -1 : largestIn(weights);
-  const all = layout.all_keys, token = layout.are_queries_patches ? tokenIn(layout, state.query, page.layout) : null;
+  const all = layout.all_keys, own = layout.are_queries_patches ? tokenIn(layout, state.query, page.layout) : null;
+  const token = page.direction === "row" ? standIn(layout, own) : own;
   if (largest < 0) numbers.push(["no numbers", weights === null ? "there is no such map" : "the attention is not a number here"]);
+  else if (weights[largest] === 0) numbers.push(["nothing", "every weight is 0 here"]);
   else if (page.direction === "row") {
     const entropy = page.attention.entropyOfView(state, weights);
     const name = page.columns[state.head], of = state.head < page.numHeads ? "" : name === "mean" ? " of the mean map" : ` of ${name}`;
     if (!Number.isNaN(entropy)) numbers.push([`entropy${of}`, `${entropy.toFixed(2)} nats of ${Math.log(all).toFixed(2)}`],
       ["effective tokens", `${Math.exp(entropy).toFixed(1)} of ${all}`]);
     numbers.push(["largest", `${percent(weights[largest])}, ${nameOfToken(largest, layout)}`]);
-    if (token !== null && !layout.row_of_key) numbers.push([layout.has_cells && token >= layout.prefix ? "its own cell" : "itself", percent(weights[token])]);
+    if (token !== null) numbers.push([layout.has_cells && token >= layout.prefix ? "its own cell" : "itself", percent(weights[token])]);
     if (token !== null && token >= layout.prefix) numbers.push(["mean distance", `${distanceOf(weights, token, layout).toFixed(1)} pixels`]);
   } else {
     const given = weights.filter((weight) => !Number.isNaN(weight)), mean = given.reduce((one, other) => one + other) / given.length;
     const times = page.map.times(token - layout.prefix);
-    numbers.push(["receives", `${percent(mean)} of all attention, ${(mean * times).toFixed(2)}× uniform`]);
+    numbers.push(["receives", `${percent(mean)} of ${layout.windows > 1 ? "its window's" : "all"} attention, ${(mean * times).toFixed(2)}× uniform`]);
     numbers.push(["most from", `${nameOfToken(largest, layout)}, ${percent(weights[largest])} of its attention`]);
   }
   return numbers;

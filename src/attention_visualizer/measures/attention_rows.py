@@ -115,6 +115,11 @@ class RowLayout:
         return row // self.stride * self.cells[1] + column // self.stride
 
     @property
+    def key_of_row(self) -> Array | None:
+        """The key that a row is of, where `row_of_key` is told."""
+        return None if self.row_of_key is None else self.kept_queries
+
+    @property
     def key_of_patch(self) -> Array | None:
         """The key of each patch, row by row, the keys of all windows one after the other; None without windows."""
         if self.geometry is None or self.geometry.window is None:
@@ -165,12 +170,15 @@ class RowCollector:
         self.taken = 0
 
     def add(self, layer: AttentionLayer, num_images: int) -> None:
-        """The layer must be in the usual order, prefix tokens first."""
+        """The layer must be in the usual order, prefix tokens first. Weights below 0, of heads that are mixed, are no
+        shares of attention: such layers are passed over, and so is what is not of each image."""
+        if len(layer.weights) % num_images or float(layer.weights.min()) < 0:
+            return
         layout = RowLayout.of(layer, num_images, 1 if layer.name == self.whole else self.stride)
         num_heads = layer.weights.shape[1]
         self.layouts.append((layer.name, layout, num_heads))
         self.taken += num_images * layout.nbytes(num_heads)
-        if self.taken > self.max_bytes or len(layer.weights) != num_images * layout.num_windows:
+        if self.taken > self.max_bytes:
             self.layers = None
         if self.layers is not None:
             self.layers.append(LayerRows(layer.name, layout, layout.kept(layer.weights)))

@@ -58,47 +58,58 @@ def contents_of(study: Study, whole: str | None = None) -> Contents | None:
     Of the bytes that `explorer_mb=` leaves, training takes half at the most, and the others share the rest.
     """
     others = [run for run in study.compared_runs if not run.is_analysed]
-    pictures = [picture_of(sample, study.target.images.class_names) for sample in study.samples]
-    images = [*pictures * (1 + len(others)), *probe_pictures(study.history)]
-    # As if nothing were gained by deflating; base64 makes 4 bytes of 3.
-    limit = (study.explorer_bytes - FRAME_BYTES - sum(len(png(each.pixels)) for each in images)) * 3 // 4
-    moments = moments_that_fit(study.history, limit // 2)
-    for_each = (limit - sum(each["codes"].nbytes for each in moments)) // (1 + len(others))
-    observation = observed(study.target, study.samples, for_each, whole)
-    if observation is None or observation.rows is None:
+    limit = study.explorer_bytes - FRAME_BYTES
+    probes = sum(len(png(each.pixels)) for each in probe_pictures(study.history))
+    moments = moments_that_fit(study.history, rows_within(limit // 2 - probes))
+    training = probes + 4 * sum(each["codes"].nbytes for each in moments) // 3
+    observation = observed(study, (limit - training) // (1 + len(others)), whole)
+    if moments and (observation is None or stride_of(observation.rows or ()) > 1):
+        moments = []  # its rows are not in cells
+        observation = observed(study, limit // (1 + len(others)), whole)
+    if observation is None or not observation.rows:
         return None
     rows = observation.rows
     samples = study.samples[: len(observation.predicted)]
     warnings = notes_on(study, observation)
     of_all = of_one_layout(rows)
-    in_sequence = observation.rollouts is not None and of_all is not None
+    is_whole = len(rows) == len(observation.layer_names) + len(observation.left_out)
+    in_sequence = observation.rollouts is not None and of_all is not None and is_whole
     methods = methods_of(study.target, samples) if in_sequence else {}
     names = "samples", SAMPLES
     groups = [samples_of(study, samples, names, study.weights.split(";")[0], observation, methods)]
     for run in others:
         target = replace(study.target, model=run.loaded.build_model().to(study.target.device))
-        options = RowOptions(for_each, stride_of(rows), whole)
+        options = RowOptions(study.explorer_bytes, stride_of(rows), whole)
         other = observe_samples(target.with_images(images_as_trained(run, study)), samples, options)
         if other.rows is None or [shape_of(each) for each in other.rows] != [shape_of(each) for each in rows]:
             warnings.append(f"{run.label} has other layers, heads or tokens: it is not here")
         else:
             names = f"run{len(groups)}", f"Samples, by {run.label}"
             groups.append(samples_of(study, samples, names, run.label, other))
-    if study.history is not None and moments:
+    if study.history is not None and study.history.rows and not moments:
+        warnings.append(f"training is not here: {TOO_LARGE}")
+    elif study.history is not None and moments:
         if of_all is not None and all(each["codes"].shape[1:] == of_all.codes.shape[1:] for each in moments):
             groups.insert(0, probes_of(study.history, moments))
             if len(moments) < len(study.history.rows):
                 warnings.append(f"{len(moments)} of {len(study.history.rows)} moments are here: {TOO_LARGE}")
         else:
             warnings.append("the history is of other layers, heads or tokens: it is not here")
-    layers = [Layer(each.name, each.layout, each.rows.codes.shape[1]) for each in rows]
-    facts = [("report of", study.weights.split(";")[0]), ("data", study.target.images.title)]
+    # Figures and findings count the layers whose places are known; others follow.
+    numbers = {name: number for number, name in enumerate([*observation.layer_names, *observation.left_out], 1)}
+    layers = [Layer(each.name, each.layout, each.rows.codes.shape[1], numbers[each.name]) for each in rows]
+    facts = [("weights", study.weights.split(";")[0]), ("data", study.target.images.title)]
     return Contents("Attention explorer", facts, warnings, layers, study.target.images.shape[1:], in_sequence, groups)
+
+
+def rows_within(page_bytes: int) -> int:
+    """Return how many bytes of rows fit, as if nothing were gained by deflating: base64 makes 4 bytes of 3."""
+    return max(page_bytes, 0) * 3 // 4
 
 
 def stride_of(layers: Sequence[LayerRows] | Sequence[Layer]) -> int:
     """Return the side of the cells, in patches, that layers are shown in; one of them may be shown whole."""
-    return max(each.layout.stride for each in layers)
+    return max((each.layout.stride for each in layers), default=1)
 
 
 def shape_of(layer: LayerRows) -> tuple[RowLayout, int]:
@@ -118,37 +129,40 @@ def notes_on(study: Study, observation: Observation) -> list[str]:
     assert observation.rows is not None
     # Layers that other figures leave out are here, as matrices.
     warnings = [note for note in study.output.watermark.split("; ") if note and note != left_out_note(observation)]
-    unseen = sorted(set(observation.left_out) - {each.name for each in observation.rows})
-    if unseen:
-        warnings.append(f"the attention of {', '.join(unseen[:3])}{' and others' * (len(unseen) > 3)} is not seen")
+    missing = sorted({*observation.layer_names, *observation.left_out} - {each.name for each in observation.rows})
+    if missing:
+        names = f"{', '.join(missing[:3])}{' and others' * (len(missing) > 3)}"
+        warnings.append(f"{names}: not here, since it is not seen, not each image's own, or has weights below 0")
     number, stride = len(observation.predicted), stride_of(observation.rows)
     if number < len(study.samples):
         warnings.append(f"{number} of {len(study.samples)} samples are here: {TOO_LARGE}")
     if stride > 1:
-        layouts = [each.layout for each in observation.rows]
+        layouts = [each.layout for each in observation.rows if each.layout.stride > 1]
         cells = (
             f"patches are shown in cells of {stride} x {stride}, as a query by its middle patch, as a key all together"
         )
         some = f"one query of {stride} x {stride} is here, in windows and where queries are no patches"
         said = [cells] * any(each.has_cells for each in layouts) + [some] * any(not each.has_cells for each in layouts)
-        warnings.append("; ".join([*said, TOO_LARGE]))
+        warnings.append("; ".join([*said, "rollout and other methods are not", TOO_LARGE]))
     return warnings
 
 
-def observed(target: Target, samples: Sequence[Sample], max_bytes: int, whole: str | None) -> Observation | None:
+def observed(study: Study, page_bytes: int, whole: str | None) -> Observation | None:
     """Observe as many of the samples as fit, in the smallest cells in which a few do; None where not even one does."""
+    target, samples = study.target, study.samples
     few = samples[:MIN_SAMPLES]
-    first = observe_samples(target, few, RowOptions(max_bytes, whole=whole))
+    picture = max(len(png(thumbnail(sample.image))) for sample in samples)
+    first = observe_samples(target, few, RowOptions(rows_within(page_bytes - len(few) * picture), whole=whole))
     for stride in STRIDES:
         of_image = bytes_of_image(first, stride, whole)
-        if of_image * len(few) <= max_bytes:
+        count = min(len(samples), page_bytes // (4 * of_image // 3 + picture + 1))
+        if count >= len(few):
             break
     else:
         return None
-    count = min(len(samples), max_bytes // of_image)
-    if stride == 1 and count == len(few):
+    if stride == 1 and count == len(few) and first.rows is not None:
         return first
-    return observe_samples(target, samples[:count], RowOptions(max_bytes, stride, whole))
+    return observe_samples(target, samples[:count], RowOptions(count * of_image, stride, whole))
 
 
 def bytes_of_image(observation: Observation, stride: int, whole: str | None) -> int:
@@ -238,7 +252,7 @@ CHAPTER = ChapterWriter("Explorer", write, ("attention_explorer",))
 TEXT = """An interactive page shows each head's attention from any patch, or to it, on {what}. It opens
 without a server and fetches nothing. Weights are in 255ths of their row's maximum."""
 
-TOO_LARGE = "more would make the page larger than explorer_mb= says"
+TOO_LARGE = "more might make the page larger than explorer_mb= says"
 
-UNSUITABLE = """Not even a few rows of the attention on one sample fit into a page of this size: explorer_mb= makes it
-larger."""
+UNSUITABLE = """No attention that the explorer can show: weights below 0 are no shares, and of one sample a few rows at
+least must fit into the page (explorer_mb=)."""

@@ -33,6 +33,7 @@ class LiveExplorer(anywidget.AnyWidget):
     num_images = traitlets.Int().tag(sync=True)
     has_cells = traitlets.Bool().tag(sync=True)  # whether patches of a layer are shown together
     request = traitlets.Dict().tag(sync=True)
+    answered = traitlets.Int().tag(sync=True)  # the number of the request that page and status are of
 
     def __init__(self, study: Study, image: int = 0) -> None:
         super().__init__()
@@ -54,15 +55,21 @@ class LiveExplorer(anywidget.AnyWidget):
                 self.off.clear()
             elif request["action"] == "whole":
                 self.whole = self.contents.layers[request["layer"]].name
-            self._show(request["image"] if request["action"] == "image" else self.image)
+            image = request["image"] if request["action"] == "image" else self.image
+            if not isinstance(image, int):
+                raise UserError(f"give the number of an image, from 0 to {self.num_images - 1}")
+            self._show(image)
         except (UserError, CaptureError) as error:
             self.off, self.whole = before
             self.status = f"Error: {error}"
+        self.answered = request.get("number", self.answered + 1)
 
     def _show(self, image: int) -> None:
         sample = find_samples(self.study.target, SampleChoice(samples=[image]))
         study = replace(self.study, samples=sample)
-        contents = contents_of(study, self.whole)
+        # The image is there twice where heads are off.
+        half = replace(study, explorer_bytes=study.explorer_bytes // 2) if self.off else study
+        contents = contents_of(half, self.whole)
         if contents is None:
             raise UserError("not even a few rows of this image fit into a page: give a larger explorer_mb=")
         for layer, head in self.off:
