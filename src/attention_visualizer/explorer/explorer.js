@@ -93,10 +93,10 @@ class Page {
     element("filter").replaceChildren(...this.filters.map((name) => made("option", { value: name },
       name === "all" ? "all" : name.replace(/^confused (.*)$/s, "$1 (true, predicted)"))));
     element("link").hidden = location.protocol === "about:"; // a notebook's cell has no address of its own
-    heads.style.gridTemplateColumns = `max-content repeat(${columns}, minmax(32px, ${columns > 8 ? 64 : 80}px))`;
     // With many heads, or not as many in each layer, what all layers have comes first.
     const all = Array.from({ length: columns }, (_, column) => column), isShort = numHeads > 12;
     this.order = isShort || header.layers.some((layer) => layer.heads < numHeads) ? [...all.slice(numHeads), ...all.slice(0, numHeads)] : all;
+    heads.style.gridTemplateColumns = `max-content repeat(${columns}, minmax(${isShort ? 28 : 54}px, ${columns > 8 ? 64 : 80}px))`;
     this.headings = this.order.map((head) =>
       made("span", { className: "head" }, head < numHeads ? `${isShort ? "" : "head "}${head + 1}` : this.columns[head]));
     heads.append(made("span"), ...this.headings);

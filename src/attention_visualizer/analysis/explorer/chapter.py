@@ -129,10 +129,11 @@ def notes_on(study: Study, observation: Observation) -> list[str]:
     assert observation.rows is not None
     # Layers that other figures leave out are here, as matrices.
     warnings = [note for note in study.output.watermark.split("; ") if note and note != left_out_note(observation)]
-    missing = sorted({*observation.layer_names, *observation.left_out} - {each.name for each in observation.rows})
+    here = {each.name for each in observation.rows}
+    missing = [name for name in (*observation.layer_names, *observation.left_out) if name not in here]
     if missing:
         names = f"{', '.join(missing[:3])}{' and others' * (len(missing) > 3)}"
-        warnings.append(f"{names}: not here, since it is not seen, not each image's own, or has weights below 0")
+        warnings.append(f"not here: the attention of {names}, not seen, not each image's own, or with weights below 0")
     number, stride = len(observation.predicted), stride_of(observation.rows)
     if number < len(study.samples):
         warnings.append(f"{number} of {len(study.samples)} samples are here: {TOO_LARGE}")
