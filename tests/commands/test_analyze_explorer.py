@@ -143,7 +143,7 @@ def test_training_takes_half_of_the_room(tmp_path: Path, work: Workplace) -> Non
     model = random_model()
     history = history_of(model, work.digits)
     study = explored(tmp_path, model, history=history)
-    of_moment = history.rows[0]["codes"].nbytes
+    of_moment = history.rows_of(history.rows[0]).nbytes
     contents = contents_of(limited(study, 2 * 2 * of_moment + 4000, num_pictures=6))
     assert contents is not None and contents.groups[0].key == "training"
     steps = [int(frame["step"]) for frame in history.frames]

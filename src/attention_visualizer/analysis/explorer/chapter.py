@@ -61,7 +61,7 @@ def contents_of(study: Study, whole: str | None = None) -> Contents | None:
     limit = study.explorer_bytes - FRAME_BYTES
     probes = sum(len(png(each.pixels)) for each in probe_pictures(study.history))
     moments = moments_that_fit(study.history, rows_within(limit // 2 - probes))
-    training = probes + 4 * sum(each["codes"].nbytes for each in moments) // 3
+    training = probes + 4 * sum(AttentionHistory.rows_of(each).nbytes for each in moments) // 3
     observation = observed(study, (limit - training) // (1 + len(others)), whole)
     if moments and (observation is None or stride_of(observation.rows or ()) > 1):
         moments = []  # its rows are not in cells
@@ -117,9 +117,9 @@ def shape_of(layer: LayerRows) -> tuple[RowLayout, int]:
 
 
 def moments_that_fit(history: AttentionHistory | None, max_bytes: int) -> list[dict[str, NDArray[Any]]]:
-    """Return the history's entries of rows, as many as fit, evenly spaced, the first and the last among them."""
+    """Return the history's entries of rows, as many as fit, evenly spaced, the last and the first among them."""
     entries = [] if history is None else history.rows
-    count = max(1, min(len(entries), max_bytes // entries[0]["codes"].nbytes)) if entries else 0
+    count = min(len(entries), max_bytes // AttentionHistory.rows_of(entries[0]).nbytes) if entries else 0
     chosen = np.linspace(len(entries) - 1, 0, count).round().astype(int)[::-1]
     return [entries[number] for number in chosen]
 

@@ -89,7 +89,7 @@ class LiveExplorer(anywidget.AnyWidget):
         options = RowOptions(study.explorer_bytes, stride_of(contents.layers), self.whole)
         with intervene(study.target.model, edit):
             observation = observe_samples(study.target, study.samples, options)
-        title = f"Without {', '.join(f'head {layer + 1}.{head + 1}' for layer, head in self.off)}"
+        title = f"Without {', '.join(f'head {contents.layers[layer].number}.{head + 1}' for layer, head in self.off)}"
         edited = samples_of(study, study.samples, ("edited", title), title, observation)
         return replace(contents, groups=[*contents.groups, edited])
 
